@@ -1,0 +1,33 @@
+# Two commands for everyone: `make run` and `make test`. Both set up .venv first, if it is not there.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { command -v $$p; break; }; done)
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+CLEAN := $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+
+.PHONY: run test notebooks lint lock
+
+run: .venv/ready
+	$(BIN)/python run_all.py params/quick.yaml
+
+test: .venv/ready
+	$(BIN)/python -m datawall.datasets
+	$(BIN)/python -m pytest
+
+notebooks: .venv/ready  # execute in place and store the outputs
+	$(BIN)/python run_all.py params/quick.yaml
+	for n in $(NOTEBOOKS); do PYTHONPATH= $(BIN)/jupyter execute --inplace $$n || exit 1; done
+	$(CLEAN) $(NOTEBOOKS)
+
+lint: .venv/ready
+	$(BIN)/ruff check && $(BIN)/ruff format --check
+
+lock: .venv/ready  # after a change of dependencies
+	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock
+
+.venv/ready: pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "datawall needs Python 3.12 or later; install it, or name it: make run PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@

@@ -1,0 +1,73 @@
+"""PretrainedPCA: principal axes of the pretraining cells' variable genes, applied to any cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from datawall import expression
+from datawall.models import base
+
+
+class PretrainedPCA:
+    """Principal component analysis as a pretrained model (DenAdel et al. 2026).
+
+    Counts are normalised to 10,000 a cell and log-transformed; genes variable among the pretraining cells
+    (scanpy's default cut-offs) are centred and decomposed. The embedding is the product with the axes, not
+    centred: a constant shift that no distance sees.
+
+    Parameters
+    ----------
+    n_components
+        Axes kept; fewer where the pretraining cells or variable genes are fewer.
+    """
+
+    def __init__(self, *, n_components: int = 50) -> None:
+        self.n_components = n_components
+        self.axes: np.ndarray | None = None  # (n_components, n_genes), zero for genes that are not variable
+
+    def fit(
+        self, counts: sp.csr_matrix, obs: pd.DataFrame, *, steps: int = 0, seed: int = 0, progress: str | None = None
+    ) -> None:
+        """Find the axes, exactly: there are no steps and no randomness, so those arguments change nothing.
+
+        Raises
+        ------
+        ValueError
+            If no gene is variable among the cells.
+        """
+        X = expression.lognormalise(counts)
+        variable = expression.variable_genes(X)
+        axes, _ = expression.principal_axes(X[:, variable], self.n_components)
+        self.axes = np.zeros((len(axes), counts.shape[1]), dtype=np.float32)
+        self.axes[:, variable] = axes
+
+    def untrained(self, n_genes: int, *, seed: int) -> Self:
+        """Axes drawn from a standard normal distribution: a random projection."""
+        rng = np.random.default_rng(seed)
+        self.axes = rng.standard_normal((self.n_components, n_genes)).astype(np.float32)
+        return self
+
+    def embed(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Log-normalised expression projected onto the axes, (n_cells, n_components) float32."""
+        if self.axes is None:
+            raise base.NotFittedError("PretrainedPCA")
+        return np.asarray(expression.lognormalise(counts) @ self.axes.T, dtype=np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write the axes and hyper-parameters."""
+        if self.axes is None:
+            raise base.NotFittedError("PretrainedPCA")
+        base.write(Path(folder), "PretrainedPCA", {"n_components": self.n_components}, {"axes": self.axes})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a saved model."""
+        hyperparameters, tensors = base.read(Path(folder))
+        model = cls(**hyperparameters)
+        model.axes = tensors["axes"]
+        return model

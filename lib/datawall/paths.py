@@ -1,0 +1,67 @@
+"""The only place that knows where the repository, a run folder and the user's cache are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGE_DATA = Path(__file__).parent / "data"
+
+
+def repository() -> Path:
+    """Root of the compendium: the nearest folder, from here upwards, that holds `params/` and `notebooks/`.
+
+    Notebooks start in their own folder under nbval and in the caller's under papermill, so the search begins at
+    the working directory and falls back to the checkout that this package was installed from.
+
+    Raises
+    ------
+    FileNotFoundError
+        If neither search finds it.
+    """
+    for start in (Path.cwd(), Path(__file__).resolve()):
+        for folder in (start, *start.parents):
+            if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
+                return folder
+    raise FileNotFoundError(
+        f"no compendium (a folder with params/ and notebooks/) at or above {Path.cwd()}; "
+        "change into your checkout of datawall."
+    )
+
+
+def study_file(study: str) -> Path:
+    """Path of a study file, from its name (`quick`), its path, or a run folder that holds a `study.yaml`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file; the message lists the studies that exist.
+    """
+    given = Path(study)
+    named = repository() / "params" / f"{study}.yaml"
+    candidates = [given / "study.yaml", given, repository() / given / "study.yaml", repository() / given, named]
+    for path in candidates:
+        if path.is_file():
+            return path.resolve()
+    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.yaml")))
+    raise FileNotFoundError(f"{study}: no such study file; give a path, or one of the studies in params/: {known}.")
+
+
+def run_folder(study_file: Path, study: str) -> Path:
+    """Folder of all that a study makes: where its `study.yaml` lies, or else `runs/<study>`."""
+    if study_file.name == "study.yaml":
+        return study_file.parent
+    return repository() / "runs" / study
+
+
+def figures_folder(run_folder: Path) -> Path:
+    """Where figures go: `figures/` for the default study, which the repository keeps; else into the run folder."""
+    root = repository()
+    return root / "figures" if run_folder == root / "runs" / "quick" else run_folder / "figures"
+
+
+def cache_folder() -> Path:
+    """Per-user folder of downloaded data sets: `$DATAWALL_CACHE`, or `datawall` in the user's cache folder."""
+    if given := os.environ.get("DATAWALL_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "datawall"

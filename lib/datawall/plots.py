@@ -1,0 +1,227 @@
+"""Every figure, a function each: takes a table, returns a matplotlib figure. Colour-blind safe, units on axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from datawall import store
+from datawall.results import BASELINE, mean_over_splits, select
+
+WIDTH = 9.0  # inches: a page of text
+STRATEGY_COLOURS = dict(
+    zip(("random", "celltype_reweighted", "geometric_sketching"), sns.color_palette("colorblind", 3), strict=True)
+)
+STRATEGY_MARKERS = {"random": "o", "celltype_reweighted": "s", "geometric_sketching": "^"}
+LABELS = {
+    "celltype_reweighted": "cell-type reweighted",
+    "geometric_sketching": "geometric sketch",
+    "micro_f1": "micro-F1",
+    "macro_f1": "macro-F1",
+    "avg_bio": "AvgBIO",
+    "asw_batch": "batch ASW",
+    "pearson_r": "Pearson r of means",
+    "pearson_delta": "Pearson r of changes",
+    "mse": "mean squared error",
+    "inverse_simpson": "inverse Simpson (types)",
+    "shannon": "Shannon (bits)",
+    "vendi": "Vendi (cells)",
+    "kang2018_held_out": "Kang, held out",
+    "pbmc68k": "PBMC 68k",
+    "zeroshot_classification": "zero-shot classification",
+    "zeroshot_integration": "zero-shot integration",
+    "finetuned_classification": "fine-tuned classification",
+    "perturbation_response": "perturbation response",
+}
+
+mpl.rcParams.update({"svg.hashsalt": "datawall", "svg.fonttype": "none", "figure.dpi": 100, "savefig.dpi": 150})
+sns.set_theme(context="notebook", style="ticks", font_scale=0.8)
+
+
+def label(name: str) -> str:
+    """A name as a reader should see it."""
+    return LABELS.get(name, name)
+
+
+def save(figure: Figure, name: str, table: pd.DataFrame, folder: Path) -> None:
+    """Write a figure as svg and png, and the table that it was drawn from as csv; byte for byte the same each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        store.write_atomically(
+            folder / f"{name}.{suffix}",
+            lambda path, suffix=suffix, metadata=metadata: figure.savefig(
+                path, format=suffix, metadata=metadata, bbox_inches="tight"
+            ),
+        )
+    store.write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+
+
+def composition(table: pd.DataFrame) -> Figure:
+    """Share of each cell type in subsets (`curation.composition`), first seed: types by subsets, per cent."""
+    first = select(table, seed=table["seed"].min())
+    share = first.pivot_table(index="cell_type", columns=["strategy", "percentage"], values="share", sort=False) * 100
+    share = share.fillna(0).sort_values(share.columns[0], ascending=False)
+    groups = share.columns.get_level_values("strategy").unique()
+    widths = [share[group].shape[1] for group in groups]
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(WIDTH, 0.35 * len(share) + 1.2), sharey=True, width_ratios=widths, layout="constrained"
+    )
+    for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
+        block = share[group].rename(columns=lambda percentage: f"{percentage:g}")
+        sns.heatmap(block, ax=axis, cmap="cividis", vmin=0, vmax=share.max().max(), annot=True, fmt=".0f", cbar=False)
+        axis.set(title=label(group), xlabel="subset (% of corpus)", ylabel="")
+        axis.tick_params(axis="y", rotation=0)
+    figure.suptitle("Share of each cell type (% of the subset's cells)")
+    return figure
+
+
+def diversity(table: pd.DataFrame) -> Figure:
+    """Diversity of subsets against their size (`curation.subset_diversity`): a panel per measure, a line per strategy."""
+    measures = ["shannon", "inverse_simpson", "vendi"]
+    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 2.9), layout="constrained")
+    for axis, measure in zip(axes, measures, strict=True):
+        for strategy, rows in table.dropna(subset=measure).groupby("strategy", sort=False):
+            _curve(axis, rows, measure, strategy)
+        _percentage_axis(axis, table["percentage"])
+        axis.set(ylabel=label(measure))
+    _legend(figure, axes[0])
+    return figure
+
+
+def markers(table: pd.DataFrame) -> Figure:
+    """Mean marker expression of each cell type: rows are types, columns genes, values z-scores over types."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.32 * len(table) + 1.4), layout="constrained")
+    sns.heatmap(
+        table, ax=axis, cmap="cividis", xticklabels=True, cbar_kws={"label": "mean expression (z-score over types)"}
+    )
+    axis.set(xlabel="", ylabel="")
+    return figure
+
+
+def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
+    """Training loss against optimiser steps, a panel per model, a line per subset size; random subsets, first seed.
+
+    `smooth` steps are averaged for the line.
+    """
+    shown = select(histories, strategy="random", seed=histories["seed"].min())
+    models, percentages = shown["model"].unique(), sorted(shown["percentage"].unique())
+    colours = dict(zip(percentages, sns.color_palette("cividis", len(percentages)), strict=True))
+    figure, axes = plt.subplots(1, len(models), figsize=(WIDTH, 3), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        for percentage, run in select(shown, model=model).groupby("percentage"):
+            loss = run["loss"].rolling(smooth, min_periods=1).mean()
+            axis.plot(run["step"], loss, color=colours[percentage], label=f"{percentage:g} % of the corpus")
+        axis.set(title=model, xlabel="optimiser step", ylabel="training loss (nats per masked gene)")
+    axes[0, 0].legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
+def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
+    """A metric against the subset's size: columns are models, rows data sets, colours strategies.
+
+    Small marks are seeds, lines their means, dashed lines the baselines, the cross at 0 % the untrained control.
+    """
+    runs = mean_over_splits(select(results, metric=metric))
+    models = [name for name in results["model"].unique() if (runs[runs["model"] == name]["strategy"] != BASELINE).all()]
+    names = runs["dataset"].unique()
+    figure, axes = plt.subplots(
+        len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    baseline_styles = dict(zip(sorted(select(runs, strategy=BASELINE)["model"].unique()), ("--", ":", "-."), strict=False))
+    for row, dataset in enumerate(names):
+        for column, model in enumerate(models):
+            axis, shown = axes[row, column], select(runs, dataset=dataset, model=model)
+            for strategy in STRATEGY_COLOURS:
+                _curve(axis, select(shown, strategy=strategy), "value", strategy)
+            untrained = select(shown, strategy="untrained")
+            place = np.full(len(untrained), _untrained_place(runs["percentage"]))
+            axis.plot(place, untrained["value"], "x", color="0.35", label="untrained")
+            for baseline, style in baseline_styles.items():
+                value = select(runs, dataset=dataset, model=baseline)["value"]
+                axis.axhline(value.iloc[0], color="black", linestyle=style, linewidth=1, label=f"baseline: {baseline}")
+            _percentage_axis(axis, runs["percentage"], untrained=len(untrained) > 0)
+            axis.set(title=model if row == 0 else "", ylabel=f"{label(dataset)}\n{label(metric)}" if column == 0 else "")
+            if row < len(names) - 1:
+                axis.set(xlabel="")
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str]) -> Figure:
+    """UMAPs (`Study.layout`): a column per embedding, a row per label to colour by."""
+    figure, axes = plt.subplots(
+        len(colour_by), len(layouts), figsize=(WIDTH, 2.7 * len(colour_by)), squeeze=False, layout="constrained"
+    )
+    for row, key in enumerate(colour_by):
+        categories = sorted(next(iter(layouts.values()))[key].astype(str).unique())
+        colours = dict(zip(categories, sns.color_palette("colorblind", len(categories)), strict=True))
+        for axis, (name, layout) in zip(axes[row], layouts.items(), strict=True):
+            for category, cells in layout.groupby(layout[key].astype(str)):
+                axis.scatter(cells["x"], cells["y"], s=3, color=colours[category], label=category, rasterized=True)
+            axis.set(title=name if row == 0 else "", xticks=[], yticks=[])
+        axes[row, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
+        axes[row, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=4)
+    sns.despine(figure)
+    return figure
+
+
+def saturation(points: pd.DataFrame) -> Figure:
+    """Learning saturation points (`saturation.saturation_points`): a panel per task, models and strategies by data sets."""
+    tasks = points["task"].unique()
+    widths = [select(points, task=task)["dataset"].nunique() for task in tasks]
+    n_rows = len(points[["model", "strategy"]].drop_duplicates())
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(WIDTH, 0.4 * n_rows + 1.6), sharey=True, squeeze=False, width_ratios=widths,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, task in zip(axes[0], tasks, strict=True):
+        grid = select(points, task=task).assign(run=points["model"] + ", " + points["strategy"].map(label))
+        grid = grid.pivot_table(index="run", columns="dataset", values="percentage", sort=False).rename(columns=label)
+        norm = mpl.colors.LogNorm(vmin=points["percentage"].min(), vmax=100)
+        sns.heatmap(grid, ax=axis, cmap="cividis", norm=norm, annot=True, fmt="g", cbar=False, linewidths=1)
+        axis.set(title=label(task).replace(" ", "\n"), xlabel="", ylabel="")
+        axis.tick_params(axis="x", rotation=30)
+        axis.tick_params(axis="y", rotation=0)
+    figure.suptitle("Learning saturation point (% of the corpus)")
+    return figure
+
+
+def _curve(axis: plt.Axes, rows: pd.DataFrame, value: str, strategy: str) -> None:
+    """Seeds as marks and their mean as a line, for one strategy."""
+    if rows.empty:
+        return
+    colour = STRATEGY_COLOURS[strategy]
+    mean = rows.groupby("percentage")[value].mean()
+    axis.plot(rows["percentage"], rows[value], STRATEGY_MARKERS[strategy], color=colour, markersize=3.5, alpha=0.6)
+    axis.plot(mean.index, mean, "-", marker=STRATEGY_MARKERS[strategy], color=colour, markersize=5, label=label(strategy))
+
+
+def _untrained_place(percentages: pd.Series) -> float:
+    """Where 0 % stands on the logarithmic axis: well left of the smallest subset."""
+    return percentages[percentages > 0].min() / 4
+
+
+def _percentage_axis(axis: plt.Axes, percentages: pd.Series, *, untrained: bool = False) -> None:
+    """Logarithmic axis with the study's own percentages as ticks."""
+    ticks = sorted(percentages[percentages > 0].unique())
+    places = [_untrained_place(percentages), *ticks] if untrained else ticks
+    axis.set_xscale("log")
+    axis.set_xticks(places, [f"{tick:g}" for tick in ([0, *ticks] if untrained else ticks)])
+    axis.minorticks_off()
+    axis.set(xlabel="subset (% of corpus)")
+    sns.despine(ax=axis)
+
+
+def _legend(figure: Figure, axis: plt.Axes) -> None:
+    """One legend for the figure, below it."""
+    handles, names = axis.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
