@@ -23,7 +23,7 @@ lint: .venv/ready
 	$(BIN)/ruff check && $(BIN)/ruff format --check
 
 lock: .venv/ready  # after a change of dependencies
-	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock
+	$(BIN)/python -m pip freeze --all --exclude-editable > requirements.lock
 
 .venv/ready: pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "datawall needs Python 3.12 or later; install it, or name it: make run PYTHON=/path/to/python3.12" >&2; exit 1; }

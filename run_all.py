@@ -1,8 +1,8 @@
 """Run a study: check its file, show the plan, execute the notebooks in order with papermill.
 
-    python run_all.py                                  the default study, params/quick.yaml
-    python run_all.py params/tiny.yaml --plan          what it would do
-    python run_all.py --set seeds=[0,1,2] --from 2     other parameters, from the second stage on
+python run_all.py                                  the default study, params/quick.yaml
+python run_all.py params/tiny.yaml --plan          what it would do
+python run_all.py --set seeds=[0,1,2] --from 2     other parameters, from the second stage on
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     study.write_params()
     for number in stages:
         if number in TASKS and TASKS[number] not in parameters.tasks:
-            print(f"[{number}/{len(STAGES)}] {STAGES[number]}: left out, {TASKS[number]} is not among the study's tasks")
+            print(
+                f"[{number}/{len(STAGES)}] {STAGES[number]}: left out, {TASKS[number]} is not among the study's tasks"
+            )
         elif not _run_stage(number, study, paths.repository()):
             return 1
     print(f"results: {_shown(study.folder / 'results.csv', paths.repository())}")
@@ -66,12 +68,18 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Stages: " + ", ".join(STAGES.values()) + "."
     )
-    parser.add_argument("study", nargs="?", default="params/quick.yaml", help="study file, or the name of one in params/")
+    parser.add_argument(
+        "study", nargs="?", default="params/quick.yaml", help="study file, or the name of one in params/"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stages", metavar="3,5", help="only these stages")
     which.add_argument("--from", dest="first", metavar="4", help="this stage and those after it")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a value of the study file (YAML); repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value of the study file (YAML); repeatable",
     )
     parser.add_argument("--out", metavar="DIR", help="run folder; runs/<study> by default")
     parser.add_argument("--plan", action="store_true", help="show what would be done, and stop")
@@ -85,7 +93,9 @@ def _stages(options: argparse.Namespace) -> list[int]:
         return list(STAGES)
     numbers = [int(part) if part.strip().isdigit() else part for part in given.split(",")]
     if wrong := [number for number in numbers if number not in STAGES]:
-        raise ValueError(f"stage {wrong[0]!r}: no such stage; they are 1 to {len(STAGES)}, as in --stages 3,5 or --from 4.")
+        raise ValueError(
+            f"stage {wrong[0]!r}: no such stage; they are 1 to {len(STAGES)}, as in --stages 3,5 or --from 4."
+        )
     return [n for n in STAGES if n >= numbers[0]] if options.first else sorted(set(numbers))
 
 
@@ -106,6 +116,7 @@ def _overrides(given: list[str]) -> dict[str, Any]:
 def _run_stage(number: int, study: Any, repository: Path) -> bool:
     """Execute one notebook into the run folder; says whether it succeeded."""
     import papermill
+    from traitlets.config import Config
 
     name = STAGES[number]
     source = repository / "notebooks" / f"{name}.ipynb"
@@ -124,7 +135,8 @@ def _run_stage(number: int, study: Any, repository: Path) -> bool:
             # The kernel's own progress bars, for a person who is watching.
             log_output=sys.stderr.isatty(),
             stderr_file=sys.stderr if sys.stderr.isatty() else None,
-            cwd=str(repository),
+            # Unix sockets: no ports to race for when several runs start at once, and nothing readable from outside.
+            config=Config(KernelManager={"transport": "ipc"}),
         )
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""datawall: how much pretraining data, and how diverse, does a single-cell foundation model need?
+"""A study of how much pretraining data, and how diverse, a single-cell foundation model needs.
 
 Submodules load when first named (`dw.sampling`, `dw.models`, …), so that `import datawall` costs nothing.
 """

@@ -44,7 +44,7 @@ def annotate(
     *,
     n_neighbors: int = 30,
     n_components: int = 20,
-    resolution: float = 0.5,
+    resolution: float = 0.8,
     seed: int = 0,
 ) -> tuple[pd.Categorical, pd.DataFrame]:
     """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
@@ -99,9 +99,7 @@ def annotate(
     neighbours = neighbours.maximum(neighbours.T).tocsr()
 
     every_marker = sorted({gene for given in found.values() for gene in given})
-    z = pd.DataFrame(
-        _scaled_within(adata[:, every_marker].X.toarray().astype(np.float64), batch), columns=every_marker
-    )
+    z = pd.DataFrame(_scaled_within(adata[:, every_marker].X.toarray().astype(np.float64), batch), columns=every_marker)
     scores = pd.DataFrame({name: z[given].mean(axis=1) for name, given in found.items()})
 
     sc.tl.leiden(

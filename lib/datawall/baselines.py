@@ -71,7 +71,10 @@ def no_change(control: np.ndarray) -> np.ndarray:
 
 
 def mean_shift(
-    control: np.ndarray, train_control: np.ndarray, train_treated: np.ndarray, train_context: tuple[np.ndarray, np.ndarray]
+    control: np.ndarray,
+    train_control: np.ndarray,
+    train_treated: np.ndarray,
+    train_context: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
     """Predicted mean expression of treated cells: the control mean plus the average change in other contexts.
 

@@ -36,7 +36,7 @@ class GeneMatch:
 
 @cache
 def gene_table() -> pd.DataFrame:
-    """scTab's 19,331 protein-coding genes: symbol (`feature_name`) by Ensembl id, in scTab's order.
+    """The 19,331 protein-coding genes of scTab: symbol (`feature_name`) by Ensembl id, in scTab's order.
 
     Source: Fischer et al. 2024 (doi 10.1038/s41467-024-51059-5), the gene space of the original study.
     """
@@ -67,7 +67,9 @@ def raw_counts(adata: ad.AnnData, dataset: str) -> tuple[sp.csr_matrix, pd.DataF
         if fault := _count_fault(matrix):
             faults.append(f"{place} {fault}")
         else:
-            return sp.csr_matrix(matrix, dtype=np.float32), var, place
+            counts = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
+            counts.sum_duplicates()
+            return counts, var, place
     raise CorpusError(
         f"{dataset}: no raw counts found ({'; '.join(faults) or 'X is empty'}); counts must be finite, non-negative "
         'integers. Put them into layers["counts"].'
@@ -133,7 +135,7 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
     if column_of.index.has_duplicates:
         twice = column_of.index[column_of.index.duplicated()].unique()
         raise CorpusError(
-            f"{dataset}: {len(twice)} Ensembl ids occur more than once (such as {twice[0]}); sum or drop the duplicates."
+            f"{dataset}: {len(twice)} Ensembl ids occur more than once (such as {twice[0]}). Sum or drop them."
         )
     if adata.obs_names.has_duplicates:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
@@ -151,8 +153,8 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
     )
     if matched < min_matched * len(names) or matched == 0:
         raise CorpusError(
-            f"{dataset}: only {matched} of {len(names)} genes ({names[0]}, …) are among the {len(table)} human genes of "
-            f"the gene table; at least {min_matched:.0%} must be. Name genes by Ensembl id (ENSG…) or human symbol."
+            f"{dataset}: only {matched} of {len(names)} genes ({names[0]}, …) are among the {len(table)} human genes "
+            f"of the gene table; at least {min_matched:.0%} must be. Name genes by Ensembl id (ENSG…) or human symbol."
         )
     columns = column_of[present].to_numpy()
     aligned = ad.AnnData(counts[:, columns], obs=adata.obs.copy(), var=table.loc[present, ["feature_name"]])
@@ -211,10 +213,11 @@ def to_genes(adata: ad.AnnData, genes: pd.Index) -> sp.csr_matrix:
 
 
 def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> np.ndarray:
-    """Divide cells into parts of exact size that each hold every label in proportion, within one cell.
+    """Divide cells into parts of exact size that each hold every label in proportion.
 
-    Cells are laid in an order in which each label is spread evenly, then cut. Labels with few cells are no
-    obstacle: where there are fewer cells than parts, chance decides.
+    Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it
+    has each label in proportion to within one cell. The next part takes from what is left, so with more than two
+    parts it is two cells. Rare labels are no obstacle: where there are fewer cells than parts, chance decides.
 
     Parameters
     ----------
@@ -223,7 +226,7 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
     shares
         Sizes of the parts; they must add up to 1.
     seed
-        Of the order.
+        Of the order and of where each part begins to count.
 
     Returns
     -------
@@ -237,12 +240,11 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise ValueError(f"shares {shares} must be positive and add up to 1.")
     rng = np.random.default_rng(seed)
-    position = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
-        position[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    order = np.lexsort((rng.permutation(len(labels)), position))
-    ends = np.rint(np.cumsum(shares) * len(labels)).astype(int)
-    part = np.empty(len(labels), np.int64)
-    part[order] = np.searchsorted(ends, np.arange(len(labels)), side="right")
+    part = np.full(len(labels), len(shares) - 1, dtype=np.int64)
+    left = np.lexsort((rng.permutation(len(labels)), np.asarray(labels)))
+    sizes = np.diff(np.rint(np.cumsum([0, *shares]) * len(labels)).astype(int))
+    for number, size in enumerate(sizes[:-1]):
+        chosen = np.floor((np.arange(size) + rng.random()) * len(left) / max(1, size)).astype(int)
+        part[left[chosen]] = number
+        left = np.delete(left, chosen)
     return part

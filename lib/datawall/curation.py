@@ -13,11 +13,14 @@ from datawall.study import Study
 
 
 def gene_matches(study: Study) -> pd.DataFrame:
-    """How the genes of each data set met the gene table: counts_from, named_by, n_genes, matched, missing, …
+    """How the genes of each data set met the gene table, a row each (see `corpus.GeneMatch`).
 
     `in_corpus` is the number of genes shared with the corpus, which is all that a model can see of a data set.
     """
-    rows = [json.loads((study.dataset_artifact(name).folder / "genes.json").read_text()) for name in study.evaluation_datasets()]
+    rows = [
+        json.loads((study.dataset_artifact(name).folder / "genes.json").read_text())
+        for name in study.evaluation_datasets()
+    ]
     return pd.DataFrame(rows).set_index("dataset")
 
 
@@ -26,7 +29,9 @@ def composition(study: Study) -> pd.DataFrame:
     cell_type = study.pretraining_cells.obs["cell_type"]
     tables = []
     for subset in study.subsets():
-        n_cells = cell_type.iloc[study.rows(subset)].value_counts().rename("n_cells").rename_axis("cell_type").reset_index()
+        n_cells = (
+            cell_type.iloc[study.rows(subset)].value_counts().rename("n_cells").rename_axis("cell_type").reset_index()
+        )
         tables.append(n_cells.assign(**asdict(subset), share=n_cells["n_cells"] / n_cells["n_cells"].sum()))
     return pd.concat(tables, ignore_index=True)
 

@@ -155,20 +155,34 @@ def load(name: str) -> ad.AnnData:
     """
     if name in DATASETS:
         return DATASETS[name].load()
-    path = Path(name)
-    if path.suffix != ".h5ad":
-        raise DatasetError(f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in .h5ad.")
-    if not path.is_file():
-        raise DatasetError(f"{name}: no such file; paths are taken from the folder you start in ({Path.cwd()}).")
+    path = _file(name)
     try:
         return ad.read_h5ad(path)
     except Exception as error:
-        raise DatasetError(f"{name}: not readable as an AnnData file ({error}); write it again with write_h5ad.") from error
+        raise DatasetError(
+            f"{name}: not readable as an AnnData file ({error}); write it again with write_h5ad."
+        ) from error
 
 
 def identity(name: str) -> str:
-    """What fixes the content of a data set: the name of a named one, the hash of a file."""
-    return name if name in DATASETS else f"sha256:{store.file_sha256(Path(name))}"
+    """What fixes the content of a data set: the name of a named one, the hash of a file.
+
+    Raises
+    ------
+    DatasetError
+        If the name is unknown or the file is missing.
+    """
+    return name if name in DATASETS else f"sha256:{store.file_sha256(_file(name))}"
+
+
+def _file(name: str) -> Path:
+    """Path of a data set of the user's own, from the working directory or else the repository."""
+    if not name.endswith(".h5ad"):
+        raise DatasetError(f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in .h5ad.")
+    for path in (Path(name), paths.repository() / name):
+        if path.is_file():
+            return path
+    raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.")
 
 
 if __name__ == "__main__":

@@ -76,14 +76,15 @@ def vendi(X: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        If there are no cells, or a row is all zero.
+        If there are no cells, or a row is all zero or not finite.
     """
     X = np.asarray(X, dtype=np.float64)
     if not len(X):
         raise ValueError("diversity of no cells is undefined.")
     length = np.linalg.norm(X, axis=1, keepdims=True)
-    if (length == 0).any():
-        raise ValueError(f"row {int(np.argmin(length))} is all zero: its direction, and so its similarity, is undefined.")
+    usable = (length > 0) & np.isfinite(length)
+    if not usable.all():
+        raise ValueError(f"row {int(np.argmin(usable))} is all zero or not finite, so no cell can be compared with it.")
     X = X / length
     gram = X @ X.T if len(X) < X.shape[1] else X.T @ X
     share = np.linalg.eigvalsh(gram / len(X))

@@ -196,9 +196,7 @@ def _perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tup
         yield f"{held_out} held out", metrics
 
 
-def _baseline_response(
-    name: str, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str
-) -> Metrics:
+def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str) -> Metrics:
     """Metrics of the no-change or the mean-shift prediction."""
     control, other = X[~treated & (context == held_out)], context != held_out
     if name == "NoChange":

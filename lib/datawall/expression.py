@@ -10,7 +10,7 @@ TARGET_SUM = 1e4
 
 
 def lognormalise(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """Counts per 10,000, then log(1 + x), as `scanpy.pp.normalize_total` and `scanpy.pp.log1p` give them.
+    """Counts per 10,000, then log(1 + x): what `scanpy.pp.normalize_total` and `scanpy.pp.log1p` give.
 
     Parameters
     ----------
@@ -21,12 +21,12 @@ def lognormalise(counts: sp.csr_matrix) -> sp.csr_matrix:
     -------
     (n_cells, n_genes) float32 CSR, in natural-log units.
     """
-    import scanpy as sc
+    from sklearn.preprocessing import normalize
 
-    adata = ad.AnnData(sp.csr_matrix(counts, dtype=np.float32, copy=True))
-    sc.pp.normalize_total(adata, target_sum=TARGET_SUM)
-    sc.pp.log1p(adata)
-    return adata.X
+    X = sp.csr_matrix(counts, dtype=np.float32, copy=True)
+    if X.shape[0]:
+        X = normalize(X, norm="l1", copy=False) * np.float32(TARGET_SUM)
+    return X.log1p()
 
 
 def variable_genes(lognormalised: sp.csr_matrix, n_genes: int | None = None) -> np.ndarray:

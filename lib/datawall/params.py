@@ -12,9 +12,7 @@ STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "untrained
 TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "untrained"]
-Task = Literal[
-    "zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response"
-]
+Task = Literal["zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response"]
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -26,7 +24,7 @@ class ParamsError(ValueError):
 class Params(BaseModel):
     """A study, complete. Keys are those of the study file; unknown ones are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names the run folder
     corpus: str = "kang2018"  # a named data set, or the path of an .h5ad
@@ -64,12 +62,21 @@ class Params(BaseModel):
     def _agree(self) -> Params:
         from datawall import models
 
+        if unknown := [name for name in self.models if name not in models.FAMILIES]:
+            raise ValueError(f"models: {unknown[0]!r} is no model; the families are {', '.join(models.FAMILIES)}")
         for name in self.models:
-            models.create(name, **self.hyperparameters.get(name, {}))
+            try:
+                models.create(name, **self.hyperparameters.get(name, {}))
+            except ValueError as error:
+                raise ValueError(f"hyperparameters: {error}") from None
         if unused := [name for name in self.hyperparameters if name not in models.FAMILIES]:
-            raise ValueError(f"hyperparameters of {unused[0]!r}, which is no model; families: {', '.join(models.FAMILIES)}")
+            raise ValueError(
+                f"hyperparameters: {unused[0]!r} is no model; the families are {', '.join(models.FAMILIES)}"
+            )
         if "zeroshot_integration" in self.tasks and self.batch_key is None:
-            raise ValueError("zeroshot_integration needs batch_key: name the batch column, or leave the task out of tasks")
+            raise ValueError(
+                "zeroshot_integration needs batch_key: name the batch column, or leave the task out of tasks"
+            )
         if "perturbation_response" in self.tasks and None in (self.perturbation_key, self.control):
             raise ValueError(
                 "perturbation_response needs perturbation_key and control: name them, or leave the task out of tasks"
@@ -106,10 +113,12 @@ def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     """
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ParamsError(f"{path.name}: holds a {type(values).__name__}; a study file is a mapping, `key: value` a line.")
+        raise ParamsError(
+            f"{path.name}: holds a {type(values).__name__}; a study file is a mapping, `key: value` a line."
+        )
     return check({**values, **(overrides or {})}, path.name)
 
 
@@ -122,7 +131,7 @@ def check(values: dict[str, Any], source: str) -> Params:
         One line per mistake.
     """
     try:
-        return Params(**values)
+        return Params(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
         raise ParamsError("\n".join(_line(source, mistake) for mistake in error.errors())) from None
 
@@ -136,7 +145,7 @@ def _line(source: str, mistake: dict[str, Any]) -> str:
         return f"{source}: {key}: missing; every study needs it."
     rule = mistake["msg"].removeprefix("Value error, ")
     if not key:
-        return f"{source}: {rule}."
+        return f"{source}: {rule.rstrip('.')}."
     rule = rule[0].lower() + rule[1:]
     return f"{source}: {key}: {mistake['input']!r} is not allowed: {rule}; change it in the study file or with --set."
 

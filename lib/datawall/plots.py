@@ -82,7 +82,7 @@ def composition(table: pd.DataFrame) -> Figure:
 
 
 def diversity(table: pd.DataFrame) -> Figure:
-    """Diversity of subsets against their size (`curation.subset_diversity`): a panel per measure, a line per strategy."""
+    """Diversity of subsets against size (`curation.subset_diversity`): a panel per measure, a line per strategy."""
     measures = ["shannon", "inverse_simpson", "vendi"]
     figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 2.9), layout="constrained")
     for axis, measure in zip(axes, measures, strict=True):
@@ -112,13 +112,14 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
     shown = select(histories, strategy="random", seed=histories["seed"].min())
     models, percentages = shown["model"].unique(), sorted(shown["percentage"].unique())
     colours = dict(zip(percentages, sns.color_palette("cividis", len(percentages)), strict=True))
-    figure, axes = plt.subplots(1, len(models), figsize=(WIDTH, 3), squeeze=False, layout="constrained")
-    for axis, model in zip(axes[0], models, strict=True):
+    figure, axes = plt.subplots(1, max(1, len(models)), figsize=(WIDTH, 3), squeeze=False, layout="constrained")
+    axes[0, 0].set(title="no model of this study takes steps")
+    for axis, model in zip(axes[0], models, strict=False):
         for percentage, run in select(shown, model=model).groupby("percentage"):
             loss = run["loss"].rolling(smooth, min_periods=1).mean()
             axis.plot(run["step"], loss, color=colours[percentage], label=f"{percentage:g} % of the corpus")
         axis.set(title=model, xlabel="optimiser step", ylabel="training loss (nats per masked gene)")
-    axes[0, 0].legend(frameon=False)
+        axis.legend(frameon=False)
     sns.despine(figure)
     return figure
 
@@ -135,7 +136,9 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
         len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    baseline_styles = dict(zip(sorted(select(runs, strategy=BASELINE)["model"].unique()), ("--", ":", "-."), strict=False))
+    baseline_styles = dict(
+        zip(sorted(select(runs, strategy=BASELINE)["model"].unique()), ("--", ":", "-."), strict=False)
+    )
     for row, dataset in enumerate(names):
         for column, model in enumerate(models):
             axis, shown = axes[row, column], select(runs, dataset=dataset, model=model)
@@ -148,7 +151,9 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
                 value = select(runs, dataset=dataset, model=baseline)["value"]
                 axis.axhline(value.iloc[0], color="black", linestyle=style, linewidth=1, label=f"baseline: {baseline}")
             _percentage_axis(axis, runs["percentage"], untrained=len(untrained) > 0)
-            axis.set(title=model if row == 0 else "", ylabel=f"{label(dataset)}\n{label(metric)}" if column == 0 else "")
+            axis.set(
+                title=model if row == 0 else "", ylabel=f"{label(dataset)}\n{label(metric)}" if column == 0 else ""
+            )
             if row < len(names) - 1:
                 axis.set(xlabel="")
     _legend(figure, axes[0, 0])
@@ -174,7 +179,7 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str]) -> Figure
 
 
 def saturation(points: pd.DataFrame) -> Figure:
-    """Learning saturation points (`saturation.saturation_points`): a panel per task, models and strategies by data sets."""
+    """Learning saturation points (`saturation.saturation_points`), a panel per task: models and strategies by data."""
     tasks = points["task"].unique()
     widths = [select(points, task=task)["dataset"].nunique() for task in tasks]
     n_rows = len(points[["model", "strategy"]].drop_duplicates())
@@ -189,7 +194,7 @@ def saturation(points: pd.DataFrame) -> Figure:
         sns.heatmap(grid, ax=axis, cmap="cividis", norm=norm, annot=True, fmt="g", cbar=False, linewidths=1)
         axis.set(title=label(task).replace(" ", "\n"), xlabel="", ylabel="")
         axis.tick_params(axis="x", rotation=30)
-        axis.tick_params(axis="y", rotation=0)
+        axis.tick_params(axis="y", rotation=0, left=task == tasks[0])
     figure.suptitle("Learning saturation point (% of the corpus)")
     return figure
 
@@ -201,7 +206,9 @@ def _curve(axis: plt.Axes, rows: pd.DataFrame, value: str, strategy: str) -> Non
     colour = STRATEGY_COLOURS[strategy]
     mean = rows.groupby("percentage")[value].mean()
     axis.plot(rows["percentage"], rows[value], STRATEGY_MARKERS[strategy], color=colour, markersize=3.5, alpha=0.6)
-    axis.plot(mean.index, mean, "-", marker=STRATEGY_MARKERS[strategy], color=colour, markersize=5, label=label(strategy))
+    axis.plot(
+        mean.index, mean, "-", marker=STRATEGY_MARKERS[strategy], color=colour, markersize=5, label=label(strategy)
+    )
 
 
 def _untrained_place(percentages: pd.Series) -> float:

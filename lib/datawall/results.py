@@ -9,9 +9,10 @@ import pandas as pd
 from datawall import store
 
 COLUMNS = [
-    "study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric", "value", "split", "run_id"
-]  # fmt: skip
-RUN = ["model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
+    *("study", "model", "strategy", "percentage", "seed", "n_cells"),
+    *("task", "dataset", "metric", "value", "split", "run_id"),
+]
+RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
 BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
 
 
@@ -69,6 +70,42 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     for dataset, rows in means.groupby("dataset"):
         of_baselines = select(rows, strategy=BASELINE).set_index("model")["value"].to_dict()
         for model, runs in rows[rows["strategy"].isin(["random", "untrained"])].groupby("model"):
-            sizes = {"untrained" if p == 0 else f"{p:g} %": v for p, v in zip(runs["percentage"], runs["value"], strict=True)}
+            sizes = {
+                "untrained" if p == 0 else f"{p:g} %": v for p, v in zip(runs["percentage"], runs["value"], strict=True)
+            }
             table[dataset, model] = sizes | of_baselines
+    return pd.DataFrame(table).T.rename_axis(["dataset", "model"])
+
+
+def verdicts(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
+    """In words, how each model at the best of its sizes compares with its untrained control and the baselines.
+
+    `above` or `below` by more than `margin`, in the metric's units, or else `within`. Rows and sizes are those of
+    `headline`.
+    """
+    table = headline(results, metric)
+    best = table.filter(like="%").max(axis=1)
+    others = table[[name for name in table if not name.endswith("%")]]
+    gap = -others.sub(best, axis=0)
+    return gap.map(lambda value: "above" if value > margin else "below" if value < -margin else "within")
+
+
+def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """What more cells and what more diverse cells are worth, in the metric's units, means over splits and seeds.
+
+    A row per data set and model. `more cells` is the largest size over the smallest, of random subsets; a strategy's
+    column is its gain over random subsets of equal size, at the largest size that both have.
+    """
+    means = mean_over_splits(select(results, metric=metric))
+    means = means.pivot_table(index=["dataset", "model", "strategy"], columns="percentage", values="value")
+    table = {}
+    for (dataset, model), of_model in means.groupby(["dataset", "model"]):
+        by_strategy = of_model.droplevel(["dataset", "model"])
+        if "random" not in by_strategy.index:
+            continue
+        random = by_strategy.loc["random"].dropna()
+        table[dataset, model] = {"more cells": random.iloc[-1] - random.iloc[0]}
+        for strategy in by_strategy.index.difference(["random", "untrained"]):
+            shared = (by_strategy.loc[strategy] - random).dropna()
+            table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")
     return pd.DataFrame(table).T.rename_axis(["dataset", "model"])

@@ -121,7 +121,7 @@ def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: int, n_bo
 def _occupied_boxes(X: np.ndarray, n_boxes: int, tolerance: float = 0.1) -> np.ndarray:
     """Number of the box that each cell lies in, for a grid with `n_boxes` occupied boxes within `tolerance`."""
     X = X - X.min(axis=0)
-    low, high = 0.0, float(X.max()) or 1.0  # a box as long as the data is wide holds every cell
+    low, high = 0.0, float(X.max()) * (1 + 1e-9) or 1.0  # a box longer than the data is wide holds every cell
     length = high
     for _ in range(60):
         boxes = np.floor(X / length).astype(np.int64) if length else np.zeros_like(X, np.int64)

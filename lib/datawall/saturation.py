@@ -49,6 +49,8 @@ def saturation_points(results: pd.DataFrame, metric: str, *, rule: str = "publis
         raise ValueError(f"{int(runs['value'].isna().sum())} values of {metric} are NaN; a saturation point needs all.")
     points = []
     for key, group in mean_over_splits(runs).groupby(["model", "strategy", "task", "dataset"]):
-        reached = group["value"] > PUBLISHED_THRESHOLD * group["value"].max()
+        best = group["value"].max()
+        # The best run itself always counts; where the best is not positive, nothing else can exceed 0.95 of it.
+        reached = (group["value"] > PUBLISHED_THRESHOLD * best) | (group["value"] == best)
         points.append((*key, group.loc[reached, "percentage"].min(), np.nan, np.nan))
     return pd.DataFrame(points, columns=["model", "strategy", "task", "dataset", "percentage", "low", "high"])

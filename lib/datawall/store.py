@@ -10,8 +10,8 @@ import os
 import platform
 import resource
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,17 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-RECORDED_PACKAGES = ("datawall", "anndata", "numpy", "pandas", "scanpy", "scib-metrics", "scikit-learn", "scipy", "torch")
+RECORDED_PACKAGES = (
+    "datawall",
+    "anndata",
+    "numpy",
+    "pandas",
+    "scanpy",
+    "scib-metrics",
+    "scikit-learn",
+    "scipy",
+    "torch",
+)
 
 type Record = dict[str, Any]
 
@@ -78,13 +88,14 @@ class Store:
             return None
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            wrong = [name for name, sha256 in manifest["files"].items() if file_sha256(folder / name) != sha256]
-        except (OSError, ValueError, KeyError) as error:
+            made, files = manifest["made"], manifest["files"]
+            wrong = [name for name, sha256 in files.items() if file_sha256(folder / name) != sha256]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             wrong = [f"{type(error).__name__}: {error}"]
         if wrong:
             log.warning("%s %s is damaged (%s) and will be made again.", unit.kind, unit.key, "; ".join(wrong))
             return None
-        self._checked[unit.key] = Artifact(unit.key, folder, manifest["made"])
+        self._checked[unit.key] = Artifact(unit.key, folder, made)
         return self._checked[unit.key]
 
     def find_or_make(self, unit: Unit, make: Callable[[Path], Record | None]) -> Artifact:
@@ -126,7 +137,8 @@ class Store:
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A folder beside the artifacts (same file system, so that it can be moved into place); removed if it stays."""
-    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=parent))
+    scratch = parent / f".making-{uuid.uuid4().hex}"
+    scratch.mkdir()
     try:
         yield scratch
     finally:

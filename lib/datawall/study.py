@@ -155,7 +155,9 @@ class Study:
         datawall.corpus.CorpusError
             If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
         """
-        return ad.read_h5ad(self.dataset_artifact(self.held_out_name).folder / "cells.h5ad")
+        adata = ad.read_h5ad(self.dataset_artifact(self.held_out_name).folder / "cells.h5ad")
+        self._check_contexts(adata.obs["cell_type"])
+        return adata
 
     @cached_property
     def pretraining_cells(self) -> ad.AnnData:
@@ -181,15 +183,20 @@ class Study:
         columns = {"cell_type": p.cell_type_key, "batch": p.batch_key, "perturbation": p.perturbation_key}
         return {role: key for role, key in columns.items() if key}
 
+    def _check_contexts(self, cell_type: Iterable[str]) -> None:
+        """Refuse contexts to hold out that are no cell types, before anything is trained for them."""
+        types = sorted(set(cell_type))
+        if unknown := set(self.params.held_out_contexts or ()).difference(types):
+            raise corpus.CorpusError(
+                f"{self.params.corpus}: held_out_contexts names {sorted(unknown)}, but the types in "
+                f"{self.params.cell_type_key!r} are {types}; name some of these."
+            )
+
     def _make_corpus(self, folder: Path) -> None:
         p = self.params
         source = datasets.load(p.corpus)
         columns = {role: corpus.column(source, p.corpus, key, role) for role, key in self._columns().items()}
-        if unknown := set(p.held_out_contexts or ()) - set(columns["cell_type"].categories):
-            raise corpus.CorpusError(
-                f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but the types in {p.cell_type_key!r} are "
-                f"{columns['cell_type'].categories.tolist()}; name some of these."
-            )
+        self._check_contexts(columns["cell_type"])
         adata, match = corpus.align(source, p.corpus, min_matched=p.min_matched_genes)
         adata.obs = pd.DataFrame(columns, index=adata.obs_names)
         strata = adata.obs.astype(str).agg(" / ".join, axis=1).to_numpy()
@@ -219,7 +226,7 @@ class Study:
         return Unit("sketch", {"corpus": self.corpus_unit.key}, CODE["sketch"])
 
     @cached_property
-    def X_pca(self) -> np.ndarray:
+    def X_pca(self) -> np.ndarray:  # noqa: N802 - AnnData's name for it
         """Principal component scores of the pretraining cells' variable genes, (n_cells, 50)."""
 
         def make(folder: Path) -> None:
@@ -298,7 +305,9 @@ class Study:
             path = self.model_artifact(run).folder / "history.parquet"
             if path.exists():
                 tables.append(pd.read_parquet(path).assign(model=run.model, **asdict(run.subset)))
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        if not tables:
+            return pd.DataFrame(columns=["step", "loss", "learning_rate", "model", "strategy", "percentage", "seed"])
+        return pd.concat(tables, ignore_index=True)
 
     def _make_model(self, run: Run, folder: Path) -> dict[str, Any]:
         from datawall import models, training
@@ -356,12 +365,14 @@ class Study:
             sc.tl.umap(cells, random_state=0)
             np.savez(folder / "layout.npz", rows=rows, xy=cells.obsm["X_umap"])
 
-        unit = Unit("layout", {"embedding": self.embedding_unit(source, dataset).key, "n_cells": n_cells}, CODE["layout"])
+        unit = Unit(
+            "layout", {"embedding": self.embedding_unit(source, dataset).key, "n_cells": n_cells}, CODE["layout"]
+        )
         with np.load(self.store.find_or_make(unit, make).folder / "layout.npz", allow_pickle=False) as layout:
             obs = self.dataset(dataset).obs.iloc[layout["rows"]]
             return obs.assign(x=layout["xy"][:, 0], y=layout["xy"][:, 1]).reset_index(drop=True)
 
 
 def with_progress[Item](items: Iterable[Item], name: str) -> Iterable[Item]:
-    """The items, with a progress bar that leaves nothing behind."""
-    return tqdm(list(items), desc=name, leave=False)
+    """The items, with a progress bar once it takes longer than two seconds; it leaves nothing behind."""
+    return tqdm(list(items), desc=name, leave=False, delay=2)

@@ -105,7 +105,9 @@ class RankTokenizer:
             If the matrix has another number of genes than there are medians.
         """
         if counts.shape[1] != len(self.medians):
-            raise ValueError(f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them first.")
+            raise ValueError(
+                f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them first."
+            )
         counts = sp.csr_matrix(counts)
         values = counts.data.astype(np.float32) / self.medians[counts.indices]
         # Bits of a positive float32 grow with its value; inverted they sort descending, and the gene's

@@ -78,7 +78,14 @@ def minibatches(n_cells: int, batch_size: int, steps: int, *, seed: int) -> Iter
     Yields
     ------
     rows (batch_size,) int64.
+
+    Raises
+    ------
+    ValueError
+        If there are no cells.
     """
+    if n_cells < 1:
+        raise ValueError("there are no cells to draw batches from.")
     rng = np.random.default_rng(seed)
     waiting = np.empty(0, np.int64)
     for _ in range(steps):
@@ -130,7 +137,8 @@ def train(
     matrices = [weight for weight in module.parameters() if weight.ndim > 1]
     vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}], fused=True
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        fused=True,
     )
     losses, looks = [], []
     best, best_look, best_weights = np.inf, 0, None
@@ -143,15 +151,15 @@ def train(
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 loss = loss_of(rows)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
             losses.append(loss.item())
             if not np.isfinite(losses[-1]):
                 raise NonFiniteLossError(
                     f"the loss is {losses[-1]} at step {step + 1} of {recipe.steps}, learning rate "
                     f"{recipe.rate(step):.2g}; lower the learning rate or lengthen the warm-up."
                 )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             last = step + 1 == recipe.steps
@@ -188,13 +196,11 @@ class Head(nn.Sequential):
     """The small network on top of a frozen embedding: Linear, ReLU, dropout 0.2, Linear (original study: 128 wide)."""
 
     def __init__(self, n_inputs: int, n_outputs: int, *, n_hidden: int = 128, dropout: float = 0.2) -> None:
-        super().__init__(
-            nn.Linear(n_inputs, n_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(n_hidden, n_outputs)
-        )
+        super().__init__(nn.Linear(n_inputs, n_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(n_hidden, n_outputs))
 
 
 def seeded[Module: nn.Module](build: Callable[[], Module], seed: int) -> Module:
     """A module with initial weights drawn from a seed, on the device; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return build().to(device())

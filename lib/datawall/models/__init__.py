@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from datawall.models.base import Model, read_config
 from datawall.models.geneformer import Geneformer
 from datawall.models.pca import PretrainedPCA
@@ -24,8 +26,9 @@ def create(name: str, **hyperparameters: Any) -> Model:
         raise ValueError(f"unknown model {name!r}; the families are {', '.join(FAMILIES)}.")
     try:
         return FAMILIES[name](**hyperparameters)
-    except TypeError as error:
-        raise ValueError(f"{name}: {str(error).replace('__init__() ', '')}; see the class for its hyper-parameters.") from error
+    except ValidationError as error:
+        mistakes = (f"{mistake['loc'][0]} {mistake['input']!r}: {mistake['msg']}" for mistake in error.errors())
+        raise ValueError(f"{name}: {'; '.join(mistakes)}. Its class lists its hyper-parameters.") from None
 
 
 def load(folder: str | Path) -> Model:

@@ -9,12 +9,19 @@ from typing import Any, Protocol, Self
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from datawall import store
 from datawall.training import History
 
 CONFIG, TENSORS = "model.json", "model.safetensors"
+
+
+class Hyperparameters(BaseModel):
+    """Hyper-parameters of a family: names, defaults and allowed values, checked when a model is created."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Model(Protocol):
@@ -39,11 +46,25 @@ class Model(Protocol):
         """Read a model that `save` wrote; it gives the same embeddings bit for bit."""
 
 
-def write(folder: Path, family: str, hyperparameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+def check_genes(counts: sp.csr_matrix, n_genes: int, family: str) -> None:
+    """Refuse counts over another number of genes than the model was made for.
+
+    Raises
+    ------
+    ValueError
+        Naming both numbers.
+    """
+    if counts.shape[1] != n_genes:
+        raise ValueError(
+            f"{family}: counts have {counts.shape[1]} genes, the model {n_genes}; align them to its corpus."
+        )
+
+
+def write(folder: Path, family: str, hyperparameters: Hyperparameters, tensors: dict[str, np.ndarray]) -> None:
     """Write a model's hyper-parameters and arrays."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / TENSORS)
-    store.write_json(folder / CONFIG, {"family": family, "hyperparameters": hyperparameters})
+    store.write_json(folder / CONFIG, {"family": family, "hyperparameters": hyperparameters.model_dump()})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

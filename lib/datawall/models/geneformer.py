@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from datawall import expression, training
 from datawall.models import base
@@ -21,43 +22,39 @@ log = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 16_384  # when embedding: bounds memory whatever the cells' lengths
 
 
+class GeneformerHyperparameters(base.Hyperparameters):
+    """Hyper-parameters of Geneformer; the defaults are those of DenAdel et al. 2026."""
+
+    n_genes: PositiveInt | None = None  # vocabulary: this many of the subset's most variable genes, or all
+    max_length: PositiveInt = 2048  # tokens of a cell, its highest ranked genes
+    n_layers: Annotated[int, Field(ge=2)] = 6  # the embedding is the second-to-last
+    n_heads: PositiveInt = 4
+    n_embd: PositiveInt = 256  # the feed-forward layer is twice as wide
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    init_std: PositiveFloat = 0.02
+    batch_size: PositiveInt = 144  # cells a step
+    learning_rate: PositiveFloat = 1e-3  # at its peak
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.027  # share of the steps; theirs was 10,000 of about 370,000
+    weight_decay: NonNegativeFloat = 1e-3
+
+
 class Geneformer:
     """Rank-value tokens, a BERT encoder and masked-gene prediction.
 
     Defaults are the sizes and settings of DenAdel et al. 2026. Two things differ on purpose: gene medians come
     from the pretraining subset itself (theirs came from 30 million other cells, whatever the subset), and warm-up
-    is a share of the steps (theirs was 10,000 steps of about 370,000).
+    is a share of the steps.
 
     Parameters
     ----------
-    n_genes
-        Size of the vocabulary: this many of the subset's most variable genes; all genes by default. A small one
-        makes a study on a laptop quick.
-    max_length, n_layers, n_heads, n_embd, dropout, init_std
-        Of the encoder; see `EncoderConfig`. The feed-forward layer is twice as wide as `n_embd`.
-    batch_size, learning_rate, warmup, weight_decay
-        Of training; see `training.Recipe`.
+    hyperparameters
+        See `GeneformerHyperparameters`.
     """
 
-    def __init__(
-        self,
-        *,
-        n_genes: int | None = None,
-        max_length: int = 2048,
-        n_layers: int = 6,
-        n_heads: int = 4,
-        n_embd: int = 256,
-        dropout: float = 0.02,
-        init_std: float = 0.02,
-        batch_size: int = 144,
-        learning_rate: float = 1e-3,
-        warmup: float = 0.027,
-        weight_decay: float = 1e-3,
-    ) -> None:
-        if n_layers < 2:
-            raise ValueError(f"Geneformer: n_layers {n_layers} must be at least 2; the embedding is the second-to-last.")
-        self.hyperparameters = {name: value for name, value in locals().items() if name != "self"}
-        self._config(vocab_size=1)  # a clear error now, not after the data is loaded, if sizes do not fit
+    def __init__(self, **hyperparameters: Any) -> None:
+        self.hyperparameters = GeneformerHyperparameters(**hyperparameters)
+        self._config(vocab_size=1)  # sizes that do not fit each other are refused now, not when data is loaded
+        self.n_corpus_genes: int | None = None
         self.genes: np.ndarray | None = None  # (n_vocabulary,) positions in the corpus of the vocabulary's genes
         self.medians: np.ndarray | None = None  # (n_vocabulary,)
         self.encoder: Encoder | None = None
@@ -65,16 +62,27 @@ class Geneformer:
     def fit(
         self, counts: sp.csr_matrix, obs: pd.DataFrame, *, steps: int, seed: int, progress: str | None = None
     ) -> training.History:
-        """Choose the vocabulary, take the medians, and predict masked genes for a number of optimiser steps."""
+        """Choose the vocabulary, take the medians, and predict masked genes for a number of optimiser steps.
+
+        Raises
+        ------
+        ValueError
+            If no cell expresses a gene of the vocabulary.
+        training.NonFiniteLossError
+            If training diverges.
+        """
         h = self.hyperparameters
+        self.n_corpus_genes = counts.shape[1]
         self.genes = np.arange(counts.shape[1])
-        if h["n_genes"] is not None:
-            self.genes = np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), h["n_genes"]))
+        if h.n_genes is not None:
+            self.genes = np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), h.n_genes))
         counts = counts[:, self.genes]
         self.medians = gene_medians(counts)
         tokenizer = self._build(seed)
         tokens = tokenizer.encode(counts)
         tokens = tokens.take(np.flatnonzero(np.diff(tokens.offsets)))  # a cell without a token teaches nothing
+        if not len(tokens.ids):
+            raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
         where = training.device()
         generator = torch.Generator(device=where).manual_seed(seed)
 
@@ -85,16 +93,17 @@ class Geneformer:
 
         recipe = training.Recipe(
             steps=steps,
-            batch_size=h["batch_size"],
-            learning_rate=h["learning_rate"],
-            warmup=h["warmup"],
-            weight_decay=h["weight_decay"],
+            batch_size=h.batch_size,
+            learning_rate=h.learning_rate,
+            warmup=h.warmup,
+            weight_decay=h.weight_decay,
         )
         n_cells = len(tokens.offsets) - 1
         return training.train(self.encoder, loss_of, n_cells, recipe, seed=seed, progress=progress)
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
         """Random weights, and nothing learned from cells: all genes in the vocabulary, each with a median of one."""
+        self.n_corpus_genes = n_genes
         self.genes = np.arange(n_genes)
         self.medians = np.ones(n_genes, dtype=np.float32)
         self._build(seed)
@@ -105,16 +114,17 @@ class Geneformer:
         """Mean over tokens of the second-to-last layer, (n_cells, n_embd) float32; zero for a cell without tokens."""
         if self.encoder is None:
             raise base.NotFittedError("Geneformer")
+        base.check_genes(counts, self.n_corpus_genes, "Geneformer")
         tokens = self._tokenizer().encode(counts[:, self.genes])
         lengths = np.diff(tokens.offsets)
-        embedding = np.zeros((counts.shape[0], self.hyperparameters["n_embd"]), dtype=np.float32)
+        embedding = np.zeros((counts.shape[0], self.hyperparameters.n_embd), dtype=np.float32)
         order = np.argsort(lengths, kind="stable")
         order = order[lengths[order] > 0]
         if len(order) < counts.shape[0]:
             log.warning("%d cells express no gene of the vocabulary; they embed as zero.", counts.shape[0] - len(order))
         where = next(self.encoder.parameters()).device
         batch = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
-        for cells in np.split(order, np.flatnonzero(np.diff(batch)) + 1):
+        for cells in np.split(order, np.flatnonzero(np.diff(batch)) + 1) if len(order) else ():
             ids, offsets = _tensors(tokens.take(cells), where)
             embedding[cells] = self.encoder.embed(ids, offsets).cpu().numpy()
         return embedding
@@ -124,7 +134,8 @@ class Geneformer:
         if self.encoder is None:
             raise base.NotFittedError("Geneformer")
         weights = {f"encoder.{name}": weight.cpu().numpy() for name, weight in self.encoder.state_dict().items()}
-        arrays = {"genes": self.genes, "medians": self.medians, **weights}
+        n_corpus_genes = np.array([self.n_corpus_genes])
+        arrays = {"n_corpus_genes": n_corpus_genes, "genes": self.genes, "medians": self.medians, **weights}
         base.write(Path(folder), "Geneformer", self.hyperparameters, arrays)
 
     @classmethod
@@ -132,6 +143,7 @@ class Geneformer:
         """Read a saved model."""
         hyperparameters, arrays = base.read(Path(folder))
         model = cls(**hyperparameters)
+        model.n_corpus_genes = int(arrays.pop("n_corpus_genes")[0])
         model.genes, model.medians = arrays.pop("genes"), arrays.pop("medians")
         model._build(seed=0)
         model.encoder.load_state_dict(
@@ -141,12 +153,12 @@ class Geneformer:
         return model
 
     def _config(self, vocab_size: int) -> EncoderConfig:
-        sizes = ("max_length", "n_layers", "n_heads", "n_embd", "dropout", "init_std")
         h = self.hyperparameters
-        return EncoderConfig(vocab_size=vocab_size, n_inner=2 * h["n_embd"], **{name: h[name] for name in sizes})
+        sizes = h.model_dump(include={"max_length", "n_layers", "n_heads", "n_embd", "dropout", "init_std"})
+        return EncoderConfig(vocab_size=vocab_size, n_inner=2 * h.n_embd, **sizes)
 
     def _tokenizer(self) -> RankTokenizer:
-        return RankTokenizer(self.medians, self.hyperparameters["max_length"])
+        return RankTokenizer(self.medians, self.hyperparameters.max_length)
 
     def _build(self, seed: int) -> RankTokenizer:
         """Make the encoder for the vocabulary, with initial weights from the seed."""

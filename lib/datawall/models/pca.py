@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from pydantic import PositiveInt
 
 from datawall import expression
 from datawall.models import base
+
+
+class PCAHyperparameters(base.Hyperparameters):
+    """Hyper-parameters of PretrainedPCA; the default is the original study's."""
+
+    n_components: PositiveInt = 50  # axes kept; fewer where the pretraining cells or variable genes are fewer
 
 
 class PretrainedPCA:
@@ -22,12 +29,12 @@ class PretrainedPCA:
 
     Parameters
     ----------
-    n_components
-        Axes kept; fewer where the pretraining cells or variable genes are fewer.
+    hyperparameters
+        See `PCAHyperparameters`.
     """
 
-    def __init__(self, *, n_components: int = 50) -> None:
-        self.n_components = n_components
+    def __init__(self, **hyperparameters: Any) -> None:
+        self.hyperparameters = PCAHyperparameters(**hyperparameters)
         self.axes: np.ndarray | None = None  # (n_components, n_genes), zero for genes that are not variable
 
     def fit(
@@ -42,27 +49,28 @@ class PretrainedPCA:
         """
         X = expression.lognormalise(counts)
         variable = expression.variable_genes(X)
-        axes, _ = expression.principal_axes(X[:, variable], self.n_components)
+        axes, _ = expression.principal_axes(X[:, variable], self.hyperparameters.n_components)
         self.axes = np.zeros((len(axes), counts.shape[1]), dtype=np.float32)
         self.axes[:, variable] = axes
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
         """Axes drawn from a standard normal distribution: a random projection."""
         rng = np.random.default_rng(seed)
-        self.axes = rng.standard_normal((self.n_components, n_genes)).astype(np.float32)
+        self.axes = rng.standard_normal((self.hyperparameters.n_components, n_genes)).astype(np.float32)
         return self
 
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
         """Log-normalised expression projected onto the axes, (n_cells, n_components) float32."""
         if self.axes is None:
             raise base.NotFittedError("PretrainedPCA")
+        base.check_genes(counts, self.axes.shape[1], "PretrainedPCA")
         return np.asarray(expression.lognormalise(counts) @ self.axes.T, dtype=np.float32)
 
     def save(self, folder: Path) -> None:
         """Write the axes and hyper-parameters."""
         if self.axes is None:
             raise base.NotFittedError("PretrainedPCA")
-        base.write(Path(folder), "PretrainedPCA", {"n_components": self.n_components}, {"axes": self.axes})
+        base.write(Path(folder), "PretrainedPCA", self.hyperparameters, {"axes": self.axes})
 
     @classmethod
     def load(cls, folder: Path) -> Self:

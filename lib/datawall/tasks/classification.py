@@ -1,4 +1,4 @@
-"""Zero-shot classification: do neighbours in the embedding share a cell type?"""
+"""Zero-shot classification asks whether neighbours in the embedding share a cell type."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import numpy as np
 
 
 def zeroshot_classification(
-    train_embedding: np.ndarray, train_labels: np.ndarray, test_embedding: np.ndarray, test_labels: np.ndarray, k: int = 5
+    train_embedding: np.ndarray,
+    train_labels: np.ndarray,
+    test_embedding: np.ndarray,
+    test_labels: np.ndarray,
+    k: int = 5,
 ) -> dict[str, float]:
     """Classify test cells by their k nearest training cells, uniform votes, Euclidean distance.
 

@@ -1,4 +1,4 @@
-"""Zero-shot integration: does the embedding keep cell types apart and batches together (scIB)?"""
+"""Zero-shot integration asks whether the embedding keeps cell types apart and batches together (scIB)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ N_NEIGHBORS = 15
 
 
 def zeroshot_integration(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> dict[str, float]:
-    """scIB's metrics (Luecken et al. 2022), as scib-metrics computes them, on exact neighbours.
+    """Metrics of scIB (Luecken et al. 2022), as scib-metrics computes them, on exact neighbours.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def zeroshot_integration(embedding: np.ndarray, labels: np.ndarray, batches: np.
     asw_batch
         Silhouette of batches within labels: 1 where they overlap.
     graph_connectivity
-        Share of each label's cells in its largest connected part of the neighbour graph.
+        Share of each label's cells in its largest strongly connected part of the directed neighbour graph.
 
     Each is 1 at best.
 
@@ -51,7 +51,7 @@ def zeroshot_integration(embedding: np.ndarray, labels: np.ndarray, batches: np.
     labels, batches = np.asarray(labels).astype(str), np.asarray(batches).astype(str)
     for name, values in (("label", labels), ("batch", batches)):
         if len(np.unique(values)) < 2:
-            raise ValueError(f"all cells have the {name} {values[0]!r}; integration needs at least two.")
+            raise ValueError(f"all cells have the {name} {str(values[0])!r}; integration needs at least two.")
     embedding = np.ascontiguousarray(embedding, dtype=np.float32)
     n_neighbors = min(N_NEIGHBORS, len(embedding))
     # Each cell is its own first neighbour, as scanpy and scib-metrics count them.

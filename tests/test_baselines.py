@@ -1,0 +1,75 @@
+"""Baselines against scanpy's steps and by hand."""
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+
+from datawall import baselines
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def pbmc3k():
+    path = SHARED / "pbmc3k.h5ad"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    return ad.read_h5ad(path)[:600].copy()
+
+
+@pytest.fixture(scope="module")
+def scaled(pbmc3k):
+    """scanpy's steps; its scaling divides by the sample deviation (n - 1), ours by the population's (n)."""
+    adata = ad.AnnData(pbmc3k.X.copy())
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    sc.pp.highly_variable_genes(adata)
+    adata = adata[:, adata.var["highly_variable"]].copy()
+    adata.X = adata.X.toarray()
+    sc.pp.scale(adata)
+    adata.X = adata.X * np.sqrt(adata.n_obs / (adata.n_obs - 1))
+    return adata
+
+
+def test_variable_gene_embedding_is_scanpys(pbmc3k, scaled):
+    embedding = baselines.variable_gene_embedding(pbmc3k.X)
+    assert embedding.dtype == np.float32
+    assert embedding.shape == scaled.shape
+    np.testing.assert_allclose(embedding, scaled.X, atol=1e-3)
+    np.testing.assert_allclose(embedding.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(embedding.std(axis=0), 1, atol=1e-4)
+
+
+def test_pca_embedding_is_scanpys_up_to_sign(pbmc3k, scaled):
+    embedding = baselines.pca_embedding(pbmc3k.X, n_components=10)
+    assert (embedding.shape, embedding.dtype) == ((600, 10), np.float32)
+    sc.pp.pca(scaled, n_comps=10, svd_solver="full")
+    np.testing.assert_allclose(np.abs(embedding), np.abs(scaled.obsm["X_pca"]), atol=1e-2)
+    assert (np.diff(embedding.std(axis=0)) < 0).all()
+    assert baselines.pca_embedding(pbmc3k.X).shape == (600, 50)
+
+
+def test_logistic_regression_beats_the_majority(pbmc3k):
+    labels = pbmc3k.obs["cell_type"].to_numpy().astype(str)
+    train = np.arange(600) % 2 == 0
+    before = pbmc3k.X.copy()
+    predicted = baselines.logistic_regression(pbmc3k.X[train], labels[train], pbmc3k.X[~train], max_iter=30)
+    majority = max(np.mean(labels[~train] == label) for label in np.unique(labels))
+    assert np.mean(predicted == labels[~train]) > majority + 0.4
+    assert (before != pbmc3k.X).nnz == 0
+
+
+def test_no_change_is_the_control_mean():
+    np.testing.assert_array_equal(baselines.no_change(np.array([[1.0, 0], [3, 4]])), [2, 2])
+
+
+def test_contexts_weigh_alike_in_the_mean_shift():
+    # Context a shifts by (4, 0) and has one treated cell, b by (0, 2) and has three; c was never treated.
+    train_control = np.array([[1.0, 1], [1, 3], [5, 5], [100, 100]])
+    train_treated = np.array([[5.0, 2], [5, 6], [5, 7], [5, 8]])
+    contexts = np.array(["a", "a", "b", "c"]), np.array(["a", "b", "b", "b"])
+    predicted = baselines.mean_shift(np.array([[10.0, 20], [20, 20]]), train_control, train_treated, contexts)
+    np.testing.assert_allclose(predicted, [15 + 2, 20 + 1])

@@ -1,0 +1,409 @@
+"""Counts found, genes joined, mistakes refused by name, cells divided in proportion."""
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datawall import corpus, datasets, params
+from datawall.study import Study
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TABLE = corpus.gene_table()
+
+
+def toy(n_cells=12, n_genes=20, *, ids=False):
+    """Poisson counts of genes spread over the gene table, in shuffled order; no cell is empty."""
+    rng = np.random.default_rng(0)
+    chosen = TABLE.iloc[rng.permutation(len(TABLE))[:n_genes]]
+    counts = rng.poisson(2.0, (n_cells, n_genes)).astype(np.float32)
+    counts[:, 0] += 1
+    obs = pd.DataFrame({"cell_type": ["a", "b"] * (n_cells // 2)}, index=[f"cell{i}" for i in range(n_cells)])
+    var = pd.DataFrame(index=list(chosen.index if ids else chosen["feature_name"]))
+    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var)
+
+
+def renamed(adata, names):
+    """The same cells with other gene names, which may repeat."""
+    new = ad.AnnData(adata.X.copy(), obs=adata.obs.copy())
+    new.var.index = pd.Index(list(names))
+    return new
+
+
+# Counts
+
+
+def test_counts_are_taken_from_the_layer_then_x_then_raw():
+    adata = toy()
+    ones, halves = sp.csr_matrix(np.ones(adata.shape)), sp.csr_matrix(np.full(adata.shape, 0.5))
+    adata.layers["counts"], adata.raw = ones * 3, ad.AnnData(ones * 7, var=adata.var)
+    adata.X = ones * 5
+    for place, value in (("layers['counts']", 3), ("X", 5), ("raw.X", 7)):
+        counts, var, found = corpus.raw_counts(adata, "mine")
+        assert (found, counts.format, counts.dtype) == (place, "csr", np.float32)
+        assert (counts.toarray() == value).all()
+        assert var.index.equals(adata.var_names)
+        if place == "X":
+            adata.X = halves
+        else:
+            adata.layers["counts"] = halves
+    adata.raw = ad.AnnData(halves, var=adata.var)
+    with pytest.raises(corpus.CorpusError) as error:
+        corpus.raw_counts(adata, "mine")
+    for place in ("layers['counts']", "X", "raw.X"):
+        assert f"{place} holds fractions (such as 0.5)" in str(error.value)
+
+
+def test_genes_of_raw_counts_are_those_of_raw():
+    full = toy()
+    adata = full[:, :15].copy()
+    adata.X = adata.X * 0.5
+    adata.raw = full
+    aligned, match = corpus.align(adata, "mine")
+    assert (match.counts_from, match.n_genes, aligned.n_vars) == ("raw.X", 20, 20)
+
+
+def with_values(*values, dtype=np.float32):
+    adata = toy()
+    dense = adata.X.toarray().astype(dtype)
+    dense[0, : len(values)] = values
+    new = ad.AnnData(obs=adata.obs, var=adata.var)
+    new.X = dense
+    return new
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [(0.25, "fractions (such as 0.25)"), (-3, "negative values (as low as -3)"), (np.nan, "NaN"), (np.inf, "infinite")],
+)
+def test_what_is_no_count_is_refused(value, fault, sparse):
+    adata = with_values(value)
+    if sparse:
+        adata.X = sp.csc_matrix(adata.X)
+    with pytest.raises(corpus.CorpusError) as error:
+        corpus.raw_counts(adata, "mine")
+    for part in ("mine: ", fault, 'layers["counts"]'):
+        assert part in str(error.value)
+
+
+def test_values_that_are_no_numbers_are_refused():
+    with pytest.raises(corpus.CorpusError, match=r"mine: .*X holds object values, not numbers.*layers"):
+        corpus.raw_counts(with_values("two", dtype=object), "mine")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_no_cells_or_no_genes_is_refused(shape):
+    with pytest.raises(corpus.CorpusError, match=rf"mine: {shape[0]} cells x {shape[1]} genes; it must have"):
+        corpus.raw_counts(ad.AnnData(np.zeros(shape, np.float32)), "mine")
+
+
+# Genes
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_align_keeps_every_count_with_its_gene(ids):
+    adata = toy(ids=ids)
+    names = [*adata.var_names[:-3], "AC000001.1", "ENSG99999999999", "gene-x"]
+    adata.var_names = names
+    aligned, match = corpus.align(adata, "mine")
+    dense = pd.DataFrame(adata.X.toarray(), index=adata.obs_names, columns=names)
+    if not ids:
+        dense.columns = [dict(zip(TABLE["feature_name"], TABLE.index, strict=True)).get(name, name) for name in names]
+    expected = dense[[gene for gene in TABLE.index if gene in dense.columns]]
+    pd.testing.assert_frame_equal(aligned.to_df(), expected, check_names=False)
+    assert (aligned.var["feature_name"] == TABLE.loc[aligned.var_names, "feature_name"]).all()
+    assert match.row() == {
+        "dataset": "mine",
+        "counts_from": "X",
+        "named_by": "Ensembl id" if ids else "symbol",
+        "n_genes": 20,
+        "matched": 17,
+        "missing": 3,
+        "duplicated": 0,
+    }
+    assert adata.var_names.tolist() == names
+
+
+def test_feature_name_outranks_var_names():
+    adata = toy()
+    named = adata.copy()
+    named.var["feature_name"] = adata.var_names.to_numpy()
+    named.var_names = [f"row{i}" for i in range(adata.n_vars)]
+    a, b = corpus.align(adata, "mine")[0], corpus.align(named, "mine")[0]
+    pd.testing.assert_frame_equal(a.to_df(), b.to_df())
+
+
+def test_alignment_by_versioned_id_equals_that_by_symbol():
+    path = SHARED / "sc_mixology.h5ad"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    source = ad.read_h5ad(path)
+    source = source[:, source.var_names.isin(TABLE.index)].copy()
+    assert source.n_vars > 8_000
+    versioned, symbols = source.copy(), source.copy()
+    versioned.var_names = [f"{name}.{i % 20 + 1}" for i, name in enumerate(source.var_names)]
+    symbols.var_names = TABLE.loc[source.var_names, "feature_name"].to_numpy()
+    (by_id, id_match), (by_symbol, symbol_match) = corpus.align(versioned, "ids"), corpus.align(symbols, "symbols")
+    assert (id_match.named_by, symbol_match.named_by) == ("Ensembl id", "symbol")
+    assert id_match.matched == symbol_match.matched == source.n_vars
+    assert by_id.var.equals(by_symbol.var)
+    assert (by_id.X != by_symbol.X).nnz == 0
+    assert (by_id.X != source[:, by_id.var_names].X).nnz == 0
+
+
+def duplicate_symbol():
+    adata = toy()
+    return renamed(adata, [*adata.var_names[:-1], adata.var_names[0]])
+
+
+def duplicate_symbol_unknown():
+    adata = toy()
+    return renamed(adata, [*adata.var_names[:-2], "novel", "novel"])
+
+
+def duplicate_version():
+    adata = toy(ids=True)
+    return renamed(adata, [*adata.var_names[:-1], f"{adata.var_names[0]}.2"])
+
+
+def duplicate_cells():
+    adata = toy()
+    adata.obs.index = pd.Index(["cell0", *adata.obs_names[:-1]])
+    return adata
+
+
+def mouse():
+    adata = toy()
+    return renamed(adata, ["Actb", "Gapdh", "Cd3d", *[f"Gm{i}" for i in range(17)]])
+
+
+def few_matched():
+    adata = toy()
+    return renamed(adata, [*adata.var_names[:9], *[f"novel{i}" for i in range(11)]])
+
+
+def empty_cell():
+    adata = toy()
+    adata.X = sp.csr_matrix(adata.X.toarray() * (np.arange(12) != 5)[:, None])
+    return adata
+
+
+def empty_in_matched_genes():
+    adata = toy()
+    dense = adata.X.toarray()
+    dense[5] = 0
+    dense[5, -1] = 9
+    adata.X = sp.csr_matrix(dense)
+    return renamed(adata, [*adata.var_names[:-1], "novel"])
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (duplicate_symbol, ["1 gene names", str(toy().var_names[0]), "Sum or drop"]),
+        (duplicate_symbol_unknown, ["1 gene names", "novel", "Sum or drop"]),
+        (duplicate_version, ["1 Ensembl ids", str(toy(ids=True).var_names[0]), "Sum or drop"]),
+        (duplicate_cells, ["cell0", "make obs_names unique"]),
+        (mouse, ["only 0 of 20 genes (Actb", "human", "Name genes by Ensembl id"]),
+        (few_matched, ["only 9 of 20 genes", "at least 50%"]),
+        (empty_cell, ["1 cells (such as cell5)", "drop them"]),
+        (empty_in_matched_genes, ["1 cells (such as cell5)", "drop them"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+@pytest.mark.filterwarnings("ignore:Observation names are not unique:UserWarning")
+def test_align_refuses_and_says_why(make, parts):
+    with pytest.raises(corpus.CorpusError) as error:
+        corpus.align(make(), "mine")
+    for part in ["mine: ", *parts]:
+        assert part in str(error.value)
+
+
+def test_share_of_matched_genes_is_the_users_to_set():
+    with pytest.raises(corpus.CorpusError, match="at least 50%"):
+        corpus.align(few_matched(), "mine")
+    assert corpus.align(few_matched(), "mine", min_matched=0.45)[0].n_vars == 9
+    with pytest.raises(corpus.CorpusError, match="only 0 of 20"):
+        corpus.align(mouse(), "mine", min_matched=0)
+
+
+def test_column_is_complete_or_refused():
+    adata = toy()
+    assert corpus.column(adata, "mine", "cell_type", "cell_type").tolist() == ["a", "b"] * 6
+    with pytest.raises(corpus.CorpusError, match=r"mine: no column 'kind' .*has 'cell_type'\. Name the right column"):
+        corpus.column(adata, "mine", "kind", "cell_type")
+    adata.obs["cell_type"] = ["a", None, np.nan, *["b"] * 9]
+    with pytest.raises(corpus.CorpusError, match=r"mine: column 'cell_type' .*missing for 2 cells; label or drop"):
+        corpus.column(adata, "mine", "cell_type", "cell_type")
+
+
+@given(seed=st.integers(0, 1000), n_have=st.integers(1, 12), n_want=st.integers(1, 12))
+@settings(max_examples=50, deadline=None)
+def test_to_genes_equals_a_dense_reference(seed, n_have, n_want):
+    rng = np.random.default_rng(seed)
+    have, want = (rng.permutation(TABLE.index[:15].to_numpy())[:n] for n in (n_have, n_want))
+    dense = rng.poisson(1.0, (4, n_have)).astype(np.float32)
+    expected = np.zeros((4, n_want), np.float32)
+    for j, gene in enumerate(want):
+        if gene in have:
+            expected[:, j] = dense[:, list(have).index(gene)]
+    adata = ad.AnnData(sp.csr_matrix(dense), var=pd.DataFrame(index=pd.Index(have)))
+    moved = corpus.to_genes(adata, pd.Index(want))
+    assert (moved.format, moved.dtype) == ("csr", np.float32)
+    assert moved.has_sorted_indices
+    assert np.array_equal(moved.toarray(), expected)
+
+
+# Splits
+
+SHARES = st.sampled_from([[0.5, 0.5], [0.7, 0.3], [0.95, 0.05], [0.8, 0.1, 0.1], [0.25] * 4, [1.0], [0.5, 0.0, 0.5]])
+LABELS = st.lists(st.integers(1, 60), min_size=1, max_size=8).map(lambda sizes: np.repeat(np.arange(len(sizes)), sizes))
+
+
+@given(labels=LABELS, shares=SHARES, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_parts_have_exact_sizes_and_repeat(labels, shares, seed):
+    part = corpus.stratified_split(labels, shares, seed=seed)
+    ends = np.rint(np.cumsum(shares) * len(labels)).astype(int)
+    assert np.array_equal(np.bincount(part, minlength=len(shares)), np.diff(ends, prepend=0))
+    assert np.array_equal(part, corpus.stratified_split(labels, shares, seed=seed))
+
+
+@given(labels=LABELS, shares=SHARES, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=300, deadline=None)
+def test_parts_hold_every_label_in_proportion(labels, shares, seed):
+    part = corpus.stratified_split(labels, shares, seed=seed)
+    held = pd.crosstab(labels, part).reindex(columns=range(len(shares)), fill_value=0).to_numpy()
+    off = np.abs(held - np.outer(np.bincount(labels), np.bincount(part, minlength=len(shares)) / len(labels)))
+    assert off[:, 0].max() < 1 + 1e-9
+    assert off.max() < (1 if len(shares) == 2 else 2) + 1e-9
+
+
+def test_seeds_divide_differently_and_labels_need_no_order():
+    labels = np.array(["a", "b", "c", "a"] * 25)
+    splits = [corpus.stratified_split(labels, [0.5, 0.5], seed=seed) for seed in range(5)]
+    assert len({tuple(part) for part in splits}) == 5
+    assert 0.2 < np.mean([part[labels == "b"] for part in splits], axis=0).mean() < 0.8
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.4], [0.7, 0.7], [1.5, -0.5]])
+def test_bad_shares_are_refused(shares):
+    with pytest.raises(ValueError, match="add up to 1"):
+        corpus.stratified_split(np.array([0, 1]), shares, seed=0)
+
+
+# A user's own file, through a study
+
+
+@pytest.fixture(scope="module")
+def own_cells():
+    """100 PBMC x 600 genes; simulated where the real ones are absent."""
+    if not (SHARED / "pbmc3k.h5ad").is_file():
+        return toy(100, 600)
+    adata = ad.read_h5ad(SHARED / "pbmc3k.h5ad")[:100]
+    known = adata.var_names.isin(TABLE["feature_name"])
+    expressed = np.asarray(adata.X.sum(axis=0)).ravel() * known
+    return adata[:, np.sort(np.argsort(-expressed)[:600])].copy()
+
+
+def study_of(adata, tmp_path, **values):
+    path = tmp_path / "mine.h5ad"
+    adata.write_h5ad(path)
+    minimal = {
+        "study": "mine",
+        "corpus": str(path),
+        "strategies": ["random"],
+        "percentages": [100],
+        "seeds": [0],
+        "models": ["PretrainedPCA"],
+        "steps": 1,
+        "tasks": ["zeroshot_classification"],
+    }
+    return Study(params.check({**minimal, **values}, "mine.yaml"), tmp_path / "run")
+
+
+def test_own_corpus_is_aligned_and_split(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path, held_out=0.25)
+    made = study.corpus
+    assert made.shape == own_cells.shape
+    assert made.obs["split"].value_counts().to_dict() == {"pretraining": 75, "held out": 25}
+    symbols = made.var["feature_name"].to_numpy()
+    assert np.array_equal(made.X.toarray(), own_cells[:, symbols].X.toarray())
+    assert made.obs["cell_type"].astype(str).tolist() == own_cells.obs["cell_type"].astype(str).tolist()
+    assert study.pretraining_cells.n_obs == 75
+    assert study.dataset("mine_held_out").n_obs == 25
+
+
+def no_integers(adata):
+    adata.X = adata.X * 0.5
+
+
+def with_nan(adata):
+    adata.X.data[0] = np.nan
+
+
+def same_gene_twice(adata):
+    adata.var.index = pd.Index([*adata.var_names[:-1], adata.var_names[0]])
+
+
+def no_cell_type(adata):
+    del adata.obs["cell_type"]
+
+
+def label_missing(adata):
+    adata.obs["cell_type"] = [None, *adata.obs["cell_type"].astype(str)[1:]]
+
+
+def other_genes(adata):
+    adata.var_names = [f"Gm{i}" for i in range(adata.n_vars)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_integers, r"no raw counts found \(X holds fractions"),
+        (with_nan, "X holds NaN"),
+        (same_gene_twice, "occur more than once"),
+        (no_cell_type, "no column 'cell_type'"),
+        (label_missing, "missing for 1 cells"),
+        (other_genes, "only 0 of 600 genes"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+def test_bad_corpus_is_refused_and_leaves_nothing(own_cells, tmp_path, spoil, message):
+    adata = own_cells.copy()
+    spoil(adata)
+    study = study_of(adata, tmp_path)
+    with pytest.raises(corpus.CorpusError, match=message) as error:
+        _ = study.corpus
+    assert "mine.h5ad: " in str(error.value)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_context_that_is_no_cell_type_is_refused(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"])
+    with pytest.raises(
+        corpus.CorpusError, match=r"held_out_contexts names \['Nobody'\].*cell_type.*name some of these"
+    ):
+        _ = study.corpus
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_context_that_is_no_cell_type_is_refused_of_a_corpus_made_before(own_cells, tmp_path):
+    assert study_of(own_cells, tmp_path).corpus.n_obs == own_cells.n_obs
+    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"])
+    with pytest.raises(corpus.CorpusError, match="Nobody"):
+        _ = study.corpus
+
+
+@pytest.mark.parametrize("name", ["no_such_set", "no_such_file.h5ad"])
+def test_corpus_that_cannot_be_had_is_named(own_cells, tmp_path, name):
+    with pytest.raises(datasets.DatasetError, match=name):
+        _ = study_of(own_cells, tmp_path, corpus=name).corpus
+    assert not (tmp_path / "run").exists()

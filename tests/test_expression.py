@@ -1,0 +1,98 @@
+"""Expression steps against scanpy and scikit-learn."""
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+import scipy.sparse as sp
+from sklearn.decomposition import PCA
+
+from datawall import expression
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def counts():
+    path = SHARED / "pbmc3k.h5ad"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    return ad.read_h5ad(path).X[:400]
+
+
+def test_lognormalise_is_the_formula_and_scanpys(counts):
+    X = expression.lognormalise(counts)
+    dense = counts.toarray().astype(np.float64)
+    np.testing.assert_allclose(X.toarray(), np.log1p(dense / dense.sum(axis=1, keepdims=True) * 1e4), rtol=1e-5)
+    adata = ad.AnnData(counts.copy())
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    np.testing.assert_allclose(X.toarray(), adata.X.toarray(), rtol=1e-6)
+    assert (X.format, X.dtype) == ("csr", np.float32)
+
+
+def test_lognormalise_leaves_its_input_alone(counts):
+    before = counts.copy()
+    expression.lognormalise(counts)
+    assert np.array_equal(counts.data, before.data)
+    assert np.array_equal(counts.indices, before.indices)
+
+
+@pytest.mark.filterwarnings("ignore:Some cells have zero counts:UserWarning")
+def test_cell_without_counts_stays_zero():
+    X = expression.lognormalise(sp.csr_matrix([[0.0, 0], [1, 3]]))
+    np.testing.assert_allclose(X.toarray(), [[0, 0], np.log1p([2500, 7500])], rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_genes", [None, 300])
+def test_variable_genes_are_scanpys(counts, n_genes):
+    X = expression.lognormalise(counts)
+    adata = ad.AnnData(X.copy())
+    sc.pp.highly_variable_genes(adata, n_top_genes=n_genes)
+    chosen = expression.variable_genes(X, n_genes)
+    assert np.array_equal(chosen, adata.var["highly_variable"])
+    assert 0 < chosen.sum() < counts.shape[1]
+
+
+def test_all_detected_genes_where_more_are_asked_for(counts):
+    X = expression.lognormalise(counts)
+    assert np.array_equal(expression.variable_genes(X, 10**6), np.asarray(counts.sum(axis=0)).ravel() > 0)
+
+
+def test_no_variable_gene_is_refused():
+    with pytest.raises(ValueError, match="no gene is variable among 3 cells"):
+        expression.variable_genes(sp.csr_matrix((3, 4), dtype=np.float32))
+
+
+@pytest.mark.parametrize("shape", [(80, 20), (20, 80)])
+@pytest.mark.parametrize("as_sparse", [False, True])
+def test_pca_is_scikit_learns_up_to_sign(shape, as_sparse):
+    X = np.random.default_rng(0).normal(size=shape) * np.linspace(3, 0.1, shape[1]) + 1
+    given = sp.csr_matrix(X) if as_sparse else X
+    reference = PCA(5, svd_solver="full").fit(X)
+    axes, mean = expression.principal_axes(given, 5)
+    np.testing.assert_allclose(np.abs(axes), np.abs(reference.components_), atol=1e-9)
+    np.testing.assert_allclose(mean, X.mean(axis=0))
+    scores = expression.pca_scores(given, 5)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, (X - X.mean(axis=0)) @ axes.T, atol=1e-5)
+    np.testing.assert_allclose(np.abs(scores), np.abs(reference.transform(X)), atol=1e-5)
+
+
+def test_largest_loading_of_each_axis_is_positive():
+    X = np.random.default_rng(1).normal(size=(50, 12))
+    for given in (X, -X):
+        axes, _ = expression.principal_axes(given, 10)
+        assert (axes[np.arange(10), np.abs(axes).argmax(axis=1)] > 0).all()
+    np.testing.assert_allclose(expression.principal_axes(-X, 10)[0], expression.principal_axes(X, 10)[0], atol=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((5, 30), 4), ((30, 5), 5), ((2, 9), 1)])
+def test_no_more_components_than_rank(shape, rank):
+    X = np.random.default_rng(2).normal(size=shape)
+    scores = expression.pca_scores(X, 50)
+    assert scores.shape == (shape[0], rank)
+    distances = np.linalg.norm(X[0] - X[1]), np.linalg.norm(scores[0] - scores[1])
+    np.testing.assert_allclose(*distances, rtol=1e-5)

@@ -1,0 +1,82 @@
+"""Rules that every notebook keeps, so that it reads well, re-executes and can be validated."""
+
+import ast
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+import run_all
+from datawall import params
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in run_all.STAGES.values()]
+CHECKED = "nbval-check-output"
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells_of(path, kind):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def test_stages_and_notebooks_are_the_same():
+    assert sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")) == [path.name for path in NOTEBOOKS]
+
+
+@each_notebook
+def test_outputs_are_stored_and_were_run_top_to_bottom(path):
+    code = cells_of(path, "code")
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+
+
+@each_notebook
+def test_checked_cells_print_facts_that_hold_elsewhere(path):
+    checked = [cell for cell in cells_of(path, "code") if CHECKED in tags(cell)]
+    assert checked
+    for cell in checked:
+        printed = "".join(str(output.get("text", "")) + str(output.get("data", "")) for output in cell.outputs)
+        assert printed
+        assert not re.search(r"/\w+/\w+|\.\./|\bseconds\b|it/s", printed.replace("https://", ""))
+        assert not [output for output in cell.outputs if output.get("name") == "stderr"]
+
+
+@each_notebook
+def test_parameters_are_those_of_the_default_study(path):
+    (cell,) = [cell for cell in cells_of(path, "code") if "parameters" in tags(cell)]
+    declared = {
+        target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body for target in line.targets
+    }
+    quick = params.read(ROOT / "params" / "quick.yaml").model_dump()
+    assert declared == {name: quick[name] for name in declared}
+    assert set(papermill.inspect_notebook(str(path))) == set(declared)
+
+
+@each_notebook
+def test_cells_are_short_and_define_nothing(path):
+    lengths = []
+    for cell in cells_of(path, "code"):
+        lengths.append(len(cell.source.splitlines()))
+        assert not [
+            node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        ]
+    assert max(lengths) <= 25
+    assert statistics.median(lengths) <= 8
+
+
+@each_notebook
+def test_nearly_half_of_the_cells_are_prose(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 0.45 * len(notebook.cells)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "papermill" not in notebook.metadata
+    assert "../" not in "".join(cell.source for cell in notebook.cells)

@@ -1,0 +1,198 @@
+"""The study file: what is allowed, and one line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from datawall import params, paths
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MINIMAL = {
+    "study": "mine",
+    "strategies": ["random"],
+    "percentages": [10, 100],
+    "seeds": [0],
+    "models": ["PretrainedPCA", "Geneformer"],
+    "steps": 5,
+    "tasks": ["zeroshot_classification"],
+}
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Lines of the error that a study file's text, or changes to a good study, bring about."""
+
+    def lines(text=None, **changes):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(MINIMAL | changes) if text is None else text)
+        with pytest.raises(params.ParamsError) as error:
+            params.read(path)
+        return str(error.value).splitlines()
+
+    return lines
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_valid(path):
+    assert params.read(path).study == path.stem
+
+
+def test_quick_and_tiny_studies_exist():
+    assert {"quick", "tiny"} <= {path.stem for path in (REPOSITORY / "params").glob("*.yaml")}
+
+
+def test_minimal_study_is_filled_with_defaults():
+    study = params.check(MINIMAL, "mine.yaml")
+    assert (study.corpus, study.k, study.held_out, study.evaluation) == ("kang2018", 5, 0.3, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"sedes": [1]}, ["sedes", "no such key", "did you mean 'seeds'?"]),
+        ({"zzz": 1}, ["zzz", "no such key", "strategies, percentages, seeds"]),
+        ({"percentages": [0, 10]}, ["percentages.0: 0 ", "greater than 0", "change it"]),
+        ({"percentages": [10, 140]}, ["percentages.1: 140 ", "less than or equal to 100", "change it"]),
+        ({"percentages": []}, ["percentages: [] ", "at least 1 item"]),
+        ({"percentages": [float("nan")]}, ["percentages.0: nan "]),
+        ({"seeds": [-1]}, ["seeds.0: -1 ", "greater than or equal to 0"]),
+        ({"seeds": [3, 1, 3]}, ["seeds: [3, 1, 3] ", "3 is listed twice; list it once"]),
+        ({"seeds": 3}, ["seeds: 3 ", "valid list"]),
+        ({"percentages": [1, 1.0]}, ["percentages: [1, 1.0] ", "listed twice"]),
+        ({"strategies": ["randon"]}, ["strategies.0: 'randon' ", "'random'", "'geometric_sketching'"]),
+        ({"tasks": ["clustering"]}, ["tasks.0: 'clustering' ", "'zeroshot_classification'"]),
+        ({"models": ["Geneforma"]}, ["models: 'Geneforma' is no model", "PretrainedPCA, Geneformer"]),
+        (
+            {"hyperparameters": {"Geneformer": {"n_layer": 2}}},
+            ["hyperparameters: Geneformer", "n_layer 2", "not permitted"],
+        ),
+        (
+            {"hyperparameters": {"Geneformer": {"n_layers": 1}}},
+            ["hyperparameters: Geneformer", "n_layers 1", "greater than or equal to 2"],
+        ),
+        ({"hyperparameters": {"Genformer": {}}}, ["'Genformer'", "no model", "PretrainedPCA, Geneformer"]),
+        ({"steps": 0}, ["steps: 0 ", "greater than or equal to 1"]),
+        ({"held_out": 1}, ["held_out: 1 ", "less than 1"]),
+        ({"study": "../mine"}, ["study: '../mine' ", "match pattern"]),
+        ({"tasks": ["zeroshot_integration"]}, ["zeroshot_integration", "batch_key", "leave the task out"]),
+        ({"tasks": ["perturbation_response"], "control": "ctrl"}, ["perturbation_key", "leave the task out"]),
+        ({"tasks": ["perturbation_response"], "perturbation_key": "drug"}, ["control", "leave the task out"]),
+        (
+            {"percentages": [100], "strategies": ["celltype_reweighted"]},
+            ["no subset", "`random`", "100 %", "smaller percentage"],
+        ),
+    ],
+)
+def test_one_mistake_is_one_line_that_says_what_to_do(refused, changes, parts):
+    [line] = refused(**changes)
+    assert line.startswith("mine.yaml: ")
+    for part in parts:
+        assert part in line
+    assert not line.endswith("..")
+
+
+def test_unknown_hyperparameter_reads_as_a_sentence(refused):
+    [line] = refused(hyperparameters={"Geneformer": {"n_layer": 2}})
+    assert "Geneformer.got" not in line
+
+
+@pytest.mark.parametrize("key", ["study", "strategies", "percentages", "seeds", "models", "steps"])
+def test_missing_key_is_named(refused, key):
+    text = yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != key})
+    assert refused(text) == [f"mine.yaml: {key}: missing; every study needs it."]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("- 1\n- 2\n", ["holds a list", "mapping", "`key: value`"]),
+        ("", ["holds a NoneType", "mapping"]),
+        ("seeds: [1, 2\nsteps: 3\n", ["not readable as YAML", "line 2"]),
+    ],
+)
+def test_file_that_is_no_mapping_is_refused(refused, text, parts):
+    [line] = refused(text)
+    assert line.startswith("mine.yaml: ")
+    for part in parts:
+        assert part in line
+
+
+def test_key_that_is_no_word_is_refused(refused):
+    [line] = refused(yaml.safe_dump(MINIMAL) + "1: 2\n")
+    assert line.startswith("mine.yaml: 1: no such key")
+
+
+def test_each_mistake_has_its_line(refused):
+    lines = refused(percentages=[0, 140], seeds=[-1], sede=1)
+    assert len(lines) == 4
+    for key in ("percentages.0", "percentages.1", "seeds.0", "sede"):
+        assert sum(line.startswith(f"mine.yaml: {key}: ") for line in lines) == 1
+
+
+def test_overrides_replace_and_are_checked(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    study = params.read(path, {"seeds": [7], "k": 3})
+    assert (study.seeds, study.k, study.steps) == ([7], 3, 5)
+    assert params.read(path).seeds == [0]
+    with pytest.raises(params.ParamsError, match="did you mean 'seeds'"):
+        params.read(path, {"sedes": [7]})
+
+
+def test_whole_corpus_is_drawn_once_and_untrained_once_a_seed():
+    values = {"strategies": ["random", "celltype_reweighted", "untrained"], "percentages": [100, 10], "seeds": [4, 2]}
+    assert params.check(MINIMAL | values, "mine.yaml").subsets() == [
+        ("random", 10.0, 4),
+        ("random", 10.0, 2),
+        ("random", 100.0, 4),
+        ("random", 100.0, 2),
+        ("celltype_reweighted", 10.0, 4),
+        ("celltype_reweighted", 10.0, 2),
+        ("untrained", 0.0, 4),
+        ("untrained", 0.0, 2),
+    ]
+
+
+def test_study_is_frozen():
+    study = params.check(MINIMAL, "mine.yaml")
+    with pytest.raises(ValidationError, match="frozen"):
+        study.steps = 6
+
+
+@pytest.fixture
+def compendium(tmp_path, monkeypatch):
+    """A checkout of its own, with two studies and a run, and the working directory in its notebooks."""
+    for folder in ("params", "notebooks", "runs/done"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("params/alpha.yaml", "params/beta.yaml", "runs/done/study.yaml"):
+        (tmp_path / name).write_text(yaml.safe_dump(MINIMAL))
+    monkeypatch.chdir(tmp_path / "notebooks")
+    return tmp_path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("study", "found"),
+    [
+        ("alpha", "params/alpha.yaml"),
+        ("params/beta.yaml", "params/beta.yaml"),
+        ("../params/beta.yaml", "params/beta.yaml"),
+        ("runs/done", "runs/done/study.yaml"),
+        ("../runs/done", "runs/done/study.yaml"),
+        ("runs/done/study.yaml", "runs/done/study.yaml"),
+    ],
+)
+def test_study_file_is_found_by_name_path_and_run_folder(compendium, study, found):
+    assert paths.study_file(study) == compendium / found
+    assert paths.study_file(str(compendium / found)) == compendium / found
+
+
+def test_unknown_study_lists_the_known_ones(compendium):
+    with pytest.raises(FileNotFoundError, match=r"^gamma: no such study file; .*: alpha, beta\.$"):
+        paths.study_file("gamma")
+
+
+def test_run_folder_is_where_the_study_was_written(compendium):
+    assert paths.run_folder(compendium / "runs/done/study.yaml", "mine") == compendium / "runs/done"
+    assert paths.run_folder(compendium / "params/alpha.yaml", "mine") == compendium / "runs/mine"

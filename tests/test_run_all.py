@@ -1,0 +1,148 @@
+"""The command, end to end on the tiny study: complete, repeatable, resumable, and clear when it fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+import datawall as dw
+import run_all
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = str(ROOT / "params" / "tiny.yaml")
+# A study of seconds: a corpus with labels of its own, one task.
+SMALL = ["corpus=pbmc68k", "evaluation=[]", "tasks=[zeroshot_classification]", "batch_key=null", "steps=5"]
+SMALL = [word for setting in [*SMALL, "perturbation_key=null", "control=null"] for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    assert run_all.main([TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+def artifacts(folder):
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("store/*/*/manifest.json")}
+
+
+def command(*words):
+    return [sys.executable, str(ROOT / "run_all.py"), *words]
+
+
+def test_run_leaves_results_figures_and_executed_notebooks(tiny_run):
+    study = dw.open_study(str(tiny_run))
+    plan = dw.evaluation.plan(study)
+    results = dw.read_results(tiny_run)
+    assert results["run_id"].nunique() == plan["experiments"] + plan["baselines"]
+    assert set(results["task"]) == set(study.params.tasks)
+    assert results["value"].notna().all()
+    assert list(results) == dw.results.COLUMNS
+    pd.testing.assert_frame_equal(pd.read_csv(tiny_run / "results.csv"), results, check_dtype=False)
+    figures = {path.stem for path in (tiny_run / "figures").glob("*.svg")}
+    assert figures == {"saturation_points", *(f"learning_curves_{task}" for task in study.params.tasks)}
+    for name in figures:
+        assert (tiny_run / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert len(pd.read_csv(tiny_run / "figures" / f"{name}.csv"))
+    for name in run_all.STAGES.values():
+        executed = nbformat.read(tiny_run / "notebooks" / f"{name}.ipynb", as_version=4)
+        assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+def test_second_run_makes_nothing_again(tiny_run):
+    before, results = artifacts(tiny_run), (tiny_run / "results.csv").read_bytes()
+    assert run_all.main([TINY, "--out", str(tiny_run), "--stages", "2,3,6"]) == 0
+    assert artifacts(tiny_run) == before
+    assert (tiny_run / "results.csv").read_bytes() == results
+
+
+def test_from_scratch_gives_the_same_numbers(tiny_run, tmp_path):
+    again = dw.study.Study(dw.open_study(str(tiny_run)).params, tmp_path)
+    for task in again.params.tasks:
+        dw.evaluation.evaluate(again, task)
+    pd.testing.assert_frame_equal(dw.read_results(tmp_path), dw.read_results(tiny_run), check_exact=True)
+
+
+def test_changed_parameter_redoes_only_what_depends_on_it(tiny_run):
+    before = artifacts(tiny_run)
+    study = dw.open_study(str(tiny_run), k=3)
+    dw.evaluation.evaluate(study, "zeroshot_classification")
+    made = artifacts(tiny_run).keys() - before.keys()
+    kinds = {path.parent.parent.name for path in tiny_run.glob("store/*/*/manifest.json") if path.parent.name in made}
+    assert kinds == {"evaluation"}
+    assert len(made) == len(dw.evaluation.evaluations(study, "zeroshot_classification"))
+
+
+def test_papermill_by_hand(tiny_run, tmp_path):
+    source, out = ROOT / "notebooks" / "02_pretraining.ipynb", tmp_path / "out.ipynb"
+    overrides = {"models": ["PretrainedPCA", "Geneformer"], "percentages": [1], "seeds": [0, 1], "steps": 5}
+    parameters = [word for key, value in overrides.items() for word in ("-y", f"{key}: {value}")]
+    words = ["-p", "study", str(tiny_run), *parameters, "--no-progress-bar"]
+    subprocess.run(
+        [sys.executable, "-m", "papermill", source, out, *words], check=True, cwd=tmp_path, capture_output=True
+    )
+    counts = [cell.execution_count for cell in nbformat.read(out, as_version=4).cells if cell.cell_type == "code"]
+    assert None not in counts
+
+
+def test_killed_run_resumes_and_ends_with_the_same_numbers(tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert run_all.main([TINY, *SMALL, "--out", str(undisturbed)]) == 0
+    process = subprocess.Popen(command(TINY, *SMALL, "--out", str(killed)), start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(artifacts(killed)) < 5 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = artifacts(killed)
+    assert 5 <= len(kept) < len(artifacts(undisturbed))
+    assert run_all.main([TINY, *SMALL, "--out", str(killed)]) == 0
+    assert kept.items() <= artifacts(killed).items()
+    pd.testing.assert_frame_equal(dw.read_results(killed), dw.read_results(undisturbed), check_exact=True)
+
+
+def test_plan_counts_and_writes_nothing(tmp_path, capsys):
+    assert run_all.main([str(ROOT / "params" / "quick.yaml"), "--plan", "--out", str(tmp_path / "run")]) == 0
+    assert "20 subsets, 44 models, 264 experiments, 10 baselines" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--set", "percentges=[1]"], ["tiny.yaml", "percentges", "percentages"]),
+        (["--set", "percentages=[0, 1]"], ["percentages.0", "0", "greater than 0"]),
+        (["--set", "seeds=[-1]"], ["seeds.0", "-1"]),
+        (["--set", "models=[GPT]"], ["GPT", "PretrainedPCA"]),
+        (["--set", "steps"], ["key=value"]),
+        (["--stages", "3,9"], ["9", "1 to 7"]),
+        (["--from", "four"], ["four", "1 to 7"]),
+    ],
+)
+def test_wrong_request_is_refused_before_anything_is_done(words, named, tmp_path, capsys):
+    assert run_all.main([TINY, *words, "--out", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_study_lists_those_that_exist(capsys):
+    assert run_all.main(["nosuch"]) == 2
+    assert "quick" in capsys.readouterr().err
+
+
+def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys):
+    (tmp_path / "broken.h5ad").write_text("not a data set")
+    words = ["--set", f"corpus={tmp_path / 'broken.h5ad'}", "--out", str(tmp_path / "run")]
+    assert run_all.main([TINY, *words]) == 1
+    printed = capsys.readouterr()
+    assert "broken.h5ad: not readable" in printed.err
+    assert "01_curation.ipynb" in printed.err
+    assert "02_pretraining" not in printed.out
+    assert not list((tmp_path / "run" / "store").rglob("*.*"))

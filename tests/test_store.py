@@ -1,0 +1,231 @@
+import json
+import logging
+
+import pytest
+
+from datawall import store
+from datawall.store import MANIFEST, Store, Unit, write_atomically, write_json
+
+UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("sampling",))
+
+
+def write_two_files(folder):
+    (folder / "rows.bin").write_bytes(bytes(range(256)) * 20)
+    (folder / "note.txt").write_text("first\n")
+
+
+def refuse_to_make(folder):
+    raise AssertionError("made again")
+
+
+def test_made_once_and_found_again(tmp_path):
+    made = Store(tmp_path).find_or_make(UNIT, write_two_files)
+    found = Store(tmp_path).find_or_make(UNIT, refuse_to_make)
+    assert found == made
+    assert found.folder == tmp_path / "subset" / UNIT.key
+    assert (found.folder / "note.txt").read_text() == "first\n"
+
+
+def test_never_made_is_not_found(tmp_path):
+    assert Store(tmp_path).find(UNIT) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_manifest_records_what_made_it(tmp_path):
+    artifact = Store(tmp_path).find_or_make(UNIT, lambda folder: write_two_files(folder) or {"device": "H100"})
+    manifest = json.loads((artifact.folder / MANIFEST).read_text())
+    assert (manifest["kind"], manifest["key"], manifest["record"]) == ("subset", UNIT.key, UNIT.record)
+    assert set(manifest["files"]) == {"rows.bin", "note.txt"}
+    assert manifest["made"] == artifact.made
+    assert artifact.made["device"] == "H100"
+    assert artifact.made["seconds"] >= 0
+    assert artifact.made["peak_memory_mib"] > 10
+    assert {"python", "datawall", "torch"} <= set(artifact.made["versions"])
+
+
+def test_units_do_not_share_artifacts(tmp_path):
+    other = Unit("subset", UNIT.record | {"seed": 1}, UNIT.modules)
+    study = Store(tmp_path)
+    study.find_or_make(UNIT, write_two_files)
+    assert study.find(other) is None
+    assert study.find_or_make(other, write_two_files).folder != study.find(UNIT).folder
+
+
+def test_key_follows_kind_record_and_modules():
+    others = [
+        Unit("model", UNIT.record, UNIT.modules),
+        Unit("subset", UNIT.record | {"percentage": 10}, UNIT.modules),
+        Unit("subset", UNIT.record | {"more": None}, UNIT.modules),
+        Unit("subset", UNIT.record, ("diversity",)),
+        Unit("subset", UNIT.record, (*UNIT.modules, "diversity")),
+    ]
+    assert len({UNIT.key, *(unit.key for unit in others)}) == 6
+    assert Unit("subset", dict(reversed(UNIT.record.items())), UNIT.modules).key == UNIT.key
+    assert len(UNIT.key) == 16
+    assert set(UNIT.key) <= set("0123456789abcdef")
+
+
+def test_key_follows_code(monkeypatch):
+    monkeypatch.setattr(store, "code_version", lambda name: "changed")
+    assert Unit(UNIT.kind, UNIT.record, UNIT.modules).key != UNIT.key
+
+
+def test_key_refuses_nan():
+    with pytest.raises(ValueError, match="JSON"):
+        _ = Unit("subset", {"percentage": float("nan")}, ()).key
+
+
+CODE = '''"""About."""
+
+class Adder:
+    """Adds."""
+
+    def add(self, a, b=1):
+        """Sum."""
+        return a + b  # together
+'''
+
+
+def version_of(code, folder, monkeypatch):
+    (folder / "adder.py").write_text(code)
+    monkeypatch.setattr(store, "__file__", str(folder / "store.py"))
+    return store.code_version.__wrapped__("adder")  # past the cache
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# together", "# as one"),
+        ("Sum.", "Both."),
+        ('    """Adds."""\n', ""),
+        ("About.", "On."),
+        ("a + b", "a  +  (b)"),
+    ],
+)
+def test_comments_docstrings_and_layout_leave_the_code_version(old, new, tmp_path, monkeypatch):
+    assert old in CODE
+    before = version_of(CODE, tmp_path, monkeypatch)
+    assert version_of(CODE.replace(old, new), tmp_path, monkeypatch) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("a + b", "a - b"), ("b=1", "b=2"), ("return a + b", 'return "Sum."'), ("Adder", "A")]
+)
+def test_code_changes_the_code_version(old, new, tmp_path, monkeypatch):
+    before = version_of(CODE, tmp_path, monkeypatch)
+    assert version_of(CODE.replace(old, new), tmp_path, monkeypatch) != before
+
+
+def test_a_function_that_is_only_a_docstring_has_a_version(tmp_path, monkeypatch):
+    code = 'def nothing():\n    """Later."""\n'
+    assert version_of(code, tmp_path, monkeypatch) == version_of("def nothing():\n    pass\n", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_making_that_fails_leaves_nothing(error, tmp_path):
+    def fail(folder):
+        write_two_files(folder)
+        raise error("half way")
+
+    study = Store(tmp_path)
+    with pytest.raises(error, match="half way"):
+        study.find_or_make(UNIT, fail)
+    assert not list((tmp_path / "subset").iterdir())
+    assert study.find(UNIT) is None
+    study.find_or_make(UNIT, write_two_files)
+
+
+def test_provenance_that_is_not_json_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        Store(tmp_path).find_or_make(UNIT, lambda folder: {"device": object()})
+    assert not list((tmp_path / "subset").iterdir())
+
+
+def flip_a_byte(folder):
+    content = bytearray((folder / "rows.bin").read_bytes())
+    content[1_000] ^= 1
+    (folder / "rows.bin").write_bytes(content)
+
+
+def truncate(folder):
+    content = (folder / "rows.bin").read_bytes()
+    (folder / "rows.bin").write_bytes(content[:-1])
+
+
+def keep_of_the_manifest(*names):
+    def keep(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps({name: manifest[name] for name in names}))
+
+    return keep
+
+
+damages = {
+    "flipped byte": (flip_a_byte, "rows.bin"),
+    "truncated file": (truncate, "rows.bin"),
+    "missing file": (lambda folder: (folder / "note.txt").unlink(), "note.txt"),
+    "missing manifest": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
+    "truncated manifest": (lambda folder: (folder / MANIFEST).write_text('{"kind": "subset", "fi'), ""),
+    "binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00\xfe"), ""),
+    "manifest without files": (keep_of_the_manifest("kind", "key", "record", "made"), "files"),
+    "manifest without provenance": (keep_of_the_manifest("kind", "key", "record", "files"), "made"),
+    "manifest that is null": (lambda folder: (folder / MANIFEST).write_text("null"), ""),
+    "manifest that is a list": (lambda folder: (folder / MANIFEST).write_text("[]"), ""),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), damages.values(), ids=damages)
+def test_a_damaged_artifact_is_named_and_made_again(damage, named, tmp_path, caplog):
+    folder = Store(tmp_path).find_or_make(UNIT, write_two_files).folder
+    damage(folder)
+    caplog.set_level(logging.WARNING)
+    fresh = Store(tmp_path)  # a process trusts what it verified itself
+    assert fresh.find(UNIT) is None
+    (warning,) = caplog.messages
+    assert f"subset {UNIT.key} is damaged" in warning
+    assert named in warning
+    fresh.find_or_make(UNIT, write_two_files)
+    assert (folder / "rows.bin").read_bytes() == bytes(range(256)) * 20
+    assert Store(tmp_path).find_or_make(UNIT, refuse_to_make).folder == folder
+    assert [path.name for path in folder.parent.iterdir()] == [UNIT.key]
+
+
+def test_a_folder_of_another_process_half_way_is_not_an_artifact(tmp_path):
+    with store.temporary_folder(tmp_path) as scratch:
+        write_two_files(scratch)
+        assert Store(tmp_path.parent).find(Unit(tmp_path.name, {}, ())) is None
+        assert scratch.parent == tmp_path
+    assert not scratch.exists()
+
+
+def test_writing_that_fails_leaves_the_old_content(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("old")
+
+    def fail(scratch):
+        scratch.write_text("half of the n")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writing_replaces_the_content_at_the_end(tmp_path):
+    path = tmp_path / "new folder" / "results.csv"
+    write_atomically(path, lambda scratch: scratch.write_text("old"))
+    seen = []
+    write_atomically(path, lambda scratch: (scratch.write_text("new"), seen.append(path.read_text())))
+    assert seen == ["old"]
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_keeps_key_order_and_refuses_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"z": 1, "a": [0.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"z": 1, "a": [0.5, None]}
+    assert (tmp_path / "a.json").read_text().index("z") < (tmp_path / "a.json").read_text().index("a")
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"z": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text())["z"] == 1

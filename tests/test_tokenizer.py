@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from datawall.tokenizer import RankTokenizer, Tokens, gene_medians
+from datawall.transformer import N_SPECIAL
+
+PBMC = Path(__file__).resolve().parents[2] / "shared" / "data" / "pbmc3k.h5ad"
+steady = settings(deadline=None, derandomize=True, max_examples=150)
+
+
+def plain_encode(dense, medians, max_length):
+    """Each cell by a stable sort: the definition, without its speed."""
+    cells = []
+    for cell in dense:
+        values = cell.astype(np.float32) / medians.astype(np.float32)
+        ranked = np.argsort(-values, kind="stable")
+        cells.append(ranked[values[ranked] > 0][:max_length] + N_SPECIAL)
+    return cells
+
+
+def plain_medians(dense):
+    medians = np.ones(dense.shape[1], np.float32)
+    scaled = dense / np.maximum(dense.sum(axis=1, keepdims=True), 1) * 1e4
+    for gene in range(dense.shape[1]):
+        if (dense[:, gene] > 0).any():
+            medians[gene] = np.median(scaled[dense[:, gene] > 0, gene])
+    return medians
+
+
+def assert_same_cells(tokens, cells):
+    assert tokens.ids.dtype == np.int32
+    assert tokens.offsets.dtype == np.int64
+    np.testing.assert_array_equal(np.diff(tokens.offsets), [len(cell) for cell in cells])
+    assert tokens.offsets[0] == 0
+    np.testing.assert_array_equal(tokens.ids, np.concatenate([*cells, np.empty(0)]))
+
+
+def with_all_entries_stored(dense):
+    """CSR that stores its zeros, and each cell's genes from last to first."""
+    n_cells, n_genes = dense.shape
+    indices = np.tile(np.arange(n_genes)[::-1], n_cells)
+    return sp.csr_matrix((dense[:, ::-1].ravel(), indices, np.arange(n_cells + 1) * n_genes), shape=dense.shape)
+
+
+@st.composite
+def counts_and_medians(draw):
+    shape = draw(st.tuples(st.integers(0, 6), st.integers(1, 12)))
+    dense = draw(arrays(draw(st.sampled_from([np.int64, np.float32])), shape, elements=st.integers(0, 4)))
+    value = st.sampled_from([0.5, 1.0, 2.0, 3.0]) | st.floats(0.0625, 8, width=32)
+    return dense, draw(arrays(np.float32, shape[1], elements=value))
+
+
+@given(case=counts_and_medians(), max_length=st.integers(1, 12))
+@steady
+def test_encoding_is_that_of_a_stable_sort(case, max_length):
+    dense, medians = case
+    expected = plain_encode(dense, medians, max_length)
+    tokenizer = RankTokenizer(medians, max_length)
+    assert_same_cells(tokenizer.encode(sp.csr_matrix(dense)), expected)
+    assert_same_cells(tokenizer.encode(with_all_entries_stored(dense)), expected)
+
+
+@pytest.mark.skipif(not PBMC.is_file(), reason=f"{PBMC} is not on this machine")
+@pytest.mark.parametrize("max_length", [200, 13_714])
+def test_real_cells_are_encoded_as_by_a_stable_sort(max_length):
+    counts = sp.csr_matrix(ad.read_h5ad(PBMC).X[:200])
+    medians = gene_medians(counts)
+    tokens = RankTokenizer(medians, max_length).encode(counts)
+    assert_same_cells(tokens, plain_encode(counts.toarray(), medians, max_length))
+
+
+def test_ties_go_to_the_gene_that_comes_first():
+    tokens = RankTokenizer(np.array([2, 1, 4, 1])).encode(sp.csr_matrix([[2, 1, 4, 3]]))
+    np.testing.assert_array_equal(tokens.ids - N_SPECIAL, [3, 0, 1, 2])
+
+
+def test_cell_depth_does_not_change_its_encoding():
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(1.0, (20, 30)))
+    tokenizer = RankTokenizer(np.linspace(0.5, 3, 30))
+    np.testing.assert_array_equal(tokenizer.encode(counts * 8).ids, tokenizer.encode(counts).ids)
+
+
+def test_cells_without_counts_get_no_token():
+    tokens = RankTokenizer(np.ones(3)).encode(sp.csr_matrix([[0, 0, 0], [0, 5, 0], [0, 0, 0]]))
+    np.testing.assert_array_equal(tokens.offsets, [0, 0, 1, 1])
+    np.testing.assert_array_equal(tokens.ids, [1 + N_SPECIAL])
+
+
+def test_no_cells_give_no_tokens():
+    assert_same_cells(RankTokenizer(np.ones(3)).encode(sp.csr_matrix((0, 3))), [])
+
+
+def test_encoding_leaves_the_counts_as_they_are():
+    counts = with_all_entries_stored(np.random.default_rng(1).poisson(0.5, (5, 8)))
+    before = counts.copy()
+    RankTokenizer(gene_medians(counts)).encode(counts)
+    for part in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(counts, part), getattr(before, part))
+
+
+def test_every_gene_and_special_token_is_in_the_vocabulary():
+    assert RankTokenizer(np.ones(7)).vocab_size == 7 + N_SPECIAL
+
+
+def test_counts_of_other_genes_are_refused():
+    with pytest.raises(ValueError, match="4 genes, the tokenizer 3"):
+        RankTokenizer(np.ones(3)).encode(sp.csr_matrix((2, 4)))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+def test_median_that_divides_nothing_sensibly_is_refused(bad):
+    with pytest.raises(ValueError, match=f"median of gene 1 is {bad}"):
+        RankTokenizer(np.array([1, bad, 2]))
+
+
+@given(case=counts_and_medians())
+@steady
+def test_medians_are_over_the_cells_that_express_a_gene(case):
+    dense, _ = case
+    for counts in (sp.csr_matrix(dense), with_all_entries_stored(dense)):
+        medians = gene_medians(counts)
+        assert medians.dtype == np.float32
+        np.testing.assert_allclose(medians, plain_medians(dense), rtol=1e-6)
+
+
+def test_medians_by_hand():
+    counts = sp.csr_matrix([[1, 3, 0, 0], [2, 0, 2, 0], [4, 1, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(gene_medians(counts, target_sum=100), [50, (75 + 20) / 2, 50, 1])
+
+
+@given(cells=st.lists(st.integers(0, 4), max_size=8))
+@steady
+def test_take_gives_the_sequences_in_the_order_asked(cells):
+    sequences = [[5, 3], [], [9], [2, 4, 6], []]
+    tokens = Tokens(np.array([5, 3, 9, 2, 4, 6], np.int32), np.array([0, 2, 2, 3, 6, 6]))
+    taken = tokens.take(np.array(cells, np.int64))
+    assert_same_cells(taken, [np.array(sequences[cell]) for cell in cells])

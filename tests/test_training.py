@@ -1,0 +1,205 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datawall.training import Head, NonFiniteLossError, Recipe, minibatches, seeded, train
+
+
+def test_every_cell_comes_once_a_pass():
+    rows = np.concatenate(list(minibatches(7, 3, 7, seed=0)))
+    passes = rows.reshape(3, 7)
+    np.testing.assert_array_equal(np.sort(passes, axis=1), np.tile(np.arange(7), (3, 1)))
+    assert len({tuple(one) for one in passes}) == 3  # shuffled anew each pass
+
+
+def test_a_batch_larger_than_the_data_holds_repeats():
+    (batch,) = minibatches(3, 8, 1, seed=0)
+    assert batch.dtype == np.int64
+    assert sorted(np.bincount(batch)) == [2, 3, 3]
+
+
+def test_batches_follow_their_seed():
+    first, again, other = (np.stack(list(minibatches(50, 8, 20, seed=seed))) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_a_longer_budget_begins_with_the_same_batches():
+    long = np.stack(list(minibatches(50, 8, 20, seed=1)))
+    np.testing.assert_array_equal(np.stack(list(minibatches(50, 8, 5, seed=1))), long[:5])
+
+
+def test_rate_rises_then_falls_linearly():
+    recipe = Recipe(steps=10, batch_size=1, learning_rate=24.0, warmup=0.2)
+    np.testing.assert_allclose([recipe.rate(step) for step in range(10)], [8, 16, 24, 21, 18, 15, 12, 9, 6, 3])
+
+
+def test_rate_without_decay_stays_at_its_peak():
+    recipe = Recipe(steps=5, batch_size=1, learning_rate=3.0, warmup=0.4, decay=False)
+    np.testing.assert_allclose([recipe.rate(step) for step in range(5)], [1, 2, 3, 3, 3])
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.027, 0.5, 1.0])
+def test_rate_is_above_zero_and_at_most_its_peak(warmup):
+    recipe = Recipe(steps=301, batch_size=1, learning_rate=0.1, warmup=warmup)
+    rates = np.array([recipe.rate(step) for step in range(301)])
+    assert (rates > 0).all()
+    assert rates.max() <= 0.1 + 1e-12
+    peak = rates.argmax()
+    assert (np.diff(rates[: peak + 1]) > 0).all()
+    assert (np.diff(rates[peak:]) < 0).all()
+
+
+def noisy_problem(seed=0):
+    rng = np.random.default_rng(0)
+    X = torch.from_numpy(rng.standard_normal((40, 6)).astype(np.float32))
+    y = torch.from_numpy(rng.standard_normal((40, 1)).astype(np.float32))
+    module = seeded(lambda: Head(6, 1, n_hidden=16, dropout=0.5), seed).cpu()
+    return module, lambda rows: ((module(X[rows]) - y[rows]) ** 2).mean()
+
+
+def trained(*, seed, build_seed=0):
+    module, loss_of = noisy_problem(build_seed)
+    history = train(module, loss_of, 40, Recipe(steps=25, batch_size=8, learning_rate=1e-2), seed=seed)
+    return torch.cat([weight.detach().ravel() for weight in module.parameters()]), history
+
+
+def test_training_repeats_bit_for_bit_whatever_the_global_random_state():
+    torch.manual_seed(1)
+    weights, history = trained(seed=5)
+    torch.manual_seed(2)
+    again, history_again = trained(seed=5)
+    assert torch.equal(weights, again)
+    np.testing.assert_array_equal(history.loss, history_again.loss)
+    assert not torch.equal(weights, trained(seed=6)[0])
+
+
+def test_training_leaves_the_global_random_state():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    trained(seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_seeded_weights_repeat_and_leave_the_global_random_state():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    first, again, other = (seeded(lambda: nn.Linear(4, 4), seed).weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_history_counts_what_was_seen():
+    _, history = trained(seed=0)
+    assert len(history.loss) == 25
+    assert np.isfinite(history.loss).all()
+    np.testing.assert_allclose(history.learning_rate, [1e-2 * (25 - step) / 25 for step in range(25)])
+    assert (history.samples_seen, history.unique_cells, history.passes) == (200, 40, 5.0)
+    assert len(history.validation_step) == len(history.validation_loss) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named_by_its_step(value):
+    module, loss_of = noisy_problem()
+    calls = []
+
+    def breaks_at_the_fourth(rows):
+        calls.append(rows)
+        return loss_of(rows) * (value if len(calls) == 4 else 1)
+
+    with pytest.raises(NonFiniteLossError, match=r"at step 4 of 10\b"):
+        train(module, breaks_at_the_fourth, 40, Recipe(steps=10, batch_size=8, learning_rate=1e-3), seed=0)
+
+
+def scripted_validation(module, losses):
+    """Validation losses as given, and the weights that each was taken of."""
+    seen, script = [], iter(losses)
+
+    def look():
+        assert not module.training
+        assert not torch.is_grad_enabled()
+        seen.append([weight.detach().clone() for weight in module.parameters()])
+        return next(script)
+
+    return look, seen
+
+
+def test_early_stopping_restores_the_best_weights():
+    module, loss_of = noisy_problem()
+    look, seen = scripted_validation(module, [5, 3, 1, 2, 1, 4, 0, 0])
+    recipe = Recipe(steps=100, batch_size=8, learning_rate=1e-2, validate_every=2, patience=3)
+    history = train(module, loss_of, 40, recipe, seed=0, validation_loss=look)
+    np.testing.assert_array_equal(history.validation_step, [2, 4, 6, 8, 10, 12])
+    np.testing.assert_array_equal(history.validation_loss, [5, 3, 1, 2, 1, 4])
+    assert len(history.loss) == len(history.learning_rate) == 12
+    assert history.samples_seen == 12 * 8
+    for weight, best, last in zip(module.parameters(), seen[2], seen[-1], strict=True):
+        assert torch.equal(weight, best)
+        assert not torch.equal(weight, last)
+
+
+def test_without_patience_training_ends_with_a_look_and_the_best_weights():
+    module, loss_of = noisy_problem()
+    look, seen = scripted_validation(module, [1, 2, 3])
+    recipe = Recipe(steps=5, batch_size=8, learning_rate=1e-2, validate_every=2)
+    history = train(module, loss_of, 40, recipe, seed=0, validation_loss=look)
+    np.testing.assert_array_equal(history.validation_step, [2, 4, 5])
+    assert len(history.loss) == 5
+    assert all(torch.equal(weight, best) for weight, best in zip(module.parameters(), seen[0], strict=True))
+
+
+def test_looking_at_the_validation_loss_does_not_change_training():
+    weights, _ = trained(seed=0)
+    module, loss_of = noisy_problem()
+    look, _ = scripted_validation(module, range(100, 0, -1))
+    recipe = Recipe(steps=25, batch_size=8, learning_rate=1e-2, validate_every=4)
+    train(module, loss_of, 40, recipe, seed=0, validation_loss=look)
+    assert torch.equal(torch.cat([weight.detach().ravel() for weight in module.parameters()]), weights)
+
+
+def test_module_trains_in_training_mode_and_ends_in_evaluation_mode():
+    module, loss_of = noisy_problem()
+    modes = []
+    module.register_forward_hook(lambda *_: modes.append(module.training))
+    train(
+        module.eval(),
+        loss_of,
+        40,
+        Recipe(steps=4, batch_size=8, learning_rate=1e-3, validate_every=2),
+        seed=0,
+        validation_loss=lambda: loss_of(np.arange(40)),
+    )
+    assert modes == [True, True, False, True, True, False]
+    assert not module.training
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_biases():
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    recipe = Recipe(steps=3, batch_size=2, learning_rate=0.1, decay=False, weight_decay=0.5)
+    train(module, lambda rows: 0 * sum(weight.sum() for weight in module.parameters()), 4, recipe, seed=0)
+    for name, weight in module.named_parameters():
+        shrunk = 0.95**3 if weight.ndim > 1 else 1
+        torch.testing.assert_close(weight.detach(), before[name] * shrunk, rtol=1e-6, atol=0)
+
+
+def test_linear_regression_is_recovered():
+    rng = np.random.default_rng(0)
+    slope, intercept = np.array([[2.0, -1.0, 0.5]]), np.array([3.0])
+    X = rng.standard_normal((200, 3))
+    y = torch.from_numpy((X @ slope.T + intercept).astype(np.float32))
+    X = torch.from_numpy(X.astype(np.float32))
+    module = nn.Linear(3, 1)
+    recipe = Recipe(steps=600, batch_size=32, learning_rate=0.1, warmup=0.1)
+    history = train(module, lambda rows: ((module(X[rows]) - y[rows]) ** 2).mean(), 200, recipe, seed=0)
+    np.testing.assert_allclose(module.weight.detach(), slope, atol=1e-3)
+    np.testing.assert_allclose(module.bias.detach(), intercept, atol=1e-3)
+    assert history.loss[-1] < 1e-5 < history.loss[0]
+
+
+def test_a_head_has_the_published_shape():
+    shapes = [tuple(weight.shape) for weight in Head(10, 4).parameters()]
+    assert shapes == [(128, 10), (128,), (4, 128), (4,)]
+    assert [layer.p for layer in Head(10, 4) if isinstance(layer, nn.Dropout)] == [0.2]
