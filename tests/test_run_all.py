@@ -82,7 +82,7 @@ def test_changed_parameter_redoes_only_what_depends_on_it(tiny_run):
 def test_papermill_by_hand(tiny_run, tmp_path):
     source, out = ROOT / "notebooks" / "02_pretraining.ipynb", tmp_path / "out.ipynb"
     overrides = {"models": ["PretrainedPCA", "Geneformer"], "percentages": [1], "seeds": [0, 1], "steps": 5}
-    parameters = [word for key, value in overrides.items() for word in ("-y", f"{key}: {value}")]
+    parameters = [word for key, value in overrides.items() for word in ("-p", key, str(value))]
     words = ["-p", "study", str(tiny_run), *parameters, "--no-progress-bar"]
     subprocess.run(
         [sys.executable, "-m", "papermill", source, out, *words], check=True, cwd=tmp_path, capture_output=True

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall import baselines, corpus, expression, results, tasks
+from datawall import baselines, cluster, corpus, expression, results, store, tasks
 from datawall.store import Artifact, Unit
-from datawall.study import Run, Study, with_progress
+from datawall.study import Run, Study
 
 BASELINES = {
     "zeroshot_classification": ("HVG", "PCA"),
@@ -76,10 +76,12 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
     -------
     the task's tidy results (see `results.read_results`).
     """
-    for evaluation in with_progress(evaluations(study, task), task):
-        study.store.find_or_make(
-            evaluation_unit(study, evaluation), lambda folder, evaluation=evaluation: _make(study, evaluation, folder)
-        )
+    missing = [one for one in evaluations(study, task) if not study.store.find(evaluation_unit(study, one))]
+    if missing:
+        for name in study.evaluation_datasets():
+            study.dataset_artifact(name)
+        study.pretrain()
+    cluster.run_units(study, make, missing, task)
     table = tidy_results(study)
     results.write_results(table, study.folder)
     return results.select(table, task=task)
@@ -112,10 +114,14 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     return Unit("evaluation", record, CODE[task])
 
 
-def _make(study: Study, evaluation: Evaluation, folder: Path) -> None:
-    """Write an evaluation's metrics, by split."""
-    splits = SCORES[evaluation.task](study, evaluation)
-    (folder / "metrics.json").write_text(json.dumps(dict(splits), indent=1, allow_nan=False))
+def make(study: Study, evaluation: Evaluation) -> Artifact:
+    """Make, or find, one evaluation: its metrics, by split."""
+
+    def write(folder: Path) -> None:
+        splits = SCORES[evaluation.task](study, evaluation)
+        store.write_json(folder / "metrics.json", dict(splits))
+
+    return study.store.find_or_make(evaluation_unit(study, evaluation), write)
 
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:

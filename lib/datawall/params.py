@@ -50,6 +50,8 @@ class Params(BaseModel):
     held_out_contexts: list[str] | None = None  # cell types to hold out of perturbation response; all by default
     perturbation_genes: Annotated[int, Field(ge=1)] = 2000  # most variable genes whose response is predicted
 
+    workers: Annotated[int, Field(ge=1)] | None = None  # processes side by side; by default one per core, or GPU
+
     @field_validator("strategies", "percentages", "seeds", "models", "tasks", "evaluation")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
@@ -119,7 +121,17 @@ def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
         raise ParamsError(
             f"{path.name}: holds a {type(values).__name__}; a study file is a mapping, `key: value` a line."
         )
-    return check({**values, **(overrides or {})}, path.name)
+    return check({**values, **{key: _from_text(value) for key, value in (overrides or {}).items()}}, path.name)
+
+
+def _from_text(value: Any) -> Any:
+    """The list or mapping that a text spells: `papermill -p seeds "[0, 1]"` hands lists over as text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    return value
 
 
 def check(values: dict[str, Any], source: str) -> Params:

@@ -17,9 +17,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import yaml
-from tqdm import tqdm
 
-from datawall import baselines, corpus, datasets, expression, params, paths, sampling, store
+from datawall import baselines, cluster, corpus, datasets, expression, params, paths, sampling, store
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
@@ -90,6 +89,7 @@ class Study:
         self.params = parameters
         self.folder = folder
         self.store = store.Store(folder / "store")
+        cluster.use_one_thread()
 
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
@@ -290,8 +290,12 @@ class Study:
         Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, passes (NaN for a model that takes
         no steps), seconds, device.
         """
+        missing = [run for run in self.pretraining_runs() if not self.store.find(self.model_unit(run))]
+        for run in missing:
+            self.rows(run.subset)  # once, here, rather than by every process that needs it
+        cluster.run_units(self, Study.model_artifact, missing, "pretraining")
         table = []
-        for run in with_progress(self.pretraining_runs(), "pretraining"):
+        for run in self.pretraining_runs():
             made = self.model_artifact(run).made
             spent = {name: made.get(name) for name in ("steps", "samples_seen", "passes", "seconds", "device")}
             n_cells = len(self.rows(run.subset))
@@ -318,8 +322,7 @@ class Study:
             model.untrained(self.corpus.n_vars, seed=subset.seed).save(folder)
             return {}
         cells = self.pretraining_cells[self.rows(subset)]
-        label = f"{run.model}, {subset.strategy} {subset.percentage:g} %, seed {subset.seed}"
-        history = model.fit(cells.X, cells.obs, steps=self.params.steps, seed=subset.seed, progress=label)
+        history = model.fit(cells.X, cells.obs, steps=self.params.steps, seed=subset.seed)
         model.save(folder)
         if history is None:
             return {}
@@ -371,8 +374,3 @@ class Study:
         with np.load(self.store.find_or_make(unit, make).folder / "layout.npz", allow_pickle=False) as layout:
             obs = self.dataset(dataset).obs.iloc[layout["rows"]]
             return obs.assign(x=layout["xy"][:, 0], y=layout["xy"][:, 1]).reset_index(drop=True)
-
-
-def with_progress[Item](items: Iterable[Item], name: str) -> Iterable[Item]:
-    """The items, with a progress bar once it takes longer than two seconds; it leaves nothing behind."""
-    return tqdm(list(items), desc=name, leave=False, delay=2)

@@ -76,10 +76,9 @@ class Geneformer:
         self.genes = np.arange(counts.shape[1])
         if h.n_genes is not None:
             self.genes = np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), h.n_genes))
-        counts = counts[:, self.genes]
-        self.medians = gene_medians(counts)
+        self.medians = gene_medians(counts)[self.genes]
         tokenizer = self._build(seed)
-        tokens = tokenizer.encode(counts)
+        tokens = tokenizer.encode(counts[:, self.genes])
         tokens = tokens.take(np.flatnonzero(np.diff(tokens.offsets)))  # a cell without a token teaches nothing
         if not len(tokens.ids):
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
