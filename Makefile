@@ -16,7 +16,7 @@ test: .venv/ready
 
 notebooks: .venv/ready  # execute in place and store the outputs
 	$(BIN)/python run_all.py params/quick.yaml
-	for n in $(NOTEBOOKS); do PYTHONPATH= $(BIN)/jupyter execute --inplace $$n || exit 1; done
+	for n in $(NOTEBOOKS); do $(BIN)/jupyter execute --inplace $$n || exit 1; done
 	$(CLEAN) $(NOTEBOOKS)
 
 lint: .venv/ready

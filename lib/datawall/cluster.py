@@ -35,6 +35,8 @@ def run_units[Item](study: Study, make: Callable[[Study, Item], object], items: 
     Exception
         The first that `make` raises; items not yet begun are given up.
     """
+    if not items:
+        return
     import torch
     from joblib import Parallel, cpu_count, delayed
 
@@ -42,10 +44,11 @@ def run_units[Item](study: Study, make: Callable[[Study, Item], object], items: 
     bar = tqdm(total=len(items), desc=name, leave=False)
     with bar:
         if n_workers == 1:
+            use_one_thread()
             for item in items:
                 make(study, item)
                 bar.update()
-        elif items:
+        else:
             described = study.params.model_dump_json(), str(study.folder)
             work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
             for _ in work(delayed(_work)(*described, make, item) for item in items):
@@ -71,6 +74,7 @@ def _work[Item](params_json: str, folder: str, make: Callable[[Study, Item], obj
 @cache
 def _opened(params_json: str, folder: str) -> Study:
     """The study, opened once in each process, so that its data is read once."""
+    use_one_thread()
     from datawall.params import Params
     from datawall.study import Study
 

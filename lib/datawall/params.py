@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from datawall import hyperparameters
+
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "untrained")
 TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
 
@@ -62,19 +64,12 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Params:
-        from datawall import models
-
-        if unknown := [name for name in self.models if name not in models.FAMILIES]:
-            raise ValueError(f"models: {unknown[0]!r} is no model; the families are {', '.join(models.FAMILIES)}")
-        for name in self.models:
+        for name in [*self.models, *self.hyperparameters]:
             try:
-                models.create(name, **self.hyperparameters.get(name, {}))
+                hyperparameters.check(name, self.hyperparameters.get(name, {}))
             except ValueError as error:
-                raise ValueError(f"hyperparameters: {error}") from None
-        if unused := [name for name in self.hyperparameters if name not in models.FAMILIES]:
-            raise ValueError(
-                f"hyperparameters: {unused[0]!r} is no model; the families are {', '.join(models.FAMILIES)}"
-            )
+                key = "models" if name in self.models and name not in hyperparameters.FAMILIES else "hyperparameters"
+                raise ValueError(f"{key}: {error}") from None
         if "zeroshot_integration" in self.tasks and self.batch_key is None:
             raise ValueError(
                 "zeroshot_integration needs batch_key: name the batch column, or leave the task out of tasks"

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from datawall import baselines, cluster, corpus, datasets, expression, params, paths, sampling, store
+from datawall import baselines, cluster, corpus, datasets, expression, hyperparameters, params, paths, sampling, store
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
@@ -89,7 +89,6 @@ class Study:
         self.params = parameters
         self.folder = folder
         self.store = store.Store(folder / "store")
-        cluster.use_one_thread()
 
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
@@ -265,7 +264,7 @@ class Study:
         """A pretrained model."""
         record = {
             "model": run.model,
-            "hyperparameters": self.params.hyperparameters.get(run.model, {}),
+            "hyperparameters": self._hyperparameters(run.model),
             "seed": run.subset.seed,
         }
         if run.subset.strategy == "untrained":
@@ -273,6 +272,10 @@ class Study:
         else:
             record |= {"subset": self.subset_unit(run.subset).key, "steps": self.params.steps}
         return Unit("model", record, CODE[run.model])
+
+    def _hyperparameters(self, model: str) -> dict[str, Any]:
+        """Hyper-parameters of a family, complete with defaults, so that a changed default is another model."""
+        return hyperparameters.check(model, self.params.hyperparameters.get(model, {})).model_dump()
 
     def model_artifact(self, run: Run) -> Artifact:
         """A pretrained model on disk, with its training history if it took steps."""
@@ -316,7 +319,7 @@ class Study:
     def _make_model(self, run: Run, folder: Path) -> dict[str, Any]:
         from datawall import models, training
 
-        model = models.create(run.model, **self.params.hyperparameters.get(run.model, {}))
+        model = models.create(run.model, **self._hyperparameters(run.model))
         subset = run.subset
         if subset.strategy == "untrained":
             model.untrained(self.corpus.n_vars, seed=subset.seed).save(folder)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from datawall.hyperparameters import check
 from datawall.models.base import Model, read_config
 from datawall.models.geneformer import Geneformer
 from datawall.models.pca import PretrainedPCA
@@ -22,13 +21,8 @@ def create(name: str, **hyperparameters: Any) -> Model:
     ValueError
         If the family, a hyper-parameter or its value is not allowed.
     """
-    if name not in FAMILIES:
-        raise ValueError(f"unknown model {name!r}; the families are {', '.join(FAMILIES)}.")
-    try:
-        return FAMILIES[name](**hyperparameters)
-    except ValidationError as error:
-        mistakes = (f"{mistake['loc'][0]} {mistake['input']!r}: {mistake['msg']}" for mistake in error.errors())
-        raise ValueError(f"{name}: {'; '.join(mistakes)}. Its class lists its hyper-parameters.") from None
+    check(name, hyperparameters)
+    return FAMILIES[name](**hyperparameters)
 
 
 def load(folder: str | Path) -> Model:

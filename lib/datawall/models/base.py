@@ -9,19 +9,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from datawall import store
+from datawall.hyperparameters import Hyperparameters
 from datawall.training import History
 
 CONFIG, TENSORS = "model.json", "model.safetensors"
-
-
-class Hyperparameters(BaseModel):
-    """Hyper-parameters of a family: names, defaults and allowed values, checked when a model is created."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Model(Protocol):

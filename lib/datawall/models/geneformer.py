@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from datawall import expression, training
+from datawall.hyperparameters import check
 from datawall.models import base
 from datawall.tokenizer import RankTokenizer, Tokens, gene_medians
 from datawall.transformer import Encoder, EncoderConfig, mask_tokens
@@ -20,22 +20,6 @@ from datawall.transformer import Encoder, EncoderConfig, mask_tokens
 log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 16_384  # when embedding: bounds memory whatever the cells' lengths
-
-
-class GeneformerHyperparameters(base.Hyperparameters):
-    """Hyper-parameters of Geneformer; the defaults are those of DenAdel et al. 2026."""
-
-    n_genes: PositiveInt | None = None  # vocabulary: this many of the subset's most variable genes, or all
-    max_length: PositiveInt = 2048  # tokens of a cell, its highest ranked genes
-    n_layers: Annotated[int, Field(ge=2)] = 6  # the embedding is the second-to-last
-    n_heads: PositiveInt = 4
-    n_embd: PositiveInt = 256  # the feed-forward layer is twice as wide
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    init_std: PositiveFloat = 0.02
-    batch_size: PositiveInt = 144  # cells a step
-    learning_rate: PositiveFloat = 1e-3  # at its peak
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.027  # share of the steps; theirs was 10,000 of about 370,000
-    weight_decay: NonNegativeFloat = 1e-3
 
 
 class Geneformer:
@@ -48,12 +32,11 @@ class Geneformer:
     Parameters
     ----------
     hyperparameters
-        See `GeneformerHyperparameters`.
+        See `hyperparameters.Geneformer`; its defaults are used for those not given.
     """
 
     def __init__(self, **hyperparameters: Any) -> None:
-        self.hyperparameters = GeneformerHyperparameters(**hyperparameters)
-        self._config(vocab_size=1)  # sizes that do not fit each other are refused now, not when data is loaded
+        self.hyperparameters = check("Geneformer", hyperparameters)
         self.n_corpus_genes: int | None = None
         self.genes: np.ndarray | None = None  # (n_vocabulary,) positions in the corpus of the vocabulary's genes
         self.medians: np.ndarray | None = None  # (n_vocabulary,)

@@ -8,16 +8,10 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from pydantic import PositiveInt
 
 from datawall import expression
+from datawall.hyperparameters import check
 from datawall.models import base
-
-
-class PCAHyperparameters(base.Hyperparameters):
-    """Hyper-parameters of PretrainedPCA; the default is the original study's."""
-
-    n_components: PositiveInt = 50  # axes kept; fewer where the pretraining cells or variable genes are fewer
 
 
 class PretrainedPCA:
@@ -30,11 +24,11 @@ class PretrainedPCA:
     Parameters
     ----------
     hyperparameters
-        See `PCAHyperparameters`.
+        See `hyperparameters.PretrainedPCA`; its defaults are used for those not given.
     """
 
     def __init__(self, **hyperparameters: Any) -> None:
-        self.hyperparameters = PCAHyperparameters(**hyperparameters)
+        self.hyperparameters = check("PretrainedPCA", hyperparameters)
         self.axes: np.ndarray | None = None  # (n_components, n_genes), zero for genes that are not variable
 
     def fit(

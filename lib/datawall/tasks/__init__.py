@@ -1,11 +1,10 @@
-"""The evaluation tasks: each takes arrays and labels, knows no model, and returns metrics by name."""
+"""The evaluation tasks: each takes arrays and labels, knows no model, and returns metrics by name.
 
-from datawall.tasks.classification import zeroshot_classification
-from datawall.tasks.finetuning import finetuned_classification
-from datawall.tasks.integration import zeroshot_integration
-from datawall.tasks.perturbation import perturbation_response
+Tasks load when first named, since some need torch and one needs jax.
+"""
 
-__all__ = ["finetuned_classification", "perturbation_response", "zeroshot_classification", "zeroshot_integration"]
+from importlib import import_module
+from typing import Any
 
 HEADLINE = {
     "zeroshot_classification": "micro_f1",
@@ -13,3 +12,18 @@ HEADLINE = {
     "finetuned_classification": "micro_f1",
     "perturbation_response": "pearson_r",
 }  # the metric by which the original study judges each task
+
+_MODULES = {
+    "zeroshot_classification": "classification",
+    "zeroshot_integration": "integration",
+    "finetuned_classification": "finetuning",
+    "perturbation_response": "perturbation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"datawall.tasks.{_MODULES[name]}"), name)
+    if name in _MODULES.values():
+        return import_module(f"datawall.tasks.{name}")
+    raise AttributeError(f"module 'datawall.tasks' has no attribute {name!r}")
