@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -127,17 +128,18 @@ def _run_stage(number: int, study: Any, repository: Path) -> bool:
     begin = time.perf_counter()
     print(f"[{number}/{len(STAGES)}] {name} …", end="" if sys.stdout.isatty() else "\n", flush=True)
     try:
-        papermill.execute_notebook(
-            str(source),
-            str(executed),
-            {key: values[key] for key in declared},
-            progress_bar=False,
-            # The kernel's own progress bars, for a person who is watching.
-            log_output=sys.stderr.isatty(),
-            stderr_file=sys.stderr if sys.stderr.isatty() else None,
-            # Unix sockets: no ports to race for when several runs start at once, and nothing readable from outside.
-            config=Config(KernelManager={"transport": "ipc"}),
-        )
+        with tempfile.TemporaryDirectory(prefix="datawall-") as sockets:
+            papermill.execute_notebook(
+                str(source),
+                str(executed),
+                {key: values[key] for key in declared},
+                progress_bar=False,
+                # The kernel's own progress bars, for a person who is watching.
+                log_output=sys.stderr.isatty(),
+                stderr_file=sys.stderr if sys.stderr.isatty() else None,
+                # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            )
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
         print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)

@@ -8,16 +8,22 @@ import scipy.sparse as sp
 import torch
 from sklearn.decomposition import PCA
 
-from datawall import models
+from datawall import hyperparameters, models
 from datawall.models.base import NotFittedError
+from datawall.transformer import Encoder, EncoderConfig
 
 N_GENES = 800
 SMALL = {
     "PretrainedPCA": {"n_components": 5},
+    "scVI": {"n_hidden": 16, "n_latent": 6, "batch_size": 32},
+    "SSL": {"n_hidden": [16, 12], "n_latent": 7, "batch_size": 32},
     "Geneformer": {
         "max_length": 64, "n_layers": 2, "n_heads": 2, "n_embd": 16, "batch_size": 8, "dropout": 0.1, "init_std": 0.2
     },
+    "SCimilarity": {"n_hidden": [16, 12], "n_latent": 8, "batch_size": 32},
 }  # fmt: skip
+N_LATENT = {"PretrainedPCA": 5, "scVI": 6, "SSL": 7, "Geneformer": 16, "SCimilarity": 8}
+networks = pytest.mark.parametrize("family", [family for family in SMALL if family != "PretrainedPCA"])
 every_family = pytest.mark.parametrize("family", SMALL)
 
 
@@ -88,7 +94,7 @@ def test_embedding_and_saving_come_after_fitting(family, tmp_path):
 @every_family
 def test_embedding_has_a_row_for_each_cell(family):
     embedding = fitted_once(family).embed(simulated(n_cells=33, seed=1)[0])
-    assert embedding.shape == (33, SMALL[family].get("n_embd", 5))
+    assert embedding.shape == (33, N_LATENT[family])
     assert embedding.dtype == np.float32
     assert np.isfinite(embedding).all()
     assert embedding.std(axis=0).min() > 1e-4
@@ -136,9 +142,51 @@ def test_fitting_repeats_bit_for_bit(family):
     np.testing.assert_array_equal(fitted(family, seed=3).embed(counts), first)
 
 
-def test_geneformers_of_other_seeds_differ():
+@networks
+def test_fits_of_other_seeds_differ(family):
     counts, _ = simulated(seed=1)
-    assert np.abs(fitted("Geneformer", seed=3).embed(counts) - fitted("Geneformer", seed=4).embed(counts)).max() > 0.01
+    assert np.abs(fitted(family, seed=3).embed(counts) - fitted(family, seed=4).embed(counts)).max() > 0.01
+
+
+@networks
+def test_initial_weights_have_a_seed_of_their_own(family):
+    """A first loss depends on the weights and on the batch: it differs when either seed does."""
+    first = {
+        (seed, init_seed): models.create(family, **SMALL[family])
+        .fit(*simulated(), steps=1, seed=seed, init_seed=init_seed)
+        .loss[0]
+        for seed, init_seed in ((0, None), (0, 0), (0, 1), (1, 0))
+    }
+    assert first[0, None] == first[0, 0]
+    assert len(set(first.values())) == 3
+
+
+@networks
+def test_fitting_reports_its_budget(family):
+    history = models.create(family, **SMALL[family]).fit(*simulated(), steps=4, seed=0)
+    assert len(history.loss) == 4
+    assert history.samples_seen == 4 * SMALL[family]["batch_size"]
+    assert history.unique_cells == (108 if family == "SSL" else 120)  # SSL keeps a tenth to choose weights by
+
+
+@pytest.mark.parametrize("name", hyperparameters.VARIANTS)
+def test_a_variant_is_its_family_with_other_values(name):
+    family, values = hyperparameters.VARIANTS[name]
+    model = models.create(name)
+    assert type(model) is models.FAMILIES[family]
+    assert model.hyperparameters.model_dump() == {**models.create(family).hyperparameters.model_dump(), **values}
+
+
+def test_a_variants_values_can_be_replaced():
+    assert models.create("scvi_2x", n_latent=3).hyperparameters.model_dump(include={"n_hidden", "n_latent"}) == {
+        "n_hidden": 256, "n_latent": 3
+    }  # fmt: skip
+
+
+def test_geneformer_has_the_published_number_of_weights():
+    encoder = Encoder(EncoderConfig(vocab_size=25_426))
+    token_types = 2 * 256  # of BERT, left out of ours
+    assert sum(weight.numel() for weight in encoder.parameters()) + token_types == 10_288_722
 
 
 @every_family
@@ -164,19 +212,22 @@ def test_a_cell_does_not_see_the_others_of_the_call(family):
 def test_no_cells_have_no_embedding(family):
     assert fitted_once(family).embed(sp.csr_matrix((0, N_GENES), dtype=np.float32)).shape == (
         0,
-        SMALL[family].get("n_embd", 5),
+        N_LATENT[family],
     )
 
 
 @every_family
-def test_cells_without_counts_embed_as_zero(family):
+def test_cells_without_counts_embed_alike_and_disturb_no_other(family):
     counts, _ = simulated(n_cells=3, seed=1)
     empty = sp.csr_matrix((2, N_GENES), dtype=np.float32)
     model = fitted_once(family)
     embedding = model.embed(sp.vstack([empty, counts], format="csr"))
-    assert not embedding[:2].any()
+    assert np.isfinite(embedding).all()
+    np.testing.assert_array_equal(embedding[0], embedding[1])
     np.testing.assert_allclose(embedding[2:], model.embed(counts), atol=1e-5, rtol=1e-5)
-    assert not model.embed(empty).any()
+    np.testing.assert_allclose(embedding[:2], model.embed(empty), atol=1e-5, rtol=1e-5)
+    if family in ("PretrainedPCA", "Geneformer"):
+        assert not embedding[:2].any()
 
 
 @every_family

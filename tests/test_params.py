@@ -63,7 +63,7 @@ def test_minimal_study_is_filled_with_defaults():
         ({"percentages": [1, 1.0]}, ["percentages: [1, 1.0] ", "listed twice"]),
         ({"strategies": ["randon"]}, ["strategies.0: 'randon' ", "'random'", "'geometric_sketching'"]),
         ({"tasks": ["clustering"]}, ["tasks.0: 'clustering' ", "'zeroshot_classification'"]),
-        ({"models": ["Geneforma"]}, ["models: 'Geneforma' is no model", "PretrainedPCA, Geneformer"]),
+        ({"models": ["Geneforma"]}, ["models: 'Geneforma' is no model", "PretrainedPCA, scVI"]),
         (
             {"hyperparameters": {"Geneformer": {"n_layer": 2}}},
             ["hyperparameters: Geneformer", "n_layer 2", "not permitted"],
@@ -72,7 +72,7 @@ def test_minimal_study_is_filled_with_defaults():
             {"hyperparameters": {"Geneformer": {"n_layers": 1}}},
             ["hyperparameters: Geneformer", "n_layers 1", "greater than or equal to 2"],
         ),
-        ({"hyperparameters": {"Genformer": {}}}, ["'Genformer'", "no model", "PretrainedPCA, Geneformer"]),
+        ({"hyperparameters": {"Genformer": {}}}, ["'Genformer'", "no model", "PretrainedPCA, scVI"]),
         ({"steps": 0}, ["steps: 0 ", "greater than or equal to 1"]),
         ({"held_out": 1}, ["held_out: 1 ", "less than 1"]),
         ({"study": "../mine"}, ["study: '../mine' ", "match pattern"]),
@@ -196,3 +196,23 @@ def test_unknown_study_lists_the_known_ones(compendium):
 def test_run_folder_is_where_the_study_was_written(compendium):
     assert paths.run_folder(compendium / "runs/done/study.yaml", "mine") == compendium / "runs/done"
     assert paths.run_folder(compendium / "params/alpha.yaml", "mine") == compendium / "runs/mine"
+
+
+def test_a_models_values_are_the_studys_for_its_family_then_its_variants_then_the_studys_for_itself():
+    given = {"scVI": {"n_latent": 3, "dropout": 0.3}, "scvi_2x": {"dropout": 0.4}}
+    study = params.check(MINIMAL | {"models": ["scVI", "scvi_2x"], "hyperparameters": given}, "mine.yaml")
+    values = {model: study.hyperparameters_of(model) for model in study.models}
+    assert [(h.n_hidden, h.n_latent, h.dropout) for h in values.values()] == [(128, 3, 0.3), (256, 20, 0.4)]
+
+
+def test_budget_says_how_schedules_are_counted_unless_a_model_says_otherwise():
+    given = {
+        "budget": "epochs",
+        "models": ["scVI", "SSL", "Geneformer"],
+        "hyperparameters": {"SSL": {"schedule": "steps"}},
+    }
+    study = params.check(MINIMAL | given, "mine.yaml")
+    assert study.hyperparameters_of("scVI").schedule == "epochs"
+    assert study.hyperparameters_of("SSL").schedule == "steps"
+    assert not hasattr(study.hyperparameters_of("Geneformer"), "schedule")
+    assert params.check(MINIMAL, "mine.yaml").hyperparameters_of("scVI").schedule == "steps"

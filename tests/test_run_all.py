@@ -17,7 +17,14 @@ import run_all
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "params" / "tiny.yaml")
 # A study of seconds: a corpus with labels of its own, one task.
-SMALL = ["corpus=pbmc68k", "evaluation=[]", "tasks=[zeroshot_classification]", "batch_key=null", "steps=5"]
+SMALL = [
+    "corpus=pbmc68k",
+    "evaluation=[]",
+    "tasks=[zeroshot_classification]",
+    "held_out_contexts=null",
+    "batch_key=null",
+    "steps=5",
+]
 SMALL = [word for setting in [*SMALL, "perturbation_key=null", "control=null"] for word in ("--set", setting)]
 
 

@@ -136,6 +136,14 @@ def test_avg_bio_is_the_mean_of_three(integrated):
     assert metrics["avg_bio"] == pytest.approx((metrics["nmi"] + metrics["ari"] + metrics["asw_label"]) / 3)
 
 
+def test_silhouettes_are_those_of_scib_metrics(integrated):
+    from scib_metrics import silhouette_batch, silhouette_label
+
+    X, y, batches, metrics = integrated
+    assert metrics["asw_label"] == pytest.approx(silhouette_label(X, y), abs=1e-5)
+    assert metrics["asw_batch"] == pytest.approx(silhouette_batch(X, y, batches), abs=1e-5)
+
+
 def test_asw_label_is_the_scaled_silhouette(integrated):
     X, y, _, metrics = integrated
     assert metrics["asw_label"] == pytest.approx((silhouette_score(X, y) + 1) / 2, abs=1e-5)
@@ -189,7 +197,7 @@ def test_head_learns_separable_types_and_repeats():
 def test_same_seed_gives_the_same_head_and_another_seed_another():
     X, y = blobs(noise=8, n_each=300)
     part = corpus.stratified_split(y, [0.4, 0.1, 0.5], seed=0)
-    recipe = training.Recipe(steps=60, batch_size=64, learning_rate=1e-3, decay=False, validate_every=20, patience=3)
+    recipe = training.Recipe(steps=60, batch_size=64, learning_rate=1e-3, decay="none", validate_every=20, patience=3)
     scores = [tasks.finetuned_classification(X, y, part, seed=seed, recipe=recipe) for seed in (0, 0, 1, 2, 3)]
     assert scores[0] == scores[1]
     assert len({score["micro_f1"] for score in scores}) > 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -37,10 +39,9 @@ def run_units[Item](study: Study, make: Callable[[Study, Item], object], items: 
     """
     if not items:
         return
-    import torch
     from joblib import Parallel, cpu_count, delayed
 
-    n_workers = study.params.workers or (1 if torch.cuda.is_available() else cpu_count())
+    n_workers = study.params.workers or (1 if _has_gpu() else cpu_count())
     bar = tqdm(total=len(items), desc=name, leave=False)
     with bar:
         if n_workers == 1:
@@ -55,15 +56,23 @@ def run_units[Item](study: Study, make: Callable[[Study, Item], object], items: 
                 bar.update()
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def use_one_thread() -> None:
     """Compute on one thread in this process: torch, and the linear algebra under numpy, scipy and scikit-learn."""
     import scipy.linalg  # noqa: F401 - only libraries that are loaded can be limited
     import sklearn.neighbors  # noqa: F401
-    import torch
     from threadpoolctl import threadpool_limits
 
-    torch.set_num_threads(1)
     threadpool_limits(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    else:
+        os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when a unit loads it; some seconds that others save
 
 
 def _work[Item](params_json: str, folder: str, make: Callable[[Study, Item], object], item: Item) -> None:

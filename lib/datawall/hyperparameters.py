@@ -5,7 +5,7 @@ Apart from the models, so that a study file can be checked without loading torch
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+# How schedules are counted: in steps, so that they are the same for every subset, or in passes over it.
+type Schedule = Literal["steps", "epochs"]
 
 
 class Hyperparameters(BaseModel):
@@ -53,24 +56,107 @@ class Geneformer(Hyperparameters):
         return self
 
 
-FAMILIES: dict[str, type[Hyperparameters]] = {"PretrainedPCA": PretrainedPCA, "Geneformer": Geneformer}
+class ScVI(Hyperparameters):
+    """Hyper-parameters of scVI."""
+
+    n_hidden: PositiveInt = 128  # width of the one hidden layer of encoder and decoder
+    n_latent: PositiveInt = 10
+    n_layers: PositiveInt = 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # in the encoder
+    batch_size: Annotated[int, Field(ge=2)] = 1024  # cells a step; batch normalisation needs two
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 1e-6
+    kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps in which the KL weight rises to one
+    schedule: Schedule = "steps"  # "epochs": the KL weight rises over 400 passes, as theirs did, whatever the subset
 
 
-def check(family: str, values: dict[str, Any]) -> Hyperparameters:
-    """Hyper-parameters of a family, complete with defaults.
+class SSL(Hyperparameters):
+    """Hyper-parameters of SSL, the masked autoencoder."""
+
+    n_hidden: Annotated[list[PositiveInt], Field(min_length=1)] = [512, 512, 256, 256]  # of the encoder; mirrored
+    n_latent: PositiveInt = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    mask: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of a cell's genes hidden
+    loss: Literal["masked", "vae"] = "masked"
+    output: Literal["linear", "sigmoid"] = "linear"  # theirs, sigmoid, cannot reach targets above one
+    keep: Literal["best", "last"] = "best"  # which weights, by the loss on a tenth of the subset; theirs were the last
+    batch_size: PositiveInt = 16_384  # cells a step
+    learning_rate: PositiveFloat = 1e-3
+    n_decays: PositiveInt = 54  # times in the budget that the rate is multiplied by 0.9; theirs on the full corpus
+    weight_decay: NonNegativeFloat = 0.01
+    clip_norm: PositiveFloat = 1.0
+    schedule: Schedule = "steps"  # "epochs": the rate decays every two passes, as theirs did, whatever the subset
+
+
+class SCimilarity(Hyperparameters):
+    """Hyper-parameters of SCimilarity."""
+
+    n_hidden: Annotated[list[PositiveInt], Field(min_length=1)] = [1024, 1024, 1024]  # of the encoder; mirrored
+    n_latent: PositiveInt = 128
+    input_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    margin: PositiveFloat = 0.05  # of the triplet loss
+    triplet_weight: Annotated[float, Field(ge=0, le=1)] = 0.001  # the reconstruction has the rest
+    l1: NonNegativeFloat = 1e-4  # on the weights of one layer, times the learning rate
+    l1_layer: Literal["first", "last"] = "first"  # theirs hit the encoder's last by mistake
+    ontology: str | None = None  # path of a Cell Ontology file (OBO): kin of a cell's type are then no negatives
+    batch_size: Annotated[int, Field(ge=2)] = 1000  # cells a step
+    learning_rate: PositiveFloat = 0.005
+    weight_decay: NonNegativeFloat = 0.01
+
+
+FAMILIES: dict[str, type[Hyperparameters]] = {
+    "PretrainedPCA": PretrainedPCA,
+    "scVI": ScVI,
+    "SSL": SSL,
+    "Geneformer": Geneformer,
+    "SCimilarity": SCimilarity,
+}
+# Models of the original's side experiments by name: a family, and what differs from it. How scVI's sizes were made
+# is not on record; here hidden and latent width grow together.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scvi_0.5x": ("scVI", {"n_hidden": 64, "n_latent": 5}),
+    "scvi_1x": ("scVI", {"n_hidden": 128, "n_latent": 10}),
+    "scvi_2x": ("scVI", {"n_hidden": 256, "n_latent": 20}),
+    "scvi_4x": ("scVI", {"n_hidden": 512, "n_latent": 40}),
+    "geneformer_32": ("Geneformer", {"n_embd": 32}),
+    "geneformer_64": ("Geneformer", {"n_embd": 64}),
+    "geneformer_128": ("Geneformer", {"n_embd": 128}),
+    "geneformer_256": ("Geneformer", {"n_embd": 256}),
+    "geneformer_wd_1e-4": ("Geneformer", {"weight_decay": 1e-4}),
+    "geneformer_wd_1e-3": ("Geneformer", {"weight_decay": 1e-3}),
+    "geneformer_wd_1e-2": ("Geneformer", {"weight_decay": 1e-2}),
+    "ssl_vae": ("SSL", {"loss": "vae"}),
+}
+
+
+def family(model: str) -> str:
+    """The family of a model: its own name, or that of the family it is a variant of.
 
     Raises
     ------
     ValueError
-        If the family, a name or a value is not allowed; in one line.
+        If there is no such model.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"{family!r} is no model; the families are {', '.join(FAMILIES)}")
+    if model not in FAMILIES and model not in VARIANTS:
+        raise ValueError(f"{model!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}")
+    return VARIANTS[model][0] if model in VARIANTS else model
+
+
+def check(model: str, values: dict[str, Any]) -> Hyperparameters:
+    """Hyper-parameters of a model, complete with its variant's values and its family's defaults.
+
+    Raises
+    ------
+    ValueError
+        If the model, a name or a value is not allowed; in one line.
+    """
+    values = {**VARIANTS[model][1], **values} if model in VARIANTS else values
     try:
-        return FAMILIES[family](**values)
+        return FAMILIES[family(model)](**values)
     except ValidationError as error:
         mistakes = "; ".join(
             f"{mistake['loc'][0]} {mistake['input']!r}: {mistake['msg']}" if mistake["loc"] else mistake["msg"]
             for mistake in error.errors()
         )
-        raise ValueError(f"{family}: {mistakes}") from None
+        raise ValueError(f"{model}: {mistakes}") from None

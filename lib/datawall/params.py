@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datawall import hyperparameters
+from datawall.hyperparameters import Schedule
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "untrained")
 TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
@@ -44,6 +45,8 @@ class Params(BaseModel):
 
     models: Annotated[list[str], Field(min_length=1)]
     steps: Annotated[int, Field(ge=1)]  # optimiser steps of every pretraining run, whatever its subset's size
+    budget: Schedule = "steps"  # how schedules are counted; "epochs" is the original's confounded way
+    init_seed: Seed | None = None  # of every model's initial weights; by default the subset's seed
     hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
 
     tasks: Annotated[list[Task], Field(min_length=1)] = list(TASKS)
@@ -64,12 +67,17 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Params:
-        for name in [*self.models, *self.hyperparameters]:
+        for key, names in (("models", self.models), ("hyperparameters", self.hyperparameters)):
             try:
-                hyperparameters.check(name, self.hyperparameters.get(name, {}))
+                for name in names:
+                    hyperparameters.family(name)
             except ValueError as error:
-                key = "models" if name in self.models and name not in hyperparameters.FAMILIES else "hyperparameters"
                 raise ValueError(f"{key}: {error}") from None
+        try:
+            for name in [*self.models, *self.hyperparameters]:
+                self.hyperparameters_of(name)
+        except ValueError as error:
+            raise ValueError(f"hyperparameters: {error}") from None
         if "zeroshot_integration" in self.tasks and self.batch_key is None:
             raise ValueError(
                 "zeroshot_integration needs batch_key: name the batch column, or leave the task out of tasks"
@@ -81,6 +89,20 @@ class Params(BaseModel):
         if not self.subsets():
             raise ValueError("no subset: only `random` is drawn at 100 %; add `random` or a smaller percentage")
         return self
+
+    def hyperparameters_of(self, model: str) -> hyperparameters.Hyperparameters:
+        """Hyper-parameters of a model: the study's for its family, what its variant changes, the study's for itself.
+
+        Raises
+        ------
+        ValueError
+            If one is not allowed.
+        """
+        family = hyperparameters.family(model)
+        schedule = {"schedule": self.budget} if "schedule" in hyperparameters.FAMILIES[family].model_fields else {}
+        variant = hyperparameters.VARIANTS[model][1] if model in hyperparameters.VARIANTS else {}
+        given = self.hyperparameters
+        return hyperparameters.check(model, {**schedule, **given.get(family, {}), **variant, **given.get(model, {})})
 
     def subsets(self) -> list[tuple[str, float, int]]:
         """Strategy, percentage and seed of every subset; the whole corpus is drawn by `random` alone."""

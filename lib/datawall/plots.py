@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from datawall import store
+from datawall.hyperparameters import family
 from datawall.results import BASELINE, mean_over_splits, select
 
 WIDTH = 9.0  # inches: a page of text
@@ -38,6 +39,13 @@ LABELS = {
     "zeroshot_integration": "zero-shot integration",
     "finetuned_classification": "fine-tuned classification",
     "perturbation_response": "perturbation response",
+}
+# The unit of each family's training loss.
+LOSSES = {
+    "scVI": "negative ELBO (nats per cell)",
+    "SSL": "squared error of hidden genes\n(log counts², mean over all genes)",
+    "Geneformer": "cross-entropy\n(nats per masked gene)",
+    "SCimilarity": "squared error and triplet loss\n(weighted sum)",
 }
 
 mpl.rcParams.update({"svg.hashsalt": "datawall", "svg.fonttype": "none", "figure.dpi": 100, "savefig.dpi": 150})
@@ -112,15 +120,19 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
     shown = select(histories, strategy="random", seed=histories["seed"].min())
     models, percentages = shown["model"].unique(), sorted(shown["percentage"].unique())
     colours = dict(zip(percentages, sns.color_palette("cividis", len(percentages)), strict=True))
-    figure, axes = plt.subplots(1, max(1, len(models)), figsize=(WIDTH, 3), squeeze=False, layout="constrained")
-    axes[0, 0].set(title="no model of this study takes steps")
-    for axis, model in zip(axes[0], models, strict=False):
+    n_rows = max(1, -(-len(models) // 2))
+    figure, axes = plt.subplots(n_rows, 2, figsize=(WIDTH, 2.6 * n_rows + 0.3), squeeze=False, layout="constrained")
+    axes[0, 0].set(title="" if len(models) else "no model of this study takes steps")
+    for axis, model in zip(axes.flat, models, strict=False):
         for percentage, run in select(shown, model=model).groupby("percentage"):
             loss = run["loss"].rolling(smooth, min_periods=1).mean()
             axis.plot(run["step"], loss, color=colours[percentage], label=f"{percentage:g} % of the corpus")
-        axis.set(title=model, xlabel="optimiser step", ylabel="training loss (nats per masked gene)")
-        axis.legend(frameon=False)
+        axis.set(title=model, xlabel="optimiser step", ylabel=LOSSES[family(model)])
+    for axis in axes.flat[len(models) :]:
+        axis.set_axis_off()
     sns.despine(figure)
+    if len(models):
+        _legend(figure, axes[0, 0])
     return figure
 
 
@@ -156,6 +168,27 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             )
             if row < len(names) - 1:
                 axis.set(xlabel="")
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def variants(results: pd.DataFrame, metric: str) -> Figure:
+    """A metric against the subset's size, a line per model and a panel per data set: models that differ in one thing.
+
+    Random subsets; small marks are seeds, lines their means.
+    """
+    runs = mean_over_splits(select(results, metric=metric, strategy="random"))
+    names, models = runs["dataset"].unique(), runs["model"].unique()
+    colours = dict(zip(models, sns.color_palette("cividis", len(models)), strict=True))
+    figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 3.2), squeeze=False, layout="constrained")
+    for axis, dataset in zip(axes[0], names, strict=True):
+        for model in models:
+            shown = select(runs, dataset=dataset, model=model)
+            mean = shown.groupby("percentage")["value"].mean()
+            axis.plot(shown["percentage"], shown["value"], "o", color=colours[model], markersize=3.5, alpha=0.6)
+            axis.plot(mean.index, mean, "-o", color=colours[model], markersize=5, label=model)
+        _percentage_axis(axis, runs["percentage"])
+        axis.set(title=label(dataset), ylabel=label(metric))
     _legend(figure, axes[0, 0])
     return figure
 

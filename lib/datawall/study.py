@@ -7,6 +7,7 @@ ask it for them and tell what came back.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -29,7 +30,10 @@ CODE = {
     "sketch": ("expression",),
     "subset": ("sampling",),
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
+    "scVI": ("models/scvi", "models/base", "training"),
+    "SSL": ("models/ssl", "models/base", "training", "expression"),
     "Geneformer": ("models/geneformer", "models/base", "tokenizer", "transformer", "training", "expression"),
+    "SCimilarity": ("models/scimilarity", "models/ssl", "models/base", "training", "expression"),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }
@@ -184,6 +188,8 @@ class Study:
 
     def _check_contexts(self, cell_type: Iterable[str]) -> None:
         """Refuse contexts to hold out that are no cell types, before anything is trained for them."""
+        if "perturbation_response" not in self.params.tasks:
+            return
         types = sorted(set(cell_type))
         if unknown := set(self.params.held_out_contexts or ()).difference(types):
             raise corpus.CorpusError(
@@ -262,24 +268,50 @@ class Study:
 
     def model_unit(self, run: Run) -> Unit:
         """A pretrained model."""
+        family = hyperparameters.family(run.model)
         record = {
-            "model": run.model,
-            "hyperparameters": self._hyperparameters(run.model),
+            "model": family,
+            # Complete with defaults, so that a changed default is another model.
+            "hyperparameters": self.params.hyperparameters_of(run.model).model_dump(),
             "seed": run.subset.seed,
         }
         if run.subset.strategy == "untrained":
             record["corpus"] = self.corpus_unit.key
         else:
-            record |= {"subset": self.subset_unit(run.subset).key, "steps": self.params.steps}
-        return Unit("model", record, CODE[run.model])
-
-    def _hyperparameters(self, model: str) -> dict[str, Any]:
-        """Hyper-parameters of a family, complete with defaults, so that a changed default is another model."""
-        return hyperparameters.check(model, self.params.hyperparameters.get(model, {})).model_dump()
+            budget = {"steps": self.params.steps, "init_seed": self.params.init_seed}
+            record |= {"subset": self.subset_unit(run.subset).key, **budget}
+        return Unit("model", record, CODE[family])
 
     def model_artifact(self, run: Run) -> Artifact:
-        """A pretrained model on disk, with its training history if it took steps."""
-        return self.store.find_or_make(self.model_unit(run), lambda folder: self._make_model(run, folder))
+        """A pretrained model on disk, with its training history if it took steps.
+
+        While it trains, its checkpoint lies beside the artifacts; a killed run takes it up.
+        """
+        unit = self.model_unit(run)
+        checkpoint = self.folder / "checkpoints" / f"{unit.key}.npz"
+        artifact = self.store.find_or_make(unit, lambda folder: self._make_model(run, folder, checkpoint))
+        checkpoint.unlink(missing_ok=True)
+        return artifact
+
+    def pretrain_together(self, run: Run) -> None:
+        """Pretrain one model in the processes that `torchrun` started; the first of them stores it."""
+        import torch.distributed as dist
+
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if rank > 0:
+            dist.barrier()  # the first process makes the corpus and the subset
+        self.rows(run.subset)
+        found = self.store.find(self.model_unit(run))
+        if rank == 0 and dist.is_initialized():
+            dist.barrier()
+        if found:
+            return
+        if rank == 0:
+            self.model_artifact(run)
+        else:
+            checkpoint = self.folder / "checkpoints" / f"{self.model_unit(run).key}.npz"
+            with tempfile.TemporaryDirectory() as folder:
+                self._make_model(run, Path(folder), checkpoint)
 
     def model(self, run: Run) -> Any:
         """A pretrained model (see `models.Model`)."""
@@ -290,8 +322,8 @@ class Study:
     def pretrain(self) -> pd.DataFrame:
         """Pretrain, or find, every model: a row each with the run's parameters and its budget as spent.
 
-        Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, passes (NaN for a model that takes
-        no steps), seconds, device.
+        Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, unique_cells, passes (NaN for a model
+        that takes no steps), seconds, device.
         """
         missing = [run for run in self.pretraining_runs() if not self.store.find(self.model_unit(run))]
         for run in missing:
@@ -300,7 +332,10 @@ class Study:
         table = []
         for run in self.pretraining_runs():
             made = self.model_artifact(run).made
-            spent = {name: made.get(name) for name in ("steps", "samples_seen", "passes", "seconds", "device")}
+            spent = {
+                name: made.get(name)
+                for name in ("steps", "samples_seen", "unique_cells", "passes", "seconds", "device")
+            }
             n_cells = len(self.rows(run.subset))
             table.append({"model": run.model, **asdict(run.subset), "n_cells": n_cells, **spent})
         return pd.DataFrame(table)
@@ -316,30 +351,34 @@ class Study:
             return pd.DataFrame(columns=["step", "loss", "learning_rate", "model", "strategy", "percentage", "seed"])
         return pd.concat(tables, ignore_index=True)
 
-    def _make_model(self, run: Run, folder: Path) -> dict[str, Any]:
+    def _make_model(self, run: Run, folder: Path, checkpoint: Path) -> dict[str, Any]:
         from datawall import models, training
 
-        model = models.create(run.model, **self._hyperparameters(run.model))
-        subset = run.subset
+        p, subset = self.params, run.subset
+        model = models.create(run.model, **p.hyperparameters_of(run.model).model_dump())
         if subset.strategy == "untrained":
             model.untrained(self.corpus.n_vars, seed=subset.seed).save(folder)
             return {}
         cells = self.pretraining_cells[self.rows(subset)]
-        history = model.fit(cells.X, cells.obs, steps=self.params.steps, seed=subset.seed)
+        history = model.fit(
+            cells.X, cells.obs, steps=p.steps, seed=subset.seed, init_seed=p.init_seed, checkpoint=checkpoint
+        )
         model.save(folder)
         if history is None:
             return {}
         curve = {"loss": history.loss, "learning_rate": history.learning_rate}
         steps = np.arange(1, len(history.loss) + 1)
         pd.DataFrame({"step": steps, **curve}).to_parquet(folder / "history.parquet", index=False)
-        spent = {"steps": len(steps), "samples_seen": history.samples_seen, "passes": history.passes}
-        return {"device": training.device().type, "unique_cells": history.unique_cells, **spent}
+        spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
+        return {"device": training.device().type, **spent, "passes": history.passes}
 
     def embedding_unit(self, source: Run | str, dataset: str) -> Unit:
         """Embedding of a data set by a pretrained model, or by a baseline fitted to the data set itself."""
         data = {"dataset": self.dataset_unit(dataset).key}
         if isinstance(source, Run):
-            return Unit("embedding", {"model": self.model_unit(source).key, **data}, CODE[source.model])
+            return Unit(
+                "embedding", {"model": self.model_unit(source).key, **data}, CODE[hyperparameters.family(source.model)]
+            )
         return Unit("embedding", {"baseline": source, **data}, CODE["baseline"])
 
     def embedding(self, source: Run | str, dataset: str) -> np.ndarray:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from datawall.transformer import N_SPECIAL
+
+ENTRIES_PER_BLOCK = 1 << 16  # detected genes encoded at once: what is made of them stays in a core's cache
 
 
 class Tokens(NamedTuple):
@@ -40,18 +44,17 @@ def gene_medians(counts: sp.csr_matrix, target_sum: float = 1e4) -> np.ndarray:
     (n_genes,) float32; 1 for a gene that no cell expresses.
     """
     totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    # Stored zeros would count as expressed; a copy, since the caller's matrix is not ours to prune.
-    columns = sp.coo_matrix(counts)
-    expressed = columns.data > 0
-    rows, genes = columns.row[expressed], columns.col[expressed]
-    values = columns.data[expressed] / totals[rows] * target_sum
-    order = np.lexsort((values, genes))
-    values, n_cells = values[order], np.bincount(genes, minlength=counts.shape[1])
-    begin = np.concatenate([[0], np.cumsum(n_cells)[:-1]])
+    # A copy, since the caller's matrix is not ours to prune: stored zeros would count as expressed.
+    genes = sp.csc_matrix(counts, copy=True)
+    genes.eliminate_zeros()
+    values = genes.data / totals[genes.indices] * target_sum
+    begin, end = genes.indptr[:-1], genes.indptr[1:]
+    for first, last in zip(begin.tolist(), end.tolist(), strict=True):
+        values[first:last].sort()
+    seen = end > begin
+    low = values[((begin + end - 1) // 2)[seen]]
+    high = values[((begin + end) // 2)[seen]]
     medians = np.ones(counts.shape[1])
-    seen = n_cells > 0
-    low = values[(begin + (n_cells - 1) // 2)[seen]]
-    high = values[(begin + n_cells // 2)[seen]]
     medians[seen] = (low + high) / 2
     return medians.astype(np.float32)
 
@@ -109,16 +112,38 @@ class RankTokenizer:
                 f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them first."
             )
         counts = sp.csr_matrix(counts)
-        values = counts.data.astype(np.float32) / self.medians[counts.indices]
-        # Bits of a positive float32 grow with its value; inverted they sort descending, and the gene's
-        # position below them makes one integer key whose plain sort is the ranking with its tie rule.
-        keys = (np.uint64(0xFFFFFFFF) - values.view(np.uint32)).astype(np.uint64) << np.uint64(32)
-        keys |= counts.indices.astype(np.uint64)
-        expressed = values > 0
-        kept = []
-        for first, last in zip(counts.indptr[:-1], counts.indptr[1:], strict=True):
-            cell = np.sort(keys[first:last][expressed[first:last]])[: self.max_length]
-            kept.append(cell.astype(np.uint32))
-        offsets = np.concatenate([[0], np.cumsum([len(cell) for cell in kept], dtype=np.int64)])
-        genes = np.concatenate(kept) if kept else np.empty(0, np.uint32)
-        return Tokens(genes.astype(np.int32) + N_SPECIAL, offsets)
+        stored = np.diff(counts.indptr)
+        begin = np.concatenate([[0], np.cumsum(np.minimum(stored, self.max_length), dtype=np.int64)])
+        ids, lengths = np.zeros(begin[-1], dtype=np.int32), np.zeros(len(stored), dtype=np.int64)
+        # Cells of about the same length together, since the longest of a block decides its width.
+        order = np.argsort(stored, kind="stable")
+        order = order[stored[order] > 0]
+        cuts = np.flatnonzero(np.diff(np.cumsum(stored[order], dtype=np.int64) // ENTRIES_PER_BLOCK)) + 1
+
+        def encode_block(cells: np.ndarray) -> None:
+            tokens, ranking, lengths[cells] = self._rank(counts, cells)
+            rows = zip(tokens, ranking, begin[cells].tolist(), lengths[cells].tolist(), strict=True)
+            for of_cell, ranked, first, length in rows:
+                of_cell.take(ranked[:length], out=ids[first : first + length], mode="clip")
+
+        # numpy sorts without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(encode_block, np.split(order, cuts) if len(order) else ()))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Tokens(ids if offsets[-1] == len(ids) else ids[ids > 0], offsets)  # stored zeros left gaps
+
+    def _rank(self, counts: sp.csr_matrix, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of some cells, padded to a row each; the columns in order of rank; tokens to keep of each cell."""
+        bounds = list(zip(counts.indptr[cells].tolist(), counts.indptr[cells + 1].tolist(), strict=True))
+        shape = len(cells), max(last - first for first, last in bounds)
+        genes, values = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for (first, last), row_genes, row_values in zip(bounds, genes, values, strict=True):
+            row_genes[: last - first] = counts.indices[first:last]
+            row_values[: last - first] = counts.data[first:last]
+        values /= self.medians.take(genes)
+        # Bits of a positive float32 grow with its value; subtracted they sort it descending, and zeros last. In two
+        # halves, because numpy sorts 16-bit integers by counting, in linear time.
+        bits = np.uint32(0x7FFFFFFF) - values.view(np.uint32)
+        keys = bits.astype(np.uint16), (bits >> 16).astype(np.uint16)
+        ranking = np.lexsort(keys if counts.has_sorted_indices else (genes, *keys))
+        return genes + N_SPECIAL, ranking, np.minimum((values > 0).sum(axis=1), self.max_length)

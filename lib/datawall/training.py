@@ -1,31 +1,57 @@
 """One training loop for every model: its budget, schedule and patience are counted in optimiser steps.
 
 Counting in steps, never in passes over the data, is what makes a subset of 1 % and the full corpus differ in data
-alone. Imports torch and numpy only (and tqdm for the bar), so that it runs on a machine that has little else.
+alone. All randomness of a step (dropout, masks, latent noise) follows from the seed and the step's number, and so
+do its cells: a run that is killed and resumed ends with the same bits as one that never was.
+
+Imports torch and numpy only (and tqdm for the bar), so that it runs on a machine that has little else.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+import logging
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60  # between two checkpoints
+LOSSES_AT_ONCE = 20  # steps a GPU runs ahead before their losses are looked at
+
+type Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: the budget and the optimiser (AdamW, linear warm-up, then linear decay to zero)."""
+    """How to train: the budget, the optimiser and the learning rate's course."""
 
     steps: int
-    batch_size: int  # cells a step
+    batch_size: int  # cells a step, over all processes
     learning_rate: float  # at its peak, after warm-up
     warmup: float = 0.0  # share of the steps, 0 to 1, in which the rate rises from zero
-    decay: bool = True  # whether the rate then falls to zero at the last step
-    weight_decay: float = 0.0  # on matrices; biases and normalisation weights are left alone
+    decay: Literal["linear", "cosine", "stepwise", "none"] = "linear"  # after warm-up; the first two end at zero
+    decay_every: float = 1.0  # stepwise: steps after each of which the rate is multiplied
+    decay_factor: float = 0.9  # by this
+    optimiser: Literal["AdamW", "Adam"] = "AdamW"
+    epsilon: float = 1e-8  # of the optimiser
+    weight_decay: float = 0.0  # on matrices
+    decay_vectors: bool = False  # whether on biases and normalisation weights too
+    clip_norm: float | None = None  # longest gradient, over all weights
     validate_every: int = 100  # steps between two looks at the validation loss
     patience: int | None = None  # stop after this many looks without a lower validation loss
 
@@ -34,7 +60,11 @@ class Recipe:
         rising = self.warmup * self.steps
         if step < rising:
             return self.learning_rate * (step + 1) / (rising + 1)
-        return self.learning_rate * ((self.steps - step) / (self.steps - rising) if self.decay else 1.0)
+        if self.decay == "stepwise":
+            return self.learning_rate * self.decay_factor ** int((step - rising) // self.decay_every)
+        left = (self.steps - step) / (self.steps - rising)
+        course = {"linear": left, "cosine": (1 - np.cos(np.pi * left)) / 2, "none": 1.0}
+        return self.learning_rate * course[self.decay]
 
 
 @dataclass(frozen=True)
@@ -97,30 +127,40 @@ def minibatches(n_cells: int, batch_size: int, steps: int, *, seed: int) -> Iter
 
 def train(
     module: nn.Module,
-    loss_of: Callable[[np.ndarray], Tensor],
+    loss_of: Callable[[Forward, np.ndarray, int], Tensor],
     n_cells: int,
     recipe: Recipe,
     *,
     seed: int,
+    batches: Iterable[np.ndarray] | None = None,
     validation_loss: Callable[[], float] | None = None,
+    checkpoint: Path | None = None,
     progress: str | None = None,
 ) -> History:
     """Train a module in place.
+
+    Under `torchrun` each process takes its share of every batch and gradients are averaged, so that the result is
+    that of one process with the same recipe, up to rounding (and to the batch statistics of batch normalisation).
 
     Parameters
     ----------
     module
         On its device; left in evaluation mode. With `validation_loss`, it ends with the weights of its lowest.
     loss_of
-        Loss, a scalar tensor, of a batch of cells given by their rows.
+        Loss, a scalar tensor, from `forward` (the module, or what runs it in several processes), the rows of the
+        batch and the number of the step, from 0. It takes randomness from torch's global generator alone.
     n_cells
         Cells that rows are drawn from.
     recipe
         Budget and optimiser.
     seed
-        Of the order of cells and of dropout.
+        Of the order of cells and of the randomness of each step.
+    batches
+        Rows of each step's batch; `minibatches` by default.
     validation_loss
         Looked at every `recipe.validate_every` steps and at the end.
+    checkpoint
+        File written about once a minute, and resumed from where it exists.
     progress
         Label of a progress bar; none is shown without.
 
@@ -132,55 +172,173 @@ def train(
     ------
     NonFiniteLossError
         At the first loss that is NaN or infinite.
+    ValueError
+        If the checkpoint is of another run.
     """
     where = next(module.parameters()).device
-    matrices = [weight for weight in module.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        fused=True,
-    )
-    losses, looks = [], []
-    best, best_look, best_weights = np.inf, 0, None
+    rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    forward = DistributedDataParallel(module) if n_processes > 1 else module
+    optimiser = _optimiser(module, recipe)
+    state = _State(module, optimiser, f"{recipe} seed={seed} n_cells={n_cells}")
+    if checkpoint:
+        state.resume(checkpoint)
+    if batches is None:
+        batches = minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)
     module.train()
-    bar = tqdm(total=recipe.steps, desc=progress, disable=progress is None, leave=False)
+    bar = tqdm(
+        total=recipe.steps, initial=len(state.losses), desc=progress, disable=progress is None or rank > 0, leave=False
+    )
+    pending: list[tuple[int, np.ndarray, Tensor]] = []
+    saved = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
-        torch.manual_seed(seed)
-        for step, rows in enumerate(minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)):
+        for step, rows in itertools.islice(enumerate(batches), len(state.losses), recipe.steps):
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-                loss = loss_of(rows)
-            losses.append(loss.item())
-            if not np.isfinite(losses[-1]):
-                raise NonFiniteLossError(
-                    f"the loss is {losses[-1]} at step {step + 1} of {recipe.steps}, learning rate "
-                    f"{recipe.rate(step):.2g}; lower the learning rate or lengthen the warm-up."
-                )
+                loss = loss_of(forward, rows[rank::n_processes], step)
+            pending.append((step, rows, loss.detach()))
+            last = step + 1 == recipe.steps
+            look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)
+            save = checkpoint and rank == 0 and time.monotonic() - saved >= CHECKPOINT_SECONDS
+            if where.type == "cpu" or look or save or last or len(pending) == LOSSES_AT_ONCE:
+                _settle(pending, state, recipe, module, n_processes)
+                bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
             optimiser.zero_grad()
             loss.backward()
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
             optimiser.step()
             bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            last = step + 1 == recipe.steps
-            if validation_loss and (last or (step + 1) % recipe.validate_every == 0):
-                looks.append((step + 1, _look(module, validation_loss)))
-                if looks[-1][1] < best:
-                    best, best_look = looks[-1][1], len(looks)
-                    best_weights = copy.deepcopy(module.state_dict())
-                if recipe.patience is not None and len(looks) - best_look >= recipe.patience:
+            if look:
+                state.look(step + 1, _look(module, validation_loss))
+                if recipe.patience is not None and len(state.looks) - state.best_look >= recipe.patience:
                     break
-    if best_weights is not None:
-        module.load_state_dict(best_weights)
+            if save:
+                state.write(checkpoint)
+                saved = time.monotonic()
+    if state.best_weights is not None:
+        module.load_state_dict(state.best_weights)
     module.eval()
     return History(
-        loss=np.array(losses),
-        learning_rate=np.array([recipe.rate(step) for step in range(len(losses))]),
-        validation_step=np.array([step for step, _ in looks], dtype=np.int64),
-        validation_loss=np.array([value for _, value in looks]),
-        samples_seen=len(losses) * recipe.batch_size,
+        loss=np.array(state.losses),
+        learning_rate=np.array([recipe.rate(step) for step in range(len(state.losses))]),
+        validation_step=np.array([step for step, _ in state.looks], dtype=np.int64),
+        validation_loss=np.array([value for _, value in state.looks]),
+        samples_seen=len(state.losses) * recipe.batch_size,
         unique_cells=n_cells,
     )
+
+
+def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser over a module's weights."""
+    matrices = [weight for weight in module.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
+    vector_decay = recipe.weight_decay if recipe.decay_vectors else 0.0
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": vector_decay},
+    ]
+    return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
+
+
+def _settle(
+    pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, module: nn.Module, n_processes: int
+) -> None:
+    """Move waiting losses into the history, averaged over processes; stop at one that is not finite."""
+    losses = torch.stack([loss for _, _, loss in pending]).double()
+    if n_processes > 1:
+        dist.all_reduce(losses)
+    for (step, rows, _), loss in zip(pending, (losses / n_processes).tolist(), strict=True):
+        if not np.isfinite(loss):
+            diverged = not all(weight.isfinite().all() for weight in module.parameters())
+            cause = (
+                "the weights are no longer finite: training diverged. Lower the learning rate or lengthen the warm-up."
+                if diverged
+                else "the weights are finite, so the cause is in these cells, or the learning rate is too high."
+            )
+            cells = ", ".join(str(row) for row in rows[:5])
+            raise NonFiniteLossError(
+                f"the loss is {loss} at step {step + 1} of {recipe.steps}, learning rate {recipe.rate(step):.2g}, on "
+                f"the batch of cells {cells}, … (rows of the subset); {cause}"
+            )
+        state.losses.append(loss)
+    pending.clear()
+
+
+class _State:
+    """What a run must remember to be resumed: weights, optimiser, losses and looks; all else follows from the step.
+
+    It lies on disk as one `.npz` file without pickles.
+    """
+
+    def __init__(self, module: nn.Module, optimiser: torch.optim.Optimizer, identity: str) -> None:
+        self.module, self.optimiser, self.identity = module, optimiser, identity
+        self.losses: list[float] = []
+        self.looks: list[tuple[int, float]] = []
+        self.best, self.best_look = np.inf, 0
+        self.best_weights: dict[str, Tensor] | None = None
+
+    def look(self, step: int, value: float) -> None:
+        """Note a validation loss, and the weights if it is the lowest."""
+        self.looks.append((step, value))
+        if value < self.best:
+            self.best, self.best_look = value, len(self.looks)
+            self.best_weights = copy.deepcopy(self.module.state_dict())
+
+    def write(self, path: Path) -> None:
+        """Write the state atomically."""
+        arrays = {f"weight/{name}": weight for name, weight in self.module.state_dict().items()}
+        arrays |= {f"best/{name}": weight for name, weight in (self.best_weights or {}).items()}
+        for i, moments in self.optimiser.state_dict()["state"].items():
+            arrays |= {f"optimiser/{i}/{name}": value for name, value in moments.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        with scratch.open("wb") as file:
+            np.savez(
+                file,
+                identity=np.array(self.identity),
+                losses=np.array(self.losses),
+                looks=np.array(self.looks, dtype=np.float64).reshape(-1, 2),
+                best=np.array([self.best, self.best_look]),
+                **{name: value.cpu().numpy() for name, value in arrays.items()},
+            )
+        os.replace(scratch, path)
+
+    def resume(self, path: Path) -> None:
+        """Take up the state of a checkpoint, if there is a sound one.
+
+        Raises
+        ------
+        ValueError
+            If it is of another run.
+        """
+        if not path.exists():
+            return
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                arrays = dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            log.warning("the checkpoint %s is damaged (%s); training starts again.", path, error)
+            return
+        if str(arrays["identity"]) != self.identity:
+            raise ValueError(f"{path} is a checkpoint of another run ({arrays['identity']}); remove it to start again.")
+        parts: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, array in arrays.items():
+            part, _, rest = name.partition("/")
+            if part == "optimiser":
+                i, _, moment = rest.partition("/")
+                moments.setdefault(int(i), {})[moment] = torch.from_numpy(array)
+            elif rest:
+                parts[part][rest] = torch.from_numpy(array)
+        self.module.load_state_dict(parts["weight"])
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        where = next(self.module.parameters()).device
+        self.best_weights = {name: weight.to(where) for name, weight in parts["best"].items()} or None
+        self.losses = arrays["losses"].tolist()
+        self.looks = [(int(step), value) for step, value in arrays["looks"].tolist()]
+        self.best, self.best_look = float(arrays["best"][0]), int(arrays["best"][1])
 
 
 @torch.no_grad()
@@ -204,3 +362,33 @@ def seeded[Module: nn.Module](build: Callable[[], Module], seed: int) -> Module:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return build().to(device())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Pretrain one model of a study in several processes; `run_all.py` then finds it made."""
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node 2 -m datawall.training", description=main.__doc__.splitlines()[0]
+    )
+    parser.add_argument("study", help="study file, or the name of one in params/")
+    parser.add_argument("model")
+    parser.add_argument("strategy")
+    parser.add_argument("percentage", type=float)
+    parser.add_argument("seed", type=int)
+    options = parser.parse_args(arguments)
+    from datawall import study as studies
+
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    study = studies.open_study(options.study)
+    run = studies.Run(options.model, studies.Subset(options.strategy, options.percentage, options.seed))
+    if run not in study.pretraining_runs():
+        raise SystemExit(f"{options.study} has no such run: {run}")
+    study.pretrain_together(run)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

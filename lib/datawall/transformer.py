@@ -186,7 +186,9 @@ class Encoder(nn.Module):
         return layout.mean(self.hidden(ids, layout, n_layers=self.config.n_layers - 1).float())
 
 
-def mask_tokens(ids: Tensor, vocab_size: int, generator: torch.Generator, share: float = 0.15) -> tuple[Tensor, Tensor]:
+def mask_tokens(
+    ids: Tensor, vocab_size: int, generator: torch.Generator | None = None, share: float = 0.15
+) -> tuple[Tensor, Tensor]:
     """Choose tokens to predict and hide them (Devlin et al. 2019, section 3.1).
 
     Each token is chosen with probability `share`; a chosen one becomes the mask token in 80 % of cases, a random
@@ -199,7 +201,7 @@ def mask_tokens(ids: Tensor, vocab_size: int, generator: torch.Generator, share:
     vocab_size
         Number of token ids, special tokens included; random tokens are never special.
     generator
-        Source of randomness, on the device of `ids`.
+        Source of randomness, on the device of `ids`; torch's global one by default.
     share
         Probability that a token is chosen, in (0, 1].
 

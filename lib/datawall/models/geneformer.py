@@ -43,7 +43,15 @@ class Geneformer:
         self.encoder: Encoder | None = None
 
     def fit(
-        self, counts: sp.csr_matrix, obs: pd.DataFrame, *, steps: int, seed: int, progress: str | None = None
+        self,
+        counts: sp.csr_matrix,
+        obs: pd.DataFrame,
+        *,
+        steps: int,
+        seed: int,
+        init_seed: int | None = None,
+        checkpoint: Path | None = None,
+        progress: str | None = None,
     ) -> training.History:
         """Choose the vocabulary, take the medians, and predict masked genes for a number of optimiser steps.
 
@@ -60,18 +68,17 @@ class Geneformer:
         if h.n_genes is not None:
             self.genes = np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), h.n_genes))
         self.medians = gene_medians(counts)[self.genes]
-        tokenizer = self._build(seed)
+        tokenizer = self._build(seed if init_seed is None else init_seed)
         tokens = tokenizer.encode(counts[:, self.genes])
         tokens = tokens.take(np.flatnonzero(np.diff(tokens.offsets)))  # a cell without a token teaches nothing
         if not len(tokens.ids):
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
         where = training.device()
-        generator = torch.Generator(device=where).manual_seed(seed)
 
-        def loss_of(rows: np.ndarray) -> torch.Tensor:
+        def loss_of(forward: training.Forward, rows: np.ndarray, step: int) -> torch.Tensor:
             ids, offsets = _tensors(tokens.take(rows), where)
-            masked, targets = mask_tokens(ids, tokenizer.vocab_size, generator)
-            return self.encoder(masked, offsets, targets)
+            masked, targets = mask_tokens(ids, tokenizer.vocab_size)
+            return forward(masked, offsets, targets)
 
         recipe = training.Recipe(
             steps=steps,
@@ -81,7 +88,9 @@ class Geneformer:
             weight_decay=h.weight_decay,
         )
         n_cells = len(tokens.offsets) - 1
-        return training.train(self.encoder, loss_of, n_cells, recipe, seed=seed, progress=progress)
+        return training.train(
+            self.encoder, loss_of, n_cells, recipe, seed=seed, checkpoint=checkpoint, progress=progress
+        )
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
         """Random weights, and nothing learned from cells: all genes in the vocabulary, each with a median of one."""

@@ -32,9 +32,17 @@ class PretrainedPCA:
         self.axes: np.ndarray | None = None  # (n_components, n_genes), zero for genes that are not variable
 
     def fit(
-        self, counts: sp.csr_matrix, obs: pd.DataFrame, *, steps: int = 0, seed: int = 0, progress: str | None = None
+        self,
+        counts: sp.csr_matrix,
+        obs: pd.DataFrame,
+        *,
+        steps: int = 0,
+        seed: int = 0,
+        init_seed: int | None = None,
+        checkpoint: Path | None = None,
+        progress: str | None = None,
     ) -> None:
-        """Find the axes, exactly: there are no steps and no randomness, so those arguments change nothing.
+        """Find the axes, exactly: there are no steps and no randomness, so the keyword arguments change nothing.
 
         Raises
         ------

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from datawall import training
 from datawall.tasks.classification import check_embedding, classification_metrics
 
-RECIPE = training.Recipe(steps=3000, batch_size=128, learning_rate=1e-3, decay=False, validate_every=100, patience=3)
+RECIPE = training.Recipe(steps=3000, batch_size=128, learning_rate=1e-3, decay="none", validate_every=100, patience=3)
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
@@ -59,7 +59,7 @@ def finetuned_classification(
     head = training.seeded(lambda: training.Head(X.shape[1], len(types)), seed)
     training.train(
         head,
-        lambda rows: F.cross_entropy(head(X_train[rows]), y_train[rows]),
+        lambda forward, rows, step: F.cross_entropy(forward(X_train[rows]), y_train[rows]),
         len(X_train),
         recipe,
         seed=seed,

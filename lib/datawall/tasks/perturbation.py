@@ -76,7 +76,11 @@ def perturbation_response(
     with torch.no_grad():
         head[-1].bias.copy_(Y_train[y].mean(dim=0))
     training.train(
-        head, lambda rows: F.mse_loss(head(X_train[rows]), Y_train[y[rows]]), len(control), recipe, seed=seed
+        head,
+        lambda forward, rows, step: F.mse_loss(forward(X_train[rows]), Y_train[y[rows]]),
+        len(control),
+        recipe,
+        seed=seed,
     )
     test = ~treated & (context == held_out)
     with torch.no_grad():

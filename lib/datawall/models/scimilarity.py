@@ -1,0 +1,248 @@
+"""SCimilarity: an autoencoder shaped by cell-type labels, after Heimberg et al. (2025, Nature 638:1085)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datawall import expression, hyperparameters, training
+from datawall.models import base
+from datawall.models.ssl import Cells, Reconstruction, SparseLinear, bernoulli, embed
+
+LABEL = "cell_type"
+STUDIES = ("dataset_id", "batch")  # the first of these columns that there is tells studies apart
+
+
+class TripletAutoencoder(nn.Module):
+    """Linear layers, batch normalisation, PReLU and dropout; its forward pass gives the loss of a batch."""
+
+    def __init__(self, n_genes: int, h: hyperparameters.SCimilarity) -> None:
+        super().__init__()
+        self.h = h
+
+        def layers(*linears: nn.Module) -> list[nn.Module]:
+            parts = ((nn.Dropout(h.dropout), each, nn.BatchNorm1d(len(each.bias)), nn.PReLU()) for each in linears)
+            return [*chain(*parts)][1:]  # what comes first is the input, or the latent space: no such dropout
+
+        widths, back = h.n_hidden, h.n_hidden[::-1]
+        sparse, dense = SparseLinear(n_genes, widths[0]), map(nn.Linear, widths, widths[1:])
+        self.encoder = nn.Sequential(*layers(sparse, *dense), nn.Linear(widths[-1], h.n_latent))
+        self.decoder = nn.Sequential(*layers(*map(nn.Linear, [h.n_latent, *back], back)))
+        self.reconstruction = Reconstruction(widths[0], n_genes)
+
+    def forward(self, cells: Cells, pairs: Tensor, negatives: Tensor, rate: float) -> Tensor:
+        h, seen = self.h, cells
+        if self.training and h.input_dropout:  # it leaves zeros zero, so that only the other values need be drawn for
+            kept = bernoulli(len(cells.data), 1 - h.input_dropout, cells.data.device)
+            seen = cells.thinned(kept, 1 / (1 - h.input_dropout))
+        latent = self.encode(seen)
+        loss = (1 - h.triplet_weight) * self.reconstruction(self.decoder(latent), cells)
+        loss = loss + h.l1 * rate * _Absolute.apply(self.encoder[0 if h.l1_layer == "first" else -1].weight)
+        with torch.autocast(latent.device.type, enabled=False):
+            distance = 2 - 2 * latent.detach() @ latent.detach().T
+        anchor, positive, negative = semihard_triplets(distance, pairs, negatives, h.margin)
+        if len(anchor):
+            triplets = F.triplet_margin_loss(latent[anchor], latent[positive], latent[negative], margin=h.margin)
+            loss = loss + h.triplet_weight * triplets
+        return loss
+
+    def encode(self, cells: Cells) -> Tensor:
+        """Points on the unit sphere, (n_cells, n_latent) float32."""
+        return F.normalize(self.encoder(cells).float())
+
+
+class _Absolute(torch.autograd.Function):
+    """Sum of absolute values, without torch's three copies of the weights."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.linalg.vector_norm(weight, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return ctx.saved_tensors[0].sign().mul_(gradient)
+
+
+def semihard_triplets(
+    distance: Tensor, pairs: Tensor, negatives: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pair one random negative that is farther than the positive, but by less than the margin.
+
+    Distances from a cell are sorted once, and the negatives that suit one of its pairs are then a range of them: so
+    memory grows with the square of the cells, not with pairs times negatives.
+
+    Parameters
+    ----------
+    distance
+        (n_cells, n_cells) squared distances d².
+    pairs
+        (n_cells, n_cells) bool: whether the row is an anchor and the column its positive.
+    negatives
+        (n_cells, n_cells) bool: whether the column is a negative of the row.
+    margin
+        d²(anchor, positive) < d²(anchor, negative) < d²(anchor, positive) + margin.
+
+    Returns
+    -------
+    anchors, positives and negatives, (n_triplets,) int64 each; a pair without such a negative is left out.
+    """
+    ranked, order = distance.masked_fill(~negatives, torch.inf).sort(dim=1)
+    first = torch.searchsorted(ranked, distance, right=True)
+    n_suitable = torch.searchsorted(ranked, distance + margin) - first
+    anchor, positive = (pairs & (n_suitable > 0)).nonzero(as_tuple=True)
+    chosen = (torch.rand(len(anchor), device=distance.device) * n_suitable[anchor, positive]).long()
+    return anchor, positive, order[anchor, first[anchor, positive] + chosen]
+
+
+def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
+    """Whether of two cell types, names of terms in an OBO file, one is the other or its ancestor, (n, n) bool.
+
+    Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original.
+
+    Raises
+    ------
+    ValueError
+        If there is no term of a name; obsolete ones do not count.
+    """
+    identifiers, parents = {}, {}
+    word = {"is_a": 0, "relationship": 1}  # "is_a: parent ! comment", "relationship: kind parent ! comment"
+    for stanza in f"\n{Path(ontology).read_text(encoding='utf-8')}".split("\n[Term]\n")[1:]:
+        tags = [line.partition(": ")[::2] for line in stanza.partition("\n[")[0].splitlines()]
+        term = dict(tags)
+        if term.get("is_obsolete") != "true":
+            identifiers[term.get("name", "")] = term["id"]
+            parents[term["id"]] = [value.split()[word[tag]] for tag, value in tags if tag in word]
+    unknown = [label for label in labels if label not in identifiers]
+    if unknown:
+        raise ValueError(
+            f"SCimilarity: {ontology} has no term named {', '.join(map(repr, unknown))}; rename these cell types to "
+            "terms of the ontology, or leave `ontology` out."
+        )
+
+    def lineage(term: str) -> set[str]:
+        found, waiting = {term}, [term]
+        while waiting:
+            above = set(parents.get(waiting.pop(), ())) - found
+            found |= above
+            waiting += above
+        return found
+
+    terms = [identifiers[label] for label in labels]
+    descends = np.array([[ancestor in line for ancestor in terms] for line in map(lineage, terms)], dtype=bool)
+    return descends | descends.T
+
+
+def sampling_weights(labels: np.ndarray, studies: np.ndarray) -> np.ndarray:
+    """Weight with which each cell is drawn, (n_cells,) float64: more for rare types and small studies, codes from 0.
+
+    It is 1 / (log(1 + n_type / 10⁴) log(1 + n_study / 10⁶)), n being the numbers of cells, and twice its 99.9th
+    percentile at most.
+    """
+    n_type, n_study = (np.bincount(codes)[codes] for codes in (labels, studies))
+    weights = 1 / (np.log1p(n_type / 1e4) * np.log1p(n_study / 1e6))
+    return np.minimum(weights, 2 * np.percentile(weights, 99.9))
+
+
+def weighted_batches(weights: np.ndarray, batch_size: int, steps: int, *, seed: int) -> Iterator[np.ndarray]:
+    """Rows of each step's batch, drawn with replacement; those of a step follow from the seed and its number."""
+    cumulative = np.cumsum(weights)
+    for step in range(steps):
+        drawn = np.random.default_rng([seed, step]).random(batch_size) * cumulative[-1]
+        yield np.searchsorted(cumulative, drawn, side="right")
+
+
+class SCimilarity(base.Network):
+    """Reconstruct expression, and bring cells of one type in different studies together.
+
+    Supervised: it learns from `obs["cell_type"]`, which no other family reads; compare it with them in that light.
+    Defaults are the sizes and settings of DenAdel et al. 2026; the last weights are kept, as there. Expression is
+    log-normalised. The loss is `triplet_weight` times a triplet loss on the unit sphere, plus the rest of one times
+    the mean squared error over all genes, plus `l1` times the learning rate times the sum of one layer's absolute
+    weights: the encoder's first, as was meant, or with `l1_layer="last"` its last, as it came out in theirs.
+
+    Every two cells of a batch that share their type and come from different studies are an anchor and a positive.
+    Their negative is a cell whose type is another, and with `ontology` neither ancestor nor descendant of theirs; see
+    `semihard_triplets`. Studies are told apart by `obs["dataset_id"]`, or else by `obs["batch"]`; where a subset is of
+    one study, or has neither column, pairs lie within it. Types of one study alone are kept, as negatives. Under
+    `torchrun`, pairs and batch statistics are of a process's own share of the batch.
+
+    Cells are drawn by `sampling_weights`, with replacement; the learning rate falls as a cosine over the budget.
+
+    Parameters
+    ----------
+    hyperparameters
+        See `hyperparameters.SCimilarity`; its defaults are used for those not given.
+    """
+
+    family = "SCimilarity"
+
+    def network(self, n_genes: int) -> TripletAutoencoder:
+        """The autoencoder."""
+        return TripletAutoencoder(n_genes, self.hyperparameters)
+
+    def fit(
+        self,
+        counts: sp.csr_matrix,
+        obs: pd.DataFrame,
+        *,
+        steps: int,
+        seed: int,
+        init_seed: int | None = None,
+        checkpoint: Path | None = None,
+        progress: str | None = None,
+    ) -> training.History:
+        """Train for a number of optimiser steps, on cells with a type in `obs["cell_type"]`.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells, if one has no type, or if the ontology does not know a type.
+        training.NonFiniteLossError
+            If training diverges.
+        """
+        h = self.hyperparameters
+        labels, studies, types = _codes(obs)
+        kin = np.eye(len(types), dtype=bool) if h.ontology is None else kinship(types, h.ontology)
+        X = expression.lognormalise(counts)
+        module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
+        settings = h.model_dump(include={"batch_size", "learning_rate", "weight_decay"})
+        recipe = training.Recipe(steps=steps, decay="cosine", decay_vectors=True, **settings)
+
+        def loss_of(forward: training.Forward, rows: np.ndarray, step: int) -> Tensor:
+            label, study = labels[rows], studies[rows]
+            apart = study[:, None] != study if studies.any() else True
+            relations = np.triu((label[:, None] == label) & apart, 1), ~kin[label[:, None], label]
+            pairs, negatives = (torch.from_numpy(each).to(training.device()) for each in relations)
+            return forward(Cells.of(X[rows]), pairs, negatives, recipe.rate(step))
+
+        batches = weighted_batches(sampling_weights(labels, studies), h.batch_size, steps, seed=seed)
+        options = {"seed": seed, "batches": batches, "checkpoint": checkpoint, "progress": progress}
+        return training.train(module, loss_of, len(labels), recipe, **options)
+
+    def embed(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Output of the encoder, of unit length, (n_cells, n_latent) float32."""
+        return embed(self.ready(counts).encode, counts, self.hyperparameters.n_latent)
+
+
+def _codes(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cell type and study of each cell, (n_cells,) int from 0, and the names of the types."""
+    if not len(obs):
+        raise ValueError("SCimilarity: there are no cells to train on.")
+    if LABEL not in obs or obs[LABEL].isna().any():
+        missing = f"{obs[LABEL].isna().sum()} cells have no value in" if LABEL in obs else "there is no column"
+        raise ValueError(
+            f"SCimilarity learns from cell types, and {missing} obs[{LABEL!r}]: label every cell of the corpus, or "
+            "leave SCimilarity out of the study."
+        )
+    labels, types = pd.factorize(obs[LABEL].astype(str))
+    study = next((obs[name] for name in STUDIES if name in obs), pd.Series(0, index=obs.index))
+    return labels, pd.factorize(study, use_na_sentinel=False)[0], types

@@ -1,0 +1,126 @@
+"""Training that is killed and resumed, or shared among processes, ends as if nothing had happened."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from killed_fits import SMALL
+
+import datawall as dw
+from datawall import study as studies
+from datawall.training import Head, Recipe, seeded, train
+
+TESTS = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, str(TESTS / "killed_fits.py"), str(folder), *SMALL]
+    ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return folder, ended.stdout
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_killed_fit_ends_with_the_same_bits(killed, family):
+    folder, story = killed
+    once, again = (folder / family / name / "model.safetensors" for name in ("undisturbed", "disturbed"))
+    assert once.read_bytes() == again.read_bytes(), story
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    X = torch.from_numpy(rng.standard_normal((40, 6)).astype(np.float32))
+    module = seeded(lambda: Head(6, 1, n_hidden=16), 0).cpu()
+    return module, lambda forward, rows, step: forward(X[rows]).square().mean()
+
+
+def train_to(checkpoint, *, steps=10, seed=0, stop_at=None):
+    module, loss_of = problem()
+
+    def stopped(forward, rows, step):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return loss_of(forward, rows, step)
+
+    recipe = Recipe(steps=steps, batch_size=8, learning_rate=1e-2, validate_every=3, patience=100)
+    look = iter(np.arange(100.0, 0, -1))
+    history = train(module, stopped, 40, recipe, seed=seed, validation_loss=lambda: next(look), checkpoint=checkpoint)
+    return module, history
+
+
+def test_resumed_history_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        train_to(tmp_path / "a.npz", stop_at=7)
+    _, resumed = train_to(tmp_path / "a.npz")
+    _, whole = train_to(tmp_path / "b.npz")
+    np.testing.assert_array_equal(resumed.loss, whole.loss)
+    np.testing.assert_array_equal(resumed.validation_step, whole.validation_step)
+    assert resumed.samples_seen == whole.samples_seen == 80
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+    train_to(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a\.npz is a checkpoint of another run .*seed=0.*remove it"):
+        train_to(tmp_path / "a.npz", seed=1)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not an archive", "empty"])
+def test_damaged_checkpoint_is_named_and_not_used(tmp_path, monkeypatch, caplog, damage):
+    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+    checkpoint = tmp_path / "a.npz"
+    whole, _ = train_to(checkpoint)
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(
+        {"truncated": content[: len(content) // 2], "not an archive": b"x" * 99, "empty": b""}[damage]
+    )
+    again, history = train_to(checkpoint)
+    assert "a.npz is damaged" in caplog.text
+    assert len(history.loss) == 10
+    for weight, same in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(weight, same)
+
+
+def test_no_checkpoint_is_left_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+    train_to(tmp_path / "a.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    script = str(TESTS / "shared_fit.py")
+    subprocess.run([sys.executable, script, str(tmp_path / "one.npz")], env=ONE_THREAD, check=True)
+    subprocess.run([*TORCHRUN, script, str(tmp_path / "two.npz")], env=ONE_THREAD, check=True, capture_output=True)
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert set(one) == set(two)
+        for name in one:
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_torchrun_makes_a_model_of_a_study(tmp_path):
+    values = {
+        "study": "shared", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [100], "seeds": [0],
+        "models": ["Geneformer"], "steps": 4, "tasks": ["zeroshot_classification"],
+        "hyperparameters": {"Geneformer": {"n_layers": 2, "n_embd": 16, "max_length": 32, "batch_size": 8}},
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    command = [*TORCHRUN, "-m", "datawall.training", str(tmp_path), "Geneformer", "random", "100", "0"]
+    ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    study = dw.open_study(str(tmp_path))
+    (run,) = study.pretraining_runs()
+    made = study.store.find(study.model_unit(run)).made
+    assert (made["steps"], made["samples_seen"]) == (4, 32)
+    assert not list((study.folder / "checkpoints").glob("*"))
+    assert study.embedding(run, study.held_out_name).shape[1] == 16
+    assert run == studies.Run("Geneformer", studies.Subset("random", 100, 0))

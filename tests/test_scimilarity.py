@@ -1,0 +1,554 @@
+import warnings
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datawall import datasets, expression, hyperparameters, training
+from datawall.models import scimilarity
+from datawall.models.base import NotFittedError
+from datawall.models.scimilarity import (
+    SCimilarity,
+    TripletAutoencoder,
+    kinship,
+    sampling_weights,
+    semihard_triplets,
+    weighted_batches,
+)
+from datawall.models.ssl import Cells
+
+N_GENES = 60
+SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16}
+ONTOLOGY = """format-version: 1.2
+ontology: cl/cl-basic
+
+[Term]
+id: CL:0
+name: cell
+
+[Term]
+id: CL:1
+name: lymphocyte
+def: "A cell: with a colon." [GOC:x]
+is_a: CL:0 {is_inferred="true"} ! cell
+
+[Term]
+id: CL:2
+name: T cell
+synonym: "T-lymphocyte" EXACT []
+is_a: CL:1 ! lymphocyte
+relationship: develops_from CL:5 ! precursor
+relationship: part_of UBERON:9 ! blood
+
+[Term]
+id: CL:3
+name: CD4-positive, alpha-beta T cell
+is_a: CL:2 ! T cell
+
+[Term]
+id: CL:4
+name: B cell
+is_a: CL:1
+intersection_of: CL:3 ! no relation of the term's own
+
+[Term]
+id: CL:5
+name: precursor
+
+[Term]
+id: CL:6
+name: T cell of old
+is_a: CL:2 ! T cell
+is_obsolete: true
+
+[Typedef]
+id: part_of
+name: part of
+is_a: CL:4
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Networks this small gain nothing from more, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def simulated(n_cells=40, n_genes=N_GENES, seed=0):
+    """Counts of three cell types from two studies."""
+    rng = np.random.default_rng(seed)
+    types = rng.integers(0, 3, n_cells)
+    rates = np.random.default_rng(99).gamma(0.3, 1, (3, n_genes))[types]
+    counts = rng.poisson(rates).astype(np.float32)
+    counts[:, 0] += 1  # no cell without counts
+    obs = pd.DataFrame({"cell_type": np.array(["T cell", "B cell", "precursor"])[types]})
+    return sp.csr_matrix(counts), obs.assign(dataset_id=rng.integers(0, 2, n_cells).astype(str))
+
+
+def fitted(n_cells=40, steps=8, seed=0, obs=None, **settings):
+    counts, simulated_obs = simulated(n_cells)
+    model = SCimilarity(**SMALL | settings)
+    history = model.fit(counts, simulated_obs if obs is None else obs, steps=steps, seed=seed)
+    return model, history
+
+
+@cache
+def fitted_once():
+    return fitted()[0]
+
+
+def autoencoder(**settings):
+    torch.manual_seed(0)
+    without_dropout = {"dropout": 0.0, "input_dropout": 0.0}
+    return TripletAutoencoder(N_GENES, hyperparameters.SCimilarity(**SMALL | without_dropout | settings))
+
+
+def batch(n_cells=40):
+    """Cells of a batch, dense and sparse, their types and studies, and which are pairs and negatives."""
+    counts, obs = simulated(n_cells)
+    X = expression.lognormalise(counts)
+    types, studies = (torch.from_numpy(pd.factorize(obs[name])[0]) for name in ("cell_type", "dataset_id"))
+    pairs = ((types[:, None] == types) & (studies[:, None] != studies)).triu(1)
+    return torch.from_numpy(X.toarray()), Cells.of(X), types, studies, pairs, types[:, None] != types
+
+
+def squared_distances(latent):
+    return (latent[:, None] - latent).square().sum(2)
+
+
+def on_the_sphere(n_cells, n_latent=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n_cells, n_latent, generator=generator))
+
+
+def semihard_by_hand(distance, types, studies, margin):
+    """Negatives that suit each pair, one pair and one cell after the other."""
+    suitable = {}
+    for label in set(types):
+        of_label = [i for i, each in enumerate(types) if each == label]
+        for a, p in combinations(of_label, 2):
+            if studies[a] != studies[p]:
+                bound = float(np.float32(distance[a][p]) + np.float32(margin))
+                found = [
+                    n for n, other in enumerate(types) if other != label and distance[a][p] < distance[a][n] < bound
+                ]
+                if found:
+                    suitable[a, p] = found
+    return suitable
+
+
+@settings(deadline=None)
+@given(st.integers(1, 25), st.integers(1, 5), st.integers(1, 4), st.floats(1e-3, 6), st.integers(0, 2**31))
+def test_triplets_are_those_found_by_hand(n_cells, n_types, n_studies, margin, seed):
+    rng = np.random.default_rng(seed)
+    types, studies = rng.integers(0, n_types, n_cells), rng.integers(0, n_studies, n_cells)
+    # Rounded, so that distances are equal now and then.
+    distance = squared_distances((on_the_sphere(n_cells, seed=seed) * 4).round() / 4)
+    suitable = semihard_by_hand(distance.tolist(), types.tolist(), studies.tolist(), margin)
+    same, apart = (each[:, None] == each for each in map(torch.from_numpy, (types, studies)))
+    found = semihard_triplets(distance, (same & ~apart).triu(1), ~same, margin)
+    pairs = list(zip(*(each.tolist() for each in found[:2]), strict=True))
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) == set(suitable)
+    assert all(n in suitable[pair] for pair, n in zip(pairs, found[2].tolist(), strict=True))
+
+
+def test_the_negative_is_chosen_evenly():
+    types = [0, 0, *[1] * 8]
+    distance = squared_distances(on_the_sphere(10))
+    suitable = semihard_by_hand(distance.tolist(), types, range(10), 2.0)[0, 1]
+    assert 3 < len(suitable) < 8
+    types = torch.tensor(types)
+    torch.manual_seed(0)
+    draws = [
+        semihard_triplets(distance, (types[:, None] == types).triu(1) & (types == 0), types[:, None] != types, 2.0)[2]
+        for _ in range(3000)
+    ]
+    counts = torch.bincount(torch.cat(draws), minlength=10)[suitable]
+    assert counts.sum() == 3000
+    expected = 3000 / len(suitable)
+    assert ((counts - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_candidates_are_those_of_pytorch_metric_learning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pytorch_metric_learning.distances import LpDistance
+        from pytorch_metric_learning.miners import TripletMarginMiner
+
+    latent, types = on_the_sphere(30), torch.arange(30) % 4
+    squared = LpDistance(normalize_embeddings=False, p=2, power=2)
+    anchors, positives, negatives = TripletMarginMiner(0.3, "semihard", distance=squared)(latent, types)
+    theirs = {triplet for triplet in zip(*(i.tolist() for i in (anchors, positives, negatives)), strict=True)}
+    theirs = {(a, p, n) for a, p, n in theirs if a < p}
+    distance, same = squared_distances(latent), types[:, None] == types
+    torch.manual_seed(0)
+    ours = set()
+    for _ in range(300):
+        found = semihard_triplets(distance, same.triu(1), ~same, 0.3)
+        ours |= set(zip(*(each.tolist() for each in found), strict=True))
+    assert len(theirs) > 100
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("settings", [{}, {"l1_layer": "last"}, {"n_hidden": [9]}, {"triplet_weight": 1.0, "l1": 0.0}])
+def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings):
+    module = autoencoder(**{"triplet_weight": 0.3, "l1": 0.01, "margin": 0.5} | settings)
+    h, (x, cells, types, _, pairs, negatives) = module.h, batch()
+    torch.manual_seed(1)
+    loss = module(cells, pairs, negatives, 0.1)
+    loss.backward()
+    ours = {name: weight.grad.clone() for name, weight in module.named_parameters() if weight.grad is not None}
+    module.zero_grad()
+    first, last = module.encoder[0], module.reconstruction
+    latent = F.normalize(module.encoder[1:](x @ first.weight + first.bias))
+    x_hat = F.linear(module.decoder(latent), last.weight, last.bias)
+    torch.manual_seed(1)
+    anchor, positive, negative = semihard_triplets(2 - 2 * latent @ latent.T, pairs, negatives, 0.5)
+    assert len(anchor) > 20
+    triplet = F.triplet_margin_loss(latent[anchor], latent[positive], latent[negative], margin=0.5, p=2)
+    weight = first.weight if h.l1_layer == "first" else module.encoder[-1].weight
+    reference = h.triplet_weight * triplet + (1 - h.triplet_weight) * F.mse_loss(x_hat, x)
+    reference = reference + h.l1 * 0.1 * weight.abs().sum()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    reference.backward()
+    for name, each in module.named_parameters():
+        torch.testing.assert_close(ours[name], each.grad, rtol=1e-3, atol=1e-6)
+    _assert_metric_learning_agrees(latent, types, (anchor, positive, negative), triplet)
+
+
+def _assert_metric_learning_agrees(latent, types, triplets, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pytorch_metric_learning.distances import LpDistance
+        from pytorch_metric_learning.losses import TripletMarginLoss
+        from pytorch_metric_learning.reducers import MeanReducer
+
+    theirs = TripletMarginLoss(0.5, distance=LpDistance(normalize_embeddings=False), reducer=MeanReducer())
+    torch.testing.assert_close(theirs(latent, types, triplets), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_triplets_the_rest_of_the_loss_is_left():
+    module, (x, cells, _, _, pairs, negatives) = autoencoder(triplet_weight=0.25, l1=0.0), batch()
+    whole = module(cells, pairs, torch.zeros_like(negatives), 0.1)
+    latent = module.encode(cells)
+    x_hat = F.linear(module.decoder(latent), module.reconstruction.weight, module.reconstruction.bias)
+    torch.testing.assert_close(whole, 0.75 * F.mse_loss(x_hat, x), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("layer", "position"), [("first", 0), ("last", -1)])
+def test_l1_is_on_the_layer_stated(layer, position):
+    _, cells, _, _, pairs, negatives = batch()
+    losses = []
+    for l1 in (0.0, 0.5):
+        torch.manual_seed(0)
+        losses.append(autoencoder(l1=l1, l1_layer=layer)(cells, pairs, negatives, 0.2).item())
+    weight = autoencoder().encoder[position].weight
+    assert weight.shape == {"first": (N_GENES, 12), "last": (4, 8)}[layer]
+    assert losses[1] - losses[0] == pytest.approx(0.5 * 0.2 * weight.abs().sum().item(), rel=1e-4)
+
+
+def test_the_input_is_dropped_in_training_alone():
+    module, (_, cells, *_, pairs, negatives) = autoencoder(input_dropout=0.4), batch(400)
+    seen = []
+    module.encoder[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    module(cells, pairs, negatives, 0.1)
+    assert len(seen[0].data) / len(cells.data) == pytest.approx(0.6, abs=0.03)
+    assert set(seen[0].data.tolist()) <= set((cells.data * (1 / 0.6)).tolist())
+    module.eval()(cells, pairs, negatives, 0.1)
+    assert seen[1] is cells
+
+
+def test_the_number_of_weights_is_the_originals():
+    with torch.device("meta"):
+        module = TripletAutoencoder(19_331, hyperparameters.SCimilarity())
+    assert sum(weight.numel() for weight in module.encoder.parameters()) == 22_032_515
+    assert sum(weight.numel() for weight in module.parameters()) == 44_084_233
+
+
+def test_layers_come_in_the_originals_order():
+    module = TripletAutoencoder(N_GENES, hyperparameters.SCimilarity(n_hidden=[12, 8], n_latent=4))
+    names = [[type(layer).__name__ for layer in part] for part in (module.encoder, module.decoder)]
+    block = ["Dropout", "Linear", "BatchNorm1d", "PReLU"]
+    assert names == [["SparseLinear", *block[2:], *block, "Linear"], [*block[1:], *block]]
+    assert module.encoder[3].p == 0.5
+
+
+@pytest.fixture
+def ontology(tmp_path):
+    path = tmp_path / "cl.obo"
+    path.write_text(ONTOLOGY)
+    return path
+
+
+def test_kinship_follows_every_relation(ontology):
+    labels = np.array(["lymphocyte", "T cell", "CD4-positive, alpha-beta T cell", "B cell", "precursor", "cell"])
+    kin = pd.DataFrame(kinship(labels, ontology), index=labels, columns=labels)
+    strangers = {frozenset(pair) for pair in combinations(labels, 2) if not kin.loc[pair]}
+    assert (kin == kin.T).all(axis=None)
+    assert np.diag(kin).all()
+    assert strangers == {
+        frozenset(pair)
+        for pair in [
+            ("T cell", "B cell"),
+            ("CD4-positive, alpha-beta T cell", "B cell"),
+            ("lymphocyte", "precursor"),
+            ("B cell", "precursor"),
+            ("cell", "precursor"),
+        ]
+    }
+
+
+def test_an_ontology_may_have_circles_and_no_header(tmp_path):
+    terms = [f"[Term]\nid: {i}\nname: {i}\nis_a: {(i + 1) % 3}\n" for i in range(3)]
+    (tmp_path / "circle.obo").write_text("\n".join(terms))
+    assert kinship(np.array(["0", "1", "2"]), tmp_path / "circle.obo").all()
+
+
+def test_types_that_the_ontology_does_not_know_are_named(ontology):
+    with pytest.raises(ValueError, match=r"cl\.obo has no term named 'part of', 'T cell of old'; rename these"):
+        kinship(np.array(["T cell", "part of", "T cell of old"]), ontology)
+    obs = simulated()[1].replace("B cell", "unknown")
+    with pytest.raises(ValueError, match="no term named 'unknown'"):
+        fitted(obs=obs, ontology=str(ontology))
+
+
+def test_weights_of_the_sampler_by_hand():
+    weights = sampling_weights(np.array([0] * 3 + [1]), np.array([0, 0, 1, 1]))
+    study = 1 / np.log1p(2 / 1e6)
+    common, rare = study / np.log1p(3 / 1e4), study / np.log1p(1 / 1e4)
+    np.testing.assert_allclose(weights, [common] * 3 + [rare])
+
+
+def test_weights_of_the_sampler_are_capped():
+    labels = np.repeat([0, 1], [100_000, 1])
+    weights = sampling_weights(labels, np.zeros_like(labels))
+    np.testing.assert_allclose(weights, 1 / (np.log1p(10.0) * np.log1p(0.100001)) * np.where(labels, 2, 1))
+
+
+def test_cells_are_drawn_by_weight_and_follow_from_seed_and_step():
+    weights = np.array([1.0, 0.0, 3.0, 6.0])
+    drawn = list(weighted_batches(weights, 1000, 20, seed=3))
+    assert {each.shape for each in drawn} == {(1000,)}
+    share = np.bincount(np.concatenate(drawn), minlength=4) / 20_000
+    np.testing.assert_allclose(share, weights / 10, atol=0.02)
+    assert share[1] == 0
+    again = list(weighted_batches(weights, 1000, 20, seed=3))
+    np.testing.assert_array_equal(again, drawn)
+    assert len(np.unique(drawn, axis=0)) == 20
+    assert (drawn[5] != next(weighted_batches(weights, 1000, 1, seed=4))).any()
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=50), st.integers(0, 2**31))
+def test_rows_drawn_are_always_rows(weights, seed):
+    drawn = next(weighted_batches(np.array(weights), 64, 1, seed=seed))
+    assert drawn.min() >= 0
+    assert drawn.max() < len(weights)
+
+
+@pytest.fixture
+def relations(monkeypatch):
+    """Pairs and negatives of each step, in the order of the batch."""
+    seen, mine = [], scimilarity.semihard_triplets
+
+    def recorded(distance, pairs, negatives, margin):
+        seen.append((pairs, negatives))
+        return mine(distance, pairs, negatives, margin)
+
+    monkeypatch.setattr(scimilarity, "semihard_triplets", recorded)
+    return seen
+
+
+def drawn_in_step(obs, step, seed=0, batch_size=16):
+    labels, studies = (pd.factorize(obs[name])[0] for name in ("cell_type", "dataset_id"))
+    rows = list(weighted_batches(sampling_weights(labels, studies), batch_size, step + 1, seed=seed))[step]
+    return obs.iloc[rows]
+
+
+def test_pairs_are_of_one_type_and_two_studies_and_negatives_of_another_type(relations):
+    _, obs = simulated()
+    fitted()
+    for step, (pairs, negatives) in enumerate(relations):
+        cells = drawn_in_step(obs, step)
+        for a, p in np.ndindex(16, 16):
+            same_type = cells["cell_type"].iloc[a] == cells["cell_type"].iloc[p]
+            same_study = cells["dataset_id"].iloc[a] == cells["dataset_id"].iloc[p]
+            assert pairs[a, p] == (a < p and same_type and not same_study)
+            assert negatives[a, p] == (not same_type)
+
+
+def test_kin_are_no_negatives(relations, ontology):
+    fitted(ontology=str(ontology))
+    cells = drawn_in_step(simulated()[1], 0)["cell_type"].to_numpy()
+    for a, n in np.ndindex(16, 16):
+        assert relations[0][1][a, n] == ({cells[a], cells[n]} in ({"T cell", "B cell"}, {"precursor", "B cell"}))
+
+
+@pytest.mark.parametrize("columns", [{"dataset_id": None}, {"dataset_id": "one"}, {"dataset_id": np.nan}])
+def test_pairs_lie_within_the_study_where_there_is_one_only(columns, relations):
+    _, obs = simulated()
+    obs = obs.drop(columns="dataset_id") if columns["dataset_id"] is None else obs.assign(**columns)
+    fitted(obs=obs)
+    pairs, negatives = relations[0]
+    assert pairs.any()
+    assert (pairs == (~negatives).triu(1)).all()
+
+
+def test_batches_tell_studies_apart_where_there_is_no_dataset(relations):
+    _, obs = simulated()
+    fitted(obs=obs)
+    fitted(obs=obs.rename(columns={"dataset_id": "batch"}))
+    fitted(obs=obs.assign(batch="one"))
+    for other in (1, 2):
+        for ours, expected in zip(relations[8 * other : 8 * other + 8], relations[:8], strict=True):
+            assert (ours[0] == expected[0]).all()
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 5])
+def test_tiny_subsets(n_cells):
+    model, history = fitted(n_cells, steps=3)
+    assert np.isfinite(history.loss).all()
+    assert np.isfinite(model.embed(simulated()[0])).all()
+
+
+def test_a_subset_of_one_type_has_no_triplets():
+    obs = simulated()[1].assign(cell_type="T cell")
+    model, history = fitted(obs=obs, triplet_weight=1.0, l1=0.0)
+    assert not history.loss.any()
+    assert np.isfinite(fitted(obs=obs)[1].loss).all()
+    assert np.isfinite(model.embed(simulated()[0])).all()
+
+
+def test_the_recipe_is_the_originals(monkeypatch):
+    recipes, train = [], training.train
+
+    def recorded(module, loss_of, n_cells, recipe, **options):
+        recipes.append(recipe)
+        return train(module, loss_of, n_cells, recipe, **options)
+
+    monkeypatch.setattr(training, "train", recorded)
+    _, history = fitted()
+    expected = training.Recipe(
+        steps=8, batch_size=16, learning_rate=0.005, decay="cosine", weight_decay=0.01, decay_vectors=True
+    )
+    assert recipes == [expected]
+    np.testing.assert_allclose(history.learning_rate, 0.0025 * (1 + np.cos(np.pi * np.arange(8) / 8)))
+
+
+def test_clear_errors():
+    counts, obs = simulated()
+    model = SCimilarity(**SMALL)
+    with pytest.raises(NotFittedError, match="this SCimilarity has no weights yet"):
+        model.embed(counts)
+    with pytest.raises(ValueError, match=r"there is no column obs\['cell_type'\]: label every cell .* or leave"):
+        fitted(obs=obs.drop(columns="cell_type"))
+    with pytest.raises(ValueError, match="2 cells have no value in obs"):
+        fitted(obs=obs.assign(cell_type=[None, None, *obs["cell_type"][2:]]))
+    with pytest.raises(ValueError, match="no cells"):
+        model.fit(counts[:0], obs[:0], steps=1, seed=0)
+    with pytest.raises(ValueError, match="SCimilarity: counts have 61 genes, the model 60"):
+        fitted_once().embed(simulated(n_genes=61)[0])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fitted(ontology="nowhere.obo")
+
+
+def test_labels_may_be_categories():
+    counts, obs = simulated()
+    plain = fitted()[0].embed(counts)
+    np.testing.assert_array_equal(fitted(obs=obs.astype("category"))[0].embed(counts), plain)
+
+
+def test_the_embedding_is_the_encoders_output_on_the_unit_sphere():
+    model, (x, *_) = fitted_once(), batch()
+    first = model.module.encoder[0]
+    expected = F.normalize(model.module.encoder[1:](x @ first.weight + first.bias)).detach().numpy()
+    embedding = model.embed(simulated()[0])
+    assert embedding.dtype == np.float32
+    np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
+
+
+def test_a_cell_does_not_see_the_others_of_a_call():
+    counts, _ = simulated(seed=1)
+    whole = fitted_once().embed(counts)
+    np.testing.assert_allclose(fitted_once().embed(counts[[7, 3]]), whole[[7, 3]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_model_embeds_the_same_bits(tmp_path):
+    counts, _ = simulated(seed=1)
+    fitted_once().save(tmp_path)
+    np.testing.assert_array_equal(SCimilarity.load(tmp_path).embed(counts), fitted_once().embed(counts))
+
+
+def test_fitting_repeats_bit_for_bit():
+    counts, _ = simulated(seed=1)
+    torch.manual_seed(1)
+    first = fitted(seed=3)[0].embed(counts)
+    torch.manual_seed(2)
+    np.testing.assert_array_equal(fitted(seed=3)[0].embed(counts), first)
+    assert np.abs(fitted(seed=4)[0].embed(counts) - first).max() > 0.01
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path, monkeypatch):
+    class CutOffError(Exception):
+        pass
+
+    def fit():
+        model = SCimilarity(**SMALL)
+        model.fit(*simulated(), steps=8, seed=0, checkpoint=tmp_path / "checkpoint.npz")
+        return model
+
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    decay = training.Recipe.rate
+
+    def cut_off(recipe, step):
+        if step == 5:
+            raise CutOffError
+        return decay(recipe, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Recipe, "rate", cut_off)
+        with pytest.raises(CutOffError):
+            fit()
+    assert (tmp_path / "checkpoint.npz").exists()
+    np.testing.assert_array_equal(fit().embed(simulated()[0]), fitted()[0].embed(simulated()[0]))
+
+
+def test_the_loss_is_right_under_autocast():
+    module, (_, cells, *_, pairs, negatives) = autoencoder(triplet_weight=0.3), batch()
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = module(cells, pairs, negatives, 0.1)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        found.append(loss.item())
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    assert all(weight.grad.isfinite().all() for weight in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:anndata")
+def test_it_learns_from_real_cells():
+    adata = datasets.load("pbmc68k")
+    studies = np.random.default_rng(0).integers(0, 2, adata.n_obs)
+    model = SCimilarity(n_hidden=[64, 64], n_latent=16, batch_size=128, triplet_weight=0.5, margin=0.5)
+    obs = adata.obs.assign(dataset_id=studies.astype(str))
+    history = model.fit(sp.csr_matrix(adata.X), obs, steps=150, seed=0)
+    assert history.loss[-20:].mean() < 0.7 * history.loss[0]
+    embedding, types = model.embed(sp.csr_matrix(adata.X)), adata.obs["cell_type"].to_numpy()
+    distance = 2 - 2 * embedding @ embedding.T
+    same = types[:, None] == types
+    np.fill_diagonal(same, False)
+    assert distance[same].mean() < 0.6 * distance[types[:, None] != types].mean()

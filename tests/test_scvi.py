@@ -1,0 +1,394 @@
+import warnings
+from functools import cache, partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch.distributions import NegativeBinomial
+
+from datawall import datasets, training
+from datawall.hyperparameters import ScVI as Hyperparameters
+from datawall.models import scvi as family
+from datawall.models.base import NotFittedError
+from datawall.models.scvi import Autoencoder, ScVI
+
+N_GENES = 120
+SMALL = {"n_hidden": 16, "n_latent": 4, "batch_size": 32}
+
+
+def simulated(n_cells=70, seed=0, n_genes=N_GENES):
+    """Counts of which nine in ten are zero and some are in the hundreds, over libraries of different sizes."""
+    rng = np.random.default_rng(seed)
+    rates = rng.lognormal(-3.5, 3, n_genes) * rng.lognormal(0, 1, (n_cells, 1)) * rng.gamma(0.5, 2, (n_cells, n_genes))
+    counts = rng.poisson(rates)
+    counts[:, 0] += 1  # no cell without counts
+    return sp.csr_matrix(counts.astype(np.float32))
+
+
+def autoencoder(n_genes=N_GENES, **sizes):
+    torch.manual_seed(0)
+    sizes = {"n_hidden": 16, "n_latent": 4, **sizes}
+    return Autoencoder(n_genes, Hyperparameters(**sizes)).train()
+
+
+def fitted(*, n_cells=70, steps=6, seed=0, **hyperparameters):
+    model = ScVI(**SMALL | hyperparameters)
+    history = model.fit(simulated(n_cells), pd.DataFrame(index=range(n_cells)), steps=steps, seed=seed)
+    return model, history
+
+
+@cache
+def fitted_once():
+    return fitted()[0]
+
+
+@cache
+def real():
+    return sp.csr_matrix(datasets.load("pbmc68k").X)
+
+
+def vae(n_genes, **sizes):
+    """The peer: scvi-tools' module."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from scvi.module import VAE
+
+        return VAE(n_genes, n_batch=1, n_labels=1, gene_likelihood="nb", use_observed_lib_size=True, **sizes)
+
+
+def shared(peer, kind):
+    """Those of the peer's tensors by name that take part; ours have the same order."""
+    unused = ("l_encoder", "decoder.px_r_decoder", "decoder.px_dropout_decoder")
+    return {name: tensor for name, tensor in getattr(peer, kind)() if not name.startswith(unused)}
+
+
+def peer_of(module, n_layers=1):
+    """A peer of the same weights."""
+    n_hidden, n_latent = module.mean.in_features, module.mean.out_features
+    peer = vae(len(module.log_theta), n_hidden=n_hidden, n_latent=n_latent, n_layers=n_layers).train()
+    for kind in ("named_parameters", "named_buffers"):
+        theirs, ours = shared(peer, kind), dict(getattr(module, kind)())
+        for tensor, (name, own) in zip(theirs.values(), ours.items(), strict=True):
+            tensor.data.copy_(own.data.T if name == "encoder.0.weight" else own.data)
+    return peer
+
+
+def outcome(peer, counts, kl_weight):
+    """Loss of a batch in the peer."""
+    x = torch.from_numpy(counts.toarray()).to(peer.px_r)
+    zeros = torch.zeros(len(x), 1)
+    return peer({"X": x, "batch": zeros, "labels": zeros}, loss_kwargs={"kl_weight": kl_weight})[2]
+
+
+def assert_same_gradients(module, peer, tolerance=1e-4):
+    """Up to a share of their norm; those of the rounding error that batch normalisation leaves are all but zero."""
+    ours = dict(module.named_parameters())
+    largest = max(float(weight.grad.norm()) for weight in ours.values())
+    for theirs, (name, own) in zip(shared(peer, "named_parameters").values(), ours.items(), strict=True):
+        expected = theirs.grad.T if name == "encoder.0.weight" else theirs.grad
+        error = float((own.grad - expected).norm())
+        assert error < tolerance * float(expected.norm()) or error < 1e-6 * largest, name
+
+
+@pytest.mark.parametrize(("n_cells", "n_layers", "n_genes"), [(64, 1, 120), (2, 1, 50), (131, 2, 120), (7, 3, 33)])
+def test_loss_and_gradients_are_scvi_tools(n_cells, n_layers, n_genes):
+    counts = simulated(n_cells, n_genes=n_genes)
+    module = autoencoder(n_genes, n_layers=n_layers)
+    peer = peer_of(module, n_layers)
+    torch.manual_seed(1)  # of dropout and noise
+    theirs = outcome(peer, counts, 0.3)
+    theirs.loss.backward()
+    torch.manual_seed(1)
+    loss = module(counts, 0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    assert_same_gradients(module, peer)
+    for expected, ours in zip(shared(peer, "named_buffers").values(), module.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_terms_of_the_loss_are_scvi_tools():
+    counts, module = simulated(), autoencoder()
+    peer = peer_of(module)
+    theirs, ours = [], []
+    for kl_weight in (0.0, 1.0, 100.0):
+        torch.manual_seed(1)
+        theirs.append(outcome(peer, counts, kl_weight))
+        torch.manual_seed(1)
+        ours.append(module(counts, kl_weight).item())
+    reconstruction = theirs[0].reconstruction_loss["reconstruction_loss"].mean().item()
+    divergence = theirs[0].kl_local["kl_divergence_z"].mean().item()
+    assert ours[0] == pytest.approx(reconstruction, rel=1e-5)
+    assert (ours[2] - ours[0]) / 100 == pytest.approx(divergence, rel=1e-4)
+    assert ours == pytest.approx([each.loss.item() for each in theirs], rel=1e-5)
+
+
+def test_training_is_scvi_tools():
+    counts, init_seed, seed = simulated(), 3, 4
+    model = ScVI(**SMALL, kl_warmup=1.0)
+    peer = peer_of(model.build(N_GENES, init_seed).train())
+    optimiser = torch.optim.Adam(peer.parameters(), lr=1e-3, eps=0.01, weight_decay=1e-6)
+    expected = []
+    for step, rows in enumerate(training.minibatches(70, 32, 10, seed=seed)):
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, 0]).generate_state(1, np.uint64)[0]))
+        loss = outcome(peer, counts[rows], step / 10).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        expected.append(loss.item())
+    history = model.fit(counts, pd.DataFrame(index=range(70)), steps=10, seed=seed, init_seed=init_seed)
+    np.testing.assert_allclose(history.loss, expected, rtol=1e-5)
+    theirs = shared(peer, "named_parameters").values()
+    for expected, (name, ours) in zip(theirs, model.module.named_parameters(), strict=True):
+        torch.testing.assert_close(ours.T if name == "encoder.0.weight" else ours, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_embedding_is_scvi_tools():
+    counts, model = simulated(90, seed=1), fitted_once()
+    peer = peer_of(model.module).eval()
+    with torch.no_grad():
+        expected = peer.inference(torch.from_numpy(counts.toarray()), torch.zeros(90, 1))["qz"].loc
+    np.testing.assert_allclose(model.embed(counts), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_number_of_weights():
+    with torch.device("meta"):
+        ours, theirs = Autoencoder(19_331, Hyperparameters()), vae(19_331)
+    n_ours = sum(weight.numel() for weight in ours.parameters())
+    assert n_ours == 4_992_026
+    unused = [theirs.l_encoder, theirs.decoder.px_r_decoder, theirs.decoder.px_dropout_decoder]
+    sizes = [sum(weight.numel() for weight in each.parameters()) for each in unused]
+    assert sizes == [2_475_010, 2_493_699, 2_493_699]
+    assert n_ours + sum(sizes) == sum(weight.numel() for weight in theirs.parameters()) == 12_454_434
+
+
+def dense(module, counts, z):
+    """The reconstruction term from the definition, of any matrix of counts."""
+    x = torch.from_numpy(counts.toarray()).to(z)
+    log_mu = x.sum(1, keepdim=True).log() + module.share(module.decoder(z)).log_softmax(1)
+    log_odds = log_mu - module.log_theta
+    return -NegativeBinomial(module.log_theta.exp(), logits=log_odds).log_prob(x).sum(1).mean()
+
+
+def compared(module, counts, *, tolerance):
+    """Ours and the definition in double precision have the same value and gradients by latent variables and weights."""
+    z = torch.randn(counts.shape[0], module.mean.out_features, dtype=torch.float64)
+    weights = [*module.decoder.parameters(), module.share.weight, module.share.bias, module.log_theta]
+    results = []
+    terms = (module.reconstruction, module.log_theta.dtype), (partial(dense, module), torch.float64)
+    for term, dtype in terms:
+        module.to(dtype)
+        latent = z.to(dtype).requires_grad_()
+        loss = term(counts, latent)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [latent, *weights])])
+    largest = max(float(each.norm()) for each in results[1][1:])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        error = float((ours - expected).norm())
+        assert error <= tolerance * float(expected.norm()) + 1e-2 * tolerance * largest
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_reconstruction_is_the_negative_binomial(dtype, tolerance):
+    counts = simulated(70)
+    assert (counts.data > family.SMALL).sum() > 20
+    compared(autoencoder().to(dtype), counts, tolerance=tolerance)
+
+
+@given(
+    arrays(np.int64, st.tuples(st.integers(2, 9), st.integers(1, 7)), elements=st.integers(0, 60)),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_reconstruction_of_any_counts(counts, seed, stored):
+    counts[:, 0] += counts.sum(1) == 0
+    X = sp.csr_matrix(counts)
+    if stored:  # zeros too
+        X = sp.csr_matrix(
+            (
+                counts.ravel(),
+                np.tile(np.arange(counts.shape[1]), len(counts)),
+                np.arange(len(counts) + 1) * counts.shape[1],
+            )
+        )
+    module = autoencoder(counts.shape[1]).double()
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(module.share.weight)
+    compared(module, X, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("log_theta", [-12.0, 12.0, 17.0])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_reconstruction_at_the_edges_of_single_precision(log_theta, scale):
+    module = autoencoder()
+    torch.nn.init.constant_(module.log_theta, log_theta)
+    torch.nn.init.normal_(module.share.weight, std=scale)
+    compared(module, simulated(40), tolerance=1e-3)
+
+
+def test_gradient_is_that_of_finite_differences():
+    counts = simulated(5, n_genes=6)
+    torch.manual_seed(0)
+    shapes = (5, 3), (6, 3), (6,), (6,)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *each: family._Rates.apply(*each, counts), inputs)
+
+
+def test_encoder_is_a_linear_layer():
+    counts = simulated()
+    layer = autoencoder().encoder[0]
+    direction = torch.randn(70, 16)
+    (direction * layer(counts)).sum().backward()
+    x = torch.from_numpy(counts.toarray()).log1p()
+    torch.testing.assert_close(layer(counts), x @ layer.weight + layer.bias)
+    torch.testing.assert_close(layer.weight.grad, x.T @ direction)
+
+
+def test_blocks_leave_no_trace(monkeypatch):
+    counts, results = simulated(), []
+    for block in (70, 1, 32):
+        monkeypatch.setitem(family.BLOCK, "cpu", block)
+        module = autoencoder()
+        loss = module(counts, 1.0)
+        loss.backward()
+        results.append([loss, *(weight.grad for weight in module.parameters())])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_cells_without_counts_train_on_the_kl_term_alone():
+    counts = sp.vstack([sp.csr_matrix((2, N_GENES), dtype=np.float32), simulated(9)], format="csr")
+    module = autoencoder()
+    peer = peer_of(module)
+    torch.manual_seed(1)
+    theirs = outcome(peer, counts, 1.0)
+    theirs.loss.backward()
+    torch.manual_seed(1)
+    loss = module(counts, 1.0)
+    loss.backward()
+    assert not theirs.reconstruction_loss["reconstruction_loss"][:2].any()
+    assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    assert_same_gradients(module, peer)
+
+
+def test_cells_without_counts_embed_as_zero():
+    counts, model = simulated(3, seed=1), fitted_once()
+    empty = sp.csr_matrix((2, N_GENES), dtype=np.float32)
+    embedding = model.embed(sp.vstack([empty, counts], format="csr"))
+    assert not embedding[:2].any()
+    np.testing.assert_allclose(embedding[2:], model.embed(counts), rtol=1e-5, atol=1e-6)
+    assert not model.embed(empty).any()
+    assert model.embed(empty[:0]).shape == (0, 4)
+
+
+def test_a_cell_embeds_alike_in_any_company(monkeypatch):
+    counts, model = simulated(90, seed=1), fitted_once()
+    together = model.embed(counts)
+    assert together.dtype == np.float32
+    assert together.std(axis=0).min() > 1e-4
+    order = np.random.default_rng(0).permutation(90)
+    np.testing.assert_allclose(model.embed(counts[order]), together[order], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.embed(counts[[5]]), together[[5]], rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(family, "CELLS_AT_ONCE", 7)
+    np.testing.assert_allclose(model.embed(counts), together, rtol=1e-5, atol=1e-6)
+
+
+def test_a_saved_model_embeds_to_the_bit(tmp_path):
+    counts, model = simulated(20, seed=1), fitted_once()
+    model.save(tmp_path)
+    np.testing.assert_array_equal(ScVI.load(tmp_path).embed(counts), model.embed(counts))
+
+
+def test_fit_learns_from_real_cells():
+    counts = real()
+    model = ScVI(**SMALL | {"batch_size": 128}, learning_rate=5e-3)
+    history = model.fit(counts, pd.DataFrame(index=range(counts.shape[0])), steps=150, seed=0)
+    assert history.loss[-10:].mean() < 0.75 * history.loss[0]
+    assert (history.learning_rate == 5e-3).all()
+    assert (history.samples_seen, history.unique_cells) == (150 * 128, counts.shape[0])
+    assert not model.module.training
+    assert np.isfinite(model.embed(counts)).all()
+
+
+def test_fit_repeats_to_the_bit_and_follows_its_seeds():
+    counts = simulated(20, seed=1)
+    (first, history), (again, history_again), (other, _) = fitted(seed=3), fitted(seed=3), fitted(seed=4)
+    np.testing.assert_array_equal(history.loss, history_again.loss)
+    np.testing.assert_array_equal(first.embed(counts), again.embed(counts))
+    assert np.abs(first.embed(counts) - other.embed(counts)).max() > 0.01
+
+
+def test_counts_may_be_integers_and_stay_as_they_are():
+    counts = simulated().astype(np.int64)
+    before = counts.copy()
+    model = ScVI(**SMALL)
+    model.fit(counts, pd.DataFrame(index=range(70)), steps=6, seed=0)
+    assert counts.dtype == np.int64
+    for part in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(counts, part), getattr(before, part))
+    np.testing.assert_array_equal(model.embed(counts), fitted_once().embed(before.astype(np.float32)))
+
+
+def test_a_subset_may_be_smaller_than_a_batch():
+    model, history = fitted(n_cells=5)
+    assert history.passes == 6 * 32 / 5
+    assert np.isfinite(history.loss).all()
+    assert np.isfinite(model.embed(simulated(5))).all()
+
+
+def test_kl_weight_rises_in_a_share_of_the_steps():
+    weights = [ScVI(kl_warmup=0.4).kl_weight(step, 10, 50) for step in range(10)]
+    np.testing.assert_allclose(weights, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1])
+    assert ScVI(kl_warmup=0.0).kl_weight(0, 10, 50) == 1
+    assert ScVI(kl_warmup=1.0).kl_weight(9, 10, 50) == 0.9
+
+
+def test_kl_weight_rises_in_passes_as_scvi_tools():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from scvi.train._trainingplans import _compute_kl_weight
+
+    model = ScVI(schedule="epochs", batch_size=10)
+    for step in (0, 4, 5, 99, 1999, 2000, 2001, 5000):  # five steps a pass
+        assert model.kl_weight(step, 10_000, 50) == _compute_kl_weight(step // 5, step, 400, None)
+
+
+@pytest.mark.parametrize("schedule", ["steps", "epochs"])
+def test_fit_takes_its_kl_weight_from_the_schedule(schedule, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        ScVI, "kl_weight", lambda self, *args: seen.append((self.hyperparameters.schedule, *args)) or 0.5
+    )
+    fitted(steps=3, schedule=schedule)
+    assert seen == [(schedule, 0, 3, 70), (schedule, 1, 3, 70), (schedule, 2, 3, 70)]
+
+
+@pytest.mark.parametrize("n_genes", [N_GENES - 1, N_GENES + 1])
+def test_counts_of_other_genes_are_refused(n_genes):
+    with pytest.raises(ValueError, match=rf"^scVI: counts have {n_genes} genes, the model {N_GENES}"):
+        fitted_once().embed(sp.csr_matrix((3, n_genes), dtype=np.float32))
+
+
+def test_a_model_without_weights_neither_embeds_nor_saves(tmp_path):
+    with pytest.raises(NotFittedError, match="this scVI has no weights yet"):
+        ScVI().embed(simulated())
+    with pytest.raises(NotFittedError, match="scVI"):
+        ScVI().save(tmp_path)
+
+
+def test_no_cells_are_refused():
+    with pytest.raises(ValueError, match="no cells"):
+        ScVI(**SMALL).fit(sp.csr_matrix((0, N_GENES), dtype=np.float32), pd.DataFrame(), steps=2, seed=0)
+
+
+def test_untrained_follows_its_seed():
+    counts = simulated()
+    first, again, other = (ScVI(**SMALL).untrained(N_GENES, seed=seed).embed(counts) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.01
