@@ -44,7 +44,12 @@ class EncoderConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each packed sequence (Vaswani et al. 2017, post-norm as in BERT)."""
+    """Multi-head self-attention within each packed sequence (Vaswani et al. 2017, post-norm as in BERT).
+
+    Dropout takes a token from a head's view: the attention weights on it become zero for all queries of the sequence
+    alike, where BERT draws anew for each query. Each weight is dropped as often, and attention stays in the fast
+    kernels, none of which knows dropout on a CPU.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -55,12 +60,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         n_tokens, width = x.shape
-        qkv = self.qkv(x).view(n_tokens, 3 * self.n_heads, -1)  # (T, 3H, D)
-        q, k, v = layout.pad(qkv).transpose(1, 2).chunk(3, dim=1)  # each (B, H, L, D)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask, dropout_p=dropout)
-        y = layout.pack(y.transpose(1, 2)).reshape(n_tokens, width)  # (T, C)
-        return self.out(y)
+        q, k, v = self.qkv(x).view(n_tokens, 3 * self.n_heads, -1).chunk(3, dim=1)  # each (T, H, D)
+        if self.training and self.dropout:
+            v = v * F.dropout(v.new_ones(n_tokens, self.n_heads, 1), self.dropout)
+        return self.out(layout.attend(q, k, v).reshape(n_tokens, width))
 
 
 class Layer(nn.Module):
@@ -105,20 +108,33 @@ class Layout:
         self.position = torch.arange(len(self.sequence), device=offsets.device) - offsets[self.sequence]  # (T,)
         self.longest = int(lengths.max())
         self.lengths = lengths
-        full = self.longest * self.n_sequences == len(self.sequence)
+        self.sizes = lengths.tolist()
+        self.padded = self.longest * self.n_sequences != len(self.sequence)
         keys = torch.arange(self.longest, device=offsets.device) < lengths[:, None]  # (B, L)
-        self.key_mask = None if full else keys[:, None, None, :]  # (B, 1, 1, L)
+        self.key_mask = keys[:, None, None, :]  # (B, 1, 1, L)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of each sequence's tokens to one another: queries, keys, values (T, H, D) to (T, H, D)."""
+        if not self.padded:
+            shape = self.n_sequences, self.longest, *q.shape[1:]
+            q, k, v = (each.view(shape).transpose(1, 2) for each in (q, k, v))  # (B, H, L, D)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+        if q.device.type == "cpu":  # one after the other, rather than to work on padding
+            parts = zip(*(each.transpose(0, 1).split(self.sizes, dim=1) for each in (q, k, v)), strict=True)
+            y = [F.scaled_dot_product_attention(*(each[None] for each in part))[0] for part in parts]  # (H, L, D)
+            return torch.cat(y, dim=1).transpose(0, 1)
+        q, k, v = (self.pad(each).transpose(1, 2) for each in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.key_mask)
+        return self.pack(y.transpose(1, 2))
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, ...) to (B, L, ...), zeros after each sequence's end."""
         shape = (self.n_sequences, self.longest, *x.shape[1:])
-        if self.key_mask is None:
-            return x.view(shape)
         return x.new_zeros(shape).index_put((self.sequence, self.position), x)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, ...) back to (T, ...)."""
-        return x.flatten(0, 1) if self.key_mask is None else x[self.sequence, self.position]
+        return x[self.sequence, self.position]
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of the tokens of each sequence: (T, C) to (B, C)."""

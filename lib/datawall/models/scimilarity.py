@@ -121,7 +121,7 @@ def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
         if term.get("is_obsolete") != "true":
             identifiers[term.get("name", "")] = term["id"]
             parents[term["id"]] = [value.split()[word[tag]] for tag, value in tags if tag in word]
-    unknown = [label for label in labels if label not in identifiers]
+    unknown = [str(label) for label in labels if label not in identifiers]
     if unknown:
         raise ValueError(
             f"SCimilarity: {ontology} has no term named {', '.join(map(repr, unknown))}; rename these cell types to "
