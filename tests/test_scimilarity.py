@@ -162,6 +162,14 @@ def test_triplets_are_those_found_by_hand(n_cells, n_types, n_studies, margin, s
     assert all(n in suitable[pair] for pair, n in zip(pairs, found[2].tolist(), strict=True))
 
 
+def test_negatives_at_the_bounds_are_left_out():
+    distance = torch.tensor([[0.0, 1.0, 1.0, 2.0, 1.5, 0.5]]).repeat(6, 1)
+    pairs, negatives = torch.zeros(6, 6, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool)
+    pairs[0, 1], negatives[:, :2] = True, False
+    found = {tuple(torch.cat(semihard_triplets(distance, pairs, negatives, 1.0)).tolist()) for _ in range(50)}
+    assert found == {(0, 1, 4)}
+
+
 def test_the_negative_is_chosen_evenly():
     types = [0, 0, *[1] * 8]
     distance = squared_distances(on_the_sphere(10, seed=3))
@@ -255,6 +263,14 @@ def test_l1_is_on_the_layer_stated(layer, position):
     weight = autoencoder().encoder[position].weight
     assert weight.shape == {"first": (N_GENES, 12), "last": (4, 8)}[layer]
     assert losses[1] - losses[0] == pytest.approx(0.5 * 0.2 * weight.abs().sum().item(), rel=1e-4)
+
+
+def test_the_sum_of_many_absolute_weights_is_exact():
+    weight = torch.empty(3000, 1000).uniform_(-0.01, 0.01).requires_grad_()
+    total = scimilarity._Absolute.apply(weight)
+    (3 * total).backward()
+    assert total.item() == pytest.approx(weight.double().abs().sum().item(), rel=1e-6)
+    assert (weight.grad == 3 * weight.sign()).all()
 
 
 def test_the_input_is_dropped_in_training_alone():

@@ -130,9 +130,9 @@ def test_terms_of_the_loss_are_scvi_tools():
 
 def test_training_is_scvi_tools():
     counts, init_seed, seed = simulated(), 3, 4
-    model = ScVI(**SMALL, kl_warmup=1.0)
+    model = ScVI(**SMALL, kl_warmup=1.0, weight_decay=0.1)
     peer = peer_of(model.build(N_GENES, init_seed).train())
-    optimiser = torch.optim.Adam(peer.parameters(), lr=1e-3, eps=0.01, weight_decay=1e-6)
+    optimiser = torch.optim.Adam(peer.parameters(), lr=1e-3, eps=0.01, weight_decay=0.1)
     expected = []
     for step, rows in enumerate(training.minibatches(70, 32, 10, seed=seed)):
         torch.manual_seed(int(np.random.SeedSequence([seed, step, 0]).generate_state(1, np.uint64)[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -48,12 +49,12 @@ def gene_medians(counts: sp.csr_matrix, target_sum: float = 1e4) -> np.ndarray:
     genes = sp.csc_matrix(counts, copy=True)
     genes.eliminate_zeros()
     values = genes.data / totals[genes.indices] * target_sum
-    begin, end = genes.indptr[:-1], genes.indptr[1:]
-    for first, last in zip(begin.tolist(), end.tolist(), strict=True):
+    for first, last in pairwise(genes.indptr.tolist()):
         values[first:last].sort()
-    seen = end > begin
-    low = values[((begin + end - 1) // 2)[seen]]
-    high = values[((begin + end) // 2)[seen]]
+    begin, n_cells = genes.indptr[:-1], np.diff(genes.indptr)
+    seen = n_cells > 0
+    low = values[(begin + (n_cells - 1) // 2)[seen]]
+    high = values[(begin + n_cells // 2)[seen]]
     medians = np.ones(counts.shape[1])
     medians[seen] = (low + high) / 2
     return medians.astype(np.float32)
@@ -112,38 +113,38 @@ class RankTokenizer:
                 f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them first."
             )
         counts = sp.csr_matrix(counts)
-        stored = np.diff(counts.indptr)
-        begin = np.concatenate([[0], np.cumsum(np.minimum(stored, self.max_length), dtype=np.int64)])
-        ids, lengths = np.zeros(begin[-1], dtype=np.int32), np.zeros(len(stored), dtype=np.int64)
-        # Cells of about the same length together, since the longest of a block decides its width.
-        order = np.argsort(stored, kind="stable")
-        order = order[stored[order] > 0]
-        cuts = np.flatnonzero(np.diff(np.cumsum(stored[order], dtype=np.int64) // ENTRIES_PER_BLOCK)) + 1
-
-        def encode_block(cells: np.ndarray) -> None:
-            tokens, ranking, lengths[cells] = self._rank(counts, cells)
-            rows = zip(tokens, ranking, begin[cells].tolist(), lengths[cells].tolist(), strict=True)
-            for of_cell, ranked, first, length in rows:
-                of_cell.take(ranked[:length], out=ids[first : first + length], mode="clip")
-
+        begin = np.concatenate([[0], np.cumsum(np.minimum(np.diff(counts.indptr), self.max_length), dtype=np.int64)])
+        ids = np.zeros(begin[-1], dtype=np.int32)
+        cuts = np.searchsorted(counts.indptr, np.arange(0, counts.nnz, ENTRIES_PER_BLOCK))
+        blocks = pairwise(np.unique([0, *cuts, counts.shape[0]]).tolist())
         # numpy sorts without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(encode_block, np.split(order, cuts) if len(order) else ()))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Tokens(ids if offsets[-1] == len(ids) else ids[ids > 0], offsets)  # stored zeros left gaps
+            lengths = pool.map(lambda block: self._encode_block(counts, *block, ids, begin), blocks)
+            offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+        return Tokens(ids if len(ids) == offsets[-1] else ids[ids > 0], offsets)  # stored zeros left gaps
 
-    def _rank(self, counts: sp.csr_matrix, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of some cells, padded to a row each; the columns in order of rank; tokens to keep of each cell."""
-        bounds = list(zip(counts.indptr[cells].tolist(), counts.indptr[cells + 1].tolist(), strict=True))
-        shape = len(cells), max(last - first for first, last in bounds)
-        genes, values = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        for (first, last), row_genes, row_values in zip(bounds, genes, values, strict=True):
-            row_genes[: last - first] = counts.indices[first:last]
-            row_values[: last - first] = counts.data[first:last]
-        values /= self.medians.take(genes)
-        # Bits of a positive float32 grow with its value; subtracted they sort it descending, and zeros last. In two
-        # halves, because numpy sorts 16-bit integers by counting, in linear time.
-        bits = np.uint32(0x7FFFFFFF) - values.view(np.uint32)
-        keys = bits.astype(np.uint16), (bits >> 16).astype(np.uint16)
-        ranking = np.lexsort(keys if counts.has_sorted_indices else (genes, *keys))
-        return genes + N_SPECIAL, ranking, np.minimum((values > 0).sum(axis=1), self.max_length)
+    def _encode_block(
+        self, counts: sp.csr_matrix, first: int, last: int, ids: np.ndarray, begin: np.ndarray
+    ) -> list[int]:
+        """Write the tokens of cells `first` to `last`, those of cell i from `ids[begin[i]]` on; return how many."""
+        bounds = counts.indptr[first : last + 1]
+        entries = slice(bounds[0], bounds[-1])
+        genes = counts.indices[entries]
+        values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
+        tokens = (genes + N_SPECIAL).astype(np.int32, copy=False)
+        bounds, expressed = bounds - bounds[0], values > 0
+        if not expressed.all():
+            tokens, values = tokens[expressed], values[expressed]
+            bounds = np.concatenate([[0], np.cumsum(expressed)])[bounds]
+        # The bits of a positive float32 grow with its value, so inverted ones sort it descending. In two halves,
+        # because numpy sorts 16-bit integers by counting, in linear time; stably, which keeps ties in gene order.
+        bits = ~values.view(np.uint32)
+        keys = [bits.astype(np.uint16), (bits >> 16).astype(np.uint16)]
+        if not counts.has_sorted_indices:
+            keys.insert(0, tokens)
+        lengths = []
+        for a, b, to in zip(bounds[:-1].tolist(), bounds[1:].tolist(), begin[first:last].tolist(), strict=True):
+            ranking = np.lexsort([key[a:b] for key in keys])[: self.max_length]
+            tokens[a:b].take(ranking, out=ids[to : to + len(ranking)], mode="clip")
+            lengths.append(len(ranking))
+        return lengths

@@ -1,4 +1,4 @@
-"""One training step on the CPU against scvi-tools' module: same counts, weights, dropout and noise.
+"""One training step on one core against scvi-tools' module: same counts, weights, dropout and noise.
 
 1,024 cells x 19,331 genes, of which a cell expresses about 1,660. The peer's batch is dense already, ours is taken from
 sparse counts. Floor: the decoder's three matrix products, 6 * cells * genes * n_hidden = 15.2 Gflop, at the speed of
@@ -18,6 +18,7 @@ from alternate import report
 from datawall.hyperparameters import ScVI
 from datawall.models.scvi import Autoencoder
 
+torch.set_num_threads(1)  # as the study's processes have, and so that the number of cores does not matter
 sys.path.pop(0)  # this file would be found as scvi-tools
 warnings.simplefilter("ignore")
 VAE = importlib.import_module("scvi.module").VAE
@@ -76,6 +77,6 @@ for _ in range(2):  # the second after a step of the optimiser, so that it compa
 
 square = torch.randn(2048, 2048)
 floor = 6 * CELLS * GENES * ScVI().n_hidden / (2 * len(square) ** 3) * shortest(lambda: square @ square)
-print(f"floor {floor:.3f} s, {floor / shortest(ours_step):.0%} of our step, on {torch.get_num_threads()} threads")
+print(f"floor {floor:.3f} s, {floor / shortest(ours_step):.0%} of our step")
 print(f"the peer's data loader would add {shortest(lambda: counts[np.arange(CELLS)].toarray()):.3f} s")
 report("cells", CELLS, peer_step, ours_step)

@@ -65,7 +65,7 @@ class _Absolute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.linalg.vector_norm(weight, 1)
+        return torch.linalg.vector_norm(weight, 1, dim=1).sum()  # of all at once it is half a per cent off
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:

@@ -79,20 +79,20 @@ class ScVI(base.Network):
         return training.train(module, loss_of, n_cells, recipe, seed=seed, checkpoint=checkpoint, progress=progress)
 
     def kl_weight(self, step: int, steps: int, n_cells: int) -> float:
-        """Weight of the KL term at a step, from 0: it rises to 1 in a share of the steps, or by 1/400 each pass."""
+        """Weight of the KL term at a step, counted from 0: rising to 1 in a share of them, or by 1/400 each pass."""
         h = self.hyperparameters
         if h.schedule == "epochs":
             return min(1.0, step * h.batch_size // n_cells / KL_WARMUP_PASSES)
         return step / (h.kl_warmup * steps) if step < h.kl_warmup * steps else 1.0
 
+    @torch.no_grad()
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
         """Posterior means, (n_cells, n_latent) float32; zero for a cell without counts."""
         module = self.ready(counts)
         embedding = np.zeros((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
-        with torch.inference_mode():
-            for first in range(0, len(embedding), CELLS_AT_ONCE):
-                block = slice(first, first + CELLS_AT_ONCE)
-                embedding[block] = module.posterior(counts[block])[0].cpu().numpy()
+        for first in range(0, len(embedding), CELLS_AT_ONCE):
+            block = slice(first, first + CELLS_AT_ONCE)
+            embedding[block] = module.posterior(counts[block])[0].cpu().numpy()
         embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
         return embedding
 
@@ -212,11 +212,10 @@ class _Rates(torch.autograd.Function):
             u *= constant
 
             torch.add(u, 1, out=one_and_u)
-            torch.sub(u, torch.sub(one_and_u, 1, out=lost), out=lost)  # to the rounding of 1 + u
+            torch.sub(u, torch.sub(one_and_u, 1, out=lost), out=lost)  # by rounding 1 + u
             torch.log(one_and_u, out=log_one_and_u).addcdiv_(lost, one_and_u)  # log1p at a fifth of its cost
             log_sum = log_one_and_u.sum(1)
             loss += x.view(-1) @ log_one_and_u.view(-1) + theta @ log_sum
-
             v = torch.addcmul(u, x, 1 / theta[:, None], value=-1, out=x).div_(one_and_u)
             d_log_theta += theta * (log_sum - v.sum(1))
             d_share = v.addcmul_(u, (theta @ v) / library, value=-1).mul_(theta[:, None])
@@ -237,13 +236,14 @@ def log_binomials(theta: Tensor, counts: sp.csr_matrix) -> Tensor:
     A count x is the sum of log[(theta + k) / (1 + k)] for k below x, of which a histogram of each gene's counts tells
     how often each occurs. What a count has above `SMALL` is a difference of gamma functions, in double precision.
     """
-    genes, small = counts.indices.astype(np.int64), np.minimum(counts.data, SMALL).astype(np.int64)
-    histogram = np.bincount(genes * (SMALL + 1) + small, minlength=counts.shape[1] * (SMALL + 1))
-    above = histogram.reshape(-1, SMALL + 1)[:, :0:-1].cumsum(1)[:, ::-1].copy()  # cells that count more than k
+    at = counts.indices * (SMALL + 1)
+    at += np.minimum(counts.data, SMALL).astype(at.dtype)
+    histogram = np.bincount(at, minlength=counts.shape[1] * (SMALL + 1)).reshape(-1, SMALL + 1)
+    above = histogram[:, :0:-1].cumsum(1)[:, ::-1].copy()  # (n_genes, SMALL) cells that count more than k
     k = torch.arange(SMALL, device=theta.device)
     total = (torch.from_numpy(above).to(theta) * torch.log((theta[:, None] + k) / (1 + k))).sum()
     large = np.flatnonzero(counts.data > SMALL)
     x = torch.from_numpy(counts.data[large]).to(k.device).double()
-    theta_of_x = theta[torch.from_numpy(genes[large]).to(k.device)].double()
+    theta_of_x = theta[torch.from_numpy(counts.indices[large]).to(k.device)].double()
     rest = torch.lgamma(x + theta_of_x) - torch.lgamma(SMALL + theta_of_x) - torch.lgamma(x + 1)
     return total + (rest.sum() + len(large) * math.lgamma(SMALL + 1)).to(total)
