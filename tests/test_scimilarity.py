@@ -22,7 +22,7 @@ from datawall.models.scimilarity import (
     semihard_triplets,
     weighted_batches,
 )
-from datawall.models.ssl import Cells
+from datawall.models.sparse import Cells
 
 N_GENES = 60
 SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16}

@@ -31,9 +31,9 @@ CODE = {
     "subset": ("sampling",),
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
     "scVI": ("models/scvi", "models/base", "training"),
-    "SSL": ("models/ssl", "models/base", "training", "expression"),
+    "SSL": ("models/ssl", "models/sparse", "models/base", "training", "expression"),
     "Geneformer": ("models/geneformer", "models/base", "tokenizer", "transformer", "training", "expression"),
-    "SCimilarity": ("models/scimilarity", "models/ssl", "models/base", "training", "expression"),
+    "SCimilarity": ("models/scimilarity", "models/sparse", "models/base", "training", "expression"),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }

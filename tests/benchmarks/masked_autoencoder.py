@@ -1,9 +1,10 @@
 """One training step of the masked autoencoder at the original's size against a dense one, written as the original's.
 
-1,024 cells a step rather than the original's 16,384, so that a step takes a second or two on a laptop; 19,331 genes,
-1,660 of them detected in a cell. The peer is handed its batch dense and on the device; ours starts from rows of the
-sparse matrix. Both end with the same clipping and fused AdamW. Floor: the three matrix products of the output layer,
-2 x 1,024 x 512 x 19,331 operations each, which no exact step can do without; the peer has two more in its first layer.
+1,024 cells a step rather than the original's 16,384, so that a step takes a second or two; 19,331 genes, 1,660 of
+them detected in a cell; one thread, as in a study (see cluster.py). The peer is handed its batch dense and on the
+device; ours starts from rows of the sparse matrix. Both end with the same clipping and fused AdamW. Floor: the three
+matrix products of the output layer, 2 x 1,024 x 512 x 19,331 operations each, which no exact step can do without; the
+peer has two more in its first layer.
 """
 
 from itertools import pairwise
@@ -16,7 +17,8 @@ from torch import nn
 
 from datawall import training
 from datawall.hyperparameters import SSL
-from datawall.models.ssl import Autoencoder, Cells
+from datawall.models.sparse import Cells
+from datawall.models.ssl import Autoencoder
 
 N_CELLS, N_GENES, DETECTED = 1024, 19_331, 1_660
 
@@ -63,6 +65,7 @@ def step(optimiser, loss):
     optimiser.step()
 
 
+torch.set_num_threads(1)
 torch.manual_seed(0)
 h = SSL()
 X = simulated(np.random.default_rng(0))

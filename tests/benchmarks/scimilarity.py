@@ -1,10 +1,10 @@
 """One training step of SCimilarity at the original's size against a dense one, written as the original's.
 
-1,000 cells of ten types and five studies (about 40,000 pairs), 19,331 genes, 1,660 of them detected in a cell. The
-peer is handed its batch dense and on the device, and mines triplets label by label over `itertools.combinations`, one
-pair after the other, in numpy; ours starts from rows of the sparse matrix. Both end with the same fused AdamW. Floor:
-the three matrix products of the output layer, 2 x 1,000 x 1,024 x 19,331 operations each, which no exact step can do
-without; the peer has two more in its first layer. Needs 4 GB of memory.
+1,000 cells of ten types and five studies (about 40,000 pairs), 19,331 genes, 1,660 of them detected in a cell; one
+thread, as in a study (see cluster.py). The peer is handed its batch dense and on the device, and mines triplets label
+by label over `itertools.combinations`, one pair after the other, in numpy; ours starts from rows of the sparse matrix.
+Both end with the same fused AdamW. Floor: the three matrix products of the output layer, 2 x 1,000 x 1,024 x 19,331
+operations each, which no exact step can do without; the peer has two more in its first layer. Needs 4 GB of memory.
 """
 
 from itertools import combinations, pairwise
@@ -19,7 +19,7 @@ from torch import nn
 from datawall import training
 from datawall.hyperparameters import SCimilarity
 from datawall.models.scimilarity import TripletAutoencoder
-from datawall.models.ssl import Cells
+from datawall.models.sparse import Cells
 
 N_CELLS, N_GENES, DETECTED, N_TYPES, N_STUDIES = 1000, 19_331, 1_660, 10, 5
 
@@ -108,6 +108,7 @@ def contest(h):
 
 
 assert training.device().type == "cpu", "a benchmark of processors"
+torch.set_num_threads(1)
 torch.manual_seed(0)
 rng = np.random.default_rng(0)
 types, studies, rows = rng.integers(0, N_TYPES, N_CELLS), rng.integers(0, N_STUDIES, N_CELLS), np.arange(N_CELLS)

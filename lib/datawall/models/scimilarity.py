@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from datawall import expression, hyperparameters, training
 from datawall.models import base
-from datawall.models.ssl import Cells, Reconstruction, SparseLinear, bernoulli, embed
+from datawall.models.sparse import Cells, Reconstruction, SparseLinear, bernoulli, embed
 
 LABEL = "cell_type"
 STUDIES = ("dataset_id", "batch")  # the first of these columns that there is tells studies apart
