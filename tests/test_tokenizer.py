@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import anndata as ad
@@ -74,6 +75,31 @@ def test_real_cells_are_encoded_as_by_a_stable_sort(max_length):
     medians = gene_medians(counts)
     tokens = RankTokenizer(medians, max_length).encode(counts)
     assert_same_cells(tokens, plain_encode(counts.toarray(), medians, max_length))
+
+
+@pytest.mark.parametrize("entries", [1, 10, 100_000])
+def test_blocks_of_cells_do_not_change_their_encoding(monkeypatch, entries):
+    monkeypatch.setattr("datawall.tokenizer.ENTRIES_PER_BLOCK", entries)
+    dense = np.random.default_rng(2).poisson(0.5, (30, 8))
+    dense[[0, 7, 8, 29]] = 0
+    medians = np.linspace(0.5, 2, 8)
+    for counts in (sp.csr_matrix(dense), with_all_entries_stored(dense)):
+        assert_same_cells(RankTokenizer(medians, 3).encode(counts), plain_encode(dense, medians, 3))
+
+
+def test_memory_beyond_the_tokens_does_not_grow_with_the_cells():
+    n_cells, n_genes = 4_000, 1_000
+    indices = np.tile(np.arange(n_genes, dtype=np.int32), n_cells)
+    counts = np.random.default_rng(3).geometric(0.5, len(indices)).astype(np.float32)
+    counts = sp.csr_matrix((counts, indices, np.arange(n_cells + 1) * n_genes), shape=(n_cells, n_genes))
+    tracemalloc.start()
+    try:
+        tokens = RankTokenizer(np.ones(n_genes)).encode(counts)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert tokens.ids.nbytes == 16_000_000
+    assert peak - tokens.ids.nbytes < 8_000_000
 
 
 def test_ties_go_to_the_gene_that_comes_first():

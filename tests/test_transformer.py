@@ -1,9 +1,20 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from datawall.transformer import IGNORED, MASK, N_SPECIAL, Encoder, EncoderConfig, Layout, chance_loss, mask_tokens
+from datawall.transformer import (
+    IGNORED,
+    MASK,
+    N_SPECIAL,
+    Attention,
+    Encoder,
+    EncoderConfig,
+    Layout,
+    chance_loss,
+    mask_tokens,
+)
 
 LENGTHS = [5, 12, 1, 9]
 SMALL = EncoderConfig(vocab_size=50, max_length=12, n_layers=3, n_heads=4, n_embd=32, n_inner=48, dropout=0.0)
@@ -19,7 +30,34 @@ def encoder_with_every_weight_random(seed=0):
     return encoder
 
 
-def bert_with_the_weights_of(encoder):
+def their_names(config):
+    """BERT's name of each weight, by ours; its query, key and value lie in one of ours."""
+    modules = {
+        "tokens": "bert.embeddings.word_embeddings",
+        "positions": "bert.embeddings.position_embeddings",
+        "norm": "bert.embeddings.LayerNorm",
+        "head": "cls.predictions.transform.dense",
+        "head_norm": "cls.predictions.transform.LayerNorm",
+    }
+    qkv = {}
+    for i in range(config.n_layers):
+        theirs = f"bert.encoder.layer.{i}"
+        modules |= {
+            f"layers.{i}.attention.out": f"{theirs}.attention.output.dense",
+            f"layers.{i}.attention_norm": f"{theirs}.attention.output.LayerNorm",
+            f"layers.{i}.widen": f"{theirs}.intermediate.dense",
+            f"layers.{i}.narrow": f"{theirs}.output.dense",
+            f"layers.{i}.output_norm": f"{theirs}.output.LayerNorm",
+        }
+        for part in ("weight", "bias"):
+            qkv[f"layers.{i}.attention.qkv.{part}"] = [
+                f"{theirs}.attention.self.{which}.{part}" for which in ("query", "key", "value")
+            ]
+    single = {f"{ours}.{part}": [f"{theirs}.{part}"] for ours, theirs in modules.items() for part in ("weight", "bias")}
+    return single | qkv | {"head_bias": ["cls.predictions.bias"]}
+
+
+def bert_with_the_weights_of(encoder, **settings):
     c = encoder.config
     bert = BertForMaskedLM(
         BertConfig(
@@ -29,42 +67,21 @@ def bert_with_the_weights_of(encoder):
             num_attention_heads=c.n_heads,
             intermediate_size=c.n_inner,
             hidden_act="relu",
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.dropout,
             max_position_embeddings=c.max_length,
             layer_norm_eps=1e-12,
             tie_word_embeddings=True,
-            attn_implementation="eager",
+            **settings,
         )
     )
-    names = {
-        "bert.embeddings.word_embeddings": "tokens",
-        "bert.embeddings.position_embeddings": "positions",
-        "bert.embeddings.LayerNorm": "norm",
-        "cls.predictions.transform.dense": "head",
-        "cls.predictions.transform.LayerNorm": "head_norm",
-    }
-    for i in range(c.n_layers):
-        names |= {
-            f"bert.encoder.layer.{i}.attention.output.dense": f"layers.{i}.attention.out",
-            f"bert.encoder.layer.{i}.attention.output.LayerNorm": f"layers.{i}.attention_norm",
-            f"bert.encoder.layer.{i}.intermediate.dense": f"layers.{i}.widen",
-            f"bert.encoder.layer.{i}.output.dense": f"layers.{i}.narrow",
-            f"bert.encoder.layer.{i}.output.LayerNorm": f"layers.{i}.output_norm",
-        }
-    ours, theirs = encoder.state_dict(), {}
-    for their_name, our_name in names.items():
-        theirs |= {
-            f"{their_name}.{p}": ours[f"{our_name}.{p}"] for p in ("weight", "bias") if f"{our_name}.{p}" in ours
-        }
-    for i in range(c.n_layers):
-        for part in ("weight", "bias"):
-            thirds = ours[f"layers.{i}.attention.qkv.{part}"].chunk(3)
-            for which, third in zip(("query", "key", "value"), thirds, strict=True):
-                theirs[f"bert.encoder.layer.{i}.attention.self.{which}.{part}"] = third
+    names = their_names(c)
+    theirs = {}
+    for our_name, weight in encoder.state_dict().items():
+        theirs |= zip(names[our_name], weight.chunk(len(names[our_name])), strict=True)
     theirs["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, c.n_embd)
-    theirs["cls.predictions.bias"] = theirs["cls.predictions.decoder.bias"] = ours["head_bias"]
-    theirs["cls.predictions.decoder.weight"] = ours["tokens.weight"]
+    theirs["cls.predictions.decoder.bias"] = encoder.head_bias
+    theirs["cls.predictions.decoder.weight"] = encoder.tokens.weight
     missing, unexpected = bert.load_state_dict(theirs, strict=False)
     assert not unexpected
     assert all("position_ids" in name or "token_type_ids" in name for name in missing)
@@ -86,10 +103,11 @@ def padded(packed, offsets, fill):
     return torch.stack(rows)
 
 
-def test_logits_are_those_of_bert():
+@pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 7]])
+def test_logits_are_those_of_bert(lengths):
     encoder = encoder_with_every_weight_random().eval()
     bert = bert_with_the_weights_of(encoder).eval()
-    ids, offsets = packed_batch()
+    ids, offsets = packed_batch(lengths)
     real = padded(torch.ones_like(ids), offsets, 0)
     with torch.no_grad():
         ours = encoder.logits(encoder.hidden(ids, Layout(offsets)))
@@ -98,10 +116,11 @@ def test_logits_are_those_of_bert():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_training_loss_and_gradients_are_those_of_bert():
+@pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 7]])
+def test_training_loss_and_gradients_are_those_of_bert(lengths):
     encoder = encoder_with_every_weight_random().train()
     bert = bert_with_the_weights_of(encoder).train()
-    ids, offsets = packed_batch()
+    ids, offsets = packed_batch(lengths)
     masked, targets = mask_tokens(ids, SMALL.vocab_size, torch.Generator().manual_seed(2), share=0.4)
     real = padded(torch.ones_like(ids), offsets, 0)
     ours = encoder(masked, offsets, targets)
@@ -111,12 +130,17 @@ def test_training_loss_and_gradients_are_those_of_bert():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     ours.backward()
     theirs.backward()
-    for our_weight, their_weight in [
-        (encoder.tokens.weight, bert.bert.embeddings.word_embeddings.weight),
-        (encoder.positions.weight, bert.bert.embeddings.position_embeddings.weight),
-        (encoder.layers[0].widen.weight, bert.bert.encoder.layer[0].intermediate.dense.weight),
-    ]:
-        torch.testing.assert_close(our_weight.grad, their_weight.grad, atol=1e-5, rtol=1e-4)
+    names, gradients = their_names(SMALL), {name: weight.grad for name, weight in bert.named_parameters()}
+    for name, weight in encoder.named_parameters():
+        expected = torch.cat([gradients[their_name] for their_name in names[name]])
+        torch.testing.assert_close(weight.grad, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: name + text)
+
+
+def test_attention_is_the_same_sequence_by_sequence_and_padded():
+    layout = Layout(packed_batch()[1])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, sum(LENGTHS), 4, 8)
+    torch.testing.assert_close(layout.attend_padded(q, k, v), layout.attend_each(q, k, v), atol=1e-6, rtol=1e-5)
 
 
 def test_embedding_is_the_mean_of_berts_second_to_last_layer():
@@ -175,6 +199,23 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(once, again)
     once, again = (encoder.eval().hidden(ids, Layout(offsets)) for _ in range(2))
     assert torch.equal(once, again)
+
+
+def test_dropout_leaves_the_expected_attention_as_it_is():
+    torch.manual_seed(0)
+    share, n_draws, length = 0.25, 4_000, 6
+    attention = Attention(EncoderConfig(vocab_size=50, n_embd=32, dropout=share))
+    layout = Layout(torch.tensor([0, length]))
+    layout.attend = lambda q, k, v: v  # a token's value, zero where it is dropped
+    attention.out = nn.Identity()
+    x = torch.randn(length, 32)
+    with torch.no_grad():
+        expected = attention.eval()(x, layout)
+        drawn = torch.stack([attention.train()(x, layout) for _ in range(n_draws)])
+    dropped = (drawn == 0).view(n_draws, length, 4, 8)
+    assert torch.equal(dropped.all(dim=3), dropped.any(dim=3))
+    assert within_five_sigma(int(dropped[..., 0].sum()), n_draws * length * 4, share)
+    torch.testing.assert_close(drawn.amax(dim=0).abs() + drawn.amin(dim=0).abs(), expected.abs() / (1 - share))
 
 
 def test_an_untrained_encoder_guesses_at_chance():

@@ -21,6 +21,7 @@ STRATEGY_COLOURS = dict(
 )
 STRATEGY_MARKERS = {"random": "o", "celltype_reweighted": "s", "geometric_sketching": "^"}
 LABELS = {
+    "cell_type": "cell type",
     "celltype_reweighted": "cell-type reweighted",
     "geometric_sketching": "geometric sketch",
     "micro_f1": "micro-F1",
@@ -194,19 +195,23 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
 
 
 def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str]) -> Figure:
-    """UMAPs (`Study.layout`): a column per embedding, a row per label to colour by."""
-    figure, axes = plt.subplots(
-        len(colour_by), len(layouts), figsize=(WIDTH, 2.7 * len(colour_by)), squeeze=False, layout="constrained"
-    )
-    for row, key in enumerate(colour_by):
+    """UMAPs (`Study.layout`), a panel per embedding, three in a row; the whole once for each label to colour by."""
+    n_columns = min(3, len(layouts))
+    n_rows = -(-len(layouts) // n_columns)
+    figure = plt.figure(figsize=(WIDTH, 2.3 * n_rows * len(colour_by)), layout="constrained")
+    for part, key in zip(figure.subfigures(len(colour_by), 1, squeeze=False)[:, 0], colour_by, strict=True):
+        axes = part.subplots(n_rows, n_columns, squeeze=False)
         categories = sorted(next(iter(layouts.values()))[key].astype(str).unique())
         colours = dict(zip(categories, sns.color_palette("colorblind", len(categories)), strict=True))
-        for axis, (name, layout) in zip(axes[row], layouts.items(), strict=True):
+        for axis, (name, layout) in zip(axes.flat, layouts.items(), strict=False):
             for category, cells in layout.groupby(layout[key].astype(str)):
                 axis.scatter(cells["x"], cells["y"], s=3, color=colours[category], label=category, rasterized=True)
-            axis.set(title=name if row == 0 else "", xticks=[], yticks=[])
-        axes[row, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
-        axes[row, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=4)
+            axis.set(title=name, xticks=[], yticks=[])
+        for axis in axes.flat[len(layouts) :]:
+            axis.set_axis_off()
+        axes[-1, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        part.legend(handles, names, loc="outside right center", frameon=False, markerscale=4, title=label(key))
     sns.despine(figure)
     return figure
 

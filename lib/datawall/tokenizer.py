@@ -125,7 +125,7 @@ class RankTokenizer:
 
     def _encode_block(
         self, counts: sp.csr_matrix, first: int, last: int, ids: np.ndarray, begin: np.ndarray
-    ) -> list[int]:
+    ) -> np.ndarray:
         """Write the tokens of cells `first` to `last`, those of cell i from `ids[begin[i]]` on; return how many."""
         bounds = counts.indptr[first : last + 1]
         entries = slice(bounds[0], bounds[-1])
@@ -147,4 +147,4 @@ class RankTokenizer:
             ranking = np.lexsort([key[a:b] for key in keys])[: self.max_length]
             tokens[a:b].take(ranking, out=ids[to : to + len(ranking)], mode="clip")
             lengths.append(len(ranking))
-        return lengths
+        return np.array(lengths)

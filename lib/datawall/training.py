@@ -188,11 +188,13 @@ def train(
     bar = tqdm(
         total=recipe.steps, initial=len(state.losses), desc=progress, disable=progress is None or rank > 0, leave=False
     )
+    # Not `torch.manual_seed`: it also queues a call for GPUs that are not there, with a traceback, at every step.
+    generator = torch.cuda.default_generators[where.index or 0] if where.type == "cuda" else torch.default_generator
     pending: list[tuple[int, np.ndarray, Tensor]] = []
     saved = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for step, rows in itertools.islice(enumerate(batches), len(state.losses), recipe.steps):
-            torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+            generator.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):

@@ -5,20 +5,31 @@ import time
 from collections.abc import Callable
 
 
-def report(what: str, n_items: int, peer: Callable[[], object], ours: Callable[[], object], repeats: int = 5) -> None:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def report(
+    what: str,
+    n_items: int,
+    peer: Callable[[], object],
+    ours: Callable[[], object],
+    repeats: int = 5,
+    floor: float | None = None,
+) -> None:
     """Run both once to warm up, then alternately; print items a second of each and, last, `ratio X.Y`.
 
-    The ratio is the median over the pairs of the peer's time over ours: above 1, ours is faster.
+    The ratio is the median over the pairs of the peer's time over ours: above 1, ours is faster. `floor` is the least
+    time, in seconds, in which this machine could do the work; what share of that speed ours reaches is printed too.
     """
     peer(), ours()
-    pairs = []
-    for _ in range(repeats):
-        seconds = []
-        for run in (peer, ours):
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-        pairs.append(seconds)
-    for name, column in (("peer", 0), ("ours", 1)):
-        print(f"{name}: {n_items / statistics.median(pair[column] for pair in pairs):,.0f} {what} a second")
+    pairs = [(seconds_of(peer), seconds_of(ours)) for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    for name, seconds in zip(("peer", "ours"), medians, strict=True):
+        print(f"{name}: {n_items / seconds:,.0f} {what} a second")
+    if floor is not None:
+        print(f"floor: {n_items / floor:,.0f} {what} a second, of which ours reaches {floor / medians[1]:.0%}")
     print(f"ratio {statistics.median(peer / ours for peer, ours in pairs):.1f}")
