@@ -386,8 +386,11 @@ def test_bad_corpus_is_refused_and_leaves_nothing(own_cells, tmp_path, spoil, me
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
 
 
+RESPONSE = {"tasks": ["perturbation_response"], "perturbation_key": "cell_type", "control": "any"}
+
+
 def test_context_that_is_no_cell_type_is_refused(own_cells, tmp_path):
-    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"])
+    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **RESPONSE)
     with pytest.raises(
         corpus.CorpusError, match=r"held_out_contexts names \['Nobody'\].*cell_type.*name some of these"
     ):
@@ -396,10 +399,14 @@ def test_context_that_is_no_cell_type_is_refused(own_cells, tmp_path):
 
 
 def test_context_that_is_no_cell_type_is_refused_of_a_corpus_made_before(own_cells, tmp_path):
-    assert study_of(own_cells, tmp_path).corpus.n_obs == own_cells.n_obs
-    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"])
+    assert study_of(own_cells, tmp_path, **RESPONSE).corpus.n_obs == own_cells.n_obs
+    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **RESPONSE)
     with pytest.raises(corpus.CorpusError, match="Nobody"):
         _ = study.corpus
+
+
+def test_contexts_of_a_task_that_is_left_out_do_not_matter(own_cells, tmp_path):
+    assert study_of(own_cells, tmp_path, held_out_contexts=["Nobody"]).corpus.n_obs == own_cells.n_obs
 
 
 @pytest.mark.parametrize("name", ["no_such_set", "no_such_file.h5ad"])
