@@ -77,12 +77,12 @@ def test_real_cells_are_encoded_as_by_a_stable_sort(max_length):
     assert_same_cells(tokens, plain_encode(counts.toarray(), medians, max_length))
 
 
+@pytest.mark.parametrize("medians", [np.ones(8), np.linspace(0.5, 2, 8), np.geomspace(1e-30, 1e30, 8)])
 @pytest.mark.parametrize("entries", [1, 10, 100_000])
-def test_blocks_of_cells_do_not_change_their_encoding(monkeypatch, entries):
+def test_cells_encoded_together_do_not_change_one_another(monkeypatch, entries, medians):
     monkeypatch.setattr("datawall.tokenizer.ENTRIES_PER_BLOCK", entries)
     dense = np.random.default_rng(2).poisson(0.5, (30, 8))
     dense[[0, 7, 8, 29]] = 0
-    medians = np.linspace(0.5, 2, 8)
     for counts in (sp.csr_matrix(dense), with_all_entries_stored(dense)):
         assert_same_cells(RankTokenizer(medians, 3).encode(counts), plain_encode(dense, medians, 3))
 

@@ -117,34 +117,42 @@ class RankTokenizer:
         ids = np.zeros(begin[-1], dtype=np.int32)
         cuts = np.searchsorted(counts.indptr, np.arange(0, counts.nnz, ENTRIES_PER_BLOCK))
         blocks = pairwise(np.unique([0, *cuts, counts.shape[0]]).tolist())
+
+        def encode_block(block: tuple[int, int]) -> np.ndarray:
+            tokens, lengths = self._encode_block(counts, *block)
+            ids[begin[block[0]] : begin[block[0]] + len(tokens)] = tokens
+            return lengths
+
         # numpy sorts without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            lengths = pool.map(lambda block: self._encode_block(counts, *block, ids, begin), blocks)
-            offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+            offsets = np.cumsum(np.concatenate([[0], *pool.map(encode_block, blocks)]), dtype=np.int64)
         return Tokens(ids if len(ids) == offsets[-1] else ids[ids > 0], offsets)  # stored zeros left gaps
 
-    def _encode_block(
-        self, counts: sp.csr_matrix, first: int, last: int, ids: np.ndarray, begin: np.ndarray
-    ) -> np.ndarray:
-        """Write the tokens of cells `first` to `last`, those of cell i from `ids[begin[i]]` on; return how many."""
+    def _encode_block(self, counts: sp.csr_matrix, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of cells `first` to `last`, end to end, and how many each got."""
         bounds = counts.indptr[first : last + 1]
         entries = slice(bounds[0], bounds[-1])
-        genes = counts.indices[entries]
+        genes = counts.indices[entries].astype(np.int32, copy=False)
         values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
-        tokens = (genes + N_SPECIAL).astype(np.int32, copy=False)
         bounds, expressed = bounds - bounds[0], values > 0
         if not expressed.all():
-            tokens, values = tokens[expressed], values[expressed]
+            genes, values = genes[expressed], values[expressed]
             bounds = np.concatenate([[0], np.cumsum(expressed)])[bounds]
-        # The bits of a positive float32 grow with its value, so inverted ones sort it descending. In two halves,
-        # because numpy sorts 16-bit integers by counting, in linear time; stably, which keeps ties in gene order.
-        bits = ~values.view(np.uint32)
-        keys = [bits.astype(np.uint16), (bits >> 16).astype(np.uint16)]
+        lengths = np.diff(bounds)
+        # The bits of a positive float32 grow with its value, so what they lack to the largest sorts it descending.
+        # The highest bits, which that leaves free, number the cells: one call sorts as many as they tell apart.
+        keys = values.view(np.uint32)
+        keys = keys.max(initial=0) - keys
+        free = 32 - int(keys.max(initial=0)).bit_length()
+        keys |= np.repeat(np.arange(len(lengths), dtype=np.uint32) << np.uint32(32 - free), lengths)
+        # In two halves, because numpy sorts 16-bit integers by counting; stably, which keeps ties in gene order.
+        keys = [keys.astype(np.uint16), (keys >> 16).astype(np.uint16)]
         if not counts.has_sorted_indices:
-            keys.insert(0, tokens)
-        lengths = []
-        for a, b, to in zip(bounds[:-1].tolist(), bounds[1:].tolist(), begin[first:last].tolist(), strict=True):
-            ranking = np.lexsort([key[a:b] for key in keys])[: self.max_length]
-            tokens[a:b].take(ranking, out=ids[to : to + len(ranking)], mode="clip")
-            lengths.append(len(ranking))
-        return np.array(lengths)
+            keys.insert(0, genes)
+        tokens = np.empty_like(genes)
+        for a, b in pairwise([*bounds[: -1 : 1 << free].tolist(), len(genes)]):
+            genes[a:b].take(np.lexsort([key[a:b] for key in keys]), out=tokens[a:b], mode="clip")
+        tokens += N_SPECIAL
+        if lengths.max(initial=0) > self.max_length:
+            tokens = tokens[np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths) < self.max_length]
+        return tokens, np.minimum(lengths, self.max_length)
