@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from vendi_score import vendi as reference
 
@@ -77,3 +78,47 @@ def test_vendi_names_the_row_without_a_direction():
     X[2] = 0
     with pytest.raises(ValueError, match="row 2 is all zero"):
         diversity.vendi(X)
+
+
+@pytest.mark.parametrize("measure", measures)
+def test_categories_that_no_cell_has_do_not_count(measure):
+    labels = pd.Categorical(["a", "b", "b"], categories=["a", "b", "c"])
+    assert measure(labels) == measure(np.array(labels))
+
+
+def test_equal_numbers_of_distinct_labels_are_drawn_without_replacement():
+    mean, spread = diversity.at_equal_n(diversity.shannon, np.arange(1_000), 64, repeats=5, seed=0)
+    assert mean == pytest.approx(6, abs=1e-12)
+    assert spread == pytest.approx(0, abs=1e-12)
+
+
+def test_all_cells_have_the_measure_itself_and_no_spread():
+    X = np.random.default_rng(0).normal(size=(30, 5))
+    mean, spread = diversity.at_equal_n(diversity.vendi, X, 30, seed=0)
+    assert mean == pytest.approx(diversity.vendi(X), rel=1e-12)
+    assert spread == pytest.approx(0, abs=1e-12)
+
+
+def test_spread_is_that_of_the_draws():
+    values = iter([1.0, 2.0, 4.0, 5.0])
+    mean, spread = diversity.at_equal_n(lambda drawn: next(values), np.arange(9), 3, repeats=4, seed=0)
+    assert (mean, spread) == (3, pytest.approx(np.sqrt(10 / 3)))
+
+
+def test_draws_depend_on_the_seed_and_on_nothing_else():
+    labels = np.random.default_rng(1).geometric(0.3, 500)
+    draws = [diversity.at_equal_n(diversity.inverse_simpson, labels, 50, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_vendi_of_many_cells_and_of_few_compares_at_equal_numbers():
+    X = np.random.default_rng(2).normal(size=(2_000, 200))
+    assert diversity.vendi(X) > 1.3 * diversity.vendi(X[:300])
+    many, few = (diversity.at_equal_n(diversity.vendi, cells, 200, seed=0) for cells in (X, X[:300]))
+    assert many[0] == pytest.approx(few[0], rel=0.01)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_more_cells_than_there_are_cannot_be_drawn(n):
+    with pytest.raises(ValueError, match=f"cannot draw {n} of 3 cells"):
+        diversity.at_equal_n(diversity.shannon, np.arange(3), n, seed=0)

@@ -1,5 +1,6 @@
 """Expression steps against scanpy and scikit-learn."""
 
+import tracemalloc
 from pathlib import Path
 
 import anndata as ad
@@ -20,6 +21,16 @@ def counts():
     if not path.is_file():
         pytest.skip(f"{path} is absent")
     return ad.read_h5ad(path).X[:400]
+
+
+def in_blocks(counts, size):
+    return lambda: (counts[begin : begin + size] for begin in range(0, counts.shape[0], size))
+
+
+def random_counts(n_cells, n_genes, seed=0):
+    rng = np.random.default_rng(seed)
+    rate = rng.lognormal(-2, 1.5, n_genes) * rng.lognormal(0, 1, (4, n_genes))[rng.integers(4, size=n_cells)]
+    return sp.csr_matrix(rng.poisson(rate), dtype=np.float32)
 
 
 def test_lognormalise_is_the_formula_and_scanpys(counts):
@@ -96,3 +107,60 @@ def test_no_more_components_than_rank(shape, rank):
     assert scores.shape == (shape[0], rank)
     distances = np.linalg.norm(X[0] - X[1]), np.linalg.norm(scores[0] - scores[1])
     np.testing.assert_allclose(*distances, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_genes", [None, 300])
+@pytest.mark.parametrize("size", [1, 70, 400])
+def test_variable_genes_in_blocks_are_those_of_all_cells(counts, n_genes, size):
+    chosen = expression.streamed_variable_genes(in_blocks(counts, size), n_genes)
+    assert np.array_equal(chosen, expression.variable_genes(expression.lognormalise(counts), n_genes))
+
+
+def assert_streamed_pca_is_pca(counts, size, path):
+    X = expression.lognormalise(counts)
+    whole = expression.pca_scores(X[:, expression.variable_genes(X)])
+    streamed = expression.streamed_pca(in_blocks(counts, size), path)
+    assert streamed.dtype == np.float32
+    assert np.array_equal(streamed, np.load(path))
+    np.testing.assert_allclose(streamed, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [70, 400])
+def test_pca_in_blocks_is_that_of_all_cells(counts, size, tmp_path):
+    assert_streamed_pca_is_pca(counts, size, tmp_path / "X_pca.npy")
+
+
+@pytest.mark.parametrize("shape", [(600, 150), (150, 600), (60, 150)])
+def test_pca_in_blocks_of_any_shape(shape, tmp_path):
+    assert_streamed_pca_is_pca(random_counts(*shape), 64, tmp_path / "X_pca.npy")
+
+
+def test_pca_in_blocks_that_fails_leaves_no_file(tmp_path):
+    counts, passes = random_counts(300, 100), []
+
+    def blocks():
+        passes.append(0)
+        yield counts[:150]
+        if len(passes) == 3:
+            raise OSError("the disk is gone")
+        yield counts[150:]
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        expression.streamed_pca(blocks, tmp_path / "X_pca.npy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pca_in_blocks_needs_memory_for_a_block_and_not_for_the_corpus(tmp_path):
+    block = random_counts(200, 400)
+    peaks = []
+    for n_blocks in (2, 2, 20):  # the first time imports, too
+        tracemalloc.start()
+        expression.streamed_pca(lambda n=n_blocks: (block for _ in range(n)), tmp_path / "X_pca.npy")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
+
+
+def test_variable_genes_of_no_cells_are_refused():
+    with pytest.raises(ValueError, match="there are no cells"):
+        expression.streamed_variable_genes(lambda: iter([]))

@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 from geosketch import gs
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from datawall import sampling
+from datawall import diversity, sampling
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 steady = settings(deadline=None, derandomize=True, max_examples=80)
 n_cells = st.integers(1, 300)
@@ -39,9 +44,26 @@ def test_rows_are_sorted_unique_in_range_and_as_many_as_asked(strategy, n, perce
 
 
 @every_strategy
-def test_seeds_choose_different_rows(strategy):
-    chosen = {sample(strategy, 5_000, 10, seed).tobytes() for seed in range(5)}
-    assert len(chosen) == 5
+@given(seed=seeds, other=seeds, percentage=st.floats(1, 99))
+@settings(steady, max_examples=20)
+def test_seeds_choose_different_rows(strategy, seed, other, percentage):
+    assume(seed != other)
+    rows, others = (sample(strategy, 2_000, percentage, s) for s in (seed, other))
+    assert not np.array_equal(rows, others)
+
+
+@every_strategy
+@given(n=n_cells, percentage=percentages, larger=percentages, seed=seeds)
+@steady
+def test_subsets_of_one_seed_are_nested(strategy, n, percentage, larger, seed):
+    few, many = (sample(strategy, n, p, seed) for p in sorted([percentage, larger]))
+    assert np.isin(few, many).all()
+
+
+@every_strategy
+def test_subsets_of_seeds_with_their_size_are_independent(strategy):
+    few, many = (sample(strategy, 5_000, percentage, (0, percentage)) for percentage in (10, 50))
+    assert np.isin(few, many).mean() < 0.95
 
 
 @every_strategy
@@ -113,6 +135,60 @@ def test_celltype_reweighted_takes_every_cell_of_a_type_equally_often():
         taken[sampling.celltype_reweighted(cell_type, 10, seed=seed)] += 1
     assert np.abs(taken[:10] - 1_000).max() < 5 * np.sqrt(2_000 / 4)
     assert np.abs(taken[10:] - 2_000 / 18).max() < 5 * np.sqrt(2_000 / 18)
+
+
+@pytest.mark.parametrize("as_categorical", [pd.Categorical, lambda labels: pd.Series(labels, dtype="category"), list])
+def test_celltype_reweighted_reads_any_kind_of_labels(as_categorical):
+    cell_type = np.random.default_rng(0).choice(["B", "NK", "T"], 500, p=[0.1, 0.2, 0.7])
+    rows = sampling.celltype_reweighted(cell_type, 20, seed=0)
+    np.testing.assert_array_equal(sampling.celltype_reweighted(as_categorical(cell_type), 20, seed=0), rows)
+
+
+def test_celltype_reweighted_passes_over_unused_categories():
+    cell_type = pd.Categorical(["B"] * 3 + ["T"] * 7, categories=["A", "B", "S", "T", "Z"])
+    rows = sampling.celltype_reweighted(cell_type, 60, seed=0)
+    assert cell_type[rows].value_counts().to_dict() == {"A": 0, "B": 3, "S": 0, "T": 3, "Z": 0}
+
+
+def test_celltype_reweighted_names_a_cell_without_a_type():
+    with pytest.raises(ValueError, match="2 cells, such as row 1, have no cell type"):
+        sampling.celltype_reweighted(pd.Categorical(["B", None, "T", None]), 50, seed=0)
+
+
+@pytest.fixture(scope="module")
+def sctab_cell_type():
+    path = SHARED / "sctab_cell_type_counts.csv"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    table = pd.read_csv(path)
+    return pd.Categorical.from_codes(np.repeat(np.arange(len(table)), table["n_cells_test"]), table["cell_type"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "percentage", "shannon", "inverse_simpson", "within"),
+    [
+        ("celltype_reweighted", 1, 7.357, 164.0, 0.05),
+        ("celltype_reweighted", 10, 7.311, 155.5, 0.05),
+        ("celltype_reweighted", 25, 7.110, 127.3, 0.05),
+        ("celltype_reweighted", 50, 6.775, 91.5, 0.05),
+        ("celltype_reweighted", 75, 6.398, 60.9, 0.05),
+        # The counts at hand are of scTab's test split, whose own inverse Simpson index is 33.76, 9 to 10 % above.
+        ("random", 1, 5.898, 30.7, 0.10),
+        ("random", 10, 5.902, 30.8, 0.10),
+        ("random", 25, 5.903, 30.9, 0.10),
+        ("random", 75, 5.903, 30.9, 0.10),
+    ],
+)
+def test_diversity_of_sctab_subsets_is_the_published(
+    sctab_cell_type, strategy, percentage, shannon, inverse_simpson, within
+):
+    given, n_seeds = (
+        (len(sctab_cell_type), 5 if percentage <= 10 else 1) if strategy == "random" else (sctab_cell_type, 1)
+    )
+    draws = [getattr(sampling, strategy)(given, percentage, seed=seed) for seed in range(n_seeds)]
+    assert np.mean([diversity.shannon(sctab_cell_type[rows]) for rows in draws]) == pytest.approx(shannon, abs=0.06)
+    simpson = np.mean([diversity.inverse_simpson(sctab_cell_type[rows]) for rows in draws])
+    assert simpson == pytest.approx(inverse_simpson, rel=within)
 
 
 def clusters_with_a_rare_one():
@@ -198,3 +274,141 @@ def test_geometric_sketching_leaves_the_scores_as_they_are():
     before = X.copy()
     sampling.geometric_sketching(X, 5, seed=0)
     np.testing.assert_array_equal(X, before)
+
+
+def test_geometric_sketching_of_a_memory_map_in_single_precision(tmp_path):
+    X = clusters_with_a_rare_one()[0].astype(np.float32)
+    np.save(tmp_path / "X_pca.npy", X)
+    rows = sampling.geometric_sketching(np.load(tmp_path / "X_pca.npy", mmap_mode="r"), 5, seed=0)
+    np.testing.assert_array_equal(rows, sampling.geometric_sketching(X, 5, seed=0))
+
+
+@pytest.mark.parametrize("n_components", [1, 2, 10, 50])
+@pytest.mark.parametrize("n_boxes", [2, 40, 400])
+def test_occupied_boxes_are_as_many_as_aimed_at(n_components, n_boxes):
+    X = np.random.default_rng(4).normal(size=(5_000, n_components)) / np.sqrt(1 + np.arange(n_components))
+    occupied = sampling._occupied_boxes(X, n_boxes).max() + 1
+    assert abs(occupied - n_boxes) <= 0.1 * n_boxes
+
+
+@pytest.mark.parametrize("length", [0.25, 1, 4])
+def test_cells_share_a_key_where_they_share_every_interval(length):
+    X = np.random.default_rng(5).normal(size=(6_000, 4)) * [8, 4, 2, 0.5]
+    low = X.min(axis=0)
+    keys = pd.factorize(sampling._box_keys(X, low, X.max(axis=0) - low, length))[0]
+    boxes = pd.factorize(pd.MultiIndex.from_arrays(np.floor((X - low) / length).T))[0]
+    np.testing.assert_array_equal(keys, boxes)
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        np.zeros((1, 3)),
+        np.repeat(np.eye(4), 50, axis=0),  # 4 different cells
+        np.arange(200)[:, None] // 50,  # integers; no length gives 3 boxes
+        np.arange(200.0)[:, None] * 1e-30,
+        np.column_stack([np.zeros(200), np.r_[np.zeros(199), 1e6]]),
+    ],
+)
+@pytest.mark.parametrize("n_boxes", [1, 3, 1_000])
+def test_geometric_sketching_of_degenerate_scores(X, n_boxes):
+    rows = sampling.geometric_sketching(X, 25, seed=0, n_boxes=n_boxes)
+    assert len(np.unique(rows)) == len(rows) == sampling.subset_size(len(X), 25)
+
+
+@given(n_train=st.integers(2, 300), n_perturbed=st.integers(0, 300), percentage=st.floats(0.1, 99), seed=seeds)
+@steady
+def test_spike_in_keeps_the_size_or_names_the_largest_that_is_possible(n_train, n_perturbed, percentage, seed):
+    replaced = sampling.subset_size(n_train, percentage)
+    assume(replaced < n_train)
+    if replaced > n_perturbed:
+        with pytest.raises(ValueError, match=f"needs {replaced} perturbed cells, and there are {n_perturbed};"):
+            sampling.spike_in(n_train, n_perturbed, percentage, seed=seed)
+        return
+    kept, perturbed = sampling.spike_in(n_train, n_perturbed, percentage, seed=seed)
+    assert len(kept) + len(perturbed) == n_train
+    assert len(perturbed) == replaced
+    for rows, n in ((kept, n_train), (perturbed, n_perturbed)):
+        assert rows.dtype == np.int64
+        assert (np.diff(rows) > 0).all()
+        assert rows[0] >= 0
+        assert rows[-1] < n
+    again = sampling.spike_in(n_train, n_perturbed, percentage, seed=seed)
+    np.testing.assert_array_equal(kept, again[0])
+    np.testing.assert_array_equal(perturbed, again[1])
+
+
+def test_spike_ins_of_one_seed_are_nested_and_of_two_are_different():
+    kept, perturbed = sampling.spike_in(500, 400, 10, seed=0)
+    fewer_kept, more_perturbed = sampling.spike_in(500, 400, 50, seed=0)
+    assert np.isin(fewer_kept, kept).all()
+    assert np.isin(perturbed, more_perturbed).all()
+    other_kept, other_perturbed = sampling.spike_in(500, 400, 10, seed=1)
+    assert not np.array_equal(kept, other_kept)
+    assert not np.array_equal(perturbed, other_perturbed)
+
+
+def test_spike_in_takes_every_cell_equally_often():
+    kept, perturbed = np.zeros(40), np.zeros(30)
+    for seed in range(2_000):
+        rows, spiked = sampling.spike_in(40, 30, 25, seed=seed)
+        kept[rows] += 1
+        perturbed[spiked] += 1
+    assert np.abs(kept - 1_500).max() < 5 * np.sqrt(2_000 * 0.75 * 0.25)
+    assert np.abs(perturbed - 2_000 / 3).max() < 5 * np.sqrt(2_000 * 2 / 9)
+
+
+def test_spike_in_of_the_atlas_names_what_the_original_could_not_do():
+    # FACTS B18: 2,547,877 perturbed cells cannot replace half of 17,751,245 cells.
+    with pytest.raises(ValueError, match=r"needs 8,875,622 perturbed cells, and there are 2,547,877; at most 14\.35 %"):
+        sampling.spike_in(17_751_245, 2_547_877, 50, seed=0)
+    assert len(sampling.spike_in(177_512, 25_478, 14.35, seed=0)[1]) == 25_473
+
+
+def test_spike_in_of_all_cells_is_refused():
+    with pytest.raises(ValueError, match="would leave none of the 4 training cells"):
+        sampling.spike_in(4, 100, 100, seed=0)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=3, max_size=25),
+    shares=st.sampled_from([[0.8, 0.1, 0.1], [0.5, 0.5], [0.9, 0, 0.1], [1.0]]),
+    seed=seeds,
+)
+@steady
+def test_split_by_group_keeps_groups_whole_and_sizes_near(sizes, shares, seed):
+    groups = np.random.default_rng(len(sizes)).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    part = sampling.split_by_group(groups, shares, seed=seed)
+    assert part.dtype == np.int64
+    parts_of_group = {name: set(part[groups == name]) for name in groups}
+    assert all(len(parts) == 1 for parts in parts_of_group.values())
+    n_of_part = np.bincount(part, minlength=len(shares))
+    assert ((n_of_part > 0) == (np.array(shares) > 0)).all()
+    assert (n_of_part < np.array(shares) * len(groups) + max(sizes)).all()
+    np.testing.assert_array_equal(part, sampling.split_by_group(groups, shares, seed=seed))
+
+
+def test_split_by_group_of_many_donors_is_near_the_shares_and_fair_to_large_donors():
+    size = np.random.default_rng(0).lognormal(6, 1, 100).astype(int) + 1
+    donor = np.repeat(np.arange(100), size)
+    parts = [sampling.split_by_group(donor, [0.8, 0.1, 0.1], seed=seed) for seed in range(20)]
+    for part in parts:
+        np.testing.assert_allclose(np.bincount(part) / len(donor), [0.8, 0.1, 0.1], atol=0.005)
+    assert len({part.tobytes() for part in parts}) == 20
+    of_donor = np.array([part[np.cumsum(size) - 1] for part in parts])
+    in_train = (of_donor == 0).mean(axis=0)
+    assert in_train[size > np.median(size)].mean() == pytest.approx(in_train[size < np.median(size)].mean(), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "shares", "message"),
+    [
+        (["a", "b", "a"], [0.8, 0.1, 0.1], "2 groups cannot fill 3 parts"),
+        (["a", "b", "a"], [0.8, 0.1], "must be positive and add up to 1"),
+        (["a", "b", "a"], [1.1, -0.1], "must be positive and add up to 1"),
+        (["a", None, "b"], [0.5, 0.5], "1 cells, such as row 1, have no group"),
+    ],
+)
+def test_split_by_group_refuses(groups, shares, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.split_by_group(groups, shares, seed=0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pandas as pd
 
 
-def _shares(labels: np.ndarray) -> np.ndarray:
+def _shares(labels: np.ndarray | pd.Categorical) -> np.ndarray:
     """Share of each label."""
     if not len(labels):
         raise ValueError("diversity of no cells is undefined.")
-    _, counts = np.unique(np.asarray(labels), return_counts=True)
-    return counts / counts.sum()
+    counts = pd.Categorical(labels).value_counts().to_numpy()
+    return counts[counts > 0] / counts.sum()
 
 
-def shannon(labels: np.ndarray) -> float:
+def shannon(labels: np.ndarray | pd.Categorical) -> float:
     """Shannon entropy in bits, -sum p log2 p: 0 for one label, log2 k for k equally common ones.
 
     Parameters
@@ -30,7 +33,7 @@ def shannon(labels: np.ndarray) -> float:
     return float(abs(-(p * np.log2(p)).sum()))
 
 
-def inverse_simpson(labels: np.ndarray) -> float:
+def inverse_simpson(labels: np.ndarray | pd.Categorical) -> float:
     """Inverse Simpson index, 1 / sum p²: the number of equally common labels that would be as diverse.
 
     Parameters
@@ -46,7 +49,7 @@ def inverse_simpson(labels: np.ndarray) -> float:
     return float(1 / (_shares(labels) ** 2).sum())
 
 
-def gini_simpson(labels: np.ndarray) -> float:
+def gini_simpson(labels: np.ndarray | pd.Categorical) -> float:
     """Gini-Simpson index, 1 - sum p²: the chance that two cells, drawn with replacement, differ in label.
 
     Parameters
@@ -90,3 +93,40 @@ def vendi(X: np.ndarray) -> float:
     share = np.linalg.eigvalsh(gram / len(X))
     share = share[share > 1e-12]
     return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def at_equal_n(
+    measure: Callable[[np.ndarray], float], cells: np.ndarray, n: int, *, repeats: int = 10, seed: int
+) -> tuple[float, float]:
+    """A measure of `n` cells, drawn anew each time without replacement: subsets of any size compare.
+
+    Vendi grows with the number of cells, and so, more slowly, do the others.
+
+    Parameters
+    ----------
+    measure
+        Such as `vendi` or `shannon`.
+    cells
+        (n_cells,) labels or (n_cells, n_features) scores to draw from; or rows of them that `measure` looks up, where
+        they are many: `at_equal_n(lambda drawn: vendi(X_pca[drawn]), rows, 500, seed=0)`.
+    n
+        Cells in a draw.
+    repeats
+        Draws, at least two.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    mean and standard deviation over the draws; the latter is 0 where `n` takes all cells.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than `n` cells.
+    """
+    if not 0 < n <= len(cells):
+        raise ValueError(f"cannot draw {n} of {len(cells)} cells; compare at a number that every subset has.")
+    rng = np.random.default_rng(seed)
+    values = [measure(cells[np.sort(rng.choice(len(cells), n, replace=False))]) for _ in range(repeats)]
+    return float(np.mean(values)), float(np.std(values, ddof=1))
