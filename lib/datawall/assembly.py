@@ -12,7 +12,7 @@ import pandas as pd
 
 from datawall import cellstore, census, corpus, datasets, duplicates, expression, sampling, simulate, sources, store
 from datawall.cellstore import Cells
-from datawall.params import CLUSTERS, Params
+from datawall.params import Params
 
 log = logging.getLogger(__name__)
 

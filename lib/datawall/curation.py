@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from datawall import annotation, diversity, expression
+from datawall import annotation, diversity, expression, sources
 from datawall.study import Study
 
 
@@ -32,6 +32,13 @@ def reports(study: Study) -> dict[str, pd.DataFrame]:
     """
     folder = study.corpus_artifact.folder
     return {path.stem.removeprefix("report_"): pd.read_parquet(path) for path in sorted(folder.glob("report_*"))}
+
+
+def quality(study: Study) -> pd.DataFrame:
+    """Genes, counts and mitochondrial share (0 to 1) of the corpus's cells, a row each: 5 to 95 % quantiles."""
+    mitochondrial = study.corpus.var["feature_name"].str.startswith("MT-").to_numpy()
+    blocks = [sources.quality(counts, mitochondrial) for _, counts in study.corpus.blocks()]
+    return pd.concat(blocks).quantile([0.05, 0.25, 0.5, 0.75, 0.95]).T.rename_axis(index="metric", columns="quantile")
 
 
 def contamination(study: Study) -> pd.DataFrame:

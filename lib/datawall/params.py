@@ -128,7 +128,7 @@ class Params(BaseModel):
         filtered = self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1
         if filtered and not all(name.endswith((".h5ad", ".zarr")) for name in self.sources()):
             raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
-        if "donor_id" == self.split_by and self.donor_key is None:
+        if self.split_by == "donor_id" and self.donor_key is None:
             raise ValueError("split_by: donor_id needs donor_key: name the column, or split by cell")
         if self.spike_in is None and any(strategy.startswith("spikein") for strategy in self.strategies):
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
