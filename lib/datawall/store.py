@@ -119,7 +119,11 @@ class Store:
             begin = time.perf_counter()
             more = make(scratch) or {}
             made = {"seconds": round(time.perf_counter() - begin, 3), "device": "cpu", **_circumstances(), **more}
-            files = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
+            files = {
+                str(path.relative_to(scratch)): file_sha256(path)
+                for path in sorted(scratch.rglob("*"))
+                if path.is_file()
+            }
             write_json(
                 scratch / MANIFEST,
                 {"kind": unit.kind, "key": unit.key, "record": unit.record, "files": files, "made": made},

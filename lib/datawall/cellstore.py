@@ -1,0 +1,350 @@
+"""The corpus on disk: one AnnData zarr store, written block by block and read by rows, at constant memory.
+
+Any tool that reads AnnData opens it (`anndata.io.read_zarr`). Counts lie in few large files (shards) of many
+separately compressed chunks, in the smallest unsigned integers that hold them, and are read with annbatch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+if TYPE_CHECKING:
+    import anndata as ad
+    import zarr
+
+NAME = "cells.zarr"
+CHUNK = 2**15  # counts compressed together, of some twenty cells: the least that is read for one
+SHARD = 2**25  # counts in a file
+NAMES = 2**18  # names of cells in a file
+CELLS_AT_ONCE = 4096  # when many are read in turn
+NEARBY = 8  # cells at most this far apart are read with those between, so that a chunk is unpacked once
+PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times as fast as zarr's own
+
+
+def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
+    """Write cells to `<folder>/cells.zarr`.
+
+    What is written does not depend on how the cells are divided into blocks. In memory are a block, two files' worth
+    of counts and, for each cell, twelve bytes and the codes of its labels.
+
+    Parameters
+    ----------
+    folder
+        Exists, and holds no store yet.
+    blocks
+        Cells by genes: counts in `X`; `obs` with the same columns in every block, of which all that are not numbers
+        become categorical; one and the same `var`.
+
+    Raises
+    ------
+    ValueError
+        If there are no cells, a count is not a whole number from 0 to 2³² - 1, or blocks differ in genes or columns.
+    """
+    import anndata as ad
+    import zarr
+
+    root = zarr.create_group(folder / NAME, zarr_format=3, attributes=_encoding("anndata"))
+    X, obs = root.create_group("X"), root.create_group("obs")
+    data, indices = _Growing(X, "data", np.uint8, SHARD), _Growing(X, "indices", np.int32, SHARD)
+    names = _Growing(obs, "_index", object, NAMES)
+    lengths: list[np.ndarray] = []  # genes of each cell
+    var = None
+    for block in blocks:
+        if var is None:
+            var, columns = block.var, {name: _Labels() for name in block.obs}
+        elif not block.var_names.equals(var.index) or list(block.obs) != list(columns):
+            raise ValueError(
+                f"blocks of a corpus must share genes and columns: after {len(var)} genes and {list(columns)} came "
+                f"{block.n_vars} genes and {list(block.obs)}; align them first."
+            )
+        counts = sp.csr_matrix(block.X, copy=True)
+        counts.sum_duplicates()
+        counts.eliminate_zeros()
+        data.append(_smallest(counts.data))
+        indices.append(counts.indices.astype(np.int32, copy=False))
+        lengths.append(np.diff(counts.indptr).astype(np.int32))
+        names.append(block.obs_names.to_numpy(object))
+        for name, column in columns.items():
+            column.append(block.obs[name])
+    if not (n_cells := sum(map(len, lengths))):
+        raise ValueError("there are no cells to write; choose a source that has some.")
+    for array in (data, indices, names):
+        array.close()
+    indptr = np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
+    if indptr[-1] < 2**31:
+        indptr = indptr.astype(np.int32)  # as long as that of the indices, which scipy expects
+    X.create_array("indptr", data=indptr, chunks=(min(NAMES, n_cells + 1),))
+    X.update_attributes({**_encoding("csr_matrix"), "shape": [n_cells, len(var)]})
+    for name, column in columns.items():
+        ad.io.write_elem(obs, name, column.values(), dataset_kwargs={"chunks": (min(NAMES, n_cells),)})
+    obs.update_attributes({**_encoding("dataframe", "0.2.0"), "_index": "_index", "column-order": list(columns)})
+    ad.io.write_elem(root, "var", var)
+    for name in ("layers", "obsm", "obsp", "uns", "varm", "varp"):
+        ad.io.write_elem(root, name, {})
+
+
+def _encoding(kind: str, version: str = "0.1.0") -> dict[str, str]:
+    """AnnData's mark of what a group or an array is."""
+    return {"encoding-type": kind, "encoding-version": version}
+
+
+def _smallest(counts: np.ndarray) -> np.ndarray:
+    """Counts in the smallest unsigned integers."""
+    with np.errstate(invalid="ignore"):  # what is no such number differs from what it becomes
+        whole = counts.astype(np.uint32)
+    if (wrong := whole != counts).any():
+        raise ValueError(f"count {counts[wrong][0]} is not a whole number from 0 to 2³² - 1; give raw counts.")
+    return whole.astype(np.min_scalar_type(whole.max(initial=0)))
+
+
+class _Growing:
+    """An array on disk that grows by whole files, so that none is written twice; the rest waits in memory.
+
+    Once values come that are too large for its type, what is there already is written anew in theirs.
+    """
+
+    def __init__(self, group: zarr.Group, name: str, dtype: Any, file_size: int) -> None:
+        self.group, self.name, self.file_size = group, name, file_size
+        self.array: zarr.Array | None = None
+        self.waiting, self.n_waiting = np.empty(file_size, dtype), 0
+
+    def append(self, values: np.ndarray) -> None:
+        if not np.can_cast(values.dtype, self.waiting.dtype):
+            self.waiting = self.waiting.astype(values.dtype)
+        while len(values):
+            some = values[: self.file_size - self.n_waiting]
+            self.waiting[self.n_waiting : self.n_waiting + len(some)] = some
+            self.n_waiting += len(some)
+            values = values[len(some) :]
+            if self.n_waiting == self.file_size:
+                self._write()
+
+    def close(self) -> None:
+        if self.array is None:  # all of it fits one file, which then need not have the size of others
+            self.file_size = min(self.file_size, max(1, -(-self.n_waiting // CHUNK)) * CHUNK)
+        self._write()
+
+    def _write(self) -> None:
+        if self.array is None:
+            self.array = self._create(self.name)
+        elif self.array.dtype.itemsize < self.waiting.dtype.itemsize and not self.waiting.dtype.hasobject:
+            self._widen()
+        n = self.array.size
+        self.array.resize((n + self.n_waiting,))
+        self.array[n:] = self.waiting[: self.n_waiting]
+        self.n_waiting = 0
+
+    def _create(self, name: str) -> zarr.Array:
+        import zarr
+        from zarr.codecs import BloscCodec
+
+        dtype = self.waiting.dtype
+        if dtype.hasobject:
+            kind = {"dtype": "string", "chunks": (self.file_size,), "attributes": _encoding("string-array", "0.2.0")}
+            return self.group.create_array(name, shape=(0,), **kind)
+        codec = BloscCodec(cname="lz4", clevel=3, shuffle="shuffle")  # annbatch's, because it unpacks fastest
+        sizes = {"shape": (0,), "chunks": (CHUNK,), "shards": (self.file_size,)}
+        one_thread = {"threading.max_workers": 1}  # several would put chunks into a shard in any order
+        with zarr.config.set({**PIPELINE, **one_thread}):
+            return self.group.create_array(name, dtype=dtype, compressors=[codec], **sizes)
+
+    def _widen(self) -> None:
+        narrow, wide = self.array, self._create(f"{self.name}.wide")
+        wide.resize(narrow.shape)
+        for first in range(0, narrow.size, self.file_size):
+            some = slice(first, first + self.file_size)
+            wide[some] = narrow[some].astype(wide.dtype)
+        folder = Path(self.group.store.root, self.group.path)
+        shutil.rmtree(folder / self.name)
+        os.replace(folder / wide.basename, folder / self.name)
+        self.array = self.group[self.name]
+
+
+class _Labels:
+    """A column of `obs`: numbers as they are, all else as codes of categories, in the smallest integers."""
+
+    def __init__(self) -> None:
+        self.numeric = False
+        self.code_of: dict[str, int] = {}
+        self.parts: list[np.ndarray] = []
+
+    def append(self, column: pd.Series) -> None:
+        self.numeric = pd.api.types.is_numeric_dtype(column)
+        if self.numeric:
+            self.parts.append(column.to_numpy())
+            return
+        codes, labels = pd.factorize(column)
+        known = [self.code_of.setdefault(str(label), len(self.code_of)) for label in labels]
+        smallest = np.min_scalar_type(-1 - len(self.code_of))
+        self.parts.append(np.array([*known, -1], smallest)[codes])  # -1 is a missing value's code
+
+    def values(self) -> np.ndarray | pd.Categorical:
+        values = np.concatenate(self.parts)
+        if self.numeric:
+            return values
+        labels = sorted(self.code_of)  # so that codes do not depend on the order of cells
+        code_of = {label: code for code, label in enumerate(labels)}
+        return pd.Categorical.from_codes(np.array([*map(code_of.get, self.code_of), -1])[values], labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Cells that stay on disk: all of a store, or some. Rows are positions among them."""
+
+    path: Path
+    rows: np.ndarray | None = None  # which of the store's cells, sorted; None is all
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return len(self._file.indptr) - 1 if self.rows is None else len(self.rows)
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes."""
+        return self._file.n_vars
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of cells and of genes."""
+        return self.n_obs, self.n_vars
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """Labels of the cells, which are numbered here: 22 million names would take gigabytes (see `names`)."""
+        obs = self._file.obs
+        return obs if self.rows is None else obs.iloc[self.rows].reset_index(drop=True)
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """The genes."""
+        return self._file.var
+
+    def take(self, rows: np.ndarray) -> Cells:
+        """Some of these cells, of sorted rows."""
+        return Cells(self.path, self._positions(rows))
+
+    def names(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Names of cells, str objects."""
+        return self._file.root["obs/_index"].get_orthogonal_selection(self._positions(rows)).astype(object)
+
+    def counts(self, rows: np.ndarray | None = None) -> sp.csr_matrix:
+        """Raw counts of cells in the order given, float32, in memory."""
+        positions = self._positions(rows)
+        indptr = np.concatenate([[0], np.cumsum(self._lengths(positions))])
+        index = np.int32 if indptr[-1] < 2**31 else np.int64
+        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], index)
+        for first in range(0, len(positions), CELLS_AT_ONCE):
+            (block,) = self._file.read([positions[first : first + CELLS_AT_ONCE]])
+            some = slice(indptr[first], indptr[first] + block.nnz)
+            data[some], indices[some] = block.data, block.indices
+        return sp.csr_matrix((data, indices, indptr.astype(index)), shape=(len(positions), self.n_vars))
+
+    def nbytes(self) -> int:
+        """Memory that `counts` of all takes."""
+        n_values = int(self._lengths(self._positions(None)).sum())
+        index = 4 if n_values < 2**31 else 8
+        return n_values * (4 + index) + (self.n_obs + 1) * index
+
+    def blocks(self, size: int = CELLS_AT_ONCE) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
+        """Rows and raw counts of all cells in turn, float32."""
+        for first in range(0, self.n_obs, size):
+            rows = np.arange(first, min(first + size, self.n_obs))
+            yield rows, self._file.read([self._positions(rows)])[0]
+
+    def read(self, batches: list[np.ndarray]) -> list[sp.csr_matrix]:
+        """Raw counts of batches of rows, float32: at once, so that each cell is read once however often it occurs."""
+        return self._file.read([self._positions(rows) for rows in batches])
+
+    def _positions(self, rows: np.ndarray | None) -> np.ndarray:
+        """Positions of rows in the store."""
+        if rows is None:
+            return np.arange(self.n_obs) if self.rows is None else self.rows
+        return rows if self.rows is None else self.rows[rows]
+
+    def _lengths(self, positions: np.ndarray) -> np.ndarray:
+        return self._file.indptr[positions + 1] - self._file.indptr[positions]
+
+    @property
+    def _file(self) -> _File:
+        return _opened(self.path)
+
+
+def open(path: Path) -> Cells:
+    """All cells of a store.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    if not (Path(path) / "zarr.json").is_file():
+        raise FileNotFoundError(f"{path} is no store of cells (zarr.json is missing).")
+    return Cells(Path(path))
+
+
+class _File:
+    """What of a store is kept in memory, and how its counts are read; a sampler of annbatch's, for one request."""
+
+    def __init__(self, path: Path) -> None:
+        import anndata as ad
+        import zarr
+        from annbatch import Loader
+
+        self.root = zarr.open_group(path, mode="r")
+        self.indptr = self.root["X/indptr"][:].astype(np.int64)
+        self.n_vars = self.root["X"].attrs["shape"][1]
+        self.loader = Loader(batch_sampler=self).add_dataset(ad.io.sparse_dataset(self.root["X"]))
+        self.request: dict[str, Any] = {}
+        self.one_at_a_time = threading.Lock()
+
+    def sample(self, n_obs: int) -> Iterator[dict[str, Any]]:
+        """What annbatch asks of its sampler."""
+        yield self.request
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        import anndata as ad
+
+        obs = self.root["obs"]
+        columns = {name: ad.io.read_elem(obs[name]) for name in obs.attrs["column-order"]}
+        return pd.DataFrame(columns, index=pd.RangeIndex(len(self.indptr) - 1))
+
+    @cached_property
+    def var(self) -> pd.DataFrame:
+        import anndata as ad
+
+        return ad.io.read_elem(self.root["var"])
+
+    def read(self, batches: list[np.ndarray]) -> list[sp.csr_matrix]:
+        import zarr
+
+        positions, place = np.unique(np.concatenate(batches), return_inverse=True)
+        begins = np.flatnonzero(np.diff(positions, prepend=positions[:1] - NEARBY - 1) > NEARBY)
+        n_wanted = np.diff(np.append(begins, len(positions)))
+        first, last = positions[begins], positions[begins + n_wanted - 1]
+        n_read = last + 1 - first
+        within = positions + np.repeat(np.cumsum(n_read) - n_read - first, n_wanted)  # place in what is read
+        ends = np.cumsum([len(batch) for batch in batches])
+        with self.one_at_a_time, zarr.config.set(PIPELINE):
+            self.request = {
+                "requests": [slice(*run) for run in zip(first.tolist(), (last + 1).tolist(), strict=True)],
+                "splits": np.split(within[place], ends[:-1]),
+            }
+            return [batch["X"].astype(np.float32) for batch in self.loader]
+
+
+@lru_cache(4)
+def _opened(path: Path) -> _File:
+    return _File(path)
