@@ -200,9 +200,9 @@ class Study:
     def _make_corpus(self, folder: Path) -> None:
         p = self.params
         source = datasets.load(p.corpus)
-        columns = {role: corpus.column(source, p.corpus, key, role) for role, key in self._columns().items()}
-        self._check_contexts(columns["cell_type"])
         adata, match = corpus.align(source, p.corpus, min_matched=p.min_matched_genes)
+        columns = {role: corpus.column(adata, p.corpus, key, role) for role, key in self._columns().items()}
+        self._check_contexts(columns["cell_type"])
         adata.obs = pd.DataFrame(columns, index=adata.obs_names)
         strata = adata.obs.astype(str).agg(" / ".join, axis=1).to_numpy()
         held_out = corpus.stratified_split(strata, [1 - p.held_out, p.held_out], seed=0) == 1
@@ -213,8 +213,8 @@ class Study:
     def _make_dataset(self, name: str, folder: Path) -> None:
         p = self.params
         source = datasets.load(name)
-        labels = corpus.column(source, name, p.cell_type_key, "cell_type")
         adata, match = corpus.align(source, name, min_matched=p.min_matched_genes)
+        labels = corpus.column(adata, name, p.cell_type_key, "cell_type")
         in_corpus = int(adata.var_names.isin(self.corpus.var_names).sum())
         if not in_corpus:
             raise corpus.CorpusError(f"{name}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
