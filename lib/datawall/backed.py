@@ -69,7 +69,7 @@ class CellFile:
                     )
             self._obs = self._root["obs"]
             self._obs_names = self._obs[_text(self._obs.attrs.get("_index", "_index"))]
-            self.n_cells = int(self._obs_names.shape[0])
+            self.n_cells = _length(self._obs_names)
 
     def __enter__(self) -> CellFile:
         return self
@@ -125,10 +125,12 @@ class CellFile:
                     f"{self.name}: no column {key!r} in obs for the {role}; it has {names or 'none'}. "
                     "Name the right column in the study file."
                 )
-            values = self._values(self._obs[key], slice(start, stop))
-            if len(values) != min(stop, self.n_cells) - start:
-                raise CorpusError(f"{self.name}: column {key!r} of obs is shorter than the names of the cells.")
-            return values
+            if (n_values := _length(self._obs[key])) != self.n_cells:
+                raise CorpusError(
+                    f"{self.name}: column {key!r} of obs has {n_values} values for {self.n_cells} cells; "
+                    "write the file again with anndata."
+                )
+            return self._values(self._obs[key], slice(start, stop))
 
     def _null(self, key: str) -> bool:
         return _text(self._root[key].attrs.get("encoding-type", "")) == "null"
@@ -286,6 +288,11 @@ def _array(node: Any) -> Any:
     if not hasattr(node, "dtype"):
         raise TypeError(f"{node.name} is a group where an array should be")
     return node
+
+
+def _length(node: Any) -> int:
+    """Rows of an element of obs or var."""
+    return int((node if hasattr(node, "dtype") else node["codes"] if "codes" in node else node["values"]).shape[0])
 
 
 def _is_text(node: Any) -> bool:
