@@ -1,7 +1,8 @@
 """`.h5ad` and `.zarr` files read in blocks of rows, and checked as they are read.
 
 Only the counts, the names of genes and cells, and the columns asked for are read: never `uns`, and nothing is ever
-unpickled. HDF5 and zarr files look alike from here: groups with attributes, and arrays that slice.
+unpickled (h5py cannot, and zarr refuses to). HDF5 and zarr files look alike from here: groups with attributes, and
+arrays that slice.
 """
 
 from __future__ import annotations
@@ -278,13 +279,7 @@ def _every_chunk(required: bool) -> Iterator[None]:
 
 
 def _array(node: Any) -> Any:
-    """An array that is safe to read: zarr's first format could hold pickles."""
-    metadata = getattr(node, "metadata", None)
-    codecs = (*(getattr(metadata, "filters", None) or ()), getattr(metadata, "compressor", None))
-    if any(getattr(codec, "codec_id", None) == "pickle" for codec in codecs):
-        raise CorpusError(
-            f"{node.name} holds pickled objects, which are never read; write the file again with anndata."
-        )
+    """The element, which must be an array."""
     if not hasattr(node, "dtype"):
         raise TypeError(f"{node.name} is a group where an array should be")
     return node

@@ -323,7 +323,7 @@ def _check_cell_names(cells: CellFile) -> None:
     for value in values[times > 1][:100]:
         one, other = (cells.cell_names(row, row + 1)[0] for row in np.flatnonzero(hashes == value)[:2])
         if one == other:
-            raise CorpusError(f"{cells.name}: cell name {one[:100]} occurs more than once; make obs_names unique.")
+            raise CorpusError(f"{cells.name}: cell name {one[:100]!r} occurs more than once; make obs_names unique.")
 
 
 def _all_labels(cells: CellFile, key: str, role: str) -> set[str]:
