@@ -128,14 +128,16 @@ def test_pbmc68k_counts_invert_the_log_normalisation():
     assert adata.X.nnz == source.raw.X.nnz
 
 
-def test_own_file_comes_back_as_written(tmp_path):
-    path = tmp_path / "mine.h5ad"
-    ad.AnnData(np.arange(6, dtype=np.float32).reshape(2, 3)).write_h5ad(path)
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_own_file_comes_back_as_written(tmp_path, suffix):
+    path = tmp_path / f"mine.{suffix}"
+    adata = ad.AnnData(np.arange(6, dtype=np.float32).reshape(2, 3))
+    adata.write_zarr(path) if suffix == "zarr" else adata.write_h5ad(path)
     assert np.array_equal(datasets.load(str(path)).X, [[0, 1, 2], [3, 4, 5]])
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(datasets.DatasetError, match=r"^kang2081: .*kang2018, pbmc68k.*\.h5ad"):
+    with pytest.raises(datasets.DatasetError, match=r"^kang2081: .*kang2018, pbmc68k.*\.h5ad or \.zarr"):
         datasets.load("kang2081")
 
 
@@ -148,6 +150,25 @@ def test_unreadable_file_is_named(tmp_path):
     (tmp_path / "x.h5ad").write_text("not HDF5")
     with pytest.raises(datasets.DatasetError, match=r"x\.h5ad: not readable as an AnnData file .*write_h5ad"):
         datasets.load(str(tmp_path / "x.h5ad"))
+
+
+def test_unreadable_folder_is_named(tmp_path):
+    (tmp_path / "x.zarr").mkdir()
+    with pytest.raises(datasets.DatasetError, match=r"x\.zarr: not readable as an AnnData file .*write_zarr") as error:
+        datasets.load(str(tmp_path / "x.zarr"))
+    assert "\n" not in str(error.value)
+
+
+def test_identity_of_a_folder_is_its_files_names_and_content(tmp_path):
+    def identity(name, files):
+        for part, content in files.items():
+            (tmp_path / name / part).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / part).write_text(content)
+        return datasets.identity(str(tmp_path / name))
+
+    one = identity("a.zarr", {"X/0": "one", "X/1": "other"})
+    assert one == identity("b.zarr", {"X/1": "other", "X/0": "one"})
+    assert len({one, identity("c.zarr", {"X/0": "other", "X/1": "one"}), identity("d.zarr", {"X/0": "one"})}) == 3
 
 
 def test_identity_is_the_name_or_the_content(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -12,9 +14,21 @@ import scipy.sparse as sp
 
 from datawall import paths
 
+log = logging.getLogger(__name__)
+
+MAX_COUNT = 2**24  # float32 holds every integer up to here
+ENSEMBL_ID = r"ENSG\d{11}(?:\.\d+)?"
+
 
 class CorpusError(ValueError):
-    """A data set breaks a rule; the message names the data set, the value, the rule and the remedy."""
+    """A data set breaks a rule; the message names the data set, the value, the rule and the remedy.
+
+    The message is one line, cut in the middle where names from a file would make it endless.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-250:]}")
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,11 @@ class GeneMatch:
 
     dataset: str
     counts_from: str  # where in the file the raw counts were found
-    named_by: str  # "Ensembl id" or "symbol"
-    n_genes: int  # in the data set
-    matched: int
-    missing: int  # in the data set, but not in the gene table
-    duplicated: int  # names that occur more than once
+    named_by: str  # "Ensembl id", "symbol", or both
+    n_genes: int  # columns of the data set: matched + missing + duplicated
+    matched: int  # genes of the gene table that it has
+    missing: int  # columns that are no gene of the gene table
+    duplicated: int  # columns that were summed into another column of the same gene
 
     def row(self) -> dict[str, str | int]:
         """The record as a table's row."""
@@ -55,28 +69,56 @@ def raw_counts(adata: ad.AnnData, dataset: str) -> tuple[sp.csr_matrix, pd.DataF
     CorpusError
         If there are no cells or genes, or no place holds finite, non-negative integers.
     """
-    if not adata.n_obs or not adata.n_vars:
-        raise CorpusError(f"{dataset}: {adata.n_obs} cells x {adata.n_vars} genes; it must have some of both.")
+    check_shape(adata.shape, dataset)
     places = {"layers['counts']": (adata.layers.get("counts"), adata.var), "X": (adata.X, adata.var)}
     if adata.raw is not None:
         places["raw.X"] = (adata.raw.X, adata.raw.var)
-    faults = []
-    for place, (matrix, var) in places.items():
-        if matrix is None:
-            continue
-        if fault := _count_fault(matrix):
-            faults.append(f"{place} {fault}")
-        else:
-            counts = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
-            counts.sum_duplicates()
-            return counts, var, place
+    places = {place: held for place, held in places.items() if held[0] is not None}
+    place = choose_place(
+        ((place, _damage(matrix) or count_fault(matrix)) for place, (matrix, _) in places.items()), dataset
+    )
+    matrix, var = places[place]
+    counts = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
+    counts.sum_duplicates()
+    return counts, var, place
+
+
+def check_shape(shape: tuple[int, int], dataset: str) -> None:
+    """Refuse a data set without cells or genes."""
+    if not all(shape):
+        raise CorpusError(f"{dataset}: {shape[0]} cells x {shape[1]} genes; it must have some of both.")
+
+
+def choose_place(faults: Iterable[tuple[str, str | None]], dataset: str) -> str:
+    """The first place without a fault, of pairs of place and fault; later ones are not looked at.
+
+    Raises
+    ------
+    CorpusError
+        If every place has a fault: all are named.
+    """
+    found = []
+    for place, fault in faults:
+        if fault is None:
+            return place
+        found.append(f"{place} {fault}")
     raise CorpusError(
-        f"{dataset}: no raw counts found ({'; '.join(faults) or 'X is empty'}); counts must be finite, non-negative "
+        f"{dataset}: no raw counts found ({'; '.join(found) or 'X is empty'}); counts must be finite, non-negative "
         'integers. Put them into layers["counts"].'
     )
 
 
-def _count_fault(matrix: sp.spmatrix | np.ndarray) -> str | None:
+def _damage(matrix: sp.spmatrix | np.ndarray) -> str | None:
+    """Why a sparse matrix cannot be computed with, or None: scipy trusts indices, and crashes on wrong ones."""
+    try:
+        if sp.issparse(matrix):
+            matrix.check_format(full_check=True)
+    except ValueError as error:
+        return f"is damaged ({error})"
+    return None
+
+
+def count_fault(matrix: sp.spmatrix | np.ndarray) -> str | None:
     """Why a matrix cannot be raw counts, or None."""
     values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
     if values.dtype.kind not in "fiub":
@@ -85,16 +127,106 @@ def _count_fault(matrix: sp.spmatrix | np.ndarray) -> str | None:
         return "holds NaN or infinite values"
     if (values < 0).any():
         return f"holds negative values (as low as {values.min():g})"
-    if (values != np.rint(values)).any():
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
         return f"holds fractions (such as {values[values != np.rint(values)].flat[0]:g})"
+    if values.size and values.max() > MAX_COUNT:
+        return f"holds counts above {MAX_COUNT:,} (up to {values.max():g}), which float32 cannot hold exactly"
     return None
+
+
+def match_genes(
+    var: pd.DataFrame, dataset: str, counts_from: str, *, min_matched: float = 0.5
+) -> tuple[np.ndarray, GeneMatch]:
+    """Join genes with the gene table, each by Ensembl id where it has one, else by symbol.
+
+    Ids (version suffixes dropped) are looked for in the index, then in the first column of which more than half are
+    ids, as 10x's `gene_ids`. Symbols are those of `var["feature_name"]`, or else the index. So names of both kinds may
+    be mixed. An id is trusted: a gene whose id is not in the table is missing, whatever its symbol.
+
+    Parameters
+    ----------
+    var
+        A row for each gene.
+    dataset
+        Name for messages.
+    counts_from
+        Where the counts were found, for the record.
+    min_matched
+        Least share of the genes that must be in the table, 0 to 1.
+
+    Returns
+    -------
+    (n_genes,) int64 row of each gene in the gene table, -1 where it is not there, and the record.
+
+    Raises
+    ------
+    CorpusError
+        If too few genes match.
+    """
+    table = gene_table()
+    names = pd.Series(var.index.astype(str), dtype=object)
+    ids = names.where(names.str.fullmatch(ENSEMBL_ID))
+    for key in var.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in var.dtypes]]:
+        other = pd.Series(var[key].astype(str).to_numpy(), dtype=object)
+        is_id = other.str.fullmatch(ENSEMBL_ID).fillna(False).astype(bool)
+        if is_id.mean() > 0.5:
+            ids = ids.fillna(other.where(is_id))
+            break
+    symbols = var["feature_name"].astype(str).to_numpy(dtype=object) if "feature_name" in var else names.to_numpy()
+    has_id = ids.notna().to_numpy()
+    position = pd.Index(table["feature_name"]).get_indexer(symbols)
+    position[has_id] = table.index.get_indexer(ids[has_id].str.replace(r"\.\d+$", "", regex=True))
+    found = position >= 0
+    matched = len(np.unique(position[found]))
+    kinds = {"Ensembl id": has_id, "symbol": ~has_id}
+    match = GeneMatch(
+        dataset=dataset,
+        counts_from=counts_from,
+        named_by=" and ".join(kind for kind, named in kinds.items() if (named & found).any()),
+        n_genes=len(names),
+        matched=matched,
+        missing=int((~found).sum()),
+        duplicated=int(found.sum()) - matched,
+    )
+    if found.mean() < min_matched or not matched:
+        raise CorpusError(
+            f"{dataset}: only {found.sum()} of {len(names)} genes ({names[0][:50]}, …) are among the {len(table)} "
+            f"human genes of the gene table; at least {min_matched:.0%} must be. Name genes by Ensembl id (ENSG…) or "
+            "human symbol."
+        )
+    return position, match
+
+
+def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> sp.csr_matrix:
+    """Counts in other columns; those with the same position are summed, those with -1 left out.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, len(position)).
+    position
+        New column of each column.
+    n_genes
+        Columns wanted.
+
+    Returns
+    -------
+    (n_cells, n_genes) float32 CSR with sorted indices and no stored zeros.
+    """
+    kept = np.flatnonzero(position >= 0)
+    place = sp.csr_matrix((np.ones(len(kept), np.float32), (kept, position[kept])), shape=(len(position), n_genes))
+    moved = sp.csr_matrix(counts @ place)
+    moved.eliminate_zeros()
+    moved.sort_indices()
+    return moved
 
 
 def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple[ad.AnnData, GeneMatch]:
     """Keep the genes of the gene table, named by Ensembl id and in its order; counts in `X`.
 
-    Genes are joined by Ensembl id (version suffixes dropped) where `var_names` are ids, else by symbol, from
-    `var["feature_name"]` or `var_names`.
+    For what fits in memory; `sources.open_source` does the same to files of any size. Columns of the same gene are
+    summed (`match_genes` joins them), and cells without a count in any matched gene are dropped, with a warning: take
+    labels from the `obs` that comes back.
 
     Parameters
     ----------
@@ -112,59 +244,37 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
     Raises
     ------
     CorpusError
-        If there are no raw counts, genes or cells are named twice, too few genes match, or a cell has no count.
+        If there are no raw counts, too few genes match, cells are named twice, or no cell has a count.
     """
     counts, var, place = raw_counts(adata, dataset)
-    table = gene_table()
-    names = pd.Index(var.index.astype(str))
-    by_id = names.str.match(r"ENSG\d{11}").mean() > 0.5
-    if by_id:
-        ids = names.str.replace(r"\.\d+$", "", regex=True)
-    else:
-        symbols = pd.Index(var["feature_name"].astype(str)) if "feature_name" in var else names
-        ids = pd.Index(symbols.map(dict(zip(table["feature_name"], table.index, strict=True))))
-        names = symbols
-    if names.has_duplicates:
-        twice = names[names.duplicated()].unique()
-        raise CorpusError(
-            f"{dataset}: {len(twice)} gene names occur more than once (such as {twice[0]}); each gene must be one "
-            "column. Sum or drop the duplicates."
-        )
-    column_of = pd.Series(np.arange(len(ids)), index=ids)
-    column_of = column_of[column_of.index.notna()]
-    if column_of.index.has_duplicates:
-        twice = column_of.index[column_of.index.duplicated()].unique()
-        raise CorpusError(
-            f"{dataset}: {len(twice)} Ensembl ids occur more than once (such as {twice[0]}). Sum or drop them."
-        )
+    position, match = match_genes(var, dataset, place, min_matched=min_matched)
     if adata.obs_names.has_duplicates:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise CorpusError(f"{dataset}: cell name {twice} occurs more than once; make obs_names unique.")
-    present = table.index[table.index.isin(column_of.index)]
-    matched = len(present)
-    match = GeneMatch(
-        dataset=dataset,
-        counts_from=place,
-        named_by="Ensembl id" if by_id else "symbol",
-        n_genes=len(names),
-        matched=matched,
-        missing=len(names) - matched,
-        duplicated=0,
-    )
-    if matched < min_matched * len(names) or matched == 0:
-        raise CorpusError(
-            f"{dataset}: only {matched} of {len(names)} genes ({names[0]}, …) are among the {len(table)} human genes "
-            f"of the gene table; at least {min_matched:.0%} must be. Name genes by Ensembl id (ENSG…) or human symbol."
+    table = gene_table()
+    present = np.unique(position[position >= 0])
+    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
+    column_of[present] = np.arange(len(present))
+    moved = place_columns(counts, column_of[position], len(present))
+    full = np.flatnonzero(moved.getnnz(axis=1))
+    if not len(full):
+        raise CorpusError(f"{dataset}: no cell has a count in any matched gene; give it cells that were sequenced.")
+    if len(full) < adata.n_obs:
+        log.warning(
+            "%s: %d of %d cells have no count in any matched gene and are dropped.",
+            dataset,
+            adata.n_obs - len(full),
+            adata.n_obs,
         )
-    columns = column_of[present].to_numpy()
-    aligned = ad.AnnData(counts[:, columns], obs=adata.obs.copy(), var=table.loc[present, ["feature_name"]])
-    empty = np.asarray(aligned.X.sum(axis=1)).ravel() == 0
-    if empty.any():
-        raise CorpusError(
-            f"{dataset}: {int(empty.sum())} cells (such as {aligned.obs_names[empty][0]}) have no count in any matched "
-            "gene; drop them."
-        )
-    return aligned, match
+    return ad.AnnData(moved[full], obs=adata.obs.iloc[full].copy(), var=table.iloc[present][["feature_name"]]), match
+
+
+def label_codes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of labels, -1 where a label is missing or blank, and the labels as text in order of appearance."""
+    codes, labels = pd.factorize(pd.Series(values, dtype=object))
+    labels = np.array([str(label) for label in labels], dtype=object)
+    blank = np.array([not label.strip() for label in labels] + [True])
+    return np.where(blank[codes], -1, codes), labels
 
 
 def column(adata: ad.AnnData, dataset: str, key: str, role: str) -> pd.Categorical:
@@ -173,19 +283,22 @@ def column(adata: ad.AnnData, dataset: str, key: str, role: str) -> pd.Categoric
     Raises
     ------
     CorpusError
-        If the column is absent or has missing values.
+        If the column is absent, or has missing or blank values.
     """
     if key not in adata.obs:
         raise CorpusError(
             f"{dataset}: no column {key!r} in obs for the {role}; it has {', '.join(map(repr, adata.obs)) or 'none'}. "
             f"Name the right column in the study file."
         )
-    if adata.obs[key].isna().any():
-        raise CorpusError(
-            f"{dataset}: column {key!r} ({role}) is missing for {int(adata.obs[key].isna().sum())} cells; "
-            "label or drop them."
-        )
-    return pd.Categorical(adata.obs[key].astype(str))
+    codes, labels = label_codes(adata.obs[key].to_numpy(dtype=object))
+    check_labels(int((codes < 0).sum()), dataset, key, role)
+    return pd.Categorical(labels[codes])
+
+
+def check_labels(n_missing: int, dataset: str, key: str, role: str) -> None:
+    """Refuse a column with missing labels."""
+    if n_missing:
+        raise CorpusError(f"{dataset}: column {key!r} ({role}) is missing for {n_missing} cells; label or drop them.")
 
 
 def to_genes(adata: ad.AnnData, genes: pd.Index) -> sp.csr_matrix:
@@ -202,14 +315,7 @@ def to_genes(adata: ad.AnnData, genes: pd.Index) -> sp.csr_matrix:
     -------
     (n_cells, len(genes)) float32 CSR.
     """
-    position = adata.var_names.get_indexer(genes)
-    present = np.flatnonzero(position >= 0)
-    place = sp.csr_matrix(
-        (np.ones(len(present), np.float32), (position[present], present)), shape=(adata.n_vars, len(genes))
-    )
-    moved = sp.csr_matrix(adata.X @ place)
-    moved.sort_indices()
-    return moved
+    return place_columns(adata.X, pd.Index(genes).get_indexer(adata.var_names), len(genes))
 
 
 def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> np.ndarray:

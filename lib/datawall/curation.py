@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from datawall import annotation, diversity, expression
+from datawall import annotation, diversity, expression, sources
 from datawall.study import Study
 
 
@@ -17,42 +17,73 @@ def gene_matches(study: Study) -> pd.DataFrame:
 
     `in_corpus` is the number of genes shared with the corpus, which is all that a model can see of a data set.
     """
-    rows = [
-        json.loads((study.dataset_artifact(name).folder / "genes.json").read_text())
-        for name in study.evaluation_datasets()
-    ]
+    of_corpus = json.loads((study.corpus_artifact.folder / "genes.json").read_text())
+    rows = [{**match, "in_corpus": match["matched"]} for match in of_corpus]
+    for name in study.params.evaluation:
+        rows.append(json.loads((study.dataset_artifact(name).folder / "genes.json").read_text()))
     return pd.DataFrame(rows).set_index("dataset")
+
+
+def reports(study: Study) -> dict[str, pd.DataFrame]:
+    """What became of the corpus's cells on the way to it, by name of the table.
+
+    For files: `cells` (read, empty, filtered, duplicate and kept, a row per file), `duplicates` and `quality` (see
+    `sources.Report`). For the Census: `census` and `types` (see `census.Selection`). Else none.
+    """
+    folder = study.corpus_artifact.folder
+    return {path.stem.removeprefix("report_"): pd.read_parquet(path) for path in sorted(folder.glob("report_*"))}
+
+
+def quality(study: Study) -> pd.DataFrame:
+    """Genes, counts and mitochondrial share (0 to 1) of the corpus's cells, a row each: 5 to 95 % quantiles."""
+    mitochondrial = study.corpus.var["feature_name"].str.startswith("MT-").to_numpy()
+    blocks = [sources.quality(counts, mitochondrial) for _, counts in study.corpus.blocks()]
+    return pd.concat(blocks).quantile([0.05, 0.25, 0.5, 0.75, 0.95]).T.rename_axis(index="metric", columns="quantile")
+
+
+def contamination(study: Study) -> pd.DataFrame:
+    """What each evaluation data set shares with the cells that models are pretrained on, or would be.
+
+    Columns: see `duplicates.Contamination.row`. With `drop_contaminated` in the study, the rows counted here are left
+    out of pretraining.
+    """
+    rows = {name: study.contamination(name).row() for name in study.evaluation_datasets()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
 
 
 def composition(study: Study) -> pd.DataFrame:
     """Cells of each type in every subset: strategy, percentage, seed, cell_type, n_cells, share (0 to 1)."""
-    cell_type = study.pretraining_cells.obs["cell_type"]
+    cell_type = study.corpus.obs["cell_type"]
     tables = []
     for subset in study.subsets():
-        n_cells = (
-            cell_type.iloc[study.rows(subset)].value_counts().rename("n_cells").rename_axis("cell_type").reset_index()
-        )
+        counted = cell_type.iloc[study.rows(subset)].value_counts()
+        n_cells = counted[counted > 0].rename("n_cells").rename_axis("cell_type").reset_index()
         tables.append(n_cells.assign(**asdict(subset), share=n_cells["n_cells"] / n_cells["n_cells"].sum()))
     return pd.concat(tables, ignore_index=True)
 
 
 def subset_diversity(study: Study, *, vendi_cells: int = 500) -> pd.DataFrame:
-    """Diversity of every subset: n_cells, shannon (bits), inverse_simpson, vendi.
+    """Diversity of every subset: n_cells, shannon (bits), inverse_simpson, vendi and vendi_sd.
 
-    Vendi grows with the number of cells, so it is taken of `vendi_cells` cells of each subset, drawn by its seed;
-    where a subset has fewer it is NaN, as the number would not compare.
+    Vendi grows with the number of cells, so it is the mean over ten draws of `vendi_cells` cells of each subset, and
+    `vendi_sd` their standard deviation; both are NaN where a subset has fewer, as the number would not compare.
     """
-    cell_type = study.pretraining_cells.obs["cell_type"].to_numpy().astype(str)
+    cell_type = study.corpus.obs["cell_type"].array
     table = []
     for subset in study.subsets():
         rows = study.rows(subset)
-        drawn = np.random.default_rng(subset.seed).permutation(rows)[:vendi_cells]
         measures = {
             "n_cells": len(rows),
             "shannon": diversity.shannon(cell_type[rows]),
             "inverse_simpson": diversity.inverse_simpson(cell_type[rows]),
-            "vendi": diversity.vendi(study.X_pca[drawn]) if len(drawn) == vendi_cells else np.nan,
+            "vendi": np.nan,
+            "vendi_sd": np.nan,
         }
+        if len(rows) >= vendi_cells:
+            scores = study.pca_scores(rows)
+            measures["vendi"], measures["vendi_sd"] = diversity.at_equal_n(
+                diversity.vendi, scores, vendi_cells, seed=subset.seed
+            )
         table.append({**asdict(subset), **measures})
     return pd.DataFrame(table)
 
@@ -65,6 +96,7 @@ def marker_expression(study: Study) -> pd.DataFrame:
     order = named + sorted(set(types) - set(named))
     given = dict.fromkeys(gene for genes in annotation.PBMC_MARKERS.values() for gene in genes)
     genes = [gene for gene in given if gene in symbols]
-    X = expression.lognormalise(study.corpus.X)[:, symbols.get_indexer(genes)].toarray()
+    columns = symbols.get_indexer(genes)
+    X = np.concatenate([expression.lognormalise(counts)[:, columns].toarray() for _, counts in study.corpus.blocks()])
     means = pd.DataFrame(X, columns=genes).groupby(types.to_numpy()).mean().loc[order]
     return ((means - means.mean()) / means.std()).rename_axis(index="cell_type", columns="gene")

@@ -6,6 +6,7 @@ Every loader returns an AnnData with raw counts in `X`, as its source has them; 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -20,7 +21,7 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from datawall import annotation, paths, store
+from datawall import annotation, backed, paths, store
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ DATASETS = {
 
 
 def load(name: str) -> ad.AnnData:
-    """Load a named data set, or any `.h5ad` file by its path.
+    """Load a named data set, or any `.h5ad` or `.zarr` file by its path, which must fit in memory.
 
     Raises
     ------
@@ -157,30 +158,41 @@ def load(name: str) -> ad.AnnData:
         return DATASETS[name].load()
     path = _file(name)
     try:
-        return ad.read_h5ad(path)
+        return ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
     except Exception as error:
         raise DatasetError(
-            f"{name}: not readable as an AnnData file ({error}); write it again with write_h5ad."
+            f"{name}: not readable as an AnnData file ({' '.join(str(error).split())[:500]}); "
+            "write it again with write_h5ad or write_zarr."
         ) from error
 
 
 def identity(name: str) -> str:
-    """What fixes the content of a data set: the name of a named one, the hash of a file.
+    """What fixes the content of a data set: the name of a named one, the hash of a file or of a folder's files.
 
     Raises
     ------
     DatasetError
         If the name is unknown or the file is missing.
     """
-    return name if name in DATASETS else f"sha256:{store.file_sha256(_file(name))}"
+    if name in DATASETS:
+        return name
+    path = _file(name)
+    if path.is_file():
+        return f"sha256:{store.file_sha256(path)}"
+    parts = sorted(part for part in path.rglob("*") if part.is_file())
+    listing = "\n".join(f"{part.relative_to(path).as_posix()} {store.file_sha256(part)}" for part in parts)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
 def _file(name: str) -> Path:
     """Path of a data set of the user's own, from the working directory or else the repository."""
-    if not name.endswith(".h5ad"):
-        raise DatasetError(f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in .h5ad.")
+    if not name.endswith(backed.SUFFIXES):
+        raise DatasetError(
+            f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in "
+            f"{' or '.join(backed.SUFFIXES)}."
+        )
     for path in (Path(name), paths.repository() / name):
-        if path.is_file():
+        if path.is_file() or (path.suffix == ".zarr" and path.is_dir()):
             return path
     raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.")
 

@@ -6,6 +6,7 @@ call: raw counts, (n_cells of the block, n_genes) CSR, always in the same order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = 50) -> np.ndar
     return np.asarray(X @ axes.T - mean @ axes.T, dtype=np.float32)
 
 
-def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50) -> np.ndarray:
+def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50, *, then: Blocks | None = None) -> np.ndarray:
     """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file.
 
     They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over
@@ -177,6 +178,8 @@ def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50) -> np.ndarr
         Written atomically.
     n_components
         Fewer are written where there are fewer cells or variable genes.
+    then
+        Raw counts of more cells, scored after those of `blocks` on the components that those have without them.
 
     Returns
     -------
@@ -189,11 +192,14 @@ def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50) -> np.ndarr
     """
     genes = streamed_variable_genes(blocks)
     axes, mean, n_cells = _streamed_axes(blocks, genes, n_components)
+    if then is not None:
+        n_cells += sum(counts.shape[0] for counts in then())
 
     def write(scratch: Path) -> None:
         scores = np.lib.format.open_memmap(scratch, "w+", np.float32, (n_cells, len(axes)))
         begin = 0
-        for counts in tqdm(blocks(), desc="principal component scores", unit="block", leave=False):
+        every = itertools.chain(blocks(), then() if then is not None else ())
+        for counts in tqdm(every, desc="principal component scores", unit="block", leave=False):
             end = begin + counts.shape[0]
             scores[begin:end] = lognormalise(counts)[:, genes] @ axes.T - mean @ axes.T
             begin = end

@@ -9,13 +9,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datawall import hyperparameters
+from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
+from datawall.simulate import Atlas
 
-STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "untrained")
+STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained")
 TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
+CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
-Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "untrained"]
+Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
 Task = Literal["zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response"]
+Key = Annotated[str, Field(min_length=1)] | dict[str, str]  # a column of obs; where files differ, by name of the file
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -30,18 +34,29 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names the run folder
-    corpus: str = "kang2018"  # a named data set, or the path of an .h5ad
-    cell_type_key: str = "cell_type"  # columns of obs: the label of a cell,
-    batch_key: str | None = None  # its batch, for integration,
-    perturbation_key: str | None = None  # and its treatment, for perturbation response
+    # A named data set, paths of .h5ad or .zarr files (one, or a list), `simulated` or `census`
+    corpus: str | Annotated[list[str], Field(min_length=1)] = "kang2018"
+    simulation: Atlas | None = None  # of the corpus `simulated`; what is not given is as in `simulate.Atlas`
+    census: Recipe | None = None  # of the corpus `census`; what is not given is as in `census.Recipe`
+    cell_type_key: Key = "cell_type"  # columns of obs: the label of a cell, or `leiden` for clusters in its place,
+    batch_key: Key | None = None  # its batch, for integration,
+    perturbation_key: Key | None = None  # its treatment, for perturbation response,
+    donor_key: Key | None = None  # and its donor
     control: str | None = None  # the value of perturbation_key that means untreated
     min_matched_genes: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of a data set's genes in the gene table
+    min_genes: Annotated[int, Field(ge=0)] = 0  # of a cell of the corpus's files, or it is left out,
+    min_counts: Annotated[int, Field(ge=0)] = 0  # the sum of its counts,
+    max_mito: Annotated[float, Field(ge=0, le=1)] = 1.0  # and their greatest share in mitochondrial genes
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.3  # share of the corpus kept for evaluation
+    split_by: Literal["cell", "donor_id"] = "cell"  # whether whole donors are held out
     evaluation: list[str] = []  # more evaluation data sets: names or paths
+    drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
+    spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
 
     strategies: Annotated[list[Strategy], Field(min_length=1)]
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
     models: Annotated[list[str], Field(min_length=1)]
     steps: Annotated[int, Field(ge=1)]  # optimiser steps of every pretraining run, whatever its subset's size
@@ -55,6 +70,7 @@ class Params(BaseModel):
     held_out_contexts: list[str] | None = None  # cell types to hold out of perturbation response; all by default
     perturbation_genes: Annotated[int, Field(ge=1)] = 2000  # most variable genes whose response is predicted
 
+    memory_gib: Annotated[float, Field(ge=0)] = 4.0  # a subset that takes more is streamed from the disk in training
     workers: Annotated[int, Field(ge=1)] | None = None  # processes side by side; by default one per core, or GPU
 
     @field_validator("strategies", "percentages", "seeds", "models", "tasks", "evaluation")
@@ -63,6 +79,15 @@ class Params(BaseModel):
         for value in values:
             if values.count(value) > 1:
                 raise ValueError(f"{value!r} is listed twice; list it once")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Give a corpus made by settings all of its defaults."""
+        for corpus, key in (("simulated", "simulation"), ("census", "census")):
+            if values.get("corpus") == corpus and values.get(key) is None:
+                values = {**values, key: {}}
         return values
 
     @model_validator(mode="after")
@@ -78,6 +103,7 @@ class Params(BaseModel):
                 self.hyperparameters_of(name)
         except ValueError as error:
             raise ValueError(f"hyperparameters: {error}") from None
+        self._check_sources()
         if "zeroshot_integration" in self.tasks and self.batch_key is None:
             raise ValueError(
                 "zeroshot_integration needs batch_key: name the batch column, or leave the task out of tasks"
@@ -89,6 +115,38 @@ class Params(BaseModel):
         if not self.subsets():
             raise ValueError("no subset: only `random` is drawn at 100 %; add `random` or a smaller percentage")
         return self
+
+    def _check_sources(self) -> None:
+        """Refuse settings of a corpus that the study does not have."""
+        for corpus, key in (("simulated", "simulation"), ("census", "census")):
+            if getattr(self, key) is not None and self.corpus != corpus:
+                raise ValueError(f"{key}: the corpus is {self.corpus!r}; set `corpus: {corpus}`, or leave {key} out")
+            if corpus in (*self.evaluation, self.spike_in):
+                raise ValueError(
+                    f"{corpus!r} can be the corpus only; name data sets or files to evaluate on or spike in"
+                )
+        filtered = self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1
+        if filtered and not all(name.endswith((".h5ad", ".zarr")) for name in self.sources()):
+            raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
+        if self.split_by == "donor_id" and self.donor_key is None:
+            raise ValueError("split_by: donor_id needs donor_key: name the column, or split by cell")
+        if self.spike_in is None and any(strategy.startswith("spikein") for strategy in self.strategies):
+            raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
+
+    def sources(self) -> list[str]:
+        """Names of what the corpus is made of."""
+        return [self.corpus] if isinstance(self.corpus, str) else self.corpus
+
+    @property
+    def clusters(self) -> bool:
+        """Whether clusters stand in for labels."""
+        return self.cell_type_key == CLUSTERS
+
+    def columns(self) -> dict[str, Key]:
+        """Columns of the corpus by role."""
+        cell_type = None if self.clusters else self.cell_type_key
+        keys = {"cell_type": cell_type, "batch": self.batch_key, "perturbation": self.perturbation_key}
+        return {role: key for role, key in {**keys, "donor_id": self.donor_key}.items() if key}
 
     def hyperparameters_of(self, model: str) -> hyperparameters.Hyperparameters:
         """Hyper-parameters of a model: the study's for its family, what its variant changes, the study's for itself.
@@ -111,7 +169,7 @@ class Params(BaseModel):
             for strategy in self.strategies
             for percentage in ([0.0] if strategy == "untrained" else sorted(self.percentages))
             for seed in self.seeds
-            if strategy in ("random", "untrained") or percentage < 100
+            if percentage < 100 or strategy in ("random", "untrained")
         ]
 
 
@@ -183,6 +241,8 @@ def _nearest(key: str) -> str:
     """A hint at the key that was meant."""
     from difflib import get_close_matches
 
-    if near := get_close_matches(key, Params.model_fields, n=1):
+    within, _, name = key.rpartition(".")
+    keys = {"simulation": Atlas, "census": Recipe}.get(within, Params).model_fields
+    if near := get_close_matches(name, keys, n=1):
         return f"did you mean {near[0]!r}?"
-    return f"the keys are {', '.join(Params.model_fields)}."
+    return f"the keys are {', '.join(keys)}."

@@ -1,4 +1,4 @@
-"""A study: its data, subsets, models and embeddings, each made once and found again.
+"""A study: its models and embeddings, on its curated data, each made once and found again.
 
 Every unit of work is described by a record of its parameters and of the keys of what it is made from, so that its
 key is known before anything is made. `Study` turns the study file into units and knows how to make each; notebooks
@@ -8,9 +8,7 @@ ask it for them and tell what came back.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from datawall import baselines, cluster, corpus, datasets, expression, hyperparameters, params, paths, sampling, store
+from datawall import baselines, cluster, hyperparameters, params, paths, store
+from datawall.curated import Curated, Subset
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
-_DATA = ("datasets", "annotation", "corpus", "expression")
 CODE = {
-    "corpus": _DATA,
-    "dataset": _DATA,
-    "sketch": ("expression",),
-    "subset": ("sampling",),
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
     "scVI": ("models/scvi", "models/base", "training"),
     "SSL": ("models/ssl", "models/sparse", "models/base", "training", "expression"),
@@ -37,15 +31,6 @@ CODE = {
     "baseline": ("baselines", "expression"),
     "layout": (),
 }
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Cells chosen from the corpus by a strategy; `untrained` chooses none."""
-
-    strategy: str
-    percentage: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -78,193 +63,17 @@ def open_study(study: str, **overrides: Any) -> Study:
     return Study(checked, paths.run_folder(path, checked.study))
 
 
-class Study:
-    """A study and its run folder.
-
-    Parameters
-    ----------
-    parameters
-        The checked study file.
-    folder
-        Where all that it makes goes.
-    """
-
-    def __init__(self, parameters: params.Params, folder: Path) -> None:
-        self.params = parameters
-        self.folder = folder
-        self.store = store.Store(folder / "store")
+class Study(Curated):
+    """A study and its run folder (see `Curated` for its data)."""
 
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
         text = yaml.safe_dump(self.params.model_dump(), sort_keys=False)
         store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
 
-    def subsets(self) -> list[Subset]:
-        """Every subset of the corpus."""
-        return [Subset(*subset) for subset in self.params.subsets() if subset[0] != "untrained"]
-
     def pretraining_runs(self) -> list[Run]:
         """Every model on every subset, and its untrained controls."""
         return [Run(model, Subset(*subset)) for model in self.params.models for subset in self.params.subsets()]
-
-    def evaluation_datasets(self) -> list[str]:
-        """Names of all evaluation data sets, the corpus's held-out cells first."""
-        return [self.held_out_name, *self.params.evaluation]
-
-    @property
-    def held_out_name(self) -> str:
-        """Name of the data set made of the corpus's held-out cells."""
-        return f"{Path(self.params.corpus).stem}_held_out"
-
-    # Data
-
-    @cached_property
-    def corpus_unit(self) -> Unit:
-        """The aligned corpus, with its labels and its split."""
-        p = self.params
-        record = {
-            "corpus": datasets.identity(p.corpus),
-            "columns": self._columns(),
-            "min_matched_genes": p.min_matched_genes,
-            "held_out": p.held_out,
-        }
-        return Unit("corpus", record, CODE["corpus"])
-
-    def dataset_unit(self, name: str) -> Unit:
-        """An evaluation data set, its genes in the corpus's order."""
-        if name == self.held_out_name:
-            return self.corpus_unit
-        p = self.params
-        record = {
-            "dataset": datasets.identity(name),
-            "corpus": self.corpus_unit.key,
-            "min_matched_genes": p.min_matched_genes,
-            "cell_type_key": p.cell_type_key,
-        }
-        return Unit("dataset", record, CODE["dataset"])
-
-    def dataset_artifact(self, name: str) -> Artifact:
-        """A data set on disk: `cells.h5ad`, and `genes.json` on how its genes were matched."""
-        if name == self.held_out_name:
-            return self.store.find_or_make(self.corpus_unit, self._make_corpus)
-        return self.store.find_or_make(self.dataset_unit(name), lambda folder: self._make_dataset(name, folder))
-
-    @cached_property
-    def corpus(self) -> ad.AnnData:
-        """The corpus: counts in `X`, Ensembl ids as `var_names`, `obs` with cell_type, split and what else is known.
-
-        Raises
-        ------
-        datawall.corpus.CorpusError
-            If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
-        """
-        adata = ad.read_h5ad(self.dataset_artifact(self.held_out_name).folder / "cells.h5ad")
-        self._check_contexts(adata.obs["cell_type"])
-        return adata
-
-    @cached_property
-    def pretraining_cells(self) -> ad.AnnData:
-        """The cells that models may be pretrained on; rows of a subset count among these."""
-        return self.corpus[self.corpus.obs["split"] == "pretraining"].copy()
-
-    @cache  # noqa: B019 - a study lives as long as its notebook
-    def dataset(self, name: str) -> ad.AnnData:
-        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known."""
-        if name == self.held_out_name:
-            return self.corpus[self.corpus.obs["split"] == "held out"].copy()
-        return ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")
-
-    @cached_property
-    def response_genes(self) -> np.ndarray:
-        """(n_genes,) bool: the genes whose response is predicted, the most variable among the pretraining cells."""
-        X = expression.lognormalise(self.pretraining_cells.X)
-        return expression.variable_genes(X, self.params.perturbation_genes)
-
-    def _columns(self) -> dict[str, str]:
-        """Columns of the corpus by role."""
-        p = self.params
-        columns = {"cell_type": p.cell_type_key, "batch": p.batch_key, "perturbation": p.perturbation_key}
-        return {role: key for role, key in columns.items() if key}
-
-    def _check_contexts(self, cell_type: Iterable[str]) -> None:
-        """Refuse contexts to hold out that are no cell types, before anything is trained for them."""
-        if "perturbation_response" not in self.params.tasks:
-            return
-        types = sorted(set(cell_type))
-        if unknown := set(self.params.held_out_contexts or ()).difference(types):
-            raise corpus.CorpusError(
-                f"{self.params.corpus}: held_out_contexts names {sorted(unknown)}, but the types in "
-                f"{self.params.cell_type_key!r} are {types}; name some of these."
-            )
-
-    def _make_corpus(self, folder: Path) -> None:
-        p = self.params
-        source = datasets.load(p.corpus)
-        columns = {role: corpus.column(source, p.corpus, key, role) for role, key in self._columns().items()}
-        self._check_contexts(columns["cell_type"])
-        adata, match = corpus.align(source, p.corpus, min_matched=p.min_matched_genes)
-        adata.obs = pd.DataFrame(columns, index=adata.obs_names)
-        strata = adata.obs.astype(str).agg(" / ".join, axis=1).to_numpy()
-        held_out = corpus.stratified_split(strata, [1 - p.held_out, p.held_out], seed=0) == 1
-        adata.obs["split"] = pd.Categorical(np.where(held_out, "held out", "pretraining"))
-        adata.write_h5ad(folder / "cells.h5ad", compression="lzf")
-        store.write_json(folder / "genes.json", {**asdict(match), "in_corpus": match.matched})
-
-    def _make_dataset(self, name: str, folder: Path) -> None:
-        p = self.params
-        source = datasets.load(name)
-        labels = corpus.column(source, name, p.cell_type_key, "cell_type")
-        adata, match = corpus.align(source, name, min_matched=p.min_matched_genes)
-        in_corpus = int(adata.var_names.isin(self.corpus.var_names).sum())
-        if not in_corpus:
-            raise corpus.CorpusError(f"{name}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
-        counts = corpus.to_genes(adata, self.corpus.var_names)
-        obs = pd.DataFrame({"cell_type": labels}, index=adata.obs_names)
-        ad.AnnData(counts, obs=obs, var=self.corpus.var).write_h5ad(folder / "cells.h5ad", compression="lzf")
-        store.write_json(folder / "genes.json", {**asdict(match), "in_corpus": in_corpus})
-
-    # Subsets
-
-    @cached_property
-    def sketch_unit(self) -> Unit:
-        """Principal components of the pretraining cells, for geometric sketching and for diversity."""
-        return Unit("sketch", {"corpus": self.corpus_unit.key}, CODE["sketch"])
-
-    @cached_property
-    def X_pca(self) -> np.ndarray:  # noqa: N802 - AnnData's name for it
-        """Principal component scores of the pretraining cells' variable genes, (n_cells, 50)."""
-
-        def make(folder: Path) -> None:
-            X = expression.lognormalise(self.pretraining_cells.X)
-            np.save(folder / "X_pca.npy", expression.pca_scores(X[:, expression.variable_genes(X)]))
-
-        return np.load(self.store.find_or_make(self.sketch_unit, make).folder / "X_pca.npy")
-
-    def subset_unit(self, subset: Subset) -> Unit:
-        """Rows of a subset."""
-        sketch = {"sketch": self.sketch_unit.key} if subset.strategy == "geometric_sketching" else {}
-        return Unit("subset", {**asdict(subset), "corpus": self.corpus_unit.key, **sketch}, CODE["subset"])
-
-    @cache  # noqa: B019
-    def rows(self, subset: Subset) -> np.ndarray:
-        """Sorted rows of a subset among the pretraining cells; none for `untrained`."""
-        if subset.strategy == "untrained":
-            return np.empty(0, np.int64)
-        artifact = self.store.find_or_make(self.subset_unit(subset), lambda folder: self._make_subset(subset, folder))
-        return np.load(artifact.folder / "rows.npy")
-
-    def _make_subset(self, subset: Subset, folder: Path) -> None:
-        percentage, seed = subset.percentage, subset.seed
-        if subset.strategy == "random":
-            rows = sampling.random(self.pretraining_cells.n_obs, percentage, seed=seed)
-        elif subset.strategy == "celltype_reweighted":
-            cell_type = self.pretraining_cells.obs["cell_type"].to_numpy().astype(str)
-            rows = sampling.celltype_reweighted(cell_type, percentage, seed=seed)
-        else:
-            rows = sampling.geometric_sketching(self.X_pca, percentage, seed=seed)
-        np.save(folder / "rows.npy", rows)
-
-    # Models and embeddings
 
     def model_unit(self, run: Run) -> Unit:
         """A pretrained model."""
@@ -359,9 +168,14 @@ class Study:
         if subset.strategy == "untrained":
             model.untrained(self.corpus.n_vars, seed=subset.seed).save(folder)
             return {}
-        cells = self.pretraining_cells[self.rows(subset)]
+        cells = self.corpus.take(self.rows(subset))
         history = model.fit(
-            cells.X, cells.obs, steps=p.steps, seed=subset.seed, init_seed=p.init_seed, checkpoint=checkpoint
+            cells.within(p.memory_gib),
+            cells.obs,
+            steps=p.steps,
+            seed=subset.seed,
+            init_seed=p.init_seed,
+            checkpoint=checkpoint,
         )
         model.save(folder)
         if history is None:

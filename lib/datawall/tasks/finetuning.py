@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from datawall import training
 from datawall.tasks.classification import check_embedding, classification_metrics
 
-RECIPE = training.Recipe(steps=3000, batch_size=128, learning_rate=1e-3, decay="none", validate_every=100, patience=3)
+RECIPE = training.Recipe(steps=3000, batch_size=128, learning_rate=3e-3, decay="none", validate_every=100, patience=3)
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 

@@ -1,0 +1,229 @@
+"""From what a study names to its corpus on disk: read in blocks, labelled, split, and compared with evaluation sets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from datawall import cellstore, census, corpus, datasets, duplicates, expression, sampling, simulate, sources, store
+from datawall.cellstore import Cells
+from datawall.params import Params
+
+log = logging.getLogger(__name__)
+
+SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
+CLUSTERED = 20_000  # cells that clusters are found among; the others join that of their nearest neighbours
+LABELS = ["cell_type", "batch", "perturbation"]  # what held-out cells have in proportion
+
+
+def identity(p: Params) -> store.Record:
+    """What fixes the content of the corpus, as JSON values.
+
+    Raises
+    ------
+    datawall.datasets.DatasetError
+        If a file is missing or a name unknown.
+    """
+    if p.simulation is not None:
+        source = simulate.identity(p.simulation)
+    elif p.census is not None:
+        source = census.identity(p.census)
+    else:
+        source = [datasets.identity(name) for name in p.sources()]
+    spike_in = None if p.spike_in is None else datasets.identity(p.spike_in)
+    filters = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito"})
+    return {"corpus": source, "columns": p.columns(), "clusters": p.clusters, "spike_in": spike_in, **filters}
+
+
+def make_corpus(p: Params, folder: Path) -> None:
+    """Write the corpus into a folder, at constant memory.
+
+    `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
+    genes were matched, and `report_<table>.parquet` what else became of the cells on the way.
+
+    Raises
+    ------
+    datawall.corpus.CorpusError, datawall.datasets.DatasetError
+        If a source breaks a rule.
+    """
+    n_cells = 0
+
+    def blocks() -> Iterator[ad.AnnData]:
+        nonlocal n_cells
+        for block in _blocks(p, folder):
+            n_cells += block.n_obs
+            yield block
+        if p.spike_in is not None:
+            yield from _spike_in(p, block)
+
+    cellstore.write(folder, blocks())
+    cells = cellstore.open(folder / cellstore.NAME)
+    np.save(folder / "spike_in.npy", np.arange(n_cells, cells.n_obs))
+    if p.clusters:
+        cellstore.add_labels(folder, "cell_type", clusters(cells))
+
+
+def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
+    """The corpus without cells to spike in; its reports are written once it has been read."""
+    matches, reports = [], {}
+    if p.simulation is not None:
+        simulate.truth(p.simulation).write(folder)
+        yield from (_with_roles(block, p.columns(), "simulated") for block in simulate.blocks(p.simulation))
+    elif p.census is not None:
+        selection = census.select(p.census)
+        reports = {"census": selection.report, "types": selection.types.reset_index()}
+        yield from (_with_roles(block, p.columns(), "census") for block in census.blocks(p.census, selection))
+    elif p.corpus in datasets.DATASETS:
+        adata = datasets.load(p.corpus)
+        labelled = _with_roles(adata, p.columns(), p.corpus)
+        aligned, match = corpus.align(labelled, p.corpus, min_matched=p.min_matched_genes)
+        matches = [match]
+        yield from _in_blocks(aligned)
+    else:
+        filters = p.model_dump(include={"min_genes", "min_counts", "max_mito"})
+        options = sources.Options(min_matched=p.min_matched_genes, **filters)
+        source = sources.open_source([datasets.file(name) for name in p.sources()], p.columns(), options)
+        matches = source.matches
+        yield from source.blocks()
+        reports = {"cells": source.report.cells, "duplicates": source.report.duplicates}
+        reports["quality"] = source.report.quality
+    store.write_json(folder / "genes.json", [match.row() for match in matches])
+    for name, table in reports.items():
+        table.to_parquet(folder / f"report_{name}.parquet", index=False)
+
+
+def _with_roles(block: ad.AnnData, columns: dict[str, str | dict[str, str]], dataset: str) -> ad.AnnData:
+    """A block whose columns are the study's roles, and the data set of each cell."""
+    obs = {role: corpus.column(block, dataset, key, role) for role, key in columns.items()}
+    if "dataset_id" in block.obs:
+        obs.setdefault("dataset_id", corpus.column(block, dataset, "dataset_id", "data set"))
+    else:
+        obs["dataset_id"] = pd.Categorical([dataset] * block.n_obs)
+    return ad.AnnData(block.X, obs=pd.DataFrame(obs, index=block.obs_names), var=block.var)
+
+
+def _in_blocks(adata: ad.AnnData) -> Iterator[ad.AnnData]:
+    for first in range(0, adata.n_obs, cellstore.CELLS_AT_ONCE):
+        yield adata[first : first + cellstore.CELLS_AT_ONCE].copy()
+
+
+def _spike_in(p: Params, like: ad.AnnData) -> Iterator[ad.AnnData]:
+    """Cells to spike in, with the genes and columns of a block of the corpus."""
+    source, match = corpus.align(datasets.load(p.spike_in), p.spike_in, min_matched=p.min_matched_genes)
+    keys = p.columns()
+    obs = {
+        role: source.obs[keys[role]].astype(str).to_numpy() if keys.get(role) in source.obs else SPIKE_IN
+        for role in like.obs
+    }
+    names = [f"{SPIKE_IN}_{name}" for name in source.obs_names]
+    counts = corpus.to_genes(source, like.var_names)
+    log.info("%s: %d genes matched, to be spiked into the corpus.", p.spike_in, match.matched)
+    yield from _in_blocks(ad.AnnData(counts, obs=pd.DataFrame(obs, index=names), var=like.var))
+
+
+def clusters(cells: Cells) -> pd.Categorical:
+    """Leiden clusters, for a corpus without labels: found among some cells, and carried to all by their neighbours.
+
+    As in scanpy (resolution 1, 15 neighbours) on 50 principal components. Neighbours of a cell among the `CLUSTERED`
+    cells, drawn by a fixed seed, vote on its cluster.
+    """
+    import tempfile
+
+    import scanpy as sc
+    from sklearn.neighbors import KNeighborsClassifier
+
+    with tempfile.TemporaryDirectory() as scratch:
+        X = expression.streamed_pca(cells.count_blocks, Path(scratch) / "X_pca.npy")
+        rows = np.sort(np.random.default_rng(0).permutation(len(X))[:CLUSTERED])
+        some = ad.AnnData(np.asarray(X[rows]))
+        sc.pp.neighbors(some, use_rep="X", random_state=0)
+        sc.tl.leiden(some, random_state=0, flavor="igraph", n_iterations=2, directed=False)
+        vote = KNeighborsClassifier(min(15, len(rows))).fit(some.X, some.obs["leiden"].cat.codes)
+        parts = [vote.predict(X[first : first + CLUSTERED]) for first in range(0, len(X), CLUSTERED)]
+    return pd.Categorical.from_codes(
+        np.concatenate(parts), [f"cluster {name}" for name in some.obs["leiden"].cat.categories]
+    )
+
+
+def make_split(p: Params, cells: Cells, spike_in: np.ndarray, dropped: np.ndarray, folder: Path) -> None:
+    """Write the rows of the corpus that models may be pretrained on, and those held out, into a folder.
+
+    Parameters
+    ----------
+    p
+        The study: the share held out, and whether whole donors are.
+    cells
+        The corpus.
+    spike_in, dropped
+        Rows that are neither, and rows that are not pretrained on.
+    folder
+        Takes `pretraining.npy` and `held_out.npy`, sorted int64.
+
+    Raises
+    ------
+    ValueError
+        If nothing is left to pretrain on, or there are too few donors.
+    """
+    rows = np.setdiff1d(np.arange(cells.n_obs), spike_in, assume_unique=True)
+    obs = cells.obs.iloc[rows]
+    shares = [1 - p.held_out, p.held_out]
+    if p.split_by == "donor_id":
+        part = sampling.split_by_group(obs["donor_id"].array, shares, seed=0)
+    else:
+        strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()
+        part = corpus.stratified_split(strata.to_numpy(), shares, seed=0)
+    pretraining = np.setdiff1d(rows[part == 0], dropped, assume_unique=True)
+    if not len(pretraining):
+        raise corpus.CorpusError(
+            f"{p.study}: no cell of the corpus is left to pretrain on; hold out less, or keep contaminated cells."
+        )
+    np.save(folder / "pretraining.npy", pretraining)
+    np.save(folder / "held_out.npy", rows[part == 1])
+
+
+def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
+    """Write an evaluation set, its genes those of the corpus, into a folder.
+
+    `cells.h5ad` has the cells; `genes.json` how their genes were matched, and how many the corpus has too, which are
+    marked in `measured.npy`.
+
+    Raises
+    ------
+    datawall.corpus.CorpusError, datawall.datasets.DatasetError
+        If it breaks a rule, or shares no gene with the corpus.
+    """
+    source = datasets.load(name)
+    keys = {"cell_type": p.cell_type_key, "donor_id": p.donor_key}
+    wanted = {role: key for role, key in keys.items() if role == "cell_type" or key in source.obs}
+    aligned, match = corpus.align(_with_roles(source, wanted, name), name, min_matched=p.min_matched_genes)
+    measured = var.index.isin(aligned.var_names)
+    if not measured.any():
+        raise corpus.CorpusError(f"{name}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
+    counts = corpus.to_genes(aligned, var.index)
+    ad.AnnData(counts, obs=aligned.obs, var=var).write_h5ad(folder / "cells.h5ad", compression="lzf")
+    np.save(folder / "measured.npy", measured)
+    store.write_json(folder / "genes.json", {**match.row(), "in_corpus": int(measured.sum())})
+
+
+def contamination(dataset: ad.AnnData, measured: np.ndarray, cells: Cells) -> duplicates.Contamination:
+    """What an evaluation set shares with cells of the corpus: equal cells, and donors of the same name.
+
+    Parameters
+    ----------
+    dataset
+        With the genes of the corpus.
+    measured
+        (n_genes,) bool: which of them the evaluation set has; cells are compared by these.
+    cells
+        Of the corpus; rows of the result count among them.
+    """
+    genes = cells.var.index
+    of_corpus = [duplicates.cell_hashes(counts, genes, genes[measured]) for _, counts in cells.blocks()]
+    of_dataset = duplicates.cell_hashes(dataset.X, genes, genes[measured])
+    donors = (obs["donor_id"].array if "donor_id" in obs else None for obs in (dataset.obs, cells.obs))
+    return duplicates.contamination(of_dataset, np.concatenate(of_corpus), *donors)

@@ -1,0 +1,324 @@
+"""`.h5ad` and `.zarr` files read in blocks of rows, and checked as they are read.
+
+Only the counts, the names of genes and cells, and the columns asked for are read: never `uns`, and nothing is ever
+unpickled (h5py cannot, and zarr refuses to). HDF5 and zarr files look alike from here: groups with attributes, and
+arrays that slice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from datawall.corpus import CorpusError, check_shape
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".h5ad", ".zarr")
+PLACES = {"layers['counts']": ("layers/counts", "var"), "X": ("X", "var"), "raw.X": ("raw/X", "raw/var")}
+PIECE = 2**23  # values read at once from a dense matrix or from one stored by column: 64 MiB as float64
+PANEL = 2**26  # counts of a matrix stored by column that are held at once: about 1 GiB
+
+
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Turn whatever a damaged file raises into one clear line that names it."""
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:
+        raise CorpusError(
+            f"{file}: not readable as an AnnData file ({type(error).__name__}: {error}); "
+            "write it again with anndata's write_h5ad or write_zarr."
+        ) from error
+
+
+class CellFile:
+    """A file of cells, open for reading; use it in a `with` block.
+
+    Parameters
+    ----------
+    path
+        Ends in one of `SUFFIXES`.
+
+    Raises
+    ------
+    datawall.corpus.CorpusError
+        Here and from every method: if the file cannot be read, or its parts do not fit together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        if path.suffix not in SUFFIXES:
+            raise CorpusError(f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata.")
+        if not path.exists():
+            raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
+        with reading(self.name):
+            self._root = _open(path)
+            for part in ("obs", "var"):
+                if part not in self._root or hasattr(self._root[part], "dtype"):
+                    raise CorpusError(
+                        f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
+                    )
+            self._obs = self._root["obs"]
+            self._obs_names = self._obs[_text(self._obs.attrs.get("_index", "_index"))]
+            self.n_cells = _length(self._obs_names)
+
+    def __enter__(self) -> CellFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self._root, "close"):
+            self._root.close()
+
+    def places(self) -> list[str]:
+        """The places of the file that hold a matrix, in the order in which raw counts are looked for."""
+        with reading(self.name):
+            return [place for place, (matrix, _) in PLACES.items() if matrix in self._root and not self._null(matrix)]
+
+    def genes(self, place: str) -> pd.DataFrame:
+        """Names and texts that describe the genes of a place, a row each."""
+        with reading(self.name):
+            var = self._root[PLACES[place][1]]
+            index = _text(var.attrs.get("_index", "_index"))
+            named = {_text(key) for key in var.attrs.get("column-order", ())} & set(var)
+            texts = {key: self._values(var[key]) for key in sorted(named - {index}) if _is_text(var[key])}
+            table = pd.DataFrame(texts, index=pd.Index(self._values(var[index]).astype(str), dtype=object))
+        check_shape((self.n_cells, len(table)), self.name)
+        return table
+
+    def matrix(self, place: str, n_genes: int) -> Dense | Rows | Columns:
+        """The matrix of a place; its method `rows(start, stop)` gives CSR of the values as stored, in any order."""
+        with reading(self.name):
+            node = self._root[PLACES[place][0]]
+            kind = (
+                "dense"
+                if hasattr(node, "dtype")
+                else _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+            )
+            reader = {"dense": Dense, "csr_matrix": Rows, "csr": Rows, "csc_matrix": Columns, "csc": Columns}.get(kind)
+            if reader is None:
+                raise CorpusError(
+                    f"{self.name}: {place} is stored as {kind!r}, which is neither a dense array nor CSR nor CSC; "
+                    "write it again as CSR."
+                )
+            return reader(node, (self.n_cells, n_genes), f"{self.name}: {place}")
+
+    def cell_names(self, start: int, stop: int) -> np.ndarray:
+        """Names of the cells of some rows."""
+        with reading(self.name):
+            return self._values(self._obs_names, slice(start, stop)).astype(str).astype(object)
+
+    def column(self, key: str, role: str, start: int, stop: int) -> np.ndarray:
+        """Values of a column of obs for some rows; None or NaN where missing."""
+        with reading(self.name):
+            if key not in self._obs:
+                names = ", ".join(repr(_text(name)) for name in self._obs.attrs.get("column-order", ()))
+                raise CorpusError(
+                    f"{self.name}: no column {key!r} in obs for the {role}; it has {names or 'none'}. "
+                    "Name the right column in the study file."
+                )
+            if (n_values := _length(self._obs[key])) != self.n_cells:
+                raise CorpusError(
+                    f"{self.name}: column {key!r} of obs has {n_values} values for {self.n_cells} cells; "
+                    "write the file again with anndata."
+                )
+            return self._values(self._obs[key], slice(start, stop))
+
+    def _null(self, key: str) -> bool:
+        return _text(self._root[key].attrs.get("encoding-type", "")) == "null"
+
+    def _values(self, node: Any, rows: slice = slice(None)) -> np.ndarray:
+        """Values of an element that has a row for each cell or gene, whichever of anndata's encodings it has."""
+        kind = _text(node.attrs.get("encoding-type", ""))
+        if kind == "categorical":
+            return _decoded(_array(node["codes"])[rows], self._values(node["categories"]))
+        if kind.startswith("nullable"):
+            values = self._values(node["values"], rows).astype(object)
+            values[_array(node["mask"])[rows].astype(bool)] = None
+            return values
+        if "categories" in node.attrs:  # anndata 0.7 refers to the categories' place in the file
+            return _decoded(_array(node)[rows], self._values(self._root[node.attrs["categories"]]))
+        array = _array(node)
+        if hasattr(array, "asstr") and _is_text(array):
+            return array.asstr()[rows]
+        values = np.asarray(array[rows])
+        if values.ndim != 1:
+            raise ValueError(f"{node.name} has {values.ndim} dimensions, not one")
+        return np.char.decode(values, "utf-8").astype(object) if values.dtype.kind == "S" else values
+
+
+class Dense:
+    """A dense matrix, read in pieces of at most `PIECE` values or one row."""
+
+    def __init__(self, array: Any, shape: tuple[int, int], name: str) -> None:
+        self._array = _array(array)
+        _check_shape(self._array.shape, shape, name)
+        if self._array.dtype.kind not in "fiub":
+            raise CorpusError(f"{name} holds {self._array.dtype} values, not numbers; store counts as numbers.")
+        self._n_rows = max(1, PIECE // shape[1])
+
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
+        """Some rows."""
+        begins = range(start, stop, self._n_rows)
+        pieces = [sp.csr_matrix(_numbers(self._array[i : min(i + self._n_rows, stop)])) for i in begins]
+        return sp.vstack(pieces, format="csr")
+
+
+class _Compressed:
+    """What matrices stored by row and by column have in common; `major` is the axis that they are stored by."""
+
+    major = 0
+
+    def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
+        self._name = name
+        self._shape = shape
+        _check_shape(tuple(group.attrs.get("shape", ())), shape, name)
+        with _every_chunk(shape[1 - self.major] > 1):
+            self._data, self._indices = _array(group["data"]), _array(group["indices"])
+        self._indptr = _array(group["indptr"])
+        if self._data.dtype.kind not in "fiub":
+            raise CorpusError(f"{name} holds {self._data.dtype} values, not numbers; store counts as numbers.")
+        n_major = shape[self.major]
+        whole = [array.shape for array in (self._data, self._indices, self._indptr)]
+        n_values = int(self._indptr[-1]) if whole[2] == (n_major + 1,) else -1
+        if whole != [(n_values,), (n_values,), (n_major + 1,)] or self._indptr[0] != 0:
+            self._damaged("data, indices and indptr do not fit together")
+        if {self._indices.dtype.kind, self._indptr.dtype.kind} - set("iu"):
+            self._damaged("indices and indptr are not integers")
+
+    def _entries(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Values and indices of some stored entries, the indices checked."""
+        indices = self._indices[first:last].astype(np.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self._shape[1 - self.major]):
+            self._damaged("an index is out of range")
+        return _numbers(self._data[first:last]), indices
+
+    def _offsets(self, start: int, stop: int) -> np.ndarray:
+        """Where each of some rows (or columns) begins, and the last ends."""
+        indptr = self._indptr[start : stop + 1].astype(np.int64)
+        if (np.diff(indptr) < 0).any() or indptr[0] < 0 or indptr[-1] > self._data.shape[0]:
+            self._damaged("indptr does not rise from 0 to the number of values")
+        return indptr
+
+    def _damaged(self, what: str) -> None:
+        raise CorpusError(f"{self._name} is damaged: {what}; write the file again with anndata.")
+
+
+class Rows(_Compressed):
+    """A CSR matrix."""
+
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
+        """Some rows."""
+        indptr = self._offsets(start, stop)
+        values, indices = self._entries(indptr[0], indptr[-1])
+        return sp.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, self._shape[1]))
+
+
+class Columns(_Compressed):
+    """A CSC matrix: the whole is read, and as many rows of it kept as `PANEL` counts are, so often as that takes."""
+
+    major = 1
+
+    def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
+        super().__init__(group, shape, name)
+        n_values = self._data.shape[0]
+        self._n_rows = max(1, shape[0] * PANEL // max(1, n_values))
+        self._begin, self._panel = 0, sp.csr_matrix((0, shape[1]))
+        if n_values > PANEL:
+            passes = -(-shape[0] // self._n_rows)
+            log.warning("%s is stored by column (CSC) and will be read about %d times; CSR is faster.", name, passes)
+
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
+        """Some rows; those that follow are kept for the next call."""
+        if not (self._begin <= start and stop <= self._begin + self._panel.shape[0]):
+            self._begin, self._panel = start, None  # the old panel is freed before the new one is made
+            self._panel = self._read(start, min(self._shape[0], max(stop, start + self._n_rows)))
+        return self._panel[start - self._begin : stop - self._begin]
+
+    def _read(self, start: int, stop: int) -> sp.csr_matrix:
+        indptr = self._offsets(0, self._shape[1])
+        parts = []
+        for first in range(0, max(1, self._data.shape[0]), PIECE):
+            values, row = self._entries(first, first + PIECE)
+            kept = np.flatnonzero((start <= row) & (row < stop))
+            column = np.searchsorted(indptr, first + kept, side="right") - 1
+            parts.append((values[kept], (row[kept] - start).astype(np.int32), column.astype(np.int32)))
+        values, row, column = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return sp.csr_matrix((values, (row, column)), shape=(stop - start, self._shape[1]))
+
+
+def _open(path: Path) -> Any:
+    if path.suffix == ".h5ad":
+        import h5py
+
+        return h5py.File(path, "r")
+    import zarr
+
+    return zarr.open_group(path, mode="r")
+
+
+@contextmanager
+def _every_chunk(required: bool) -> Iterator[None]:
+    """Let zarr refuse an array that lacks a chunk, where it would read zeros and nobody would know.
+
+    It leaves out chunks of zeros on purpose, but values and indices have none, unless the only index is 0.
+    """
+    import zarr
+
+    with zarr.config.set({"array.read_missing_chunks": not required}):
+        yield
+
+
+def _array(node: Any) -> Any:
+    """The element, which must be an array."""
+    if not hasattr(node, "dtype"):
+        raise TypeError(f"{node.name} is a group where an array should be")
+    return node
+
+
+def _length(node: Any) -> int:
+    """Rows of an element of obs or var."""
+    return int((node if hasattr(node, "dtype") else node["codes"] if "codes" in node else node["values"]).shape[0])
+
+
+def _is_text(node: Any) -> bool:
+    if not hasattr(node, "dtype"):
+        kind = _text(node.attrs.get("encoding-type", ""))
+        return _is_text(node["categories"]) if kind == "categorical" else kind == "nullable-string-array"
+    if "categories" in node.attrs:
+        return True
+    return node.dtype.kind in "OTSU"
+
+
+def _decoded(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
+    """Values of codes among categories, None for -1."""
+    if len(codes) and not (codes.dtype.kind in "iu" and codes.min() >= -1 and codes.max() < len(categories)):
+        raise ValueError("codes of a categorical column are out of range")
+    return np.append(categories.astype(object), None)[codes]
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Native byte order, and single precision where half would not do for scipy."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values.astype(values.dtype.newbyteorder("="))
+
+
+def _check_shape(found: tuple[int, ...], expected: tuple[int, int], name: str) -> None:
+    found = tuple(int(size) for size in found)
+    if found != expected:
+        raise CorpusError(
+            f"{name} has the shape {found}, but there are names for {expected[0]} cells x {expected[1]} genes; "
+            "write the file again with anndata."
+        )
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,238 @@
+"""The curated data of a study: its corpus, split, evaluation sets and subsets, each made once and found again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from datawall import assembly, cellstore, corpus, datasets, duplicates, expression, sampling, store
+from datawall.cellstore import Cells
+from datawall.params import Params
+from datawall.store import Artifact, Unit
+
+# The modules whose code decides the content of each kind of unit.
+_DATA = ("assembly", "datasets", "annotation", "corpus", "expression")
+CODE = {
+    "corpus": (*_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology", "cellstore"),
+    "dataset": _DATA,
+    "split": ("assembly", "corpus", "sampling"),
+    "contamination": ("assembly", "duplicates"),
+    "sketch": ("expression",),
+    "subset": ("sampling",),
+}
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Cells chosen from the corpus by a strategy; `untrained` chooses none."""
+
+    strategy: str
+    percentage: float
+    seed: int
+
+
+class Curated:
+    """What a study works on.
+
+    Parameters
+    ----------
+    parameters
+        The checked study file.
+    folder
+        The run folder, where all that is made goes.
+    """
+
+    def __init__(self, parameters: Params, folder: Path) -> None:
+        self.params = parameters
+        self.folder = folder
+        self.store = store.Store(folder / "store")
+
+    def subsets(self) -> list[Subset]:
+        """Every subset of the corpus."""
+        return [Subset(*subset) for subset in self.params.subsets() if subset[0] != "untrained"]
+
+    def evaluation_datasets(self) -> list[str]:
+        """Names of all evaluation data sets, the corpus's held-out cells first."""
+        return [self.held_out_name, *self.params.evaluation]
+
+    @property
+    def held_out_name(self) -> str:
+        """Name of the data set made of the corpus's held-out cells."""
+        return f"{Path(self.params.sources()[0]).stem}_held_out"
+
+    @cached_property
+    def corpus_unit(self) -> Unit:
+        """The aligned corpus, with its labels."""
+        return Unit("corpus", assembly.identity(self.params), CODE["corpus"])
+
+    @cached_property
+    def split_unit(self) -> Unit:
+        """Which cells of the corpus are pretrained on, and which are held out."""
+        p = self.params
+        drop = [self.contamination_unit(name).key for name in p.evaluation] if p.drop_contaminated else []
+        record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "drop": drop}
+        return Unit("split", record, CODE["split"])
+
+    def dataset_unit(self, name: str) -> Unit:
+        """An evaluation data set, its genes in the corpus's order."""
+        if name == self.held_out_name:
+            return self.split_unit
+        p = self.params
+        record = {
+            "dataset": datasets.identity(name),
+            "corpus": self.corpus_unit.key,
+            "min_matched_genes": p.min_matched_genes,
+            "columns": {"cell_type": p.cell_type_key, "donor_id": p.donor_key},
+        }
+        return Unit("dataset", record, CODE["dataset"])
+
+    def contamination_unit(self, name: str) -> Unit:
+        """What an evaluation data set shares with the corpus; held-out cells, with those that are pretrained on."""
+        within = self.split_unit if name == self.held_out_name else self.corpus_unit
+        record = {"dataset": self.dataset_unit(name).key, "cells": within.key}
+        return Unit("contamination", record, CODE["contamination"])
+
+    @cached_property
+    def corpus_artifact(self) -> Artifact:
+        """The corpus on disk (see `assembly.make_corpus`)."""
+        return self.store.find_or_make(self.corpus_unit, lambda folder: assembly.make_corpus(self.params, folder))
+
+    @cached_property
+    def corpus(self) -> Cells:
+        """The corpus, on disk: counts by row, genes by Ensembl id, `obs` with cell_type and what else is known.
+
+        Raises
+        ------
+        datawall.corpus.CorpusError
+            If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
+        """
+        cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
+        self._check_contexts(cells.obs["cell_type"])
+        return cells
+
+    def split_rows(self, part: str) -> np.ndarray:
+        """Sorted rows of the corpus of a part: `pretraining`, `held_out`, or `spike_in`."""
+        if part == "spike_in":
+            return np.load(self.corpus_artifact.folder / "spike_in.npy")
+        artifact = self.store.find_or_make(self.split_unit, self._make_split)
+        return np.load(artifact.folder / f"{part}.npy")
+
+    @cached_property
+    def pretraining_cells(self) -> Cells:
+        """The cells that models may be pretrained on, spiked-in ones apart."""
+        return self.corpus.take(self.split_rows("pretraining"))
+
+    @cache  # noqa: B019 - a study lives as long as its notebook
+    def dataset(self, name: str) -> ad.AnnData:
+        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known."""
+        if name == self.held_out_name:
+            return self.corpus.take(self.split_rows("held_out")).to_memory()
+        return ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")
+
+    def dataset_artifact(self, name: str) -> Artifact:
+        """An evaluation data set on disk (see `assembly.make_dataset`); of held-out cells, the split."""
+        if name == self.held_out_name:
+            return self.store.find_or_make(self.split_unit, self._make_split)
+        return self.store.find_or_make(
+            self.dataset_unit(name),
+            lambda folder: assembly.make_dataset(self.params, name, self.corpus.var, folder),
+        )
+
+    def contamination(self, name: str) -> duplicates.Contamination:
+        """What an evaluation data set shares with the corpus; rows count in the corpus."""
+
+        def make(folder: Path) -> None:
+            held_out = name == self.held_out_name
+            cells = self.pretraining_cells if held_out else self.corpus
+            everything = np.ones(cells.n_vars, bool)
+            measured = everything if held_out else np.load(self.dataset_artifact(name).folder / "measured.npy")
+            assembly.contamination(self.dataset(name), measured, cells).write(folder)
+
+        return duplicates.Contamination.read(self.store.find_or_make(self.contamination_unit(name), make).folder)
+
+    @cached_property
+    def response_genes(self) -> np.ndarray:
+        """(n_genes,) bool: the genes whose response is predicted, the most variable among the pretraining cells."""
+        return expression.streamed_variable_genes(self.pretraining_cells.count_blocks, self.params.perturbation_genes)
+
+    def _check_contexts(self, cell_type: pd.Series) -> None:
+        """Refuse contexts to hold out that are no cell types, before anything is trained for them."""
+        if "perturbation_response" not in self.params.tasks:
+            return
+        types = sorted(cell_type.unique())
+        if unknown := set(self.params.held_out_contexts or ()).difference(types):
+            raise corpus.CorpusError(
+                f"{self.params.corpus}: held_out_contexts names {sorted(unknown)}, but the types in "
+                f"{self.params.cell_type_key!r} are {types}; name some of these."
+            )
+
+    def _make_split(self, folder: Path) -> None:
+        p = self.params
+        found = [self.contamination(name).rows_to_drop() for name in p.evaluation] if p.drop_contaminated else []
+        dropped = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+        assembly.make_split(p, self.corpus, self.split_rows("spike_in"), dropped, folder)
+
+    # Subsets
+
+    @cached_property
+    def sketch_unit(self) -> Unit:
+        """Principal components of the pretraining cells, for geometric sketching and for diversity."""
+        return Unit("sketch", {"split": self.split_unit.key}, CODE["sketch"])
+
+    @cached_property
+    def X_pca(self) -> np.ndarray:  # noqa: N802 - AnnData's name for it
+        """Principal component scores, (n_cells, 50), a memory map: of pretraining cells, then of those to spike in.
+
+        Variable genes and components are those of the pretraining cells.
+        """
+
+        def make(folder: Path) -> None:
+            spike_in = self.corpus.take(self.split_rows("spike_in"))
+            expression.streamed_pca(
+                self.pretraining_cells.count_blocks, folder / "X_pca.npy", then=spike_in.count_blocks
+            )
+
+        return np.load(self.store.find_or_make(self.sketch_unit, make).folder / "X_pca.npy", mmap_mode="r")
+
+    def pca_scores(self, rows: np.ndarray) -> np.ndarray:
+        """Principal component scores of rows of the corpus that a subset takes."""
+        scored = np.concatenate([self.split_rows("pretraining"), self.split_rows("spike_in")])
+        return self.X_pca[np.searchsorted(scored, rows)]
+
+    def subset_unit(self, subset: Subset) -> Unit:
+        """Rows of a subset."""
+        sketch = {"sketch": self.sketch_unit.key} if subset.strategy == "geometric_sketching" else {}
+        record = {**asdict(subset), "nested": self.params.nested, "split": self.split_unit.key, **sketch}
+        return Unit("subset", record, CODE["subset"])
+
+    @cache  # noqa: B019
+    def rows(self, subset: Subset) -> np.ndarray:
+        """Sorted rows of the corpus that a subset takes; none for `untrained`."""
+        if subset.strategy == "untrained":
+            return np.empty(0, np.int64)
+        artifact = self.store.find_or_make(self.subset_unit(subset), lambda folder: self._make_subset(subset, folder))
+        return np.load(artifact.folder / "rows.npy")
+
+    def _make_subset(self, subset: Subset, folder: Path) -> None:
+        percentage, seed = subset.percentage, subset.seed
+        if not self.params.nested:
+            seed = (seed, round(percentage * 1e6))
+        pretraining = self.split_rows("pretraining")
+        if subset.strategy == "celltype_reweighted":
+            chosen = sampling.celltype_reweighted(self.pretraining_cells.obs["cell_type"].array, percentage, seed=seed)
+        elif subset.strategy == "geometric_sketching":
+            chosen = sampling.geometric_sketching(self.X_pca[: len(pretraining)], percentage, seed=seed)
+        else:
+            chosen = sampling.random(len(pretraining), percentage, seed=seed)
+        rows = pretraining[chosen]
+        if subset.strategy.startswith("spikein"):
+            perturbed = self.split_rows("spike_in")
+            share = float(subset.strategy.removeprefix("spikein_"))
+            kept, spiked = sampling.spike_in(len(rows), len(perturbed), share, seed=seed)
+            rows = np.union1d(rows[kept], perturbed[spiked])
+        np.save(folder / "rows.npy", rows)

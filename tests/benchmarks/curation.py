@@ -1,0 +1,82 @@
+"""Time and peak memory of curating a simulated corpus, for growing numbers of cells over 19,331 genes.
+
+    python tests/benchmarks/curation.py 200000 1000000
+
+Each size is curated by a process of its own: simulated and written, split, its components taken, sampled by three
+strategies at 1 and 10 %, its diversity computed. Prints a row for each step, and the ratios of the last size to the
+first. Peak memory is that of the process up to the end of the step, as the kernel counts it; the pages of files that
+it maps are among it.
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STUDY = {
+    "study": "curation",
+    "corpus": "simulated",
+    "strategies": ["random", "celltype_reweighted", "geometric_sketching"],
+    "percentages": [1, 10],
+    "seeds": [0],
+    "models": ["PretrainedPCA"],
+    "steps": 1,
+    "tasks": ["zeroshot_classification"],
+    "held_out": 0.1,
+}
+
+
+def curate(n_cells: int) -> None:
+    """Curate one size; prints step, seconds and peak memory (MiB), and a line of totals for `main`."""
+    import datawall as dw
+    from datawall.curated import Curated
+
+    parameters = dw.params.check({**STUDY, "simulation": {"n_cells": n_cells, "n_genes": 19_331}}, "benchmark")
+    with tempfile.TemporaryDirectory() as folder:
+        study = Curated(parameters, Path(folder))
+        steps = {
+            "simulate and write": lambda: study.corpus_artifact,
+            "split": lambda: study.split_rows("pretraining"),
+            "principal components": lambda: study.X_pca,
+            "subsets": lambda: [study.rows(subset) for subset in study.subsets()],
+            "diversity": lambda: dw.curation.subset_diversity(study),
+        }
+        begin = time.perf_counter()
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds = time.perf_counter() - started
+            print(f"{n_cells:>10,}  {name:<22} {seconds:>8.1f} s {peak():>8,.0f} MiB", flush=True)
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
+        seconds = time.perf_counter() - begin
+        print(f"{n_cells:>10,}  {'all':<22} {seconds:>8.1f} s {peak():>8,.0f} MiB, {size:,.0f} MiB on disk")
+
+
+def peak() -> float:
+    """Peak resident memory of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(sizes: list[int]) -> None:
+    """Curate each size in a process of its own."""
+    totals = []
+    for n_cells in sizes:
+        process = subprocess.Popen([sys.executable, __file__, "--one", str(n_cells)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+        if process.wait():
+            sys.exit(f"curating {n_cells:,} cells failed.")
+        words = line.replace(",", "").split()
+        totals.append((n_cells, float(words[2]), float(words[4])))
+    if len(totals) > 1:
+        ratios = [last / first for first, last in zip(totals[0], totals[-1], strict=True)]
+        print("ratio of cells {:.1f}, of time {:.1f}, of memory {:.2f}".format(*ratios))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        curate(int(sys.argv[2]))
+    else:
+        main([int(size) for size in sys.argv[1:]] or [20_000, 100_000])
