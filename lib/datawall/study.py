@@ -24,10 +24,18 @@ from datawall.store import Artifact, Unit
 # The modules whose code decides the content of each kind of unit.
 CODE = {
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
-    "scVI": ("models/scvi", "models/base", "training"),
-    "SSL": ("models/ssl", "models/sparse", "models/base", "training", "expression"),
-    "Geneformer": ("models/geneformer", "models/base", "tokenizer", "transformer", "training", "expression"),
-    "SCimilarity": ("models/scimilarity", "models/sparse", "models/base", "training", "expression"),
+    "scVI": ("models/scvi", "models/base", "training", "streaming"),
+    "SSL": ("models/ssl", "models/sparse", "models/base", "training", "streaming", "expression"),
+    "Geneformer": (
+        "models/geneformer",
+        "models/base",
+        "tokenizer",
+        "transformer",
+        "training",
+        "streaming",
+        "expression",
+    ),
+    "SCimilarity": ("models/scimilarity", "models/sparse", "models/base", "training", "streaming", "expression"),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }
