@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from datawall import annotation, diversity, expression
 from datawall.study import Study
@@ -22,6 +23,31 @@ def gene_matches(study: Study) -> pd.DataFrame:
         for name in study.evaluation_datasets()
     ]
     return pd.DataFrame(rows).set_index("dataset")
+
+
+def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What counts look like, to set simulated cells beside real ones: a table of genes and a table of cells.
+
+    Parameters
+    ----------
+    counts
+        By name of the data set, (n_cells, n_genes) raw counts.
+
+    Returns
+    -------
+    genes that have a count (dataset, mean, variance, zeros: the share of cells without it) and cells (dataset,
+    library_size, n_genes).
+    """
+    genes, cells = [], []
+    for name, matrix in counts.items():
+        X = matrix.astype(np.float64)
+        mean = np.asarray(X.mean(axis=0)).ravel()
+        variance = np.asarray(X.multiply(X).mean(axis=0)).ravel() - mean**2
+        zeros = 1 - X.getnnz(axis=0) / X.shape[0]
+        genes.append(pd.DataFrame({"dataset": name, "mean": mean, "variance": variance, "zeros": zeros})[mean > 0])
+        library_size = np.asarray(X.sum(axis=1)).ravel()
+        cells.append(pd.DataFrame({"dataset": name, "library_size": library_size, "n_genes": X.getnnz(axis=1)}))
+    return pd.concat(genes, ignore_index=True), pd.concat(cells, ignore_index=True)
 
 
 def composition(study: Study) -> pd.DataFrame:

@@ -20,7 +20,7 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from datawall import annotation, paths, store
+from datawall import annotation, paths, simulate, store
 
 log = logging.getLogger(__name__)
 
@@ -145,14 +145,16 @@ DATASETS = {
 }
 
 
-def load(name: str) -> ad.AnnData:
-    """Load a named data set, or any `.h5ad` file by its path.
+def load(name: str, simulation: simulate.Atlas | None = None) -> ad.AnnData:
+    """Load a named data set, any `.h5ad` file by its path, or the atlas `simulated` by its settings.
 
     Raises
     ------
     DatasetError
         If the name is unknown, or the file is missing or not readable as AnnData.
     """
+    if simulation is not None:
+        return simulate.load(simulation)
     if name in DATASETS:
         return DATASETS[name].load()
     path = _file(name)
@@ -164,14 +166,17 @@ def load(name: str) -> ad.AnnData:
         ) from error
 
 
-def identity(name: str) -> str:
-    """What fixes the content of a data set: the name of a named one, the hash of a file.
+def identity(name: str, simulation: simulate.Atlas | None = None) -> str | store.Record:
+    """What fixes the content of a data set: the name of a named one, the hash of a file, settings and their code.
 
     Raises
     ------
     DatasetError
         If the name is unknown or the file is missing.
     """
+    if simulation is not None:
+        files = {path.name: store.file_sha256(path) for path in (simulate.COMPOSITION, simulate.ONTOLOGY)}
+        return {name: simulation.model_dump(), "code": store.code_version("simulate"), **files}
     return name if name in DATASETS else f"sha256:{store.file_sha256(_file(name))}"
 
 

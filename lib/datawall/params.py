@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from datawall import hyperparameters
 from datawall.hyperparameters import Schedule
+from datawall.simulate import Atlas
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "untrained")
 TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
@@ -30,7 +31,8 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names the run folder
-    corpus: str = "kang2018"  # a named data set, or the path of an .h5ad
+    corpus: str = "kang2018"  # a named data set, `simulated`, or the path of an .h5ad
+    simulation: Atlas | None = None  # settings of the corpus `simulated`; what is not given is as in `Atlas`
     cell_type_key: str = "cell_type"  # columns of obs: the label of a cell,
     batch_key: str | None = None  # its batch, for integration,
     perturbation_key: str | None = None  # and its treatment, for perturbation response
@@ -65,6 +67,13 @@ class Params(BaseModel):
                 raise ValueError(f"{value!r} is listed twice; list it once")
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("corpus") == "simulated" and values.get("simulation") is None:
+            return {**values, "simulation": {}}
+        return values
+
     @model_validator(mode="after")
     def _agree(self) -> Params:
         for key, names in (("models", self.models), ("hyperparameters", self.hyperparameters)):
@@ -78,6 +87,14 @@ class Params(BaseModel):
                 self.hyperparameters_of(name)
         except ValueError as error:
             raise ValueError(f"hyperparameters: {error}") from None
+        if self.simulation is not None and self.corpus != "simulated":
+            raise ValueError(
+                f"simulation: the corpus is {self.corpus!r}; set `corpus: simulated`, or leave simulation out"
+            )
+        if "simulated" in self.evaluation:
+            raise ValueError(
+                "evaluation: `simulated` can be the corpus only, whose held-out cells are evaluated on; leave it out"
+            )
         if "zeroshot_integration" in self.tasks and self.batch_key is None:
             raise ValueError(
                 "zeroshot_integration needs batch_key: name the batch column, or leave the task out of tasks"
@@ -183,6 +200,8 @@ def _nearest(key: str) -> str:
     """A hint at the key that was meant."""
     from difflib import get_close_matches
 
-    if near := get_close_matches(key, Params.model_fields, n=1):
+    within, _, name = key.rpartition(".")
+    keys = Atlas.model_fields if within == "simulation" else Params.model_fields
+    if near := get_close_matches(name, keys, n=1):
         return f"did you mean {near[0]!r}?"
-    return f"the keys are {', '.join(Params.model_fields)}."
+    return f"the keys are {', '.join(keys)}."

@@ -19,7 +19,19 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from datawall import baselines, cluster, corpus, datasets, expression, hyperparameters, params, paths, sampling, store
+from datawall import (
+    baselines,
+    cluster,
+    corpus,
+    datasets,
+    expression,
+    hyperparameters,
+    params,
+    paths,
+    sampling,
+    simulate,
+    store,
+)
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
@@ -123,7 +135,7 @@ class Study:
         """The aligned corpus, with its labels and its split."""
         p = self.params
         record = {
-            "corpus": datasets.identity(p.corpus),
+            "corpus": datasets.identity(p.corpus, p.simulation),
             "columns": self._columns(),
             "min_matched_genes": p.min_matched_genes,
             "held_out": p.held_out,
@@ -199,7 +211,7 @@ class Study:
 
     def _make_corpus(self, folder: Path) -> None:
         p = self.params
-        source = datasets.load(p.corpus)
+        source = datasets.load(p.corpus, p.simulation)
         columns = {role: corpus.column(source, p.corpus, key, role) for role, key in self._columns().items()}
         self._check_contexts(columns["cell_type"])
         adata, match = corpus.align(source, p.corpus, min_matched=p.min_matched_genes)
@@ -208,6 +220,8 @@ class Study:
         held_out = corpus.stratified_split(strata, [1 - p.held_out, p.held_out], seed=0) == 1
         adata.obs["split"] = pd.Categorical(np.where(held_out, "held out", "pretraining"))
         adata.write_h5ad(folder / "cells.h5ad", compression="lzf")
+        if p.simulation is not None:
+            simulate.truth(p.simulation).write(folder)
         store.write_json(folder / "genes.json", {**asdict(match), "in_corpus": match.matched})
 
     def _make_dataset(self, name: str, folder: Path) -> None:
