@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -113,6 +114,19 @@ class Contamination:
             "duplicate_rows": len(self.duplicate_rows),
             "donor_rows": len(self.donor_rows),
         }
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a folder."""
+        np.savez_compressed(
+            folder / "contamination.npz", **{**asdict(self), "donors": np.array(self.donors, dtype=str)}
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Contamination:
+        """Read a record that `write` wrote."""
+        with np.load(folder / "contamination.npz", allow_pickle=False) as file:
+            values = {name: array if name.endswith("rows") else array.tolist() for name, array in file.items()}
+        return cls(**{**values, "donors": tuple(values["donors"])})
 
     def rows_to_drop(self, *, donors: bool = True) -> np.ndarray:
         """Rows to leave out of pretraining: duplicates, and all cells of shared donors unless told otherwise."""

@@ -148,11 +148,7 @@ class Source:
         if "dataset_id" not in obs:
             same = np.full(stop - start, file.name, dtype=object)
             obs["dataset_id"] = pd.Categorical(same, categories=self.labels["dataset_id"])
-        n_counts = np.asarray(X.sum(axis=1)).ravel()
-        mito = self.var["feature_name"].str.startswith("MT-").to_numpy()
-        obs["n_genes"] = X.getnnz(axis=1).astype(np.int32)
-        obs["n_counts"] = n_counts
-        obs["mito_share"] = (X @ mito.astype(np.float32)) / np.maximum(n_counts, 1)
+        obs |= quality(X, self.var)
         prefix = f"{file.name}_" if len(self._files) > 1 else ""
         return ad.AnnData(X, obs=pd.DataFrame(obs, index=[f"{prefix}{name}" for name in names]), var=self.var)
 
@@ -172,6 +168,22 @@ class Source:
         tally.cells[number] += len(obs), (~full).sum(), (full & ~good).sum(), (origin >= 0).sum(), len(kept)
         tally.duplicates.update((int(first), number) for first in origin[origin >= 0])
         return block if len(kept) == block.n_obs else block[kept].copy()
+
+
+def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Quality of cells: n_genes (expressed), n_counts (their sum) and mito_share (0 to 1), (n_cells,) each.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_genes) raw counts without stored zeros.
+    var
+        The genes, with `feature_name`.
+    """
+    n_counts = np.asarray(counts.sum(axis=1)).ravel()
+    mitochondrial = var["feature_name"].str.startswith("MT-").to_numpy()
+    mito_share = (counts @ mitochondrial.astype(np.float32)) / np.maximum(n_counts, 1)
+    return {"n_genes": counts.getnnz(axis=1).astype(np.int32), "n_counts": n_counts, "mito_share": mito_share}
 
 
 class _Tally:

@@ -170,7 +170,7 @@ class Study(Curated):
             return {}
         cells = self.corpus.take(self.rows(subset))
         history = model.fit(
-            cells.within(p.memory_gib),
+            cells.counts(),
             cells.obs,
             steps=p.steps,
             seed=subset.seed,
