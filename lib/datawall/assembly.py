@@ -9,6 +9,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from datawall import cellstore, census, corpus, datasets, duplicates, expression, sampling, simulate, sources, store
 from datawall.cellstore import Cells
@@ -61,7 +62,7 @@ def make_corpus(p: Params, folder: Path) -> None:
         if p.spike_in is not None:
             yield from _spike_in(p, block)
 
-    cellstore.write(folder, blocks())
+    cellstore.write(folder, tqdm(blocks(), desc="corpus", unit="block", leave=False, delay=5))
     cells = cellstore.open(folder / cellstore.NAME)
     np.save(folder / "spike_in.npy", np.arange(n_cells, cells.n_obs))
     if p.clusters:
