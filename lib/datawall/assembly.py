@@ -77,7 +77,9 @@ def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
         options = sources.Options(min_matched=p.min_matched_genes, **filters)
         source = sources.open_source([datasets.file(path) for path in p.sources()], p.columns(), options)
         matches = source.matches
-        yield from source.blocks()
+        for block in source.blocks():
+            block.obs = block.obs.drop(columns=list(sources.METRICS))
+            yield block
         reports = {table: getattr(source.report, table) for table in ("cells", "duplicates", "quality")}
     else:
         if p.simulation is not None:
