@@ -339,8 +339,10 @@ def outcome(read, path, kind):
 def test_generated_variants_are_refused_in_a_line_or_repaired(sound, tmp_path):
     seen = set()
     for number in range(VARIANTS):
-        path, kind, refused = made(number, sound, tmp_path)
-        before = {part: part.stat().st_mtime_ns for part in tmp_path.rglob("*")}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path, kind, refused = made(number, sound, folder)
+        before = {part: part.stat().st_mtime_ns for part in folder.rglob("*")}
         cells, message = outcome(by_blocks, path, kind)
         whole, _ = outcome(in_memory, path, kind)
         assert refused is None or (message is not None) == refused, f"{path.name} ({kind}): {message}"
@@ -354,7 +356,8 @@ def test_generated_variants_are_refused_in_a_line_or_repaired(sound, tmp_path):
             assert cells.obs_names.equals(whole.obs_names), kind
             assert cells.var_names.equals(whole.var_names), kind
             assert (cells.X != whole.X).nnz == 0, kind
-        assert {part: part.stat().st_mtime_ns for part in tmp_path.rglob("*")} == before
+        assert {part: part.stat().st_mtime_ns for part in folder.rglob("*")} == before
+        shutil.rmtree(folder)
         seen.add(kind)
     assert seen == {*SPOILS, "bytes"}
 

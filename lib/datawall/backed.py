@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ class CellFile:
             raise CorpusError(f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata.")
         if not path.exists():
             raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
-        with reading(self.name):
+        with reading(self.name), ExitStack() as if_it_fails:
             self._root = _open(path)
+            if_it_fails.callback(self.close)
             for part in ("obs", "var"):
                 if part not in self._root or hasattr(self._root[part], "dtype"):
                     raise CorpusError(
@@ -71,11 +72,16 @@ class CellFile:
             self._obs = self._root["obs"]
             self._obs_names = self._obs[_text(self._obs.attrs.get("_index", "_index"))]
             self.n_cells = _length(self._obs_names)
+            if_it_fails.pop_all()
 
     def __enter__(self) -> CellFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; HDF5 would give a file that is left open again, whatever has become of it since."""
         if hasattr(self._root, "close"):
             self._root.close()
 
