@@ -46,7 +46,7 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
     (n_cells, 2) uint64. Zeros for cells that express fewer than `MIN_EXPRESSED` of the genes, which are equal to none.
     """
     weights = _weights()[gene_table().index.get_indexer(genes)]
-    compared = np.ones(len(genes), bool) if among is None else genes.isin(among)
+    compared = np.ones(len(genes), bool) if among is None else among.get_indexer(genes) >= 0
     hashes = counts.astype(np.uint64) @ (weights * compared[:, None].astype(np.uint64))
     expressed = (counts != 0).astype(np.int32) @ compared.astype(np.int32)
     hashes[expressed < MIN_EXPRESSED] = 0

@@ -117,7 +117,7 @@ class Source:
         with tqdm(total=self.n_cells, desc="reading cells", unit="cell", leave=False, delay=5) as bar:
             for number, file in enumerate(self._files):
                 with CellFile(file.path) as cells:
-                    matrix = cells.matrix(file.place, len(file.position))
+                    matrix = cells.matrix(file.place)
                     for start in range(0, file.n_cells, block_size):
                         stop = min(start + block_size, file.n_cells)
                         block = self._kept(self._block(file, cells, matrix, start, stop), number, tally, seen)
@@ -139,7 +139,7 @@ class Source:
                 f"{file.path}: {file.place} {fault} in cells {start} to {stop - 1}; counts must be finite, "
                 'non-negative integers in every cell. Put them into layers["counts"].'
             )
-        X = corpus.place_columns(values.astype(np.float32), file.position, len(self.var))
+        X = corpus.place_columns(values, file.position, len(self.var))
         names = cells.cell_names(start, stop)
         obs = {
             role: pd.Categorical(_labels(cells, key, role, start, stop), categories=self.labels[role])
@@ -303,17 +303,13 @@ def _key(columns: Columns, role: str, name: str, path: Path) -> str:
 
 def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[str, np.ndarray, GeneMatch]:
     """Place of the counts, row of each gene in the gene table, and the record of the match."""
-    places = cells.places()
-    genes = {place: cells.genes(place) for place in places}
-    place = corpus.choose_place(
-        ((place, _sampled_fault(cells, place, len(genes[place]))) for place in places), cells.name
-    )
-    position, match = corpus.match_genes(genes[place], cells.name, place, min_matched=options.min_matched)
+    place = corpus.choose_place(((place, _sampled_fault(cells, place)) for place in cells.places()), cells.name)
+    position, match = corpus.match_genes(cells.genes(place), cells.name, place, min_matched=options.min_matched)
     return place, position, replace(match, dataset=name)
 
 
-def _sampled_fault(cells: CellFile, place: str, n_genes: int) -> str | None:
-    matrix = cells.matrix(place, n_genes)
+def _sampled_fault(cells: CellFile, place: str) -> str | None:
+    matrix = cells.matrix(place)
     middle, end = (cells.n_cells - SAMPLE) // 2, cells.n_cells - SAMPLE
     for start in sorted({0, max(0, middle), max(0, end)}):
         values = _counts(matrix, cells.name, start, min(start + SAMPLE, cells.n_cells))
