@@ -89,7 +89,7 @@ class Params(BaseModel):
             raise ValueError(f"hyperparameters: {error}") from None
         if self.simulation is not None and self.corpus != "simulated":
             raise ValueError(
-                f"simulation: the corpus is {self.corpus!r}; set `corpus: simulated`, or leave simulation out"
+                f"simulation: the corpus is {self.corpus!r}; set `corpus: simulated`, or leave simulation out (null)"
             )
         if "simulated" in self.evaluation:
             raise ValueError(
