@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import expression, hyperparameters, training
+from datawall import expression, hyperparameters, paths, training
 from datawall.models import base
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear, bernoulli, embed
 
@@ -106,13 +106,16 @@ def semihard_triplets(
 def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
     """Whether of two cell types, names of terms in an OBO file, one is the other or its ancestor, (n, n) bool.
 
-    Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original.
+    Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original. The path of
+    the file is from the working directory, or else from the repository.
 
     Raises
     ------
     ValueError
         If there is no term of a name; obsolete ones do not count.
     """
+    if not Path(ontology).is_file():
+        ontology = paths.repository() / ontology
     identifiers, parents = {}, {}
     word = {"is_a": 0, "relationship": 1}  # "is_a: parent ! comment", "relationship: kind parent ! comment"
     for stanza in f"\n{Path(ontology).read_text(encoding='utf-8')}".split("\n[Term]\n")[1:]:
