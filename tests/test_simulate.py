@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from datawall import corpus, datasets, params, simulate, study
+from datawall import corpus, curation, datasets, params, plots, simulate, study
 from datawall.models.scimilarity import kinship
 from datawall.simulate import Atlas, Cells
 
@@ -19,6 +20,7 @@ BLOOD = {
     "classical monocyte": 10, "natural killer cell": 8, "naive B cell": 7, "memory B cell": 5,
     "capillary endothelial cell": 5, "mast cell": 2,
 }  # fmt: skip
+PBMC = Path(__file__).resolve().parents[2] / "shared" / "data" / "pbmc3k.h5ad"
 SMALL = Atlas(n_cells=1000, n_genes=200, composition=BLOOD)
 
 
@@ -130,6 +132,25 @@ def test_library_sizes_are_log_normal():
     assert log_size.std() == pytest.approx(0.5, abs=0.05)
 
 
+def test_counts_look_like_those_of_real_cells():
+    if not PBMC.is_file():
+        pytest.skip(f"{PBMC} is absent")
+    real, _ = corpus.align(ad.read_h5ad(PBMC), "pbmc3k")
+    library = np.asarray(real.X.sum(axis=1)).ravel()
+    spread = {"counts_per_cell": float(np.median(library)), "counts_spread": 0.3}
+    blood = {"CD4-positive, alpha-beta T cell": 6, "classical monocyte": 3, "B cell": 2, "natural killer cell": 1}
+    cells = simulate.load(Atlas(n_cells=2000, n_genes=real.n_vars, composition=blood, treated=0.0, **spread))
+    genes, cells = curation.realism({"real": real.X, "simulated": cells.X})
+    genes["fano"] = genes["variance"] / genes["mean"]
+    genes["bin"] = pd.cut(genes["mean"], [0.01, 0.1, 0.3, 1, 3, 10])
+    table = genes.pivot_table(["fano", "zeros"], "bin", "dataset", aggfunc="median", observed=True)
+    assert (np.abs(np.log(table["fano", "simulated"] / table["fano", "real"])) < np.log(2.2)).all()
+    assert (np.abs(table["zeros", "simulated"] - table["zeros", "real"]) < 0.12).all()
+    n_genes = cells.groupby("dataset")["n_genes"].median()
+    assert n_genes["simulated"] == pytest.approx(n_genes["real"], rel=0.25)
+    assert len(plots.realism(genes, cells).axes) == 4
+
+
 def recovered(atlas, n_cells):
     """Squared cosine of each programme's direction with the leading principal components of Pearson residuals."""
     planted = simulate.truth(atlas)
@@ -213,9 +234,10 @@ def test_truth_is_written_complete(tmp_path):
         assert arrays["genes"].tolist() == planted.genes.index.tolist()
 
 
-def test_ontology_fits_the_types_and_tells_kin_apart():
+def test_ontology_fits_the_types_and_tells_kin_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     types = simulate.truth(Atlas(n_genes=50)).types.index.to_numpy()
-    kin = pd.DataFrame(kinship(types, simulate.ONTOLOGY), types, types)
+    kin = pd.DataFrame(kinship(types, "lib/datawall/data/cell_types.obo"), types, types)
     assert kin.loc["T cell", "regulatory T cell"]
     assert not kin.loc["naive B cell", "memory B cell"]
     assert not kin.loc["neuron", "T cell"]
@@ -289,3 +311,17 @@ def test_study_makes_the_corpus_with_its_truth_and_its_keys_follow_the_settings(
     assert default.simulation == Atlas()
     assert params.Params.model_validate_json(default.model_dump_json()) == default
     assert datasets.identity("simulated", Atlas()) != datasets.identity("simulated", SMALL)
+
+
+def test_planted_markers_stand_out_in_their_type(tmp_path):
+    checked = params.check(STUDY | {"simulation": changed(SMALL, n_cells=3000).model_dump()}, "mine.yaml")
+    mine = study.Study(checked, tmp_path)
+    markers = curation.markers(mine)
+    assert list(markers) == list(BLOOD)
+    table = curation.marker_expression(mine)
+    assert all(table.loc[:, genes[0]].idxmax() == name for name, genes in markers.items())
+
+
+def test_block_of_no_cells_is_refused():
+    with pytest.raises(ValueError, match="block_size 0 must be at least 1"):
+        next(simulate.blocks(SMALL, 0))

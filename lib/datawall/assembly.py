@@ -11,9 +11,21 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from datawall import cellstore, census, corpus, datasets, duplicates, expression, sampling, simulate, sources, store
+from datawall import (
+    backed,
+    cellstore,
+    census,
+    corpus,
+    datasets,
+    duplicates,
+    expression,
+    sampling,
+    simulate,
+    sources,
+    store,
+)
 from datawall.cellstore import Cells
-from datawall.params import FILES, Params
+from datawall.params import Params
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +84,7 @@ def make_corpus(p: Params, folder: Path) -> None:
 def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
     """The corpus without cells to spike in; its reports are written once it has been read."""
     name, reports = p.sources()[0], {}
-    if name.endswith(FILES):
+    if name.endswith(backed.SUFFIXES):
         filters = p.model_dump(include={"min_genes", "min_counts", "max_mito"})
         options = sources.Options(min_matched=p.min_matched_genes, **filters)
         source = sources.open_source([datasets.file(path) for path in p.sources()], p.columns(), options)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall import annotation, diversity, expression, sources
+from datawall import annotation, diversity, expression, simulate, sources
 from datawall.study import Study
 
 
@@ -114,13 +114,20 @@ def subset_diversity(study: Study, *, vendi_cells: int = 500) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def markers(study: Study) -> dict[str, list[str]]:
+    """Marker genes (symbols) of cell types: canonical ones of blood, or those planted in a simulated corpus."""
+    simulation = study.params.simulation
+    return annotation.PBMC_MARKERS if simulation is None else simulate.truth(simulation).markers()
+
+
 def marker_expression(study: Study) -> pd.DataFrame:
     """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types."""
+    marker_genes = markers(study)
     symbols = pd.Index(study.corpus.var["feature_name"])
     types = study.corpus.obs["cell_type"].astype(str)
-    named = [name for name in annotation.PBMC_MARKERS if (types == name).any()]
+    named = [name for name in marker_genes if (types == name).any()]
     order = named + sorted(set(types) - set(named))
-    given = dict.fromkeys(gene for genes in annotation.PBMC_MARKERS.values() for gene in genes)
+    given = dict.fromkeys(gene for genes in marker_genes.values() for gene in genes)
     genes = [gene for gene in given if gene in symbols]
     columns = symbols.get_indexer(genes)
     X = np.concatenate([expression.lognormalise(counts)[:, columns].toarray() for _, counts in study.corpus.blocks()])

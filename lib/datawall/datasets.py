@@ -191,11 +191,13 @@ def file(name: str) -> Path:
             f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in "
             f"{' or '.join(backed.SUFFIXES)}."
         )
-    for path in (Path(name), paths.repository() / name):
-        if path.is_file() or (path.suffix == ".zarr" and path.is_dir()):
-            return path
-    raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.")
+    if not (path := paths.located(name)).exists():
+        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.")
+    return path
 
 
 if __name__ == "__main__":
-    fetch_kang2018()
+    try:
+        fetch_kang2018()
+    except DatasetError as error:
+        sys.exit(str(error))

@@ -9,13 +9,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datawall import hyperparameters
+from datawall.backed import SUFFIXES
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
 from datawall.simulate import Atlas
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained")
 TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
-FILES = (".h5ad", ".zarr")
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
@@ -126,7 +126,7 @@ class Params(BaseModel):
                 raise ValueError(
                     f"{corpus!r} can be the corpus only; name data sets or files to evaluate on or spike in"
                 )
-        files = all(name.endswith(FILES) for name in self.sources())
+        files = all(name.endswith(SUFFIXES) for name in self.sources())
         if len(self.sources()) > 1 and not files:
             raise ValueError(f"corpus: {self.corpus} names several; only .h5ad and .zarr files can be joined")
         if not files and (self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1):

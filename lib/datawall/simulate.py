@@ -47,7 +47,7 @@ class Atlas(BaseModel):
     n_datasets: PositiveInt = 4  # a type is common in some and rare in others
     donors_per_dataset: PositiveInt = 4
     assays: Annotated[list[str], Field(min_length=1)] = ["10x 3' v2", "10x 3' v3"]  # of the data sets in turn
-    counts_per_cell: PositiveFloat = 1500.0  # median library size, in molecules
+    counts_per_cell: Annotated[float, Field(gt=0, le=100_000)] = 1500.0  # median library size, in molecules
     counts_spread: NonNegativeFloat = 0.4  # standard deviation of its natural logarithm
     dispersion: NonNegativeFloat = 0.3  # squared coefficient of variation of an average gene beyond Poisson's
     activity: PositiveFloat = 0.12  # median weight of a lineage's or state's programme; that of the shared one is 1
@@ -99,6 +99,14 @@ class Truth:
     donors: pd.DataFrame  # by donor: dataset_id, assay, log_size (its effect on the library size)
     donor_share: np.ndarray  # (n_types, n_donors) where the cells of a type come from; rows add up to 1
     capture: np.ndarray  # (n_donors, n_genes) uint8: a burst is kept with probability (capture + 1) / 256
+
+    def markers(self, n_genes: int = 4) -> dict[str, list[str]]:
+        """Symbols of the genes with the largest loadings in each type's own programme, by cell type."""
+        own = [name if name in self.programmes.index else "shared" for name in self.types.index]
+        loadings = self.loadings[self.programmes.index.get_indexer(own)]
+        best = np.argsort(-loadings, axis=1)[:, :n_genes]
+        symbols = self.genes["feature_name"].to_numpy()[best]
+        return dict(zip(self.types.index, symbols.tolist(), strict=True))
 
     def write(self, folder: Path) -> None:
         """Write `truth.json` (settings, types, programmes, donors) and `truth.npz` (the arrays) into a folder."""
@@ -201,7 +209,7 @@ def _random_loadings(n_programmes: int, n_genes: int, rng: np.random.Generator) 
     loadings[0] = rng.lognormal(0, 2.4, n_genes)
     for row in loadings[1:]:
         n_own = max(8, round(PROGRAMME_GENES * n_genes))
-        row[rng.choice(n_genes, n_own, replace=False)] = rng.lognormal(0, 2.2, n_own)
+        row[rng.choice(n_genes, n_own, replace=False)] = rng.lognormal(0, 2, n_own)
     return loadings / loadings.sum(axis=1, keepdims=True)
 
 
@@ -273,7 +281,7 @@ def _donors(atlas: Atlas, n_types: int, rng: np.random.Generator) -> tuple[pd.Da
         {
             "dataset_id": [f"dataset_{number + 1}" for number in dataset],
             "assay": np.array(atlas.assays)[assay],
-            "log_size": log_size,
+            "log_size": log_size - log_size.mean(),
         },
         index=pd.Index([f"donor_{number + 1}" for number in range(n_donors)], name="donor_id"),
     )
@@ -292,13 +300,20 @@ def blocks(atlas: Atlas, block_size: int = 4096) -> Iterator[ad.AnnData]:
     atlas
         The settings.
     block_size
-        Cells in a block; the last may have fewer.
+        Cells in a block, at least one; the last may have fewer.
 
     Yields
     ------
     AnnData with int32 CSR counts, `obs` with cell_type, donor_id, dataset_id, assay and condition (ctrl or treated) as
     categoricals, and one `var` for all blocks: `feature_name` by Ensembl id.
+
+    Raises
+    ------
+    ValueError
+        If a block would have no cells.
     """
+    if block_size < 1:
+        raise ValueError(f"block_size {block_size} must be at least 1.")
     cells = Cells(truth(atlas))
     for begin in range(0, atlas.n_cells, block_size):
         yield cells.block(begin, min(begin + block_size, atlas.n_cells))
@@ -345,7 +360,7 @@ class Cells:
         self.weights[:, self.state] = 0
         # Molecules are lost to capture, so that many more must be drawn.
         kept = (planted.capture.astype(float) + 1) @ planted.loadings[0] / 256
-        self.size = atlas.counts_per_cell / kept.mean()
+        self.size = atlas.counts_per_cell * np.exp(planted.donors["log_size"].to_numpy()) / kept
         self.type_edges = np.cumsum(planted.types["share"].to_numpy())[:-1]
         self.donor_edges = np.cumsum(planted.donor_share, axis=1)[:, :-1]
         self.state_edges = np.cumsum(planted.programmes["prevalence"].to_numpy()[self.states])
@@ -383,8 +398,8 @@ class Cells:
         weights[carries, self.state] = planted.weights[0, self.states[state[carries]]]
         weights[~treated, self.response] = 0
         weights[:, 1:] *= rng.gamma(GAMMA_SHAPE, 1 / GAMMA_SHAPE, weights[:, 1:].shape)
-        log_size = atlas.counts_spread * rng.standard_normal(CHUNK) + planted.donors["log_size"].to_numpy()[donor]
-        molecules = (self.size * np.exp(log_size) / weights.sum(axis=1))[:, None] * weights
+        size = self.size[donor] * np.exp(atlas.counts_spread * rng.standard_normal(CHUNK))
+        molecules = (size / weights.sum(axis=1))[:, None] * weights
         n_bursts = rng.poisson(molecules * self.bursts_per_molecule[programmes])
         return (type_, donor, treated), self._counts(programmes, n_bursts, donor, rng)
 
