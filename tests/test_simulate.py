@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from datawall import corpus, curation, datasets, params, plots, simulate, study
+from datawall import corpus, curation, params, plots, simulate, study
 from datawall.models.scimilarity import kinship
 from datawall.simulate import Atlas, Cells
 
@@ -281,7 +281,7 @@ STUDY = {
     ("values", "named"),
     [
         ({"corpus": "kang2018", "simulation": {}}, ["simulation", "'kang2018'", "corpus: simulated"]),
-        ({"evaluation": ["simulated"]}, ["evaluation", "simulated"]),
+        ({"evaluation": ["simulated"]}, ["simulated", "corpus only"]),
     ],
 )
 def test_simulation_goes_with_the_simulated_corpus_only(values, named):
@@ -301,8 +301,7 @@ def test_study_makes_the_corpus_with_its_truth_and_its_keys_follow_the_settings(
         return study.Study(checked, tmp_path)
 
     mine = opened()
-    artifact = mine.dataset_artifact(mine.held_out_name)
-    assert (artifact.folder / "truth.json").exists()
+    assert (mine.corpus_artifact.folder / "truth.json").exists()
     assert mine.corpus.shape == (1000, 200)
     assert opened().corpus_unit.key == mine.corpus_unit.key
     assert opened(seed=1).corpus_unit.key != mine.corpus_unit.key
@@ -310,7 +309,6 @@ def test_study_makes_the_corpus_with_its_truth_and_its_keys_follow_the_settings(
     default = params.check(STUDY, "mine.yaml")
     assert default.simulation == Atlas()
     assert params.Params.model_validate_json(default.model_dump_json()) == default
-    assert datasets.identity("simulated", Atlas()) != datasets.identity("simulated", SMALL)
 
 
 def test_planted_markers_stand_out_in_their_type(tmp_path):
