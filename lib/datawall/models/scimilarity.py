@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from datawall import expression, hyperparameters, training
 from datawall.models import base
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear, bernoulli, embed
+from datawall.ontology import read as read_ontology
 
 LABEL = "cell_type"
 STUDIES = ("dataset_id", "batch")  # the first of these columns that there is tells studies apart
@@ -110,34 +111,19 @@ def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
 
     Raises
     ------
-    ValueError
-        If there is no term of a name; obsolete ones do not count.
+    FileNotFoundError, ValueError
+        From `ontology.read`, or if there is no term of a name; obsolete ones do not count.
     """
-    identifiers, parents = {}, {}
-    word = {"is_a": 0, "relationship": 1}  # "is_a: parent ! comment", "relationship: kind parent ! comment"
-    for stanza in f"\n{Path(ontology).read_text(encoding='utf-8')}".split("\n[Term]\n")[1:]:
-        tags = [line.partition(": ")[::2] for line in stanza.partition("\n[")[0].splitlines()]
-        term = dict(tags)
-        if term.get("is_obsolete") != "true":
-            identifiers[term.get("name", "")] = term["id"]
-            parents[term["id"]] = [value.split()[word[tag]] for tag, value in tags if tag in word]
-    unknown = [str(label) for label in labels if label not in identifiers]
+    terms = read_ontology(ontology)
+    unknown = [str(label) for label in labels if label not in terms.identifiers]
     if unknown:
         raise ValueError(
             f"SCimilarity: {ontology} has no term named {', '.join(map(repr, unknown))}; rename these cell types to "
             "terms of the ontology, or leave `ontology` out."
         )
-
-    def lineage(term: str) -> set[str]:
-        found, waiting = {term}, [term]
-        while waiting:
-            above = set(parents.get(waiting.pop(), ())) - found
-            found |= above
-            waiting += above
-        return found
-
-    terms = [identifiers[label] for label in labels]
-    descends = np.array([[ancestor in line for ancestor in terms] for line in map(lineage, terms)], dtype=bool)
+    own = [terms.identifiers[label] for label in labels]
+    lineages = [{term, *terms.ancestors(label)} for term, label in zip(own, labels, strict=True)]
+    descends = np.array([[term in lineage for term in own] for lineage in lineages], dtype=bool)
     return descends | descends.T
 
 

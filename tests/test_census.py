@@ -1,0 +1,427 @@
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from datawall import census, corpus, ontology
+from datawall.census import Recipe
+from datawall.corpus import CorpusError
+from datawall.datasets import DatasetError
+
+# cell > native cell > a > b > c > d, with e beside d (two parents); engineered cell is native to nothing
+OBO = """format-version: 1.2
+
+[Term]
+id: CL:0
+name: cell
+
+[Term]
+id: CL:1
+name: native cell
+is_a: CL:0 ! cell
+
+[Term]
+id: CL:2
+name: a
+is_a: CL:1 ! native cell
+
+[Term]
+id: CL:3
+name: b
+is_a: CL:2 ! a
+relationship: part_of CL:9 ! counts for nothing
+
+[Term]
+id: CL:4
+name: c
+is_a: CL:3 ! b
+
+[Term]
+id: CL:5
+name: d
+is_a: CL:4 ! c
+
+[Term]
+id: CL:6
+name: e
+is_a: CL:4 ! c
+is_a: UBERON:1 {is_inferred="true"} ! a term of another ontology
+
+[Term]
+id: CL:7
+name: engineered cell
+is_a: CL:0 ! cell
+
+[Term]
+id: CL:8
+name: of old
+is_obsolete: true
+"""
+N_ANCESTORS = {"cell": 0, "native cell": 1, "a": 2, "b": 3, "c": 4, "d": 5, "e": 6, "engineered cell": 1}
+BELOW_NATIVE = {"a", "b", "c", "d", "e"}
+TYPES = [*N_ANCESTORS, "unknown"]
+LOW = {"min_cells": 8, "min_tech_samples": 3, "min_ancestors": 3, "min_matched_genes": 0.0}
+
+
+@pytest.fixture(scope="module")
+def obo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ontology") / "cl.obo"
+    path.write_text(OBO)
+    return str(path)
+
+
+def simulated_obs(rng, n=600):
+    choose = lambda *values: rng.choice(values, n)  # noqa: E731
+    return pd.DataFrame(
+        {
+            "is_primary_data": rng.random(n) < 0.9,
+            "dataset_id": choose("s1", "s2", "s2_x"),
+            "donor_id": choose("1", "2", "x_1"),  # s2_x + 1 and s2 + x_1 are one tech_sample by name
+            "assay": choose("10x 3' v3", "10x 5' v2", "10x 5' v1", "Smart-seq2"),
+            "cell_type": rng.choice(TYPES, n, p=[0.02, 0.05, 0.2, 0.2, 0.01, 0.3, 0.02, 0.1, 0.1]),
+            "development_stage": choose("adult", "child"),
+            "disease": choose("normal", "flu"),
+            "tissue": choose("left lung", "blood", "right lung"),
+            "tissue_general": choose("lung", "blood"),
+        }
+    )
+
+
+# The rules, in plain pandas and plain Python
+
+
+def reference(obs, recipe, n_ancestors=N_ANCESTORS, native=BELOW_NATIVE):
+    """Rows that scTab's filters keep, and the types that each filter removes."""
+    rows = obs["is_primary_data"] | (not recipe.primary)
+    if recipe.assay is not None:
+        rows &= obs["assay"].isin(recipe.assay)
+    for column, values in recipe.where.items():
+        rows &= obs[column].isin(values)
+    left = obs[rows]
+    removed = {"cells": set(), "tech_samples": set(), "ancestors": set(), "root": set(), "unknown": set()}
+    for name, cells in left.groupby("cell_type"):
+        if len(cells) < recipe.min_cells:
+            removed["cells"].add(name)
+        if len(set(cells["dataset_id"] + "_" + cells["donor_id"])) <= recipe.min_tech_samples - 1:
+            removed["tech_samples"].add(name)
+        if recipe.ontology is not None and name not in n_ancestors:
+            removed["unknown"].add(name)
+        elif recipe.ontology is not None:
+            if name not in native:
+                removed["root"].add(name)
+            if n_ancestors[name] <= recipe.min_ancestors - 1:
+                removed["ancestors"].add(name)
+    gone = set().union(*removed.values())
+    return left[~left["cell_type"].isin(gone)], removed, left
+
+
+def judged(obs, recipe, terms):
+    obs = obs.assign(tech_sample=(obs["dataset_id"] + "_" + obs["donor_id"]).astype("category"))
+    return census.judge_types(obs.astype({"cell_type": "category"}), recipe, terms)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 200),
+    st.integers(0, 10),
+    st.integers(0, 8),
+    st.sampled_from(["native cell", "b", "cell"]),
+)
+def test_filters_of_types_one_by_one_and_together(obo, seed, min_cells, min_tech_samples, min_ancestors, root):
+    limits = {"min_cells": min_cells, "min_tech_samples": min_tech_samples, "min_ancestors": min_ancestors}
+    recipe = Recipe(ontology=obo, root=root, primary=False, assay=None, **limits)
+    below = {"native cell": BELOW_NATIVE, "b": {"c", "d", "e"}, "cell": {*N_ANCESTORS} - {"cell"}}[root]
+    obs = simulated_obs(np.random.default_rng(seed), 300)
+    kept, removed, _ = reference(obs, recipe, native=below)
+    types, fails = judged(obs, recipe, ontology.read(obo, relations=("is_a",)))
+    names = ["unknown", "root", "ancestors", "cells", "tech_samples"]
+    assert {name: set(fails.index[fails.iloc[:, place]]) for place, name in enumerate(names)} == removed
+    assert set(types.index[types["removed"] == ""]) == set(kept["cell_type"])
+    assert (types["n_cells"] == obs["cell_type"].value_counts().reindex(types.index)).all()
+
+
+def test_sctabs_limits_are_as_strict_as_its_code(tmp_path):
+    chain = "".join(f"[Term]\nid: {i}\nname: t{i}\nis_a: {i - 1}\n\n" for i in range(1, 10))
+    (tmp_path / "cl.obo").write_text(f"[Term]\nid: 0\nname: native cell\n\n{chain}")
+    recipe = Recipe(ontology=str(tmp_path / "cl.obo"))
+
+    def obs_of(name, n_cells, n_samples):
+        donors = np.arange(n_cells) % n_samples
+        return pd.DataFrame({"cell_type": name, "dataset_id": "s", "donor_id": donors.astype(str)})
+
+    cases = {
+        ("t8", 5000, 31): "",  # 8 ancestors, 5,000 cells and 31 tech_samples: all just enough
+        ("t9", 4999, 31): "fewer than 5,000 cells",
+        ("t8", 5000, 30): "fewer than 31 tech_samples",
+        ("t7", 5000, 31): "fewer than 8 ancestors",
+        ("t7", 4999, 30): "fewer than 8 ancestors; fewer than 5,000 cells; fewer than 31 tech_samples",
+    }
+    terms = ontology.read(recipe.ontology, relations=("is_a",))
+    for case, why in cases.items():
+        types, _ = judged(obs_of(*case), recipe, terms)
+        assert types.loc[case[0], "removed"] == why
+
+
+def test_the_default_recipe_is_sctabs():
+    recipe = Recipe(ontology=None)
+    assert (recipe.release, recipe.organism, recipe.primary, recipe.root) == (
+        "2023-05-15",
+        "homo_sapiens",
+        True,
+        "native cell",
+    )
+    assert sorted(recipe.assay) == [
+        "10x 3' transcription profiling",
+        *(f"10x 3' v{version}" for version in (1, 2, 3)),
+        "10x 5' transcription profiling",
+        *(f"10x 5' v{version}" for version in (1, 2)),
+    ]
+    assert len(recipe.columns) == 9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tissue": "lung"}, {"min_cells": -1}, {"min_cells": "5000"}, {"assay": []}, {"where": {"disease": "flu"}}],
+)
+def test_a_recipe_is_checked(wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Recipe(ontology=None, **wrong)
+
+
+def test_an_ontology_must_be_said():
+    with pytest.raises(ValidationError, match="ontology"):
+        Recipe()
+
+
+def test_faults_of_the_ontology(tmp_path, obo):
+    obs = simulated_obs(np.random.default_rng(0), 100)
+    terms = ontology.read(obo, relations=("is_a",))
+    with pytest.raises(CorpusError, match=r"cl\.obo: has no term named 'of old' that is not obsolete"):
+        judged(obs, Recipe(ontology=obo, root="of old"), terms)
+    with pytest.raises(CorpusError, match=r"none of the 1 cell types \(T, …\) is a term of it"):
+        judged(obs.assign(cell_type="T"), Recipe(ontology=obo), terms)
+    circle = tmp_path / "circle.obo"
+    circle.write_text(OBO.replace("is_a: CL:1 ! native cell", "is_a: CL:1\nis_a: CL:5"))
+    with pytest.raises(CorpusError, match=r"circle\.obo: '[abcd]' is its own ancestor by is_a"):
+        judged(obs, Recipe(ontology=str(circle)), ontology.read(circle, relations=("is_a",)))
+    circle.write_text("not an ontology")
+    with pytest.raises(ValueError, match=r"circle\.obo: holds no \[Term\]"):
+        ontology.read(circle)
+    circle.write_text("[Term]\nname: T cell\n")
+    with pytest.raises(ValueError, match="the term named 'T cell' has no id"):
+        ontology.read(circle)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.obo: no such ontology file"):
+        ontology.read("nowhere.obo")
+
+
+# A Census on disk
+
+
+def write_frame(parent, key, table, plain):
+    """Write a SOMA data frame; text is dictionary-encoded but for the columns in `plain`, as old releases have it."""
+    import pyarrow as pa
+    import tiledbsoma
+
+    columns = {"soma_joinid": pa.array(np.arange(len(table)))}
+    for name in table:
+        kind = pa.bool_() if table[name].dtype == bool else pa.large_string()
+        column = pa.array(table[name].to_numpy(), kind, from_pandas=True)
+        text = table[name].dtype != bool and name not in plain
+        columns[name] = column.dictionary_encode() if text else column
+    arrow = pa.table(columns)
+    domain = [(0, len(table) - 1)]
+    # Made by itself and added afterwards: within an open collection the categories are lost.
+    index = {"index_column_names": ["soma_joinid"], "domain": domain}
+    with tiledbsoma.DataFrame.create(f"{parent.uri}/{key}", schema=arrow.schema, **index) as frame:
+        half = len(arrow) // 2  # the later half first: rows need not lie in order
+        frame.write(arrow[half:])
+        frame.write(arrow[:half])
+    parent.set(key, tiledbsoma.open(f"{parent.uri}/{key}"), use_relative_uri=True)
+
+
+def write_census(uri, obs, genes, X, plain=("assay", "feature_id")):
+    import pyarrow as pa
+    import tiledbsoma
+
+    with tiledbsoma.Collection.create(str(uri)) as top:
+        human = top.add_new_collection("census_data").add_new_collection("homo_sapiens", tiledbsoma.Experiment)
+        write_frame(human, "obs", obs, plain)
+        rna = human.add_new_collection("ms").add_new_collection("RNA", tiledbsoma.Measurement)
+        write_frame(rna, "var", pd.DataFrame({"feature_id": genes}), plain)
+        raw = rna.add_new_collection("X").add_new_sparse_ndarray("raw", type=pa.float32(), shape=X.shape)
+        raw.write(pa.SparseCOOTensor.from_scipy(sp.coo_matrix(X)))
+    return str(uri)
+
+
+def planted():
+    """Cells, genes and counts: 40 genes of the table in random order, the first of it among them, and 10 others."""
+    rng = np.random.default_rng(0)
+    table = corpus.gene_table().index.to_numpy()
+    genes = rng.permutation(
+        [table[0], *rng.choice(table[1:], 39, replace=False), *[f"ENSG9{i:010}" for i in range(10)]]
+    )
+    counts = np.where(rng.random((600, 50)) < 0.3, rng.integers(1, 200, (600, 50)), 0)
+    return simulated_obs(rng), genes, counts.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tiledbsoma():
+    return pytest.importorskip("tiledbsoma", reason="tiledbsoma is not installed: pip install datawall[census]")
+
+
+@pytest.fixture(scope="module")
+def uri(tiledbsoma, tmp_path_factory):
+    return write_census(tmp_path_factory.mktemp("census") / "soma", *planted())
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {},
+        {"primary": False},
+        {"assay": ["10x 5' v2", "Smart-seq2"]},
+        {"assay": None, "where": {"tissue_general": ["lung"], "disease": ["flu"]}},
+        {"ontology": None},
+    ],
+)
+def test_cells_are_those_of_plain_pandas(uri, obo, edit):
+    recipe = Recipe(**{"uri": uri, "ontology": obo, **LOW, **edit})
+    kept, removed, left = reference(planted()[0], recipe)
+    selection = census.select(recipe)
+    np.testing.assert_array_equal(selection.obs["soma_joinid"], kept.index)
+    for column in recipe.columns:
+        np.testing.assert_array_equal(selection.obs[column].astype(str), kept[column].astype(str))
+    names = (kept["dataset_id"] + "_" + kept["donor_id"]).to_numpy()
+    np.testing.assert_array_equal(selection.obs["tech_sample"].astype(str), names)
+    assert sorted(selection.obs["cell_type"].cat.categories) == sorted(set(kept["cell_type"]))
+
+    report = selection.report.set_index("step")
+    assert report.loc["in the Census", "n_cells"] == 600
+    if recipe.primary:
+        assert report.loc["removed: other is_primary_data", "n_cells"] == (~planted()[0]["is_primary_data"]).sum()
+    assert tuple(report.loc["left for the filters of types"]) == (len(left), left["cell_type"].nunique())
+    for name, step in {
+        "cells": "fewer than 8 cells",
+        "tech_samples": "fewer than 3 tech_samples",
+        "root": "not below 'native cell'",
+        "ancestors": "fewer than 3 ancestors",
+        "unknown": "no term of cl.obo",
+    }.items():
+        if recipe.ontology is not None or name in ("cells", "tech_samples"):
+            n_cells = left["cell_type"].isin(removed[name]).sum()
+            assert tuple(report.loc[f"removed: {step}"]) == (n_cells, len(removed[name]))
+    assert tuple(report.loc["kept"]) == (len(kept), kept["cell_type"].nunique())
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 4096])
+def test_blocks_hold_the_planted_counts(uri, obo, block_size):
+    recipe = Recipe(uri=uri, ontology=obo, **LOW)
+    selection = census.select(recipe)
+    blocks = list(census.blocks(recipe, selection, block_size=block_size))
+    obs, genes, counts = planted()
+    kept = reference(obs, recipe)[0]
+    order = [np.flatnonzero(genes == gene)[0] for gene in corpus.gene_table().index if gene in genes]
+    assert len(order) == 40
+    np.testing.assert_array_equal(sp.vstack([block.X for block in blocks]).toarray(), counts[kept.index][:, order])
+    assert [name for block in blocks for name in block.obs_names] == kept.index.astype(str).to_list()
+    assert [kind for block in blocks for kind in block.obs["cell_type"]] == kept["cell_type"].to_list()
+    for block in blocks:
+        assert isinstance(block.X, sp.csr_matrix)
+        assert block.X.dtype == np.float32
+        assert block.n_obs == block_size or block is blocks[-1]
+        assert block.var.equals(corpus.gene_table().loc[genes[order], ["feature_name"]])
+
+
+def test_an_experiment_need_not_lie_in_a_census(uri, obo):
+    whole = census.select(Recipe(uri=uri, ontology=obo, **LOW))
+    bare = census.select(Recipe(uri=f"{uri}/census_data/homo_sapiens", ontology=obo, **LOW))
+    assert bare.obs.equals(whole.obs)
+
+
+def test_buffers_of_any_size_give_the_same_cells(uri, obo, monkeypatch):
+    recipe = Recipe(uri=uri, ontology=obo, **LOW)
+    whole = census.select(recipe)
+    monkeypatch.setattr(census, "BUFFER_BYTES", 1024)
+    parts = census.select(recipe)
+    assert parts.obs.equals(whole.obs)
+    assert parts.report.equals(whole.report)
+    for one, other in zip(census.blocks(recipe, whole), census.blocks(recipe, parts), strict=True):
+        assert (one.X != other.X).nnz == 0
+
+
+def test_a_public_release_is_found_by_cellxgene_census(uri, obo, tiledbsoma, monkeypatch):
+    def open_soma(census_version, tiledb_config):
+        assert census_version == "2023-05-15"
+        return tiledbsoma.open(uri)
+
+    monkeypatch.setitem(sys.modules, "cellxgene_census", SimpleNamespace(open_soma=open_soma))
+    assert len(census.select(Recipe(ontology=obo, **LOW)).obs)
+    with pytest.raises(DatasetError, match="census 2030-01-01: cannot be opened"):
+        census.select(Recipe(ontology=obo, release="2030-01-01"))
+
+
+@pytest.mark.parametrize("package", ["tiledbsoma", "cellxgene_census"])
+def test_what_is_not_installed_is_named(package, obo, monkeypatch, tiledbsoma):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DatasetError, match=rf"{package} is not installed; `pip install datawall\[census\]`"):
+        census.select(Recipe(ontology=obo))
+
+
+def test_faults_of_the_census(uri, obo, tmp_path, tiledbsoma):
+    bare = str(tmp_path / "bare")
+    with tiledbsoma.Experiment.create(bare) as experiment:
+        experiment.add_new_collection("ms")
+    cases = [
+        ({"uri": str(tmp_path / "nowhere")}, DatasetError, "nowhere: cannot be opened"),
+        ({"uri": f"{uri}/census_data"}, DatasetError, "no organism 'homo_sapiens'; it has none"),
+        ({"uri": f"{uri}/census_data/homo_sapiens/obs"}, DatasetError, "no organism 'homo_sapiens'; it has none"),
+        ({"uri": bare}, DatasetError, r"has no raw counts, ms\['RNA'\].X\['raw'\]"),
+        ({"organism": "mus_musculus"}, DatasetError, "no organism 'mus_musculus'; it has homo_sapiens"),
+        ({"columns": ["sex"]}, CorpusError, "obs has no column 'sex'; it has 'soma_joinid', "),
+        ({"where": {"suspension_type": ["cell"]}}, CorpusError, "obs has no column 'suspension_type'"),
+        ({"where": {"tissue": ["lug"]}}, CorpusError, "no cell passes .*removed: other tissue: 600; left"),
+        ({"min_cells": 10_000}, CorpusError, "no cell passes .*removed: fewer than 10,000 cells"),
+        ({"min_matched_genes": 0.5}, CorpusError, "only 40 of the 19331 human genes"),
+    ]
+    for edit, error, message in cases:
+        with pytest.raises(error, match=message):
+            census.select(Recipe(**{"uri": uri, "ontology": obo, **LOW, **edit}))
+
+
+@pytest.mark.parametrize(("wrong", "text"), [(0.5, "0.5"), (-2, "-2")])
+def test_counts_must_be_counts(tmp_path, obo, tiledbsoma, wrong, text):
+    obs, genes, counts = planted()
+    recipe = Recipe(uri=str(tmp_path / "soma"), ontology=obo, **LOW)
+    cell = reference(obs, recipe)[0].index[100]
+    counts[cell, genes == corpus.gene_table().index[0]] = wrong
+    write_census(recipe.uri, obs, genes, counts)
+    with pytest.raises(CorpusError, match=rf"X\['raw'\] of cell {cell} holds {text}; counts must be"):
+        list(census.blocks(recipe, census.select(recipe)))
+
+
+def test_labels_must_be_complete_and_genes_unique(tmp_path, obo, tiledbsoma):
+    obs, genes, counts = planted()
+    gaps = obs.assign(donor_id=[None if row < 5 else donor for row, donor in enumerate(obs["donor_id"])])
+    gapped = write_census(tmp_path / "gaps", gaps, genes, counts, plain=("donor_id",))
+    with pytest.raises(CorpusError, match="donor_id is missing for 5 cells"):
+        census.select(Recipe(uri=gapped, ontology=obo, primary=False, assay=None, **LOW))
+    genes[1] = genes[0]
+    twice = write_census(tmp_path / "twice", obs, genes, counts)
+    with pytest.raises(CorpusError, match=f"gene {genes[0]} occurs more than once"):
+        census.select(Recipe(uri=twice, ontology=obo, **LOW))
+
+
+def test_a_corpus_is_known_by_what_its_ontology_says(tmp_path, obo):
+    copy = tmp_path / "copy.obo"
+    copy.write_text(OBO)
+    record = census.identity(Recipe(ontology=obo))
+    assert record == census.identity(Recipe(ontology=str(copy)))
+    copy.write_text(OBO + "\n")
+    assert record != census.identity(Recipe(ontology=str(copy)))
