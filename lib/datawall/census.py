@@ -34,7 +34,7 @@ PROTOCOLS_10X = [*(f"10x 3' v{version}" for version in (1, 2, 3)), *(f"10x 5' v{
 PROTOCOLS_10X += ["10x 3' transcription profiling", "10x 5' transcription profiling"]
 LABELS = ["development_stage", "disease", "tissue", "tissue_general"]
 # Of a column while it is read; tiledbsoma's default, 1 GiB, would take many times that for the columns of obs.
-BUFFER_BYTES = 32 * 2**20
+BUFFER_BYTES = 8 * 2**20
 
 
 class Recipe(BaseModel):

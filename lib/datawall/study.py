@@ -27,7 +27,7 @@ CODE = {
     "scVI": ("models/scvi", "models/base", "training"),
     "SSL": ("models/ssl", "models/sparse", "models/base", "training", "expression"),
     "Geneformer": ("models/geneformer", "models/base", "tokenizer", "transformer", "training", "expression"),
-    "SCimilarity": ("models/scimilarity", "models/sparse", "models/base", "training", "expression"),
+    "SCimilarity": ("models/scimilarity", "models/sparse", "models/base", "ontology", "training", "expression"),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }
