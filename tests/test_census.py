@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from datawall import census, corpus, ontology
+from datawall import census, corpus, curation, ontology, params
 from datawall.census import Recipe
 from datawall.corpus import CorpusError
+from datawall.curated import Curated
 from datawall.datasets import DatasetError
 
 # cell > native cell > a > b > c > d, with e beside d (two parents); engineered cell is native to nothing
@@ -441,3 +442,16 @@ def test_a_corpus_is_known_by_what_its_ontology_says(tmp_path, obo):
     assert record == census.identity(Recipe(ontology=str(copy)))
     copy.write_text(OBO + "\n")
     assert record != census.identity(Recipe(ontology=str(copy)))
+
+
+def test_a_study_curates_it(uri, obo, tmp_path):
+    recipe = {"uri": uri, "ontology": str(obo), **LOW}
+    study = {"study": "atlas", "corpus": "census", "census": recipe, "batch_key": "dataset_id", "donor_key": "donor_id"}
+    rest = {"strategies": ["random"], "percentages": [10], "seeds": [0], "models": ["PretrainedPCA"], "steps": 1}
+    tasks = {"tasks": ["zeroshot_classification"], "min_matched_genes": 0.0}
+    atlas = Curated(params.check({**study, **rest, **tasks}, "atlas.yaml"), tmp_path)
+    selection = census.select(Recipe(**recipe))
+    assert atlas.corpus.n_obs == len(selection.obs)
+    assert atlas.corpus.names().tolist() == selection.obs["soma_joinid"].astype(str).tolist()
+    assert atlas.corpus.obs["donor_id"].tolist() == selection.obs["donor_id"].tolist()
+    assert set(curation.reports(atlas)) == {"census", "types"}
