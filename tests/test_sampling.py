@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,9 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from datawall import diversity, sampling
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+from datawall import diversity, sampling, simulate
 
 steady = settings(deadline=None, derandomize=True, max_examples=80)
 n_cells = st.integers(1, 300)
@@ -157,11 +153,8 @@ def test_celltype_reweighted_names_a_cell_without_a_type():
 
 @pytest.fixture(scope="module")
 def sctab_cell_type():
-    path = SHARED / "sctab_cell_type_counts.csv"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    table = pd.read_csv(path)
-    return pd.Categorical.from_codes(np.repeat(np.arange(len(table)), table["n_cells_test"]), table["cell_type"])
+    table = pd.read_csv(simulate.COMPOSITION)
+    return pd.Categorical.from_codes(np.repeat(np.arange(len(table)), table["n_cells"]), table["cell_type"])
 
 
 @pytest.mark.parametrize(
