@@ -68,7 +68,7 @@ class SeenCells:
         origin = np.full(len(hashes), -1, np.int32)
         for seen, origins in self._runs:
             at = np.minimum(np.searchsorted(seen[:, 0], hashes[:, 0]), len(seen) - 1)
-            same = (seen[at] == hashes).all(axis=1) & hashes.any(axis=1)
+            same = (seen[at] == hashes).all(axis=1)
             origin[same] = origins[at[same]]
         return origin
 
