@@ -125,6 +125,9 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
             weights = np.full(len(rows), 100 / len(rows))
             axis.hist(rows[value], bins=edges, weights=weights, histtype="step", color=colours[name], label=name)
         axis.set(xscale="log", xlabel=text, ylabel="share of cells (%)")
+        axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     sns.despine(figure)
     _legend(figure, axes[0, 0])
     return figure
