@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from datawall import store
 from datawall.hyperparameters import family
@@ -126,9 +125,9 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
             weights = np.full(len(rows), 100 / len(rows))
             axis.hist(rows[value], bins=edges, weights=weights, histtype="step", color=colours[name], label=name)
         axis.set(xscale="log", xlabel=text, ylabel="share of cells (%)")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     sns.despine(figure)
     _legend(figure, axes[0, 0])
     return figure

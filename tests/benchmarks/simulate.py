@@ -32,9 +32,10 @@ kang, _ = corpus.align(datasets.load("kang2018"), "kang2018")
 atlas = simulate.Atlas(n_cells=kang.n_obs, n_genes=kang.n_vars, composition=BLOOD)
 genes, cells = curation.realism({"Kang et al. 2018": kang.X, "simulated": simulate.load(atlas).X})
 genes["fano"] = genes["variance"] / genes["mean"]
-bins = pd.cut(genes["mean"], [0.01, 0.1, 0.3, 1, 3, 10, 100]).rename("mean count")
-print(genes.groupby([bins, "dataset"], observed=True)[["fano", "zeros"]].describe(percentiles=[0.1, 0.9]).round(2))
-print(cells.groupby("dataset").describe(percentiles=[0.1, 0.9]).round().T)
+genes["mean count"] = pd.cut(genes["mean"], [0.01, 0.1, 0.3, 1, 3, 10, 100])
+print("medians over genes, by mean count:")
+print(genes.pivot_table(["fano", "zeros"], "mean count", "dataset", aggfunc="median", observed=True).round(2))
+print(cells.pivot_table(["library_size", "n_genes"], "dataset", aggfunc="median").round())
 if len(sys.argv) > 1:
     shown = genes.iloc[np.random.default_rng(0).permutation(len(genes))[:4000]]  # a table of a size to keep
     plots.save(plots.realism(shown, cells), "realism", shown, Path(sys.argv[1]))
