@@ -85,7 +85,7 @@ def test_cells_come_back_in_any_order(tiny, data):
         expected = cells.X[kept].toarray()
         np.testing.assert_array_equal(subset.counts(rows).toarray(), expected[rows])
         np.testing.assert_array_equal(subset.take(np.unique(rows)).counts().toarray(), expected[np.unique(rows)])
-        first, second = subset.read([rows, rows[::-1]])
+        first, second = list(subset.read([rows, rows[::-1]]))
         np.testing.assert_array_equal(first.toarray(), expected[rows])
         np.testing.assert_array_equal(second.toarray(), expected[rows[::-1]])
     assert subset.names(rows).tolist() == cells.obs_names[kept][rows].tolist()

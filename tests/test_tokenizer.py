@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from datawall.tokenizer import RankTokenizer, Tokens, gene_medians
+from datawall import datasets, tokenizer
+from datawall.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
 from datawall.transformer import N_SPECIAL
 
 PBMC = Path(__file__).resolve().parents[2] / "shared" / "data" / "pbmc3k.h5ad"
@@ -168,3 +169,25 @@ def test_take_gives_the_sequences_in_the_order_asked(cells):
     tokens = Tokens(np.array([5, 3, 9, 2, 4, 6], np.int32), np.array([0, 2, 2, 3, 6, 6]))
     taken = tokens.take(np.array(cells, np.int64))
     assert_same_cells(taken, [np.array(sequences[cell]) for cell in cells])
+
+
+@steady
+@given(
+    arrays(
+        np.int64,
+        st.tuples(st.integers(1, 12), st.integers(1, 4)),
+        elements=st.sampled_from([0, 0, 1, 1, 2, 3, 9, 10**6]),
+    ),
+    st.integers(1, 12),
+)
+def test_streamed_medians_are_those_of_all_cells(counts, size):
+    X = sp.csr_matrix(counts.astype(np.float32))
+    streamed = streamed_gene_medians(lambda: (X[i : i + size] for i in range(0, X.shape[0], size)))
+    np.testing.assert_array_equal(streamed, gene_medians(X))
+
+
+def test_streamed_medians_of_real_cells(monkeypatch):
+    X = sp.csr_matrix(datasets.load("pbmc68k").X)
+    monkeypatch.setattr(tokenizer, "N_GATHERED", 100)
+    streamed = streamed_gene_medians(lambda: (X[i : i + 97] for i in range(0, X.shape[0], 97)))
+    np.testing.assert_array_equal(streamed, gene_medians(X))

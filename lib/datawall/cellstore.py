@@ -6,6 +6,8 @@ separately compressed chunks, in the smallest unsigned integers that hold them, 
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import shutil
 import threading
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
     import anndata as ad
     import zarr
 
+log = logging.getLogger(__name__)
+
 NAME = "cells.zarr"
-CHUNK = 2**15  # counts compressed together, of some twenty cells: the least that is read for one
+CHUNK = 2**14  # counts compressed together, of some ten cells: the least that is read for one
 SHARD = 2**25  # counts in a file
 NAMES = 2**18  # names of cells in a file
 CELLS_AT_ONCE = 4096  # when many are read in turn
-NEARBY = 8  # cells at most this far apart are read with those between, so that a chunk is unpacked once
+NEARBY = 4  # cells at most this far apart are read with those between, so that a chunk is unpacked once
 PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times as fast as zarr's own
 
 
@@ -235,9 +239,22 @@ class Cells:
         """Some of these cells, of sorted rows."""
         return Cells(self.path, self._positions(rows))
 
+    def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
+        return self.counts(rows)
+
     def names(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Names of cells, str objects."""
         return self._file.root["obs/_index"].get_orthogonal_selection(self._positions(rows)).astype(object)
+
+    def within(self, memory_gib: float) -> sp.csr_matrix | Cells:
+        """Raw counts of all if they fit in memory, together with a copy that a model prepares; if not, these cells."""
+        gib = 2 * self.nbytes() / 2**30
+        streamed = gib > memory_gib
+        log.info(
+            "%d cells take %.1f GiB in training: they are %s, as %.1f GiB are allowed.",
+            self.n_obs, gib, "streamed from the disk" if streamed else "kept in memory", memory_gib,
+        )  # fmt: skip
+        return self if streamed else self.counts()
 
     def counts(self, rows: np.ndarray | None = None) -> sp.csr_matrix:
         """Raw counts of cells in the order given, float32, in memory."""
@@ -246,7 +263,7 @@ class Cells:
         index = np.int32 if indptr[-1] < 2**31 else np.int64
         data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], index)
         for first in range(0, len(positions), CELLS_AT_ONCE):
-            (block,) = self._file.read([positions[first : first + CELLS_AT_ONCE]])
+            block = next(self._file.read([positions[first : first + CELLS_AT_ONCE]]))
             some = slice(indptr[first], indptr[first] + block.nnz)
             data[some], indices[some] = block.data, block.indices
         return sp.csr_matrix((data, indices, indptr.astype(index)), shape=(len(positions), self.n_vars))
@@ -261,7 +278,7 @@ class Cells:
         """Rows and raw counts of all cells in turn, float32."""
         for first in range(0, self.n_obs, size):
             rows = np.arange(first, min(first + size, self.n_obs))
-            yield rows, self._file.read([self._positions(rows)])[0]
+            yield rows, next(self._file.read([self._positions(rows)]))
 
     def count_blocks(self) -> Iterator[sp.csr_matrix]:
         """The counts of `blocks`."""
@@ -273,8 +290,15 @@ class Cells:
 
         return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
 
-    def read(self, batches: list[np.ndarray]) -> list[sp.csr_matrix]:
-        """Raw counts of batches of rows, float32: at once, so that each cell is read once however often it occurs."""
+    def within(self, budget: float) -> sp.csr_matrix | Cells:
+        """The counts, if they take no more than a budget of memory (bytes), or else these cells, to be streamed."""
+        fits = (size := self.nbytes()) <= budget
+        what = f"{self.n_obs:,} cells take {size / 2**30:.2f} GiB in memory"
+        log.info("%s: %s.", what, "loaded" if fits else f"streamed, as the budget is {budget / 2**30:.2f} GiB")
+        return self.counts() if fits else self
+
+    def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
+        """Raw counts of batches of rows, float32; all are read at once, and each cell once however often it occurs."""
         return self._file.read([self._positions(rows) for rows in batches])
 
     def _positions(self, rows: np.ndarray | None) -> np.ndarray:
@@ -348,32 +372,23 @@ class _File:
 
         return ad.io.read_elem(self.root["var"])
 
-    def count_blocks(self) -> Iterator[sp.csr_matrix]:
-        """The counts of `blocks`."""
-        return (counts for _, counts in self.blocks())
-
-    def to_memory(self) -> ad.AnnData:
-        """All cells, with their names."""
-        import anndata as ad
-
-        return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
-
-    def read(self, batches: list[np.ndarray]) -> list[sp.csr_matrix]:
+    def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
         import zarr
 
         positions, place = np.unique(np.concatenate(batches), return_inverse=True)
-        begins = np.flatnonzero(np.diff(positions, prepend=positions[:1] - NEARBY - 1) > NEARBY)
-        n_wanted = np.diff(np.append(begins, len(positions)))
-        first, last = positions[begins], positions[begins + n_wanted - 1]
-        n_read = last + 1 - first
-        within = positions + np.repeat(np.cumsum(n_read) - n_read - first, n_wanted)  # place in what is read
-        ends = np.cumsum([len(batch) for batch in batches])
+        gaps = np.diff(positions, prepend=positions[:1])
+        gaps[gaps > NEARBY] = 1  # not read, so that what follows comes next in memory
+        within = np.cumsum(gaps) - gaps[:1]  # place of each position in what is read
+        requests = np.repeat(positions, np.append(np.diff(within), 1))
+        requests += np.arange(len(requests)) - np.repeat(within, np.append(np.diff(within), 1))
+        splits = np.split(within[place], np.cumsum([len(rows) for rows in batches])[:-1])
         with self.one_at_a_time, zarr.config.set(PIPELINE):
-            self.request = {
-                "requests": [slice(*run) for run in zip(first.tolist(), (last + 1).tolist(), strict=True)],
-                "splits": np.split(within[place], ends[:-1]),
-            }
-            return [batch["X"].astype(np.float32) for batch in self.loader]
+            self.request = {"requests": requests, "splits": splits}
+            loaded = iter(self.loader)
+            first = next(loaded)  # reads all; the others are cut from it
+        for batch in itertools.chain([first], loaded):
+            batch["X"].data = batch["X"].data.astype(np.float32)
+            yield batch["X"]
 
 
 @lru_cache(4)

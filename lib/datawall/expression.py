@@ -191,7 +191,7 @@ def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50, *, then: Bl
         From `streamed_variable_genes`.
     """
     genes = streamed_variable_genes(blocks)
-    axes, mean, n_cells = _streamed_axes(blocks, genes, n_components)
+    axes, mean, n_cells = streamed_axes(blocks, genes, n_components)
     if then is not None:
         n_cells += sum(counts.shape[0] for counts in then())
 
@@ -209,7 +209,7 @@ def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50, *, then: Bl
     return np.load(path, mmap_mode="r")
 
 
-def _streamed_axes(blocks: Blocks, genes: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray, int]:
+def streamed_axes(blocks: Blocks, genes: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray, int]:
     """`principal_axes` of the chosen genes, their mean, and the number of cells."""
     from scipy.linalg import eigh
 

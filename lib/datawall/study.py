@@ -22,12 +22,13 @@ from datawall.curated import Curated, Subset
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
+_TRAINED = ("models/base", "training", "streaming")
 CODE = {
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
-    "scVI": ("models/scvi", "models/base", "training"),
-    "SSL": ("models/ssl", "models/sparse", "models/base", "training", "expression"),
-    "Geneformer": ("models/geneformer", "models/base", "tokenizer", "transformer", "training", "expression"),
-    "SCimilarity": ("models/scimilarity", "models/sparse", "models/base", "ontology", "training", "expression"),
+    "scVI": ("models/scvi", *_TRAINED),
+    "SSL": ("models/ssl", "models/sparse", *_TRAINED, "expression"),
+    "Geneformer": ("models/geneformer", "tokenizer", "transformer", *_TRAINED, "expression"),
+    "SCimilarity": ("models/scimilarity", "models/sparse", "ontology", *_TRAINED, "expression"),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }
@@ -170,7 +171,7 @@ class Study(Curated):
             return {}
         cells = self.corpus.take(self.rows(subset))
         history = model.fit(
-            cells.counts(),
+            cells.within(p.memory_gib * 2**30),
             cells.obs,
             steps=p.steps,
             seed=subset.seed,

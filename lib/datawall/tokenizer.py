@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,6 +13,8 @@ import torch
 
 from datawall.transformer import N_SPECIAL
 
+N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
+N_GATHERED = 1 << 22  # at least, before equal values are put together
 ENTRIES_PER_BLOCK = 1 << 16  # detected genes encoded at once: what is made of them stays in a core's cache
 
 
@@ -58,6 +61,67 @@ def gene_medians(counts: sp.csr_matrix, target_sum: float = 1e4) -> np.ndarray:
     medians = np.ones(counts.shape[1])
     medians[seen] = (low + high) / 2
     return medians.astype(np.float32)
+
+
+def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]], target_sum: float = 1e4) -> np.ndarray:
+    """`gene_medians` of a corpus in blocks: exactly those, in two passes.
+
+    The first counts each gene's values in bins 0.4 to 0.8 % wide, and so finds the bins of its two middle values. The
+    second gathers the different values in these, which are few, as counts and their sums are whole numbers.
+
+    Parameters
+    ----------
+    blocks
+        Gives raw counts, (n_cells of the block, n_genes) CSR, anew at each call.
+    target_sum
+        Counts per cell after scaling.
+    """
+    highest = int(np.float32(target_sum).view(np.uint32) >> 16)
+
+    def values() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Genes, values and bins of the entries of each block."""
+        for counts in blocks():
+            totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+            values = counts.data / np.repeat(totals, np.diff(counts.indptr)) * target_sum
+            genes, values = counts.indices[values > 0], values[values > 0]
+            bits = values.astype(np.float32).view(np.uint32) >> 16  # the first 16 of a float32 rise with its value
+            yield genes, values, np.maximum(bits.astype(np.int64) - highest + N_BINS - 1, 0)
+
+    n_genes = next(iter(blocks())).shape[1]
+    n_until = np.zeros((n_genes, N_BINS), np.uint32)
+    for genes, _, bins in values():
+        np.add.at(n_until.reshape(-1), genes * np.int64(N_BINS) + bins, 1)
+    np.cumsum(n_until, axis=1, out=n_until)
+    n_cells = n_until[:, -1].astype(np.int64)
+    middle = np.stack([(n_cells - 1) // 2, n_cells // 2])  # ranks of the two, from 0
+    bin_of = np.stack([(n_until > rank[:, None]).argmax(axis=1) for rank in middle])
+    n_below = np.where(bin_of[0] > 0, n_until[np.arange(n_genes), bin_of[0] - 1], 0)
+    del n_until
+
+    found, n_new = [(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))], 0
+    for genes, value, bins in values():
+        chosen = (bins == bin_of[0][genes]) | (bins == bin_of[1][genes])
+        found.append((genes[chosen], value[chosen], np.ones(chosen.sum(), np.int64)))
+        n_new += len(found[-1][0])
+        if n_new > max(N_GATHERED, len(found[0][0])):
+            found, n_new = [_tally(*found)], 0
+    genes, value, times = _tally(*found)
+    until = np.cumsum(times)
+    n_before = np.concatenate([[0], until])[np.searchsorted(genes, np.arange(n_genes))]
+    seen = n_cells > 0
+    low, high = (value[np.searchsorted(until, (n_before + rank - n_below)[seen], "right")] for rank in middle)
+    medians = np.ones(n_genes)
+    medians[seen] = (low + high) / 2
+    return medians.astype(np.float32)
+
+
+def _tally(*parts: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Different pairs of gene and value in order, and how often each occurs."""
+    genes, values, times = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = np.lexsort((values, genes))
+    genes, values = genes[order], values[order]
+    first = np.flatnonzero((np.diff(genes, prepend=-1) != 0) | (np.diff(values, prepend=-1) != 0))
+    return genes[first], values[first], np.add.reduceat(times[order], first) if len(first) else times
 
 
 class RankTokenizer:

@@ -16,6 +16,7 @@ import logging
 import os
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,11 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints
 LOSSES_AT_ONCE = 20  # steps a GPU runs ahead before their losses are looked at
+NEIGHBOURS = 16  # cells that a pass over many draws together: what a disk gives in one go
+MIXED = 16_384  # cells whose order is fully random
 
 type Forward = Callable[..., Any]
+type Load = Callable[[Iterator[tuple[int, np.ndarray]]], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def minibatches(n_cells: int, batch_size: int, steps: int, *, seed: int) -> Iterator[np.ndarray]:
+def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: int) -> Iterator[np.ndarray]:
     """Rows of each step's batch: shuffled passes over the cells, laid end to end and cut into batches.
 
-    No cell is dropped at the end of a pass, and a batch larger than the data holds repeats.
+    No cell is dropped at the end of a pass, and a batch larger than the data holds repeats. A pass over more than
+    16,384 cells is shuffled so that it can be read from a disk: blocks of 16 neighbours in random order, and cells
+    within the 16,384 that come one after the other, which are those of `batches_together` batches.
 
     Parameters
     ----------
-    n_cells, batch_size, steps
-        Sizes; all positive.
+    cells
+        Their rows, or the number of them.
+    batch_size, steps
+        Sizes; both positive.
     seed
         Of the order.
 
@@ -114,25 +122,48 @@ def minibatches(n_cells: int, batch_size: int, steps: int, *, seed: int) -> Iter
     ValueError
         If there are no cells.
     """
-    if n_cells < 1:
+    cells = np.arange(cells) if isinstance(cells, int) else cells
+    if not len(cells):
         raise ValueError("there are no cells to draw batches from.")
     rng = np.random.default_rng(seed)
-    waiting = np.empty(0, np.int64)
+    together = batch_size * batches_together(batch_size)
+    n_drawn, waiting = 0, np.empty(0, np.int64)
     for _ in range(steps):
         while len(waiting) < batch_size:
-            waiting = np.concatenate([waiting, rng.permutation(n_cells)])
+            waiting = np.concatenate(
+                [waiting, _shuffled(cells, rng, np.arange(-n_drawn % together, len(cells), together))]
+            )
+            n_drawn += len(cells)
         yield waiting[:batch_size]
         waiting = waiting[batch_size:]
 
 
+def batches_together(batch_size: int) -> int:
+    """Batches that have their cells from the same blocks: to be read from a disk at once."""
+    return max(1, MIXED // batch_size)
+
+
+def _shuffled(cells: np.ndarray, rng: np.random.Generator, cuts: np.ndarray) -> np.ndarray:
+    """Cells in random order; of many, within the parts into which `cuts` divides them."""
+    if len(cells) <= MIXED:
+        return rng.permutation(cells)
+    blocks = rng.permutation(-(-len(cells) // NEIGHBOURS))
+    places = (blocks[:, None] * NEIGHBOURS + np.arange(NEIGHBOURS)).ravel()
+    order = np.sort(cells)[places[places < len(cells)]]
+    for part in np.split(order, cuts):
+        rng.shuffle(part)  # a view
+    return order
+
+
 def train(
     module: nn.Module,
-    loss_of: Callable[[Forward, np.ndarray, int], Tensor],
+    loss_of: Callable[[Forward, Any, int], Tensor],
     n_cells: int,
     recipe: Recipe,
     *,
     seed: int,
     batches: Iterable[np.ndarray] | None = None,
+    load: Load | None = None,
     validation_loss: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
     progress: str | None = None,
@@ -148,7 +179,8 @@ def train(
         On its device; left in evaluation mode. With `validation_loss`, it ends with the weights of its lowest.
     loss_of
         Loss, a scalar tensor, from `forward` (the module, or what runs it in several processes), the rows of the
-        batch and the number of the step, from 0. It takes randomness from torch's global generator alone.
+        batch, or what `load` made of them, and the number of the step, from 0. It takes randomness from torch's
+        global generator alone.
     n_cells
         Cells that rows are drawn from.
     recipe
@@ -157,6 +189,9 @@ def train(
         Of the order of cells and of the randomness of each step.
     batches
         Rows of each step's batch; `minibatches` by default.
+    load
+        From the numbers of the steps to take and the rows of this process's shares, what `loss_of` is given of each;
+        it may look ahead.
     validation_loss
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
@@ -184,6 +219,13 @@ def train(
         state.resume(checkpoint)
     if batches is None:
         batches = minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)
+    taken: deque[tuple[int, np.ndarray]] = deque()  # by `load`, which may be ahead, and not used yet
+
+    def shares() -> Iterator[tuple[int, np.ndarray]]:
+        for step, rows in itertools.islice(enumerate(batches), len(state.losses), recipe.steps):
+            taken.append((step, rows))
+            yield step, rows[rank::n_processes]
+
     module.train()
     bar = tqdm(
         total=recipe.steps, initial=len(state.losses), desc=progress, disable=progress is None or rank > 0, leave=False
@@ -193,12 +235,13 @@ def train(
     pending: list[tuple[int, np.ndarray, Tensor]] = []
     saved = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
-        for step, rows in itertools.islice(enumerate(batches), len(state.losses), recipe.steps):
+        for cells in load(shares()) if load else (rows for _, rows in shares()):
+            step, rows = taken.popleft()
             generator.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-                loss = loss_of(forward, rows[rank::n_processes], step)
+                loss = loss_of(forward, cells, step)
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)

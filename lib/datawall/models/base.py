@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from datawall import store, training
+from datawall.cellstore import Cells
 from datawall.hyperparameters import Hyperparameters, check
 from datawall.training import History
 
@@ -25,7 +26,7 @@ class Model(Protocol):
 
     def fit(
         self,
-        counts: sp.csr_matrix,
+        counts: sp.csr_matrix | Cells,
         obs: pd.DataFrame,
         *,
         steps: int,
@@ -39,7 +40,7 @@ class Model(Protocol):
         Parameters
         ----------
         counts, obs
-            The subset's cells; of `obs`, a family says which columns it reads.
+            The subset's cells, in memory or on disk; of `obs`, a family says which columns it reads.
         steps
             Optimiser steps: the budget.
         seed, init_seed

@@ -11,10 +11,11 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from datawall import expression, training
+from datawall import expression, streaming, training
+from datawall.cellstore import Cells
 from datawall.hyperparameters import check
 from datawall.models import base
-from datawall.tokenizer import RankTokenizer, Tokens, gene_medians
+from datawall.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
 from datawall.transformer import Encoder, EncoderConfig, mask_tokens
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Geneformer:
 
     def fit(
         self,
-        counts: sp.csr_matrix,
+        counts: sp.csr_matrix | Cells,
         obs: pd.DataFrame,
         *,
         steps: int,
@@ -65,18 +66,24 @@ class Geneformer:
         h = self.hyperparameters
         self.n_corpus_genes = counts.shape[1]
         self.genes = np.arange(counts.shape[1])
-        if h.n_genes is not None:
-            self.genes = np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), h.n_genes))
-        self.medians = gene_medians(counts)[self.genes]
+        if isinstance(counts, Cells):
+            if h.n_genes is not None:
+                self.genes = np.flatnonzero(expression.streamed_variable_genes(counts.count_blocks, h.n_genes))
+            self.medians = streamed_gene_medians(counts.count_blocks)[self.genes]
+        else:
+            if h.n_genes is not None:
+                self.genes = np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), h.n_genes))
+            self.medians = gene_medians(counts)[self.genes]
         tokenizer = self._build(seed if init_seed is None else init_seed)
-        tokens = tokenizer.encode(counts[:, self.genes])
-        tokens = tokens.take(np.flatnonzero(np.diff(tokens.offsets)))  # a cell without a token teaches nothing
-        if not len(tokens.ids):
+        # A cell without a token teaches nothing.
+        lengths = [(block[:, self.genes] > 0).getnnz(axis=1) for block in streaming.blocks(counts)]
+        rows = np.flatnonzero(np.concatenate(lengths))
+        if not len(rows):
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
         where = training.device()
 
-        def loss_of(forward: training.Forward, rows: np.ndarray, step: int) -> torch.Tensor:
-            ids, offsets = _tensors(tokens.take(rows), where)
+        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> torch.Tensor:
+            ids, offsets = _tensors(cells[1], where)
             masked, targets = mask_tokens(ids, tokenizer.vocab_size)
             return forward(masked, offsets, targets)
 
@@ -87,10 +94,12 @@ class Geneformer:
             warmup=h.warmup,
             weight_decay=h.weight_decay,
         )
-        n_cells = len(tokens.offsets) - 1
-        return training.train(
-            self.encoder, loss_of, n_cells, recipe, seed=seed, checkpoint=checkpoint, progress=progress
+        load = streaming.loader(
+            counts, lambda cells: tokenizer.encode(cells[:, self.genes]), h.batch_size, take=Tokens.take
         )
+        batches = training.minibatches(rows, h.batch_size, steps, seed=seed)
+        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint, "progress": progress}
+        return training.train(self.encoder, loss_of, len(rows), recipe, **options)
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
         """Random weights, and nothing learned from cells: all genes in the vocabulary, each with a median of one."""

@@ -10,6 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from datawall import expression
+from datawall.cellstore import Cells
 from datawall.hyperparameters import check
 from datawall.models import base
 
@@ -33,7 +34,7 @@ class PretrainedPCA:
 
     def fit(
         self,
-        counts: sp.csr_matrix,
+        counts: sp.csr_matrix | Cells,
         obs: pd.DataFrame,
         *,
         steps: int = 0,
@@ -49,9 +50,14 @@ class PretrainedPCA:
         ValueError
             If no gene is variable among the cells.
         """
-        X = expression.lognormalise(counts)
-        variable = expression.variable_genes(X)
-        axes, _ = expression.principal_axes(X[:, variable], self.hyperparameters.n_components)
+        n_components = self.hyperparameters.n_components
+        if isinstance(counts, Cells):
+            variable = expression.streamed_variable_genes(counts.count_blocks)
+            axes, *_ = expression.streamed_axes(counts.count_blocks, variable, n_components)
+        else:
+            X = expression.lognormalise(counts)
+            variable = expression.variable_genes(X)
+            axes, _ = expression.principal_axes(X[:, variable], n_components)
         self.axes = np.zeros((len(axes), counts.shape[1]), dtype=np.float32)
         self.axes[:, variable] = axes
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import expression, hyperparameters, paths, training
+from datawall import cellstore, expression, hyperparameters, paths, streaming, training
 from datawall.models import base
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear, bernoulli, embed
 from datawall.ontology import read as read_ontology
@@ -178,7 +178,7 @@ class SCimilarity(base.Network):
 
     def fit(
         self,
-        counts: sp.csr_matrix,
+        counts: sp.csr_matrix | cellstore.Cells,
         obs: pd.DataFrame,
         *,
         steps: int,
@@ -199,20 +199,21 @@ class SCimilarity(base.Network):
         h = self.hyperparameters
         labels, studies, types = _codes(obs)
         kin = np.eye(len(types), dtype=bool) if h.ontology is None else kinship(types, h.ontology)
-        X = expression.lognormalise(counts)
         module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
         settings = h.model_dump(include={"batch_size", "learning_rate", "weight_decay"})
         recipe = training.Recipe(steps=steps, decay="cosine", decay_vectors=True, **settings)
 
-        def loss_of(forward: training.Forward, rows: np.ndarray, step: int) -> Tensor:
+        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
+            rows, X = cells
             label, study = labels[rows], studies[rows]
             apart = study[:, None] != study if studies.any() else True
             relations = np.triu((label[:, None] == label) & apart, 1), ~kin[label[:, None], label]
             pairs, negatives = (torch.from_numpy(each).to(training.device()) for each in relations)
-            return forward(Cells.of(X[rows]), pairs, negatives, recipe.rate(step))
+            return forward(Cells.of(X), pairs, negatives, recipe.rate(step))
 
         batches = weighted_batches(sampling_weights(labels, studies), h.batch_size, steps, seed=seed)
-        options = {"seed": seed, "batches": batches, "checkpoint": checkpoint, "progress": progress}
+        load = streaming.loader(counts, expression.lognormalise, h.batch_size)
+        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint, "progress": progress}
         return training.train(module, loss_of, len(labels), recipe, **options)
 
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import hyperparameters, training
+from datawall import cellstore, hyperparameters, streaming, training
 from datawall.models import base
 
 ADAM = {"optimiser": "Adam", "epsilon": 0.01, "decay_vectors": True, "decay": "none"}  # as in scvi-tools
@@ -51,7 +51,7 @@ class ScVI(base.Network):
 
     def fit(
         self,
-        counts: sp.csr_matrix,
+        counts: sp.csr_matrix | cellstore.Cells,
         obs: pd.DataFrame,
         *,
         steps: int,
@@ -72,11 +72,13 @@ class ScVI(base.Network):
         h, n_cells = self.hyperparameters, counts.shape[0]
         module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
 
-        def loss_of(forward: training.Forward, rows: np.ndarray, step: int) -> Tensor:
-            return forward(counts[rows], self.kl_weight(step, steps, n_cells))
+        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
+            return forward(cells[1], self.kl_weight(step, steps, n_cells))
 
         recipe = training.Recipe(steps, h.batch_size, h.learning_rate, weight_decay=h.weight_decay, **ADAM)
-        return training.train(module, loss_of, n_cells, recipe, seed=seed, checkpoint=checkpoint, progress=progress)
+        load = streaming.loader(counts, lambda counts: counts, h.batch_size)
+        options = {"seed": seed, "load": load, "checkpoint": checkpoint, "progress": progress}
+        return training.train(module, loss_of, n_cells, recipe, **options)
 
     def kl_weight(self, step: int, steps: int, n_cells: int) -> float:
         """Weight of the KL term at a step, counted from 0: rising to 1 in a share of them, or by 1/400 each pass."""

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from datawall import expression, hyperparameters, training
+from datawall import cellstore, expression, hyperparameters, streaming, training
 from datawall.models import base, sparse
 from datawall.models.sparse import Cells
 
@@ -86,7 +86,7 @@ class SSL(base.Network):
 
     def fit(
         self,
-        counts: sp.csr_matrix,
+        counts: sp.csr_matrix | cellstore.Cells,
         obs: pd.DataFrame,
         *,
         steps: int,
@@ -105,19 +105,20 @@ class SSL(base.Network):
             If training diverges.
         """
         h = self.hyperparameters
-        X = expression.lognormalise(counts)
         cells = np.random.default_rng([seed, 1]).permutation(counts.shape[0])
         n_held = min(HELD_OUT, max(1, len(cells) // 10)) if h.keep == "best" else 0
         held, learned = cells[:n_held], cells[n_held:] if len(cells) > 1 else cells
         module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
 
-        def loss_of(forward: training.Forward, rows: np.ndarray, step: int) -> Tensor:
-            return forward(Cells.of(X[rows]))
+        X_held = expression.lognormalise(counts[held])
+
+        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
+            return forward(Cells.of(cells[1]))
 
         def validation_loss() -> float:
             torch.manual_seed(0)  # the same masks at every look; the next step has its own seed
-            blocks = (held[first : first + sparse.CELLS_AT_ONCE] for first in range(0, n_held, sparse.CELLS_AT_ONCE))
-            return sum(len(rows) * module(Cells.of(X[rows])).item() for rows in blocks) / n_held
+            blocks = (X_held[first : first + sparse.CELLS_AT_ONCE] for first in range(0, n_held, sparse.CELLS_AT_ONCE))
+            return sum(X.shape[0] * module(Cells.of(X)).item() for X in blocks) / n_held
 
         passes = max(1.0, len(learned) / h.batch_size)  # steps of one; a pass takes a step at least
         recipe = training.Recipe(
@@ -128,14 +129,14 @@ class SSL(base.Network):
             validate_every=max(1, steps // LOOKS),
             **h.model_dump(include={"batch_size", "learning_rate", "weight_decay", "clip_norm"}),
         )
-        batches = (learned[rows] for rows in training.minibatches(len(learned), h.batch_size, steps, seed=seed))
         return training.train(
             module,
             loss_of,
             len(learned),
             recipe,
             seed=seed,
-            batches=batches,
+            batches=training.minibatches(learned, h.batch_size, steps, seed=seed),
+            load=streaming.loader(counts, expression.lognormalise, h.batch_size),
             validation_loss=validation_loss if n_held else None,
             checkpoint=checkpoint,
             progress=progress,
