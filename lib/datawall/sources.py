@@ -47,9 +47,9 @@ class Options:
 class Report:
     """What became of the cells, as tables."""
 
-    cells: pd.DataFrame  # a row per file: read, empty, filtered, duplicate, kept
+    cells: pd.DataFrame  # a row per file: dataset, read, empty, filtered, duplicate, kept
     duplicates: pd.DataFrame  # kept_in, dropped_from, n_cells
-    quality: pd.DataFrame  # file, stage (read, kept), metric, and its 5, 25, 50, 75 and 95 % quantiles
+    quality: pd.DataFrame  # dataset, stage (read, kept), metric, quantile (0.05 to 0.95), value
 
 
 @dataclass(frozen=True)
