@@ -290,13 +290,6 @@ class Cells:
 
         return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
 
-    def within(self, budget: float) -> sp.csr_matrix | Cells:
-        """The counts, if they take no more than a budget of memory (bytes), or else these cells, to be streamed."""
-        fits = (size := self.nbytes()) <= budget
-        what = f"{self.n_obs:,} cells take {size / 2**30:.2f} GiB in memory"
-        log.info("%s: %s.", what, "loaded" if fits else f"streamed, as the budget is {budget / 2**30:.2f} GiB")
-        return self.counts() if fits else self
-
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
         """Raw counts of batches of rows, float32; all are read at once, and each cell once however often it occurs."""
         return self._file.read([self._positions(rows) for rows in batches])

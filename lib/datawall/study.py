@@ -171,7 +171,7 @@ class Study(Curated):
             return {}
         cells = self.corpus.take(self.rows(subset))
         history = model.fit(
-            cells.within(p.memory_gib * 2**30),
+            cells.within(p.memory_gib),
             cells.obs,
             steps=p.steps,
             seed=subset.seed,
