@@ -19,6 +19,7 @@ TINY = str(ROOT / "params" / "tiny.yaml")
 # A study of seconds: a corpus with labels of its own, one task.
 SMALL = [
     "corpus=pbmc68k",
+    "simulation=null",
     "evaluation=[]",
     "tasks=[zeroshot_classification]",
     "held_out_contexts=null",
@@ -146,7 +147,7 @@ def test_unknown_study_lists_those_that_exist(capsys):
 
 def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys):
     (tmp_path / "broken.h5ad").write_text("not a data set")
-    words = ["--set", f"corpus={tmp_path / 'broken.h5ad'}", "--out", str(tmp_path / "run")]
+    words = ["--set", f"corpus={tmp_path / 'broken.h5ad'}", "--set", "simulation=null", "--out", str(tmp_path / "run")]
     assert run_all.main([TINY, *words]) == 1
     printed = capsys.readouterr()
     assert "broken.h5ad: not readable" in printed.err

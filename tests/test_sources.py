@@ -154,6 +154,26 @@ def test_labels_of_every_kind_are_text(tmp_path, suffix):
         assert obs[name].astype(str).tolist() == [str(value) for value in values]
 
 
+@pytest.mark.parametrize("missing", [pd.array(["a", None] * 3, dtype="string"), pd.array([True, None] * 3, "boolean")])
+def test_missing_values_of_nullable_columns_are_refused(tmp_path, missing):
+    adata = toy(6)
+    adata.obs["kind"] = missing
+    with pytest.raises(CorpusError, match=r"a\.h5ad: column 'kind' \(batch\) is missing for 3 cells; label or drop"):
+        open_source([write(adata, tmp_path / "a.h5ad")], {"batch": "kind"})
+
+
+def test_stored_zeros_and_genes_in_two_columns_count_once(tmp_path):
+    adata = toy(30)
+    adata.X.data[::3] = 0
+    dense = adata.X.toarray()
+    adata.var_names = [*adata.var_names[:-1], adata.var_names[0] + ".2"]
+    dense[:, 0] += dense[:, -1]
+    [block] = open_source([write(adata, tmp_path / "a.h5ad")], LABELS).blocks()
+    assert block.X.nnz == (dense[:, :-1] > 0).sum()
+    assert block.obs["n_genes"].tolist() == (dense[:, :-1] > 0).sum(axis=1).tolist()
+    assert block.obs["n_counts"].tolist() == dense[:, :-1].sum(axis=1).tolist()
+
+
 # Several files
 
 
@@ -403,6 +423,18 @@ def test_pickles_are_never_opened(tmp_path):
     assert not Trap.sprung
     pickle.loads(pickle.dumps(Trap()))
     assert Trap.sprung
+
+
+def test_file_that_was_refused_is_closed_and_can_be_mended(tmp_path):
+    path = write(toy(), tmp_path / "a.h5ad")
+    sound = path.read_bytes()
+    with h5py.File(path, "r+") as file:
+        del file["obs"]
+    with pytest.raises(CorpusError, match=r"a\.h5ad: obs is no table") as error:
+        open_source([path], LABELS)
+    assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0, error
+    path.write_bytes(sound)
+    assert read_all(open_source([path], LABELS)).n_obs == 60
 
 
 def test_uns_is_never_read(tmp_path):

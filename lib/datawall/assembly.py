@@ -9,8 +9,21 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
-from datawall import cellstore, census, corpus, datasets, duplicates, expression, sampling, simulate, sources, store
+from datawall import (
+    backed,
+    cellstore,
+    census,
+    corpus,
+    datasets,
+    duplicates,
+    expression,
+    sampling,
+    simulate,
+    sources,
+    store,
+)
 from datawall.cellstore import Cells
 from datawall.params import Params
 
@@ -61,7 +74,7 @@ def make_corpus(p: Params, folder: Path) -> None:
         if p.spike_in is not None:
             yield from _spike_in(p, block)
 
-    cellstore.write(folder, blocks())
+    cellstore.write(folder, tqdm(blocks(), desc="corpus", unit="block", leave=False, delay=5))
     cells = cellstore.open(folder / cellstore.NAME)
     np.save(folder / "spike_in.npy", np.arange(n_cells, cells.n_obs))
     if p.clusters:
@@ -70,31 +83,33 @@ def make_corpus(p: Params, folder: Path) -> None:
 
 def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
     """The corpus without cells to spike in; its reports are written once it has been read."""
-    matches, reports = [], {}
-    if p.simulation is not None:
-        simulate.truth(p.simulation).write(folder)
-        yield from (_with_roles(block, p.columns(), "simulated") for block in simulate.blocks(p.simulation))
-    elif p.census is not None:
-        selection = census.select(p.census)
-        reports = {"census": selection.report, "types": selection.types.reset_index()}
-        yield from (_with_roles(block, p.columns(), "census") for block in census.blocks(p.census, selection))
-    elif p.corpus in datasets.DATASETS:
-        adata = datasets.load(p.corpus)
-        labelled = _with_roles(adata, p.columns(), p.corpus)
-        aligned, match = corpus.align(labelled, p.corpus, min_matched=p.min_matched_genes)
-        matches = [match]
-        yield from _in_blocks(aligned)
-    else:
+    name, reports = p.sources()[0], {}
+    if name.endswith(backed.SUFFIXES):
         filters = p.model_dump(include={"min_genes", "min_counts", "max_mito"})
         options = sources.Options(min_matched=p.min_matched_genes, **filters)
-        source = sources.open_source([datasets.file(name) for name in p.sources()], p.columns(), options)
+        source = sources.open_source([datasets.file(path) for path in p.sources()], p.columns(), options)
         matches = source.matches
-        yield from source.blocks()
-        reports = {"cells": source.report.cells, "duplicates": source.report.duplicates}
-        reports["quality"] = source.report.quality
+        for block in source.blocks():
+            block.obs = block.obs.drop(columns=list(sources.METRICS))
+            yield block
+        reports = {table: getattr(source.report, table) for table in ("cells", "duplicates", "quality")}
+    else:
+        if p.simulation is not None:
+            simulate.truth(p.simulation).write(folder)
+            blocks = simulate.blocks(p.simulation)
+        elif p.census is not None:
+            selection = census.select(p.census)
+            reports = {"census": selection.report, "types": selection.types.reset_index()}
+            blocks = census.blocks(p.census, selection)
+        else:
+            blocks = [datasets.load(name)]
+        for block in blocks:
+            aligned, match = corpus.align(_with_roles(block, p.columns(), name), name, min_matched=p.min_matched_genes)
+            yield from _in_blocks(aligned)
+        matches = [match]
     store.write_json(folder / "genes.json", [match.row() for match in matches])
-    for name, table in reports.items():
-        table.to_parquet(folder / f"report_{name}.parquet", index=False)
+    for table, rows in reports.items():
+        rows.to_parquet(folder / f"report_{table}.parquet", index=False)
 
 
 def _with_roles(block: ad.AnnData, columns: dict[str, str | dict[str, str]], dataset: str) -> ad.AnnData:
@@ -115,10 +130,9 @@ def _in_blocks(adata: ad.AnnData) -> Iterator[ad.AnnData]:
 def _spike_in(p: Params, like: ad.AnnData) -> Iterator[ad.AnnData]:
     """Cells to spike in, with the genes and columns of a block of the corpus."""
     source, match = corpus.align(datasets.load(p.spike_in), p.spike_in, min_matched=p.min_matched_genes)
-    keys = p.columns()
+    keys = {role: p.key(role, p.spike_in) for role in like.obs}
     obs = {
-        role: source.obs[keys[role]].astype(str).to_numpy() if keys.get(role) in source.obs else SPIKE_IN
-        for role in like.obs
+        role: source.obs[key].astype(str).to_numpy() if key in source.obs else SPIKE_IN for role, key in keys.items()
     }
     names = [f"{SPIKE_IN}_{name}" for name in source.obs_names]
     counts = corpus.to_genes(source, like.var_names)
@@ -198,8 +212,9 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
         If it breaks a rule, or shares no gene with the corpus.
     """
     source = datasets.load(name)
-    keys = {"cell_type": p.cell_type_key, "donor_id": p.donor_key}
-    wanted = {role: key for role, key in keys.items() if role == "cell_type" or key in source.obs}
+    wanted = {"cell_type": p.key("cell_type", name)}
+    if (donor := p.key("donor_id", name)) in source.obs:
+        wanted["donor_id"] = donor
     aligned, match = corpus.align(_with_roles(source, wanted, name), name, min_matched=p.min_matched_genes)
     measured = var.index.isin(aligned.var_names)
     if not measured.any():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ class CellFile:
             raise CorpusError(f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata.")
         if not path.exists():
             raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
-        with reading(self.name):
+        with reading(self.name), ExitStack() as if_it_fails:
             self._root = _open(path)
+            if_it_fails.callback(self.close)
             for part in ("obs", "var"):
                 if part not in self._root or hasattr(self._root[part], "dtype"):
                     raise CorpusError(
@@ -71,11 +72,16 @@ class CellFile:
             self._obs = self._root["obs"]
             self._obs_names = self._obs[_text(self._obs.attrs.get("_index", "_index"))]
             self.n_cells = _length(self._obs_names)
+            if_it_fails.pop_all()
 
     def __enter__(self) -> CellFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; HDF5 would give a file that is left open again, whatever has become of it since."""
         if hasattr(self._root, "close"):
             self._root.close()
 
@@ -87,15 +93,12 @@ class CellFile:
     def genes(self, place: str) -> pd.DataFrame:
         """Names and texts that describe the genes of a place, a row each."""
         with reading(self.name):
-            var = self._root[PLACES[place][1]]
-            index = _text(var.attrs.get("_index", "_index"))
+            var, index = self._var(place)
             named = {_text(key) for key in var.attrs.get("column-order", ())} & set(var)
             texts = {key: self._values(var[key]) for key in sorted(named - {index}) if _is_text(var[key])}
-            table = pd.DataFrame(texts, index=pd.Index(self._values(var[index]).astype(str), dtype=object))
-        check_shape((self.n_cells, len(table)), self.name)
-        return table
+            return pd.DataFrame(texts, index=pd.Index(self._values(var[index]).astype(str), dtype=object))
 
-    def matrix(self, place: str, n_genes: int) -> Dense | Rows | Columns:
+    def matrix(self, place: str) -> Dense | Rows | Columns:
         """The matrix of a place; its method `rows(start, stop)` gives CSR of the values as stored, in any order."""
         with reading(self.name):
             node = self._root[PLACES[place][0]]
@@ -110,7 +113,10 @@ class CellFile:
                     f"{self.name}: {place} is stored as {kind!r}, which is neither a dense array nor CSR nor CSC; "
                     "write it again as CSR."
                 )
-            return reader(node, (self.n_cells, n_genes), f"{self.name}: {place}")
+            var, index = self._var(place)
+            shape = (self.n_cells, _length(var[index]))
+            check_shape(shape, self.name)
+            return reader(node, shape, f"{self.name}: {place}")
 
     def cell_names(self, start: int, stop: int) -> np.ndarray:
         """Names of the cells of some rows."""
@@ -132,6 +138,11 @@ class CellFile:
                     "write the file again with anndata."
                 )
             return self._values(self._obs[key], slice(start, stop))
+
+    def _var(self, place: str) -> tuple[Any, str]:
+        """The table of the genes of a place, and the name of its index."""
+        var = self._root[PLACES[place][1]]
+        return var, _text(var.attrs.get("_index", "_index"))
 
     def _null(self, key: str) -> bool:
         return _text(self._root[key].attrs.get("encoding-type", "")) == "null"
@@ -197,16 +208,19 @@ class _Compressed:
 
     def _entries(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Values and indices of some stored entries, the indices checked."""
-        indices = self._indices[first:last].astype(np.int64)
+        indices = self._indices[first:last]
         if len(indices) and not (indices.min() >= 0 and indices.max() < self._shape[1 - self.major]):
             self._damaged("an index is out of range")
-        return _numbers(self._data[first:last]), indices
+        return _numbers(self._data[first:last]), indices.astype(np.int32)
 
     def _offsets(self, start: int, stop: int) -> np.ndarray:
         """Where each of some rows (or columns) begins, and the last ends."""
         indptr = self._indptr[start : stop + 1].astype(np.int64)
-        if (np.diff(indptr) < 0).any() or indptr[0] < 0 or indptr[-1] > self._data.shape[0]:
+        lengths = np.diff(indptr)
+        if lengths.min() < 0 or indptr[0] < 0 or indptr[-1] > self._data.shape[0]:
             self._damaged("indptr does not rise from 0 to the number of values")
+        if lengths.max() > self._shape[1 - self.major]:
+            self._damaged("a row or column has more values than it is long")
         return indptr
 
     def _damaged(self, what: str) -> None:
@@ -251,7 +265,7 @@ class Columns(_Compressed):
             values, row = self._entries(first, first + PIECE)
             kept = np.flatnonzero((start <= row) & (row < stop))
             column = np.searchsorted(indptr, first + kept, side="right") - 1
-            parts.append((values[kept], (row[kept] - start).astype(np.int32), column.astype(np.int32)))
+            parts.append((values[kept], row[kept] - start, column.astype(np.int32)))
         values, row, column = (np.concatenate(part) for part in zip(*parts, strict=True))
         return sp.csr_matrix((values, (row, column)), shape=(stop - start, self._shape[1]))
 

@@ -284,6 +284,12 @@ class Cells:
         """The counts of `blocks`."""
         return (counts for _, counts in self.blocks())
 
+    def to_memory(self) -> ad.AnnData:
+        """All cells, with their names."""
+        import anndata as ad
+
+        return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
+
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
         """Raw counts of batches of rows, float32; all are read at once, and each cell once however often it occurs."""
         return self._file.read([self._positions(rows) for rows in batches])
@@ -300,6 +306,17 @@ class Cells:
     @property
     def _file(self) -> _File:
         return _opened(self.path)
+
+
+def add_labels(folder: Path, name: str, labels: pd.Categorical) -> None:
+    """Add a column to `obs` of the store in a folder; `Cells` opened before do not see it."""
+    import anndata as ad
+    import zarr
+
+    obs = zarr.open_group(folder / NAME)["obs"]
+    ad.io.write_elem(obs, name, labels, dataset_kwargs={"chunks": (min(NAMES, len(labels)),)})
+    obs.update_attributes({"column-order": [*obs.attrs["column-order"], name]})
+    _opened.cache_clear()
 
 
 def open(path: Path) -> Cells:

@@ -34,7 +34,7 @@ PROTOCOLS_10X = [*(f"10x 3' v{version}" for version in (1, 2, 3)), *(f"10x 5' v{
 PROTOCOLS_10X += ["10x 3' transcription profiling", "10x 5' transcription profiling"]
 LABELS = ["development_stage", "disease", "tissue", "tissue_general"]
 # Of a column while it is read; tiledbsoma's default, 1 GiB, would take many times that for the columns of obs.
-BUFFER_BYTES = 32 * 2**20
+BUFFER_BYTES = 8 * 2**20
 
 
 class Recipe(BaseModel):
@@ -83,7 +83,7 @@ def select(recipe: Recipe) -> Selection:
     FileNotFoundError, ValueError
         From `ontology.read`.
     """
-    terms = None if recipe.ontology is None else ontology.read(_located(recipe.ontology), relations=("is_a",))
+    terms = None if recipe.ontology is None else ontology.read(paths.located(recipe.ontology), relations=("is_a",))
     with _experiment(recipe) as experiment:
         var = _genes(experiment, recipe)
         obs, steps = _passing_rows(experiment, recipe)
@@ -200,7 +200,7 @@ def identity(recipe: Recipe) -> store.Record:
     """
     values = recipe.model_dump()
     if recipe.ontology is not None:
-        values["ontology"] = f"sha256:{store.file_sha256(_located(recipe.ontology))}"
+        values["ontology"] = f"sha256:{store.file_sha256(paths.located(recipe.ontology))}"
     return values
 
 
@@ -211,11 +211,6 @@ def _name(recipe: Recipe) -> str:
 def _nothing_left(recipe: Recipe, steps: list[Step]) -> CorpusError:
     lines = "; ".join(f"{step}: {n_cells:,}" for step, n_cells, _ in steps)
     return CorpusError(f"{_name(recipe)}: no cell passes ({lines}); loosen the recipe.")
-
-
-def _located(name: str) -> Path:
-    """A path from the working directory, or else from the repository."""
-    return Path(name) if Path(name).exists() else paths.repository() / name
 
 
 @contextmanager
@@ -234,7 +229,7 @@ def _experiment(recipe: Recipe) -> Iterator[Experiment]:
         if recipe.uri is None:
             opened = cellxgene_census.open_soma(census_version=recipe.release, tiledb_config=config)
         else:
-            uri = recipe.uri if "://" in recipe.uri else str(_located(recipe.uri).resolve())
+            uri = recipe.uri if "://" in recipe.uri else str(paths.located(recipe.uri).resolve())
             opened = tiledbsoma.open(uri, context=tiledbsoma.SOMATileDBContext(tiledb_config=config))
     except Exception as error:
         remedy = "check the address and the network, or give the `uri` of a copy"

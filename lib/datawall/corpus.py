@@ -213,11 +213,12 @@ def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> 
     -------
     (n_cells, n_genes) float32 CSR with sorted indices and no stored zeros.
     """
-    kept = np.flatnonzero(position >= 0)
-    place = sp.csr_matrix((np.ones(len(kept), np.float32), (kept, position[kept])), shape=(len(position), n_genes))
-    moved = sp.csr_matrix(counts @ place)
-    moved.eliminate_zeros()
-    moved.sort_indices()
+    counts = sp.csr_matrix(counts)
+    column = position[counts.indices]
+    kept = (column >= 0) & (counts.data != 0)
+    indptr = np.concatenate([[0], np.cumsum(kept)])[counts.indptr]
+    moved = sp.csr_matrix((counts.data[kept].astype(np.float32), column[kept], indptr), (counts.shape[0], n_genes))
+    moved.sum_duplicates()
     return moved
 
 

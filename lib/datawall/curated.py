@@ -8,7 +8,6 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 
 from datawall import assembly, cellstore, corpus, datasets, duplicates, expression, sampling, store
 from datawall.cellstore import Cells
@@ -100,7 +99,12 @@ class Curated:
     @cached_property
     def corpus_artifact(self) -> Artifact:
         """The corpus on disk (see `assembly.make_corpus`)."""
-        return self.store.find_or_make(self.corpus_unit, lambda folder: assembly.make_corpus(self.params, folder))
+
+        def make(folder: Path) -> None:
+            assembly.make_corpus(self.params, folder)
+            self._check_contexts(cellstore.open(folder / cellstore.NAME))
+
+        return self.store.find_or_make(self.corpus_unit, make)
 
     @cached_property
     def corpus(self) -> Cells:
@@ -112,7 +116,7 @@ class Curated:
             If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
         """
         cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
-        self._check_contexts(cells.obs["cell_type"])
+        self._check_contexts(cells)
         return cells
 
     def split_rows(self, part: str) -> np.ndarray:
@@ -160,11 +164,11 @@ class Curated:
         """(n_genes,) bool: the genes whose response is predicted, the most variable among the pretraining cells."""
         return expression.streamed_variable_genes(self.pretraining_cells.count_blocks, self.params.perturbation_genes)
 
-    def _check_contexts(self, cell_type: pd.Series) -> None:
+    def _check_contexts(self, cells: Cells) -> None:
         """Refuse contexts to hold out that are no cell types, before anything is trained for them."""
         if "perturbation_response" not in self.params.tasks:
             return
-        types = sorted(cell_type.unique())
+        types = sorted(cells.obs["cell_type"].unique())
         if unknown := set(self.params.held_out_contexts or ()).difference(types):
             raise corpus.CorpusError(
                 f"{self.params.corpus}: held_out_contexts names {sorted(unknown)}, but the types in "

@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
-from datawall import annotation, diversity, expression, sources
+from datawall import annotation, diversity, expression, simulate, sources
 from datawall.study import Study
 
 
@@ -36,8 +37,8 @@ def reports(study: Study) -> dict[str, pd.DataFrame]:
 
 def quality(study: Study) -> pd.DataFrame:
     """Genes, counts and mitochondrial share (0 to 1) of the corpus's cells, a row each: 5 to 95 % quantiles."""
-    mitochondrial = study.corpus.var["feature_name"].str.startswith("MT-").to_numpy()
-    blocks = [sources.quality(counts, mitochondrial) for _, counts in study.corpus.blocks()]
+    var = study.corpus.var
+    blocks = [pd.DataFrame(sources.quality(counts, var)) for _, counts in study.corpus.blocks()]
     return pd.concat(blocks).quantile([0.05, 0.25, 0.5, 0.75, 0.95]).T.rename_axis(index="metric", columns="quantile")
 
 
@@ -49,6 +50,31 @@ def contamination(study: Study) -> pd.DataFrame:
     """
     rows = {name: study.contamination(name).row() for name in study.evaluation_datasets()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
+
+
+def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What counts look like, to set simulated cells beside real ones: a table of genes and a table of cells.
+
+    Parameters
+    ----------
+    counts
+        By name of the data set, (n_cells, n_genes) raw counts.
+
+    Returns
+    -------
+    genes that have a count (dataset, mean, variance, zeros: the share of cells without it) and cells (dataset,
+    library_size, n_genes).
+    """
+    genes, cells = [], []
+    for name, matrix in counts.items():
+        X = matrix.astype(np.float64)
+        mean = np.asarray(X.mean(axis=0)).ravel()
+        variance = np.asarray(X.multiply(X).mean(axis=0)).ravel() - mean**2
+        zeros = 1 - X.getnnz(axis=0) / X.shape[0]
+        genes.append(pd.DataFrame({"dataset": name, "mean": mean, "variance": variance, "zeros": zeros})[mean > 0])
+        library_size = np.asarray(X.sum(axis=1)).ravel()
+        cells.append(pd.DataFrame({"dataset": name, "library_size": library_size, "n_genes": X.getnnz(axis=1)}))
+    return pd.concat(genes, ignore_index=True), pd.concat(cells, ignore_index=True)
 
 
 def composition(study: Study) -> pd.DataFrame:
@@ -88,13 +114,20 @@ def subset_diversity(study: Study, *, vendi_cells: int = 500) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def markers(study: Study) -> dict[str, list[str]]:
+    """Marker genes (symbols) of cell types: canonical ones of blood, or those planted in a simulated corpus."""
+    simulation = study.params.simulation
+    return annotation.PBMC_MARKERS if simulation is None else simulate.truth(simulation).markers()
+
+
 def marker_expression(study: Study) -> pd.DataFrame:
     """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types."""
+    marker_genes = markers(study)
     symbols = pd.Index(study.corpus.var["feature_name"])
     types = study.corpus.obs["cell_type"].astype(str)
-    named = [name for name in annotation.PBMC_MARKERS if (types == name).any()]
+    named = [name for name in marker_genes if (types == name).any()]
     order = named + sorted(set(types) - set(named))
-    given = dict.fromkeys(gene for genes in annotation.PBMC_MARKERS.values() for gene in genes)
+    given = dict.fromkeys(gene for genes in marker_genes.values() for gene in genes)
     genes = [gene for gene in given if gene in symbols]
     columns = symbols.get_indexer(genes)
     X = np.concatenate([expression.lognormalise(counts)[:, columns].toarray() for _, counts in study.corpus.blocks()])

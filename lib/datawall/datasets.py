@@ -156,7 +156,7 @@ def load(name: str) -> ad.AnnData:
     """
     if name in DATASETS:
         return DATASETS[name].load()
-    path = _file(name)
+    path = file(name)
     try:
         return ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
     except Exception as error:
@@ -176,7 +176,7 @@ def identity(name: str) -> str:
     """
     if name in DATASETS:
         return name
-    path = _file(name)
+    path = file(name)
     if path.is_file():
         return f"sha256:{store.file_sha256(path)}"
     parts = sorted(part for part in path.rglob("*") if part.is_file())
@@ -184,18 +184,20 @@ def identity(name: str) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def _file(name: str) -> Path:
+def file(name: str) -> Path:
     """Path of a data set of the user's own, from the working directory or else the repository."""
     if not name.endswith(backed.SUFFIXES):
         raise DatasetError(
             f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in "
             f"{' or '.join(backed.SUFFIXES)}."
         )
-    for path in (Path(name), paths.repository() / name):
-        if path.is_file() or (path.suffix == ".zarr" and path.is_dir()):
-            return path
-    raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.")
+    if not (path := paths.located(name)).exists():
+        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.")
+    return path
 
 
 if __name__ == "__main__":
-    fetch_kang2018()
+    try:
+        fetch_kang2018()
+    except DatasetError as error:
+        sys.exit(str(error))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
     (n_cells, 2) uint64. Zeros for cells that express fewer than `MIN_EXPRESSED` of the genes, which are equal to none.
     """
     weights = _weights()[gene_table().index.get_indexer(genes)]
-    compared = np.ones(len(genes), bool) if among is None else genes.isin(among)
+    compared = np.ones(len(genes), bool) if among is None else among.get_indexer(genes) >= 0
     hashes = counts.astype(np.uint64) @ (weights * compared[:, None].astype(np.uint64))
     expressed = (counts != 0).astype(np.int32) @ compared.astype(np.int32)
     hashes[expressed < MIN_EXPRESSED] = 0
@@ -67,7 +68,7 @@ class SeenCells:
         origin = np.full(len(hashes), -1, np.int32)
         for seen, origins in self._runs:
             at = np.minimum(np.searchsorted(seen[:, 0], hashes[:, 0]), len(seen) - 1)
-            same = (seen[at] == hashes).all(axis=1) & hashes.any(axis=1)
+            same = (seen[at] == hashes).all(axis=1)
             origin[same] = origins[at[same]]
         return origin
 
@@ -113,6 +114,19 @@ class Contamination:
             "duplicate_rows": len(self.duplicate_rows),
             "donor_rows": len(self.donor_rows),
         }
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a folder."""
+        np.savez_compressed(
+            folder / "contamination.npz", **{**asdict(self), "donors": np.array(self.donors, dtype=str)}
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Contamination:
+        """Read a record that `write` wrote."""
+        with np.load(folder / "contamination.npz", allow_pickle=False) as file:
+            values = {name: array if name.endswith("rows") else array.tolist() for name, array in file.items()}
+        return cls(**{**values, "donors": tuple(values["donors"])})
 
     def rows_to_drop(self, *, donors: bool = True) -> np.ndarray:
         """Rows to leave out of pretraining: duplicates, and all cells of shared donors unless told otherwise."""

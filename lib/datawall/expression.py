@@ -74,7 +74,7 @@ def streamed_variable_genes(blocks: Blocks, n_genes: int | None = None) -> np.nd
         If there are no cells, or no gene qualifies.
     """
     moments, n_cells = 0.0, 0
-    for counts in tqdm(blocks(), desc="variable genes", unit="block", leave=False):
+    for counts in tqdm(blocks(), desc="variable genes", unit="block", leave=False, delay=5):
         moments = moments + _moments(lognormalise(counts))
         n_cells += counts.shape[0]
     if not n_cells:
@@ -199,7 +199,7 @@ def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50, *, then: Bl
         scores = np.lib.format.open_memmap(scratch, "w+", np.float32, (n_cells, len(axes)))
         begin = 0
         every = itertools.chain(blocks(), then() if then is not None else ())
-        for counts in tqdm(every, desc="principal component scores", unit="block", leave=False):
+        for counts in tqdm(every, desc="principal component scores", unit="block", leave=False, delay=5):
             end = begin + counts.shape[0]
             scores[begin:end] = lognormalise(counts)[:, genes] @ axes.T - mean @ axes.T
             begin = end
@@ -215,7 +215,7 @@ def streamed_axes(blocks: Blocks, genes: np.ndarray, n_components: int) -> tuple
 
     n_genes, n_cells = int(genes.sum()), 0
     total, products = np.zeros(n_genes), np.zeros((n_genes, n_genes))
-    for counts in tqdm(blocks(), desc="covariance of variable genes", unit="block", leave=False):
+    for counts in tqdm(blocks(), desc="covariance of variable genes", unit="block", leave=False, delay=5):
         X = lognormalise(counts)[:, genes].toarray().astype(np.float64)
         total += X.sum(axis=0)
         products += X.T @ X

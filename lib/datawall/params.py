@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datawall import hyperparameters
+from datawall.backed import SUFFIXES
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
 from datawall.simulate import Atlas
@@ -125,8 +126,10 @@ class Params(BaseModel):
                 raise ValueError(
                     f"{corpus!r} can be the corpus only; name data sets or files to evaluate on or spike in"
                 )
-        filtered = self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1
-        if filtered and not all(name.endswith((".h5ad", ".zarr")) for name in self.sources()):
+        files = all(name.endswith(SUFFIXES) for name in self.sources())
+        if len(self.sources()) > 1 and not files:
+            raise ValueError(f"corpus: {self.corpus} names several; only .h5ad and .zarr files can be joined")
+        if not files and (self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1):
             raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
         if self.split_by == "donor_id" and self.donor_key is None:
             raise ValueError("split_by: donor_id needs donor_key: name the column, or split by cell")
@@ -141,6 +144,11 @@ class Params(BaseModel):
     def clusters(self) -> bool:
         """Whether clusters stand in for labels."""
         return self.cell_type_key == CLUSTERS
+
+    def key(self, role: str, dataset: str) -> str | None:
+        """Column of a data set for a role of `columns`; None where the study names none, but for the cell type."""
+        key = self.columns().get(role, "cell_type" if role == "cell_type" else None)
+        return key.get(Path(dataset).stem, role) if isinstance(key, dict) else key
 
     def columns(self) -> dict[str, Key]:
         """Columns of the corpus by role."""

@@ -29,6 +29,11 @@ def repository() -> Path:
     )
 
 
+def located(path: str | Path) -> Path:
+    """A path from the working directory if it exists there, or else from the repository."""
+    return Path(path) if Path(path).exists() else repository() / path
+
+
 def study_file(study: str) -> Path:
     """Path of a study file, from its name (`quick`), its path, or a run folder that holds a `study.yaml`.
 

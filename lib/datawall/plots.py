@@ -103,6 +103,36 @@ def diversity(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
+    """Simulated cells over real ones (`curation.realism`): variance and zeros against the mean, and two histograms."""
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.2), layout="constrained")
+    names = genes["dataset"].unique()
+    colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    means = np.geomspace(genes["mean"].min(), genes["mean"].max(), 200)
+    for axis, value, poisson in ((axes[0, 0], "variance", means), (axes[0, 1], "zeros", np.exp(-means))):
+        for name, rows in genes.groupby("dataset", sort=False):
+            axis.scatter(rows["mean"], rows[value], s=3, alpha=0.25, color=colours[name], label=name, rasterized=True)
+        axis.plot(means, poisson, color="black", linewidth=1, label="Poisson")
+        axis.set(xscale="log", xlabel="mean count of a gene")
+    axes[0, 0].set(yscale="log", ylabel="variance")
+    axes[0, 1].set(ylabel="share of cells without the gene")
+    for axis, value, text in (
+        (axes[1, 0], "n_genes", "genes per cell"),
+        (axes[1, 1], "library_size", "library size (molecules)"),
+    ):
+        edges = np.geomspace(cells[value].min(), cells[value].max() + 1, 60)
+        for name, rows in cells.groupby("dataset", sort=False):
+            weights = np.full(len(rows), 100 / len(rows))
+            axis.hist(rows[value], bins=edges, weights=weights, histtype="step", color=colours[name], label=name)
+        axis.set(xscale="log", xlabel=text, ylabel="share of cells (%)")
+        axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+    sns.despine(figure)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
 def markers(table: pd.DataFrame) -> Figure:
     """Mean marker expression of each cell type: rows are types, columns genes, values z-scores over types."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.32 * len(table) + 1.4), layout="constrained")

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 type Seed = int | Sequence[int]
 
 BLOCK = 2048  # cells whose scores are gridded at a time, so that they stay in the processor's cache
-HALVINGS = 24  # of the box length, at most: single precision tells no finer boxes apart
+TRIES = 24  # of box lengths, at most: halved so often, single precision tells no finer boxes apart
 
 
 def subset_size(n_cells: int, percentage: float) -> int:
@@ -94,16 +94,16 @@ def celltype_reweighted(cell_type: np.ndarray | pd.Categorical, percentage: floa
 def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_boxes: int | None = None) -> np.ndarray:
     """As equal a number of cells from every occupied box of a grid as possible (Hie et al. 2019).
 
-    The range of each principal component is cut into intervals of one common length, such that about `n_boxes` of
-    the boxes hold cells. Boxes are of equal volume, so dense regions of expression space give fewer of their cells
+    The range of each principal component is cut into intervals of one common length, such that `n_boxes` of the
+    boxes hold cells. Boxes are of equal volume, so dense regions of expression space give fewer of their cells
     than sparse ones: rare states are kept without knowing any label.
 
     geosketch, the authors' package, begins each interval at the first cell that lies past the last one, where ours lie
     end to end from the lowest score; and it holds one list of cells a box, where ours are rounds of one sort, so that
     sketches of one seed are nested. Both visit the boxes in rounds, a cell from each that has any left.
 
-    Scores are read in blocks, once for each of about eight lengths tried, and all else takes some 40 bytes a cell: a
-    memory map will do.
+    Scores are read in blocks, once for each of the five to ten lengths tried, and all else takes about 45 bytes a
+    cell: a memory map will do.
 
     Parameters
     ----------
@@ -114,7 +114,8 @@ def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_b
     seed
         Of the cells within each box, and of the boxes that give one more.
     n_boxes
-        Occupied boxes aimed at, to within 10 %; 1 % of the cells by default, as in the original study.
+        Occupied boxes: 90 to 100 % of this number, where the scores allow, so that a sketch of as many cells has one
+        of every box. By default 1 % of the cells, as in the original study.
 
     Returns
     -------
@@ -242,8 +243,11 @@ def _evenly(group: np.ndarray, size: int, seed: Seed) -> np.ndarray:
     order = rng.permutation(len(group))
     n_groups = int(group.max()) + 1
     place_of_turn = rng.permutation(n_groups)
-    cells = (np.ones(len(group), np.int8), group[order], np.arange(len(group) + 1))
-    by_group = sp.csr_array(cells, shape=(len(group), n_groups)).tocsc()
+    index = sp.get_index_dtype(maxval=len(group))
+    by_group = sp.csr_array(
+        (np.ones(len(group), np.int8), group[order].astype(index), np.arange(len(group) + 1, dtype=index)),
+        shape=(len(group), n_groups),
+    ).tocsc()
     n_of_group = np.diff(by_group.indptr)
     turn = np.arange(len(group)) - np.repeat(by_group.indptr[:-1], n_of_group)
     turn *= n_groups
@@ -252,30 +256,30 @@ def _evenly(group: np.ndarray, size: int, seed: Seed) -> np.ndarray:
     return np.sort(order[by_group.indices[chosen]])
 
 
-def _occupied_boxes(X: np.ndarray, n_boxes: int, tolerance: float = 0.1) -> np.ndarray:
-    """Number of the box that each cell lies in, for a grid with `n_boxes` occupied boxes within `tolerance`."""
+def _occupied_boxes(X: np.ndarray, n_boxes: int) -> np.ndarray:
+    """Number of the box that each cell lies in, for a grid of which `n_boxes` or up to 10 % fewer are occupied."""
     low, high = X.min(axis=0), X.max(axis=0)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ValueError("principal component scores hold NaN or infinite values.")
     width = high - low
     if n_boxes == 1 or not width.any():
-        return np.zeros(len(X), np.int64)
+        return np.zeros(len(X), np.int32)
     # The number of boxes is about a power of their length, so logarithms are near a line: halve the length until
     # there are too many, then go to where the line between too few and too many has the number aimed at.
-    aim, few, many = np.log(n_boxes), (0.0, 0.0), None
-    for _ in range(HALVINGS):
+    aim, few, many = np.log(0.95 * n_boxes), (0.0, 0.0), None
+    for _ in range(TRIES):
         if many is None:
             log_length = few[0] - np.log(2)
         else:
             log_length = few[0] + (many[0] - few[0]) * np.clip((aim - few[1]) / (many[1] - few[1]), 0.1, 0.9)
         box_of_cell, boxes = pd.factorize(_box_keys(X, low, width, width.max() * np.exp(log_length)))
-        if abs(len(boxes) - n_boxes) <= tolerance * n_boxes:
-            break
-        if len(boxes) < n_boxes:
+        if len(boxes) > n_boxes:
+            many = (log_length, np.log(len(boxes)))
+        elif len(boxes) < 0.9 * n_boxes:
             few = (log_length, np.log(len(boxes)))
         else:
-            many = (log_length, np.log(len(boxes)))
-    return box_of_cell
+            break
+    return box_of_cell.astype(np.int32)
 
 
 def _box_keys(X: np.ndarray, low: np.ndarray, width: np.ndarray, length: float) -> np.ndarray:

@@ -47,9 +47,9 @@ class Options:
 class Report:
     """What became of the cells, as tables."""
 
-    cells: pd.DataFrame  # a row per file: read, empty, filtered, duplicate, kept
+    cells: pd.DataFrame  # a row per file: dataset, read, empty, filtered, duplicate, kept
     duplicates: pd.DataFrame  # kept_in, dropped_from, n_cells
-    quality: pd.DataFrame  # file, stage (read, kept), metric, and its 5, 25, 50, 75 and 95 % quantiles
+    quality: pd.DataFrame  # dataset, stage (read, kept), metric, quantile (0.05 to 0.95), value
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Source:
         with tqdm(total=self.n_cells, desc="reading cells", unit="cell", leave=False, delay=5) as bar:
             for number, file in enumerate(self._files):
                 with CellFile(file.path) as cells:
-                    matrix = cells.matrix(file.place, len(file.position))
+                    matrix = cells.matrix(file.place)
                     for start in range(0, file.n_cells, block_size):
                         stop = min(start + block_size, file.n_cells)
                         block = self._kept(self._block(file, cells, matrix, start, stop), number, tally, seen)
@@ -139,7 +139,7 @@ class Source:
                 f"{file.path}: {file.place} {fault} in cells {start} to {stop - 1}; counts must be finite, "
                 'non-negative integers in every cell. Put them into layers["counts"].'
             )
-        X = corpus.place_columns(values.astype(np.float32), file.position, len(self.var))
+        X = corpus.place_columns(values, file.position, len(self.var))
         names = cells.cell_names(start, stop)
         obs = {
             role: pd.Categorical(_labels(cells, key, role, start, stop), categories=self.labels[role])
@@ -148,11 +148,7 @@ class Source:
         if "dataset_id" not in obs:
             same = np.full(stop - start, file.name, dtype=object)
             obs["dataset_id"] = pd.Categorical(same, categories=self.labels["dataset_id"])
-        n_counts = np.asarray(X.sum(axis=1)).ravel()
-        mito = self.var["feature_name"].str.startswith("MT-").to_numpy()
-        obs["n_genes"] = X.getnnz(axis=1).astype(np.int32)
-        obs["n_counts"] = n_counts
-        obs["mito_share"] = (X @ mito.astype(np.float32)) / np.maximum(n_counts, 1)
+        obs |= quality(X, self.var)
         prefix = f"{file.name}_" if len(self._files) > 1 else ""
         return ad.AnnData(X, obs=pd.DataFrame(obs, index=[f"{prefix}{name}" for name in names]), var=self.var)
 
@@ -172,6 +168,22 @@ class Source:
         tally.cells[number] += len(obs), (~full).sum(), (full & ~good).sum(), (origin >= 0).sum(), len(kept)
         tally.duplicates.update((int(first), number) for first in origin[origin >= 0])
         return block if len(kept) == block.n_obs else block[kept].copy()
+
+
+def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Quality of cells: n_genes (expressed), n_counts (their sum) and mito_share (0 to 1), (n_cells,) each.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_genes) raw counts without stored zeros.
+    var
+        The genes, with `feature_name`.
+    """
+    n_counts = np.asarray(counts.sum(axis=1)).ravel()
+    mitochondrial = var["feature_name"].str.startswith("MT-").to_numpy()
+    mito_share = (counts @ mitochondrial.astype(np.float32)) / np.maximum(n_counts, 1)
+    return {"n_genes": counts.getnnz(axis=1).astype(np.int32), "n_counts": n_counts, "mito_share": mito_share}
 
 
 class _Tally:
@@ -291,17 +303,13 @@ def _key(columns: Columns, role: str, name: str, path: Path) -> str:
 
 def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[str, np.ndarray, GeneMatch]:
     """Place of the counts, row of each gene in the gene table, and the record of the match."""
-    places = cells.places()
-    genes = {place: cells.genes(place) for place in places}
-    place = corpus.choose_place(
-        ((place, _sampled_fault(cells, place, len(genes[place]))) for place in places), cells.name
-    )
-    position, match = corpus.match_genes(genes[place], cells.name, place, min_matched=options.min_matched)
+    place = corpus.choose_place(((place, _sampled_fault(cells, place)) for place in cells.places()), cells.name)
+    position, match = corpus.match_genes(cells.genes(place), cells.name, place, min_matched=options.min_matched)
     return place, position, replace(match, dataset=name)
 
 
-def _sampled_fault(cells: CellFile, place: str, n_genes: int) -> str | None:
-    matrix = cells.matrix(place, n_genes)
+def _sampled_fault(cells: CellFile, place: str) -> str | None:
+    matrix = cells.matrix(place)
     middle, end = (cells.n_cells - SAMPLE) // 2, cells.n_cells - SAMPLE
     for start in sorted({0, max(0, middle), max(0, end)}):
         values = _counts(matrix, cells.name, start, min(start + SAMPLE, cells.n_cells))

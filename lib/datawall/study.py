@@ -22,20 +22,13 @@ from datawall.curated import Curated, Subset
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
+_TRAINED = ("models/base", "training", "streaming")
 CODE = {
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
-    "scVI": ("models/scvi", "models/base", "training", "streaming"),
-    "SSL": ("models/ssl", "models/sparse", "models/base", "training", "streaming", "expression"),
-    "Geneformer": (
-        "models/geneformer",
-        "models/base",
-        "tokenizer",
-        "transformer",
-        "training",
-        "streaming",
-        "expression",
-    ),
-    "SCimilarity": ("models/scimilarity", "models/sparse", "models/base", "training", "streaming", "expression"),
+    "scVI": ("models/scvi", *_TRAINED),
+    "SSL": ("models/ssl", "models/sparse", *_TRAINED, "expression"),
+    "Geneformer": ("models/geneformer", "tokenizer", "transformer", *_TRAINED, "expression"),
+    "SCimilarity": ("models/scimilarity", "models/sparse", "ontology", *_TRAINED, "expression"),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }

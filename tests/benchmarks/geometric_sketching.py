@@ -2,7 +2,7 @@
 
 Besides the ratio it prints what a sketch is for, the mean over seeds: the partial Hausdorff distance (to the nearest
 chosen cell, of the cell that only one in a thousand is farther than) and the cells kept of rare types (fewer than one
-cell in a thousand), also those of a random sample.
+cell in a thousand), also those of a random sample. Both packages draw alike, so these differ by chance alone.
 
 Floor: reading and gridding the scores once, for a length that is known, and handing out the cells.
 """
@@ -10,6 +10,7 @@ Floor: reading and gridding the scores once, for a length that is known, and han
 import numpy as np
 from alternate import report, seconds_of
 from geosketch import gs
+from scipy.stats import sem
 from sklearn.metrics import pairwise_distances_argmin_min
 
 from datawall import sampling
@@ -51,5 +52,5 @@ sketches["random"] = [sampling.random(N_CELLS, 1, seed=seed) for seed in range(N
 for name, of_seeds in sketches.items():
     gap = [np.quantile(pairwise_distances_argmin_min(X, X[rows])[1], 0.999) for rows in of_seeds]
     kept = [rare[rows].sum() for rows in of_seeds]
-    print(f"{name}: partial Hausdorff {np.mean(gap):.3f} (sd {np.std(gap, ddof=1):.3f}), ", end="")
-    print(f"rare cells kept {np.mean(kept):.1f} of {rare.sum()} (sd {np.std(kept, ddof=1):.1f})")
+    print(f"{name}: partial Hausdorff {np.mean(gap):.3f} ± {sem(gap):.3f}, rare cells kept ", end="")
+    print(f"{np.mean(kept):.1f} ± {sem(kept):.1f} of {rare.sum()} (mean of {len(of_seeds)} seeds ± standard error)")

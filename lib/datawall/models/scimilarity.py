@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import cellstore, expression, hyperparameters, streaming, training
+from datawall import cellstore, expression, hyperparameters, paths, streaming, training
 from datawall.models import base
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear, bernoulli, embed
 from datawall.ontology import read as read_ontology
@@ -107,14 +107,15 @@ def semihard_triplets(
 def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
     """Whether of two cell types, names of terms in an OBO file, one is the other or its ancestor, (n, n) bool.
 
-    Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original.
+    Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original. The path of
+    the file is from the working directory, or else from the repository.
 
     Raises
     ------
     FileNotFoundError, ValueError
         From `ontology.read`, or if there is no term of a name; obsolete ones do not count.
     """
-    terms = read_ontology(ontology)
+    terms = read_ontology(paths.located(ontology))
     unknown = [str(label) for label in labels if label not in terms.identifiers]
     if unknown:
         raise ValueError(

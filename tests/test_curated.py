@@ -1,0 +1,244 @@
+"""A study's corpus, split, evaluation sets and subsets, from files of its user's own."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from datawall import corpus, curation, datasets, params, simulate
+from datawall.curated import Curated, Subset
+
+ATLAS = simulate.Atlas(
+    n_cells=100, n_genes=600, composition={"classical monocyte": 5, "naive B cell": 3, "natural killer cell": 2}
+)
+
+
+@pytest.fixture(scope="module")
+def own_cells():
+    """100 simulated cells x 600 genes, named by symbol."""
+    adata = simulate.load(ATLAS)
+    var = pd.DataFrame(index=adata.var["feature_name"].to_numpy())
+    return ad.AnnData(adata.X.astype(np.float32), obs=adata.obs[["cell_type"]], var=var)
+
+
+def study_of(adata, tmp_path, **values):
+    path = tmp_path / "mine.h5ad"
+    adata.write_h5ad(path)
+    minimal = {
+        "study": "mine",
+        "corpus": str(path),
+        "strategies": ["random"],
+        "percentages": [100],
+        "seeds": [0],
+        "models": ["PretrainedPCA"],
+        "steps": 1,
+        "tasks": ["zeroshot_classification"],
+    }
+    return Curated(params.check({**minimal, **values}, "mine.yaml"), tmp_path / "run")
+
+
+def test_own_corpus_is_aligned_and_split(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path, held_out=0.25)
+    made = study.corpus
+    assert made.shape == own_cells.shape
+    symbols = made.var["feature_name"].to_numpy()
+    assert np.array_equal(made.counts().toarray(), own_cells[:, symbols].X.toarray())
+    assert made.obs["cell_type"].astype(str).tolist() == own_cells.obs["cell_type"].astype(str).tolist()
+    parts = [study.split_rows("pretraining"), study.split_rows("held_out")]
+    assert [len(part) for part in parts] == [75, 25]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(100))
+    held_out = study.dataset("mine_held_out")
+    assert held_out.obs_names.tolist() == own_cells.obs_names[parts[1]].tolist()
+    assert np.array_equal(held_out.X.toarray(), own_cells[parts[1], symbols].X.toarray())
+
+
+def no_integers(adata):
+    adata.X = adata.X * 0.5
+
+
+def with_nan(adata):
+    adata.X.data[0] = np.nan
+
+
+def no_cell_type(adata):
+    del adata.obs["cell_type"]
+
+
+def label_missing(adata):
+    adata.obs["cell_type"] = [None, *adata.obs["cell_type"].astype(str)[1:]]
+
+
+def other_genes(adata):
+    adata.var_names = [f"Gm{i}" for i in range(adata.n_vars)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_integers, r"no raw counts found \(X holds fractions"),
+        (with_nan, "X holds NaN"),
+        (no_cell_type, "no column 'cell_type'"),
+        (label_missing, "missing for 1 cells"),
+        (other_genes, "only 0 of 600 genes"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+def test_bad_corpus_is_refused_and_leaves_nothing(own_cells, tmp_path, spoil, message):
+    adata = own_cells.copy()
+    spoil(adata)
+    study = study_of(adata, tmp_path)
+    with pytest.raises(corpus.CorpusError, match=message) as error:
+        _ = study.corpus
+    assert "mine.h5ad: " in str(error.value)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+RESPONSE = {"tasks": ["perturbation_response"], "perturbation_key": "cell_type", "control": "any"}
+
+
+def test_context_that_is_no_cell_type_is_refused(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **RESPONSE)
+    with pytest.raises(
+        corpus.CorpusError, match=r"held_out_contexts names \['Nobody'\].*cell_type.*name some of these"
+    ):
+        _ = study.corpus
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_context_that_is_no_cell_type_is_refused_of_a_corpus_made_before(own_cells, tmp_path):
+    assert study_of(own_cells, tmp_path, **RESPONSE).corpus.n_obs == own_cells.n_obs
+    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **RESPONSE)
+    with pytest.raises(corpus.CorpusError, match="Nobody"):
+        _ = study.corpus
+
+
+def test_contexts_of_a_task_that_is_left_out_do_not_matter(own_cells, tmp_path):
+    assert study_of(own_cells, tmp_path, held_out_contexts=["Nobody"]).corpus.n_obs == own_cells.n_obs
+
+
+@pytest.mark.parametrize("name", ["no_such_set", "no_such_file.h5ad"])
+def test_corpus_that_cannot_be_had_is_named(own_cells, tmp_path, name):
+    with pytest.raises(datasets.DatasetError, match=name):
+        _ = study_of(own_cells, tmp_path, corpus=name).corpus
+    assert not (tmp_path / "run").exists()
+
+
+# Several files
+
+
+def test_files_become_one_corpus_that_reports_what_became_of_their_cells(own_cells, tmp_path):
+    first, second = own_cells[:60].copy(), own_cells[50:].copy()  # ten cells are in both
+    second.obs = second.obs.rename(columns={"cell_type": "label"})
+    paths = []
+    for name, part in (("first", first), ("second", second)):
+        paths.append(tmp_path / f"{name}.h5ad")
+        part.write_h5ad(paths[-1])
+    keys = {"cell_type_key": {"first": "cell_type", "second": "label"}, "min_genes": 1}
+    study = study_of(own_cells, tmp_path, corpus=[str(path) for path in paths], **keys)
+    assert study.corpus.n_obs == 100
+    assert study.corpus.obs["dataset_id"].value_counts().to_dict() == {"first": 60, "second": 40}
+    assert study.corpus.names()[:1] == [f"first_{own_cells.obs_names[0]}"]
+    reports = curation.reports(study)
+    assert reports["duplicates"].iloc[0].to_dict() == {"kept_in": "first", "dropped_from": "second", "n_cells": 10}
+    assert reports["cells"]["kept"].tolist() == [60, 40]
+    assert curation.gene_matches(study).index.tolist() == ["first", "second"]
+    assert study.evaluation_datasets() == ["first_held_out"]
+
+
+# Splits
+
+
+def with_donors(adata, n_donors=5):
+    adata = adata.copy()
+    adata.obs["patient"] = [f"P{i % n_donors}" for i in range(adata.n_obs)]
+    return adata
+
+
+def test_whole_donors_are_held_out(own_cells, tmp_path):
+    study = study_of(with_donors(own_cells), tmp_path, donor_key="patient", split_by="donor_id", held_out=0.2)
+    donors = study.corpus.obs["donor_id"]
+    parts = [set(donors.iloc[study.split_rows(part)]) for part in ("pretraining", "held_out")]
+    assert [len(part) for part in parts] == [4, 1]
+    assert not parts[0] & parts[1]
+    assert curation.contamination(study)["shared_donors"].tolist() == [0]
+
+
+def test_contamination_is_found_and_dropped(own_cells, tmp_path):
+    other = with_donors(own_cells)[:7].copy()
+    other.obs["patient"] = ["P0", "P0", *["Q"] * 5]
+    other.obs_names = [f"other{i}" for i in range(7)]
+    other.write_h5ad(tmp_path / "other.h5ad")
+    values = {"donor_key": "patient", "evaluation": [str(tmp_path / "other.h5ad")]}
+    study = study_of(with_donors(own_cells), tmp_path, **values)
+    found = curation.contamination(study).loc[str(tmp_path / "other.h5ad")]
+    # Seven cells twice, and the twenty cells of donor P0 in the corpus, of which two are among the seven.
+    expected = {"duplicates": 7, "duplicate_rows": 7, "shared_donors": 1, "donor_cells": 2, "donor_rows": 20}
+    assert found[list(expected)].to_dict() == expected
+    assert len(study.split_rows("pretraining")) == 70
+    dropping = study_of(with_donors(own_cells), tmp_path, drop_contaminated=True, **values)
+    donors = dropping.corpus.obs["donor_id"].iloc[dropping.split_rows("pretraining")]
+    assert "P0" not in set(donors)
+    assert set(dropping.split_rows("pretraining")) == set(study.split_rows("pretraining")) - {
+        *range(7),
+        *range(0, 100, 5),
+    }
+    assert np.array_equal(dropping.split_rows("held_out"), study.split_rows("held_out"))
+
+
+def test_contamination_that_leaves_no_cell_is_an_error(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path, evaluation=[str(tmp_path / "mine.h5ad")], drop_contaminated=True)
+    with pytest.raises(corpus.CorpusError, match="no cell of the corpus is left to pretrain on"):
+        study.split_rows("pretraining")
+
+
+# Subsets
+
+
+def test_nested_subsets_lie_within_each_other_and_others_do_not(own_cells, tmp_path):
+    strategies = ["random", "celltype_reweighted", "geometric_sketching"]
+    values = {"strategies": strategies, "percentages": [20, 50]}
+    nested, apart = (study_of(own_cells, tmp_path, nested=each, **values) for each in (True, False))
+    for strategy in strategies:
+        small, large = (set(nested.rows(Subset(strategy, percentage, 0))) for percentage in (20, 50))
+        assert small < large
+    small, large = (set(apart.rows(Subset("random", percentage, 0))) for percentage in (20, 50))
+    assert not small < large
+    assert large <= set(apart.split_rows("pretraining"))
+
+
+def test_spiked_in_cells_replace_a_share_of_a_random_subset(own_cells, tmp_path):
+    perturbed = own_cells[:30].copy()
+    perturbed.obs = perturbed.obs[[]]
+    perturbed.write_h5ad(tmp_path / "perturbed.h5ad")
+    values = {"strategies": ["random", "spikein_10", "spikein_50"], "percentages": [50, 100]}
+    study = study_of(own_cells, tmp_path, spike_in=str(tmp_path / "perturbed.h5ad"), held_out=0.2, **values)
+    spike_in = study.split_rows("spike_in")
+    assert np.array_equal(spike_in, np.arange(100, 130))
+    assert (study.corpus.obs["cell_type"].iloc[spike_in] == "spike-in").all()
+    assert np.array_equal(study.corpus.counts(spike_in).toarray(), study.corpus.counts(np.arange(30)).toarray())
+    for strategy, n_spiked in (("random", 0), ("spikein_10", 4), ("spikein_50", 20)):
+        rows = study.rows(Subset(strategy, 50, 0))
+        assert len(np.unique(rows)) == 40
+        assert (rows >= 100).sum() == n_spiked
+    assert study.pca_scores(study.rows(Subset("spikein_50", 50, 0))).shape[0] == 40
+
+
+def test_too_few_cells_to_spike_in_is_an_error(own_cells, tmp_path):
+    own_cells[:30].write_h5ad(tmp_path / "perturbed.h5ad")
+    values = {"strategies": ["spikein_50"], "percentages": [99], "spike_in": str(tmp_path / "perturbed.h5ad")}
+    study = study_of(own_cells, tmp_path, **values)
+    with pytest.raises(ValueError, match=r"needs \d+ perturbed cells, and there are 30"):
+        study.rows(study.subsets()[0])
+
+
+def test_a_corpus_without_labels_is_clustered(own_cells, tmp_path):
+    truth = own_cells.obs["cell_type"].to_numpy()
+    unlabelled = own_cells.copy()
+    unlabelled.obs = unlabelled.obs[[]]
+    study = study_of(unlabelled, tmp_path, cell_type_key="leiden")
+    clusters = study.corpus.obs["cell_type"]
+    table = pd.crosstab(clusters, truth)
+    assert 2 <= len(table) <= 20
+    assert table.max(axis=1).sum() > 0.7 * len(truth)  # most cells of a cluster are of one type
+    small = study.rows(Subset("random", 100, 0))
+    assert len(small) == 70
