@@ -129,6 +129,14 @@ def test_rows_stand_for_themselves_in_any_order():
         np.testing.assert_array_equal(some, rows[numbers])
 
 
+@pytest.mark.usefixtures("many")
+def test_many_rows_are_drawn_with_their_neighbours_also_when_given_in_disorder():
+    ordered, disordered = (
+        list(training.minibatches(rows, 32, 20, seed=3)) for rows in (500, np.random.default_rng(0).permutation(500))
+    )
+    np.testing.assert_array_equal(ordered, disordered)
+
+
 def test_choice_between_memory_and_disk_is_by_size_and_logged(real, caplog):
     counts, cells = real
     gib = 2 * cells.nbytes() / 2**30
