@@ -425,7 +425,8 @@ def test_batches_tell_studies_apart_where_there_is_no_dataset(relations):
     fitted(obs=obs)
     fitted(obs=obs.rename(columns={"dataset_id": "batch"}))
     fitted(obs=obs.assign(batch="one"))
-    for other in (1, 2):
+    fitted(obs=obs.rename(columns={"dataset_id": "batch"}).assign(dataset_id="one"))
+    for other in (1, 2, 3):
         for ours, expected in zip(relations[8 * other : 8 * other + 8], relations[:8], strict=True):
             assert (ours[0] == expected[0]).all()
 
