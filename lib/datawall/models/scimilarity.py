@@ -159,8 +159,8 @@ class SCimilarity(base.Network):
     Every two cells of a batch that share their type and come from different studies are an anchor and a positive.
     Their negative is a cell whose type is another, and with `ontology` neither ancestor nor descendant of theirs; see
     `semihard_triplets`. Studies are told apart by `obs["dataset_id"]`, or by `obs["batch"]` where all cells are of
-    one data set; where they are of one batch too, pairs lie within it. Types of one study alone are kept, as negatives. Under
-    `torchrun`, pairs and batch statistics are of a process's own share of the batch.
+    one data set; where they are of one batch too, pairs lie within it. Types of one study alone are kept, as
+    negatives. Under `torchrun`, pairs and batch statistics are of a process's own share of the batch.
 
     Cells are drawn by `sampling_weights`, with replacement; the learning rate falls as a cosine over the budget.
 
@@ -232,6 +232,6 @@ def _codes(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             "leave SCimilarity out of the study."
         )
     labels, types = pd.factorize(obs[LABEL].astype(str))
-    several = (obs[name] for name in STUDIES if name in obs and obs[name].nunique() > 1)
+    several = (obs[name] for name in STUDIES if name in obs and (obs[name] != obs[name].iloc[0]).any())
     study = next(several, pd.Series(0, index=obs.index))
     return labels, pd.factorize(study, use_na_sentinel=False)[0], types
