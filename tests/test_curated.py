@@ -191,6 +191,16 @@ def test_contamination_that_leaves_no_cell_is_an_error(own_cells, tmp_path):
         study.split_rows("pretraining")
 
 
+def test_counts_of_an_evaluation_set_may_lie_in_a_layer(own_cells, tmp_path):
+    other = own_cells[:10].copy()
+    other.layers["counts"], other.X = other.X.copy(), other.X * 0.5
+    other.write_h5ad(tmp_path / "other.h5ad")
+    study = study_of(own_cells, tmp_path, evaluation=[str(tmp_path / "other.h5ad")])
+    found = study.dataset(str(tmp_path / "other.h5ad"))
+    assert np.array_equal(found.X.toarray(), study.corpus.counts(np.arange(10)).toarray())
+    assert curation.gene_matches(study)["counts_from"].tolist() == ["X", "layers['counts']"]
+
+
 # Subsets
 
 

@@ -104,7 +104,8 @@ def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
         else:
             blocks = [datasets.load(name)]
         for block in blocks:
-            aligned, match = corpus.align(_with_roles(block, p.columns(), name), name, min_matched=p.min_matched_genes)
+            aligned, match = corpus.align(block, name, min_matched=p.min_matched_genes)
+            aligned.obs = _roles(aligned, {role: p.key(role, name) for role in p.columns()}, name)
             yield from _in_blocks(aligned)
         matches = [match]
     store.write_json(folder / "genes.json", [match.row() for match in matches])
@@ -112,19 +113,22 @@ def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
         rows.to_parquet(folder / f"report_{table}.parquet", index=False)
 
 
-def _with_roles(block: ad.AnnData, columns: dict[str, str | dict[str, str]], dataset: str) -> ad.AnnData:
-    """A block whose columns are the study's roles, and the data set of each cell."""
-    obs = {role: corpus.column(block, dataset, key, role) for role, key in columns.items()}
-    if "dataset_id" in block.obs:
-        obs.setdefault("dataset_id", corpus.column(block, dataset, "dataset_id", "data set"))
+def _roles(cells: ad.AnnData, columns: dict[str, str], dataset: str) -> pd.DataFrame:
+    """The columns that a study names, by role, and the data set of each cell."""
+    obs = {role: corpus.column(cells, dataset, key, role) for role, key in columns.items()}
+    if "dataset_id" in cells.obs:
+        obs["dataset_id"] = corpus.column(cells, dataset, "dataset_id", "data set")
     else:
-        obs["dataset_id"] = pd.Categorical([dataset] * block.n_obs)
-    return ad.AnnData(block.X, obs=pd.DataFrame(obs, index=block.obs_names), var=block.var)
+        obs["dataset_id"] = pd.Categorical([dataset] * cells.n_obs)
+    return pd.DataFrame(obs, index=cells.obs_names)
 
 
-def _in_blocks(adata: ad.AnnData) -> Iterator[ad.AnnData]:
-    for first in range(0, adata.n_obs, cellstore.CELLS_AT_ONCE):
-        yield adata[first : first + cellstore.CELLS_AT_ONCE].copy()
+def _in_blocks(cells: ad.AnnData) -> Iterator[ad.AnnData]:
+    if cells.n_obs <= cellstore.CELLS_AT_ONCE:
+        yield cells
+        return
+    for first in range(0, cells.n_obs, cellstore.CELLS_AT_ONCE):
+        yield cells[first : first + cellstore.CELLS_AT_ONCE].copy()
 
 
 def _spike_in(p: Params, like: ad.AnnData) -> Iterator[ad.AnnData]:
@@ -215,12 +219,12 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
     wanted = {"cell_type": p.key("cell_type", name)}
     if (donor := p.key("donor_id", name)) in source.obs:
         wanted["donor_id"] = donor
-    aligned, match = corpus.align(_with_roles(source, wanted, name), name, min_matched=p.min_matched_genes)
+    aligned, match = corpus.align(source, name, min_matched=p.min_matched_genes)
     measured = var.index.isin(aligned.var_names)
     if not measured.any():
         raise corpus.CorpusError(f"{name}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
     counts = corpus.to_genes(aligned, var.index)
-    ad.AnnData(counts, obs=aligned.obs, var=var).write_h5ad(folder / "cells.h5ad", compression="lzf")
+    ad.AnnData(counts, obs=_roles(aligned, wanted, name), var=var).write_h5ad(folder / "cells.h5ad", compression="lzf")
     np.save(folder / "measured.npy", measured)
     store.write_json(folder / "genes.json", {**match.row(), "in_corpus": int(measured.sum())})
 
