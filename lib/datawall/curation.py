@@ -124,12 +124,14 @@ def marker_expression(study: Study) -> pd.DataFrame:
     """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types."""
     marker_genes = markers(study)
     symbols = pd.Index(study.corpus.var["feature_name"])
-    types = study.corpus.obs["cell_type"].astype(str)
-    named = [name for name in marker_genes if (types == name).any()]
-    order = named + sorted(set(types) - set(named))
+    types = pd.Categorical(study.corpus.obs["cell_type"]).remove_unused_categories()
+    named = [name for name in marker_genes if name in types.categories]
+    order = named + sorted(set(types.categories) - set(named))
     given = dict.fromkeys(gene for genes in marker_genes.values() for gene in genes)
     genes = [gene for gene in given if gene in symbols]
     columns = symbols.get_indexer(genes)
-    X = np.concatenate([expression.lognormalise(counts)[:, columns].toarray() for _, counts in study.corpus.blocks()])
-    means = pd.DataFrame(X, columns=genes).groupby(types.to_numpy()).mean().loc[order]
+    sums = np.zeros((len(types.categories), len(genes)))
+    for rows, counts in study.corpus.blocks():
+        np.add.at(sums, types.codes[rows], expression.lognormalise(counts)[:, columns].toarray())
+    means = pd.DataFrame(sums / types.value_counts().to_numpy()[:, None], types.categories, genes).loc[order]
     return ((means - means.mean()) / means.std()).rename_axis(index="cell_type", columns="gene")
