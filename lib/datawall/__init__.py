@@ -3,10 +3,14 @@
 Submodules load when first named (`dw.sampling`, `dw.models`, …), so that `import datawall` costs nothing.
 """
 
+import warnings
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# annbatch would have bars as widgets; the bars here are text, and come without them.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _FUNCTIONS = {"open_study": "study", "read_results": "results"}
 
