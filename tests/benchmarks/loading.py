@@ -107,7 +107,7 @@ def main(folder):
     n_batches = {p: min(BATCHES, max(1, some.n_obs // BATCH)) for p, some in share.items()}  # none is read twice
     runs = {"in memory": (ours(cells.counts(), BATCHES), BATCHES)}
     runs |= {f"streamed, {p} %": (ours(some, n_batches[p]), n_batches[p]) for p, some in share.items()}
-    runs["annbatch alone"] = annbatch(folder / cellstore.NAME, BATCHES), BATCHES
+    runs["annbatch alone"] = annbatch(folder / cellstore.NAME, n_batches[100]), n_batches[100]
     runs["h5ad, backed"] = backed(folder / "cells.h5ad", 2), 2
     try:
         runs["scDataset"] = scdataset(folder / "cells.h5ad", 32), 32
