@@ -129,17 +129,26 @@ def _kernel() -> Iterator[Any]:
     """A Jupyter kernel that imports what every notebook will."""
     from jupyter_client import KernelManager
 
+    clients = []
+
+    class Kernel(KernelManager):
+        def client(self, **options: Any) -> Any:
+            """A client that is closed with the kernel: papermill leaves its own open."""
+            clients.append(super().client(**options))
+            return clients[-1]
+
     with tempfile.TemporaryDirectory(prefix="datawall-") as sockets:
         # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
-        kernel = KernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
+        kernel = Kernel(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
         kernel.start_kernel()
-        client = kernel.client()
-        client.start_channels()
         try:
+            client = kernel.client()
+            client.start_channels()
             client.execute("import datawall.evaluation, datawall.models, datawall.plots", silent=True)
             yield kernel
         finally:
-            client.stop_channels()
+            for client in clients:
+                client.stop_channels()
             kernel.shutdown_kernel(now=True)
 
 
