@@ -11,9 +11,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     study.write_params()
     for number in stages:
         if number in TASKS and TASKS[number] not in parameters.tasks:
-            name = STAGES[number]
-            print(f"[{number}/{len(STAGES)}] {name}: left out, {TASKS[number]} is not among the study's tasks")
-    stages = [number for number in stages if number not in TASKS or TASKS[number] in parameters.tasks]
-    with ExitStack() as kernels:
-        kernel = kernels.enter_context(_kernel())
-        for number, following in zip_longest(stages, stages[1:]):
-            # The next stage's kernel starts meanwhile: start-up is a third of what a small study takes.
-            next_kernel = kernels.enter_context(_kernel()) if following else None
-            if not _run_stage(number, study, paths.repository(), kernel):
-                return 1
-            kernel.shutdown_kernel(now=True)
-            kernel = next_kernel
+            print(
+                f"[{number}/{len(STAGES)}] {STAGES[number]}: left out, {TASKS[number]} is not among the study's tasks"
+            )
+        elif not _run_stage(number, study, paths.repository()):
+            return 1
     print(f"results: {_shown(study.folder / 'results.csv', paths.repository())}")
     print(f"figures: {_shown(paths.figures_folder(study.folder), paths.repository())}")
     print(f"executed notebooks: {_shown(study.folder / 'notebooks', paths.repository())}")
@@ -124,37 +114,10 @@ def _overrides(given: list[str]) -> dict[str, Any]:
     return overrides
 
 
-@contextmanager
-def _kernel() -> Iterator[Any]:
-    """A Jupyter kernel that imports what every notebook will."""
-    from jupyter_client import KernelManager
-
-    clients = []
-
-    class Kernel(KernelManager):
-        def client(self, **options: Any) -> Any:
-            """A client that is closed with the kernel: papermill leaves its own open."""
-            clients.append(super().client(**options))
-            return clients[-1]
-
-    with tempfile.TemporaryDirectory(prefix="datawall-") as sockets:
-        # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
-        kernel = Kernel(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
-        kernel.start_kernel()
-        try:
-            client = kernel.client()
-            client.start_channels()
-            client.execute("import datawall.evaluation, datawall.models, datawall.plots", silent=True)
-            yield kernel
-        finally:
-            for client in clients:
-                client.stop_channels()
-            kernel.shutdown_kernel(now=True)
-
-
-def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
-    """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
+def _run_stage(number: int, study: Any, repository: Path) -> bool:
+    """Execute one notebook into the run folder; says whether it succeeded."""
     import papermill
+    from traitlets.config import Config
 
     name = STAGES[number]
     source = repository / "notebooks" / f"{name}.ipynb"
@@ -165,16 +128,18 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
     begin = time.perf_counter()
     print(f"[{number}/{len(STAGES)}] {name} …", end="" if sys.stdout.isatty() else "\n", flush=True)
     try:
-        papermill.execute_notebook(
-            str(source),
-            str(executed),
-            {key: values[key] for key in declared},
-            progress_bar=False,
-            # The kernel's own progress bars, for a person who is watching.
-            log_output=sys.stderr.isatty(),
-            stderr_file=sys.stderr if sys.stderr.isatty() else None,
-            km=kernel,
-        )
+        with tempfile.TemporaryDirectory(prefix="datawall-") as sockets:
+            papermill.execute_notebook(
+                str(source),
+                str(executed),
+                {key: values[key] for key in declared},
+                progress_bar=False,
+                # The kernel's own progress bars, for a person who is watching.
+                log_output=sys.stderr.isatty(),
+                stderr_file=sys.stderr if sys.stderr.isatty() else None,
+                # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            )
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
         print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
