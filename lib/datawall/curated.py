@@ -123,8 +123,7 @@ class Curated:
         """Sorted rows of the corpus of a part: `pretraining`, `held_out`, or `spike_in`."""
         if part == "spike_in":
             return np.load(self.corpus_artifact.folder / "spike_in.npy")
-        artifact = self.store.find_or_make(self.split_unit, self._make_split)
-        return np.load(artifact.folder / f"{part}.npy")
+        return np.load(self.dataset_artifact(self.held_out_name).folder / f"{part}.npy")
 
     @cached_property
     def pretraining_cells(self) -> Cells:

@@ -14,7 +14,6 @@ from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
 from datawall.simulate import Atlas
 
-STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained")
 TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 

@@ -22,7 +22,7 @@ import pandas as pd
 import scipy.sparse as sp
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from datawall import corpus, paths, store
+from datawall import corpus, ontology, paths, store
 
 ONTOLOGY = paths.PACKAGE_DATA / "cell_types.obo"  # a tree over scTab's cell types, also for SCimilarity's `ontology`
 COMPOSITION = paths.PACKAGE_DATA / "sctab_cell_types.csv"  # cells of each type in scTab's test split
@@ -125,9 +125,9 @@ class Truth:
 @cache
 def _parents() -> dict[str, str]:
     """Parent of every term of the ontology that comes along, by name; that of the root is empty."""
-    terms = [dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line)
-             for stanza in ONTOLOGY.read_text().split("[Term]\n")[1:]]  # fmt: skip
-    return {term["name"]: term.get("is_a", "").partition(" ! ")[2] for term in terms}
+    terms = ontology.read(ONTOLOGY, relations=("is_a",))
+    names = {identifier: name for name, identifier in terms.identifiers.items()}
+    return {name: "".join(map(names.get, terms.parents[identifier])) for name, identifier in terms.identifiers.items()}
 
 
 def _lineage(name: str) -> list[str]:
