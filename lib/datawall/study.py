@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from datawall import baselines, cluster, hyperparameters, params, paths, store
+from datawall import baselines, cluster, external, hyperparameters, params, paths, store
 from datawall.curated import Curated, Subset
+from datawall.params import Embedding
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
@@ -29,6 +31,8 @@ CODE = {
     "SSL": ("models/ssl", "models/sparse", *_TRAINED, "expression"),
     "Geneformer": ("models/geneformer", "tokenizer", "transformer", *_TRAINED, "expression"),
     "SCimilarity": ("models/scimilarity", "models/sparse", "ontology", *_TRAINED, "expression"),
+    "external": ("external", "models/base", "training", "streaming"),
+    "embedding": ("external",),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }
@@ -40,6 +44,20 @@ class Run:
 
     model: str
     subset: Subset
+
+
+type Source = Run | Embedding | str  # of an embedding; a string names a baseline
+
+
+def _code(family: str) -> tuple[str, ...]:
+    """The modules whose code decides the content of a family's models and embeddings."""
+    return CODE["external" if external.is_external(family) else family]
+
+
+@cache
+def _file_sha256(path: Path) -> str:
+    """Hash of a file of embeddings, which many units name."""
+    return store.file_sha256(path)
 
 
 def open_study(study: str, **overrides: Any) -> Study:
@@ -85,12 +103,14 @@ class Study(Curated):
             "hyperparameters": self.params.hyperparameters_of(run.model).model_dump(),
             "seed": run.subset.seed,
         }
+        if external.is_external(run.model):
+            record["source"] = external.version(run.model)
         if run.subset.strategy == "untrained":
             record["corpus"] = self.corpus_unit.key
         else:
             budget = {"steps": self.params.steps, "init_seed": self.params.init_seed}
             record |= {"subset": self.subset_unit(run.subset).key, **budget}
-        return Unit("model", record, CODE[family])
+        return Unit("model", record, _code(family))
 
     def model_artifact(self, run: Run) -> Artifact:
         """A pretrained model on disk, with its training history if it took steps.
@@ -127,7 +147,7 @@ class Study(Curated):
         """A pretrained model (see `models.Model`)."""
         from datawall import models
 
-        return models.load(self.model_artifact(run).folder)
+        return models.model_class(run.model).load(self.model_artifact(run).folder)
 
     def pretrain(self) -> pd.DataFrame:
         """Pretrain, or find, every model: a row each with the run's parameters and its budget as spent.
@@ -179,7 +199,7 @@ class Study(Curated):
             checkpoint=checkpoint,
         )
         model.save(folder)
-        if history is None:
+        if not isinstance(history, training.History):  # no steps; scikit-learn's habit is to return the model itself
             return {}
         curve = {"loss": history.loss, "learning_rate": history.learning_rate}
         steps = np.arange(1, len(history.loss) + 1)
@@ -187,32 +207,47 @@ class Study(Curated):
         spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
         return {"device": training.device().type, **spent, "passes": history.passes}
 
-    def embedding_unit(self, source: Run | str, dataset: str) -> Unit:
-        """Embedding of a data set by a pretrained model, or by a baseline fitted to the data set itself."""
+    def embedding_unit(self, source: Source, dataset: str) -> Unit:
+        """Embedding of a data set by a pretrained model, from a file, or by a baseline fitted to the data set itself."""
         data = {"dataset": self.dataset_unit(dataset).key}
         if isinstance(source, Run):
-            return Unit(
-                "embedding", {"model": self.model_unit(source).key, **data}, CODE[hyperparameters.family(source.model)]
-            )
+            code = _code(hyperparameters.family(source.model))
+            return Unit("embedding", {"model": self.model_unit(source).key, **data}, code)
+        if isinstance(source, Embedding):
+            file = {"file": _file_sha256(external.embeddings_file(source.file)), "key": source.obsm_key}
+            return Unit("embedding", {**file, **data}, CODE["embedding"])
         return Unit("embedding", {"baseline": source, **data}, CODE["baseline"])
 
-    def embedding(self, source: Run | str, dataset: str) -> np.ndarray:
-        """Embedding of a data set by a pretraining run, or by the baseline `HVG` or `PCA`, (n_cells, n_latent)."""
+    def embedding(self, source: Source, dataset: str) -> np.ndarray:
+        """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by the baseline `HVG` or `PCA`.
+
+        Raises
+        ------
+        ValueError
+            If what a model of the user's own gives is not that, or a file of embeddings breaks a rule.
+        """
 
         def make(folder: Path) -> None:
-            counts = self.dataset(dataset).X
+            cells = self.dataset(dataset)
             if isinstance(source, Run):
-                embedding = self.model(source).embed(counts)
+                embedding = np.asarray(self.model(source).embed(cells.X), dtype=np.float32)
+                if embedding.ndim != 2 or len(embedding) != cells.n_obs:
+                    raise ValueError(
+                        f"{source.model}: embed gave an array of shape {embedding.shape} for {cells.n_obs} cells; it "
+                        "must give a row a cell."
+                    )
+            elif isinstance(source, Embedding):
+                embedding = external.read_embedding(source.file, source.obsm_key, cells.obs_names, dataset)
             elif source == "HVG":
-                embedding = baselines.variable_gene_embedding(counts)
+                embedding = baselines.variable_gene_embedding(cells.X)
             else:
-                embedding = baselines.pca_embedding(counts)
+                embedding = baselines.pca_embedding(cells.X)
             np.save(folder / "embedding.npy", embedding)
 
         artifact = self.store.find_or_make(self.embedding_unit(source, dataset), make)
         return np.load(artifact.folder / "embedding.npy")
 
-    def layout(self, source: Run | str, dataset: str, *, n_cells: int = 2000) -> pd.DataFrame:
+    def layout(self, source: Source, dataset: str, *, n_cells: int = 2000) -> pd.DataFrame:
         """UMAP of at most `n_cells` cells of an embedding: x, y, and the labels of the cells."""
 
         def make(folder: Path) -> None:
