@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,13 +18,12 @@ from pydantic import (
     model_validator,
 )
 
-from datawall import external, hyperparameters
+from datawall import external, hyperparameters, tasks
 from datawall.backed import SUFFIXES
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
 from datawall.simulate import Atlas
 
-TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
 NEEDED = {  # columns that a task needs beside the cell type
     "zeroshot_integration": ("batch_key",),
     "perturbation_response": ("perturbation_key", "control"),
@@ -31,11 +31,19 @@ NEEDED = {  # columns that a task needs beside the cell type
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
-Task = Literal["zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response"]
 Column = Annotated[str, Field(min_length=1)]  # of obs
 Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _known_task(name: str) -> str:
+    if name not in tasks.TASKS:
+        raise ValueError(f"there are the tasks {', '.join(map(repr, tasks.TASKS))}")
+    return name
+
+
+Task = Annotated[str, AfterValidator(_known_task)]
 
 
 class ParamsError(ValueError):
@@ -150,9 +158,14 @@ class Params(BaseModel):
     hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
     embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets
 
-    tasks: Annotated[list[Task], Field(min_length=1)] = list(TASKS)
-    k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification
-    splits: Annotated[int, Field(ge=1)] = 5  # repeats of its 50/50 split
+    tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
+    splits: Annotated[int, Field(ge=1)] = 5  # repeated splits of a data set of under 5,000 cells; larger ones have one
+    k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification,
+    more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside,
+    linear_probe: bool = True  # and whether to fit a logistic regression to each embedding too
+    finetune: Literal["head", "full"] = "head"  # "full": whole networks too, of SSL, Geneformer and SCimilarity
+    class_weight: Literal["balanced"] | None = None  # of cell types in fine-tuning
+    matching: Literal["mean", "nearest", "ot"] = "mean"  # what the perturbation head learns from a control cell
     held_out_contexts: list[str] | None = None  # cell types to hold out of perturbation response; all by default
     perturbation_genes: Annotated[int, Field(ge=1)] = 2000  # most variable genes whose response is predicted
 

@@ -57,7 +57,7 @@ def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
         yield f"donors {seed}", part == 1
 
 
-def thirds(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
+def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """Splits into 80 % training, 10 % validation and 10 % test cells, the same for every model.
 
     By donor, the test cells are whole donors', a fifth of the cells or so, and the validation cells come from the
@@ -119,7 +119,7 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
     labels = data.obs["cell_type"].to_numpy().astype(str)
     options = {"seed": evaluation.seed, "class_weight": p.class_weight}
     model = study.model(source) if isinstance(source, Run) and p.finetune == "full" else None
-    for split, part in thirds(study, evaluation.dataset):
+    for split, part in three_parts(study, evaluation.dataset):
         train, test = part == tasks.finetuning.TRAIN, part == tasks.finetuning.TEST
         if source == "LogisticRegression":
             predicted = baselines.logistic_regression(data.X[train], labels[train], data.X[test])

@@ -8,6 +8,7 @@ ask it for them and tell what came back.
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -208,7 +209,7 @@ class Study(Curated):
         return {"device": training.device().type, **spent, "passes": history.passes}
 
     def embedding_unit(self, source: Source, dataset: str) -> Unit:
-        """Embedding of a data set by a pretrained model, from a file, or by a baseline fitted to the data set itself."""
+        """Embedding of a data set: by a pretrained model, from a file, or by a baseline fitted to the data set."""
         data = {"dataset": self.dataset_unit(dataset).key}
         if isinstance(source, Run):
             code = _code(hyperparameters.family(source.model))
@@ -246,6 +247,35 @@ class Study(Curated):
 
         artifact = self.store.find_or_make(self.embedding_unit(source, dataset), make)
         return np.load(artifact.folder / "embedding.npy")
+
+    def embedding_seconds(self, *, n_cells: int = 1000, n_repeats: int = 5) -> pd.DataFrame:
+        """How long each model takes to embed 1,000 cells, from raw counts in memory to an array in memory.
+
+        The first `n_cells` held-out cells, by the largest subset's model, once to warm up and then `n_repeats` times,
+        whose median counts. On the device that the models are on, one process; seconds differ between machines.
+
+        Returns
+        -------
+        table with the columns model, n_cells (embedded), seconds (per 1,000 cells), device.
+        """
+        from datawall import training
+
+        counts = self.dataset(self.held_out_name).X[:n_cells]
+        table = []
+        for name in self.params.models:
+            run = max(
+                (run for run in self.pretraining_runs() if run.model == name), key=lambda run: run.subset.percentage
+            )
+            model, seconds = self.model(run), []
+            model.embed(counts)
+            for _ in range(n_repeats):
+                begin = time.perf_counter()
+                model.embed(counts)
+                seconds.append(time.perf_counter() - begin)
+            per_thousand = float(np.median(seconds)) * 1000 / counts.shape[0]
+            device = training.device().type
+            table.append({"model": name, "n_cells": counts.shape[0], "seconds": per_thousand, "device": device})
+        return pd.DataFrame(table)
 
     def layout(self, source: Source, dataset: str, *, n_cells: int = 2000) -> pd.DataFrame:
         """UMAP of at most `n_cells` cells of an embedding: x, y, and the labels of the cells."""
