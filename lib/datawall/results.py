@@ -31,7 +31,8 @@ DONORS = "donors "  # how the names of splits by donor begin
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables of `read_results` from rows with `ALL_COLUMNS`.
 
-    A baseline's level of chance follows from the labels alone, so it makes rows of a baseline `Chance` as well.
+    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which differ in them, if at all,
+    by their clusters.
     """
     of_type = rows["metric"].str.match(OF_A_TYPE)
     scores = rows[~of_type]
@@ -52,9 +53,10 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _chance_rows(scores: pd.DataFrame) -> pd.DataFrame:
     """Rows of the baseline `Chance`: one per task, data set, metric and split of which a baseline knows it."""
+    keys = ["task", "dataset", "metric", "split"]
     known = scores[(scores["strategy"] == BASELINE) & scores["chance"].notna()]
-    known = known.drop_duplicates(["task", "dataset", "metric", "split"])
-    return known.assign(model=CHANCE, value=known["chance"], **dict.fromkeys(KNOWN, np.nan))
+    level = known.groupby(keys)["chance"].transform("mean")
+    return known.assign(model=CHANCE, value=level, **dict.fromkeys(KNOWN, np.nan)).drop_duplicates(keys)
 
 
 def _per_class(rows: pd.DataFrame) -> pd.DataFrame:

@@ -56,8 +56,8 @@ def _code(family: str) -> tuple[str, ...]:
 
 
 @cache
-def _file_sha256(path: Path) -> str:
-    """Hash of a file of embeddings, which many units name."""
+def _file_sha256(path: Path, mtime_ns: int) -> str:
+    """Hash of a file of embeddings, which many units name, as last modified."""
     return store.file_sha256(path)
 
 
@@ -215,7 +215,8 @@ class Study(Curated):
             code = _code(hyperparameters.family(source.model))
             return Unit("embedding", {"model": self.model_unit(source).key, **data}, code)
         if isinstance(source, Embedding):
-            file = {"file": _file_sha256(external.embeddings_file(source.file)), "key": source.obsm_key}
+            path = external.embeddings_file(source.file)
+            file = {"file": _file_sha256(path, path.stat().st_mtime_ns), "key": source.obsm_key}
             return Unit("embedding", {**file, **data}, CODE["embedding"])
         return Unit("embedding", {"baseline": source, **data}, CODE["baseline"])
 
