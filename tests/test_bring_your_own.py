@@ -8,11 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from sklearn.metrics import cohen_kappa_score
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 import datawall as dw
-from datawall import evaluation, external, params, results, simulate, tasks
+from datawall import evaluation, external, params, results, scoring, simulate, tasks
 from datawall.params import Embedding, EvaluationSet
-from datawall.study import Run, Study
+from datawall.scoring import Evaluation
+from datawall.study import Study
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]
@@ -143,7 +146,7 @@ def test_a_module_is_found_in_the_working_directory_the_repository_and_among_pac
     Path("folder").mkdir()
     Path("folder/inner.py").write_text("")
     assert external.source_file("folder.inner:Any") == here / "folder" / "inner.py"
-    assert external.source_file("run_all:Any") == Path(README and __file__).resolve().parents[1] / "run_all.py"
+    assert external.source_file("run_all:Any") == Path(__file__).resolve().parents[1] / "run_all.py"
     assert external.source_file("sklearn.svm:SVC").parts[-3:] == ("sklearn", "svm", "__init__.py")
 
 
@@ -159,19 +162,26 @@ def test_embeddings_from_files_are_scored_under_their_models_name(here):
     plain = study_of(here)
     embed_elsewhere(plain, "scgpt.h5ad", "X_scGPT")
     embed_elsewhere(plain, "ours.h5ad", "X_latent", scale=100)
-    study = study_of(here, embeddings=given, tasks=["zeroshot_classification", "finetuned_classification"])
+    study = study_of(here, embeddings=given)
     table = evaluation.evaluate(study, "zeroshot_classification")
     scores = results.mean_over_splits(results.select(table, metric="micro_f1")).set_index("model")
     published, ours = scores.loc["scGPT"], scores.loc["ours"]
     assert published[["strategy", "percentage", "seed", "n_cells", "value"]].tolist() == ["checkpoint", 0, -1, 0, 1]
     assert ours[["strategy", "percentage", "seed", "n_cells"]].tolist() == ["random", 50, 0, 56]
     assert ours["value"] < 0.9
-    finetuned = evaluation.evaluate(study, "finetuned_classification")
-    assert results.select(finetuned, model="scGPT", metric="micro_f1")["value"].min() == 1
-    figure = dw.plots.learning_curves(table, "micro_f1")
-    assert "scGPT" in figure.legends[0].get_texts()[-1].get_text() or "scGPT" in str(
-        [text.get_text() for text in figure.legends[0].get_texts()]
+    head = dict(
+        scoring.score(study, Evaluation("finetuned_classification", "corpus_held_out", study.params.embeddings[0]))
     )
+    assert {split: metrics["micro_f1"] for split, metrics in head.items()} == {"cells 0": 1, "cells 1": 1}
+
+
+def test_a_checkpoint_is_a_line_and_a_model_on_a_subset_a_curve():
+    rows = [("PCA", "baseline", 0, 0.9), ("scGPT", "checkpoint", 0, 0.8), ("ours", "random", 50, 0.7)]
+    table = pd.DataFrame(rows, columns=["model", "strategy", "percentage", "value"])
+    same = {"study": "mine", "seed": 0, "n_cells": 1, "task": "t", "dataset": "d", "metric": "m", "split": "cells 0"}
+    figure = dw.plots.learning_curves(table.assign(**same), "m")
+    assert [axis.get_title() for axis in figure.axes] == ["ours"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"PCA", "scGPT", "random"}
 
 
 def test_rows_are_matched_by_name(here):
@@ -331,19 +341,19 @@ def test_the_readmes_declarations_are_valid(here):
 
 
 def test_a_metric_is_a_function_and_a_line(here, monkeypatch):
-    from sklearn.metrics import cohen_kappa_score
-
     monkeypatch.setitem(tasks.classification.METRICS, "kappa", cohen_kappa_score)
-    table = evaluation.evaluate(study_of(here, linear_probe=False), "zeroshot_classification")
-    assert results.select(table, metric="kappa", model="PCA")["value"].between(0.8, 1).all()
-    intervals = results.select(dw.results.read_results(here / "run", "intervals"), metric="kappa", model="PCA")
-    assert (intervals["low"] <= intervals["value"]).all()
+    study = study_of(here, linear_probe=False)
+    evaluation.evaluate(study, "zeroshot_classification")
+    rows = results.select(dw.read_results(here / "run", "intervals"), metric="kappa", model="PCA").set_index("split")
+    X, labels = study.embedding("PCA", "corpus_held_out"), study.dataset("corpus_held_out").obs["cell_type"].astype(str)
+    for split, test in scoring.halves(study, "corpus_held_out"):
+        predicted = KNeighborsClassifier(5).fit(X[~test], labels[~test]).predict(X[test])
+        assert rows.loc[split, "value"] == cohen_kappa_score(labels[test], predicted)
+        assert rows.loc[split, "low"] < rows.loc[split, "value"] < rows.loc[split, "high"]
 
 
 def nearest_centroid(embedding, obs, *, seed):
     """Share of cells nearest to the centroid of their own type."""
-    from sklearn.neighbors import NearestCentroid
-
     labels = obs["cell_type"].to_numpy().astype(str)
     return {"own_centroid": NearestCentroid().fit(embedding, labels).score(embedding, labels)}
 
@@ -357,5 +367,3 @@ def test_a_task_is_a_function_and_a_line(here, monkeypatch):
     assert set(table["metric"]) == {"own_centroid"}
     expected = nearest_centroid(study.embedding("PCA", "corpus_held_out"), study.dataset("corpus_held_out").obs, seed=0)
     assert results.select(table, model="PCA")["value"].tolist() == [expected["own_centroid"]]
-
-
