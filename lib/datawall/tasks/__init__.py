@@ -8,6 +8,9 @@ from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
+# Not when first named: a module that is loaded later would take the name from its function.
+from datawall.tasks.reconstruction import reconstruction as reconstruction
+
 # A task and the module of the function of that name; a line here adds one.
 TASKS = {
     "zeroshot_classification": "classification",

@@ -1,8 +1,8 @@
 """Zero-shot integration asks whether the embedding keeps cell types apart and batches together (scIB).
 
-The metrics are those of Luecken et al. (2022, Nature Methods 19:41) with the values of scib-metrics, on exact
-neighbours. What scib-metrics compiles anew for every size of data set, for seconds, is computed here with numpy and
-scikit-learn, and tested to be the same.
+The metrics are those of Luecken et al. (2022, Nature Methods 19:41), on exact neighbours, with the values of
+scib-metrics: tests hold them to it. It is not called, since each process would wait for it to compile, and again for
+each new size of data set, longer than numpy takes for all of them.
 
 Every metric is a statistic of the cells' weights: it gives a value for each row of weights, of which the first are all
 one, and the others are how often a bootstrap resample holds each cell. Neighbours, clusters and silhouettes are those
@@ -11,7 +11,6 @@ of the cells themselves throughout.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +20,13 @@ import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 from scipy.special import xlogy
 
-from datawall.tasks import uncertainty
+from datawall.tasks import neighbourhood, uncertainty
 from datawall.tasks.classification import check_embedding
 from datawall.tasks.uncertainty import Metrics
 
 N_NEIGHBORS = 15  # of the graph, the cell itself among them
 N_LOCAL = 90  # of LISI, the cell itself among them
 RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden clustering, as in scIB
-KBET_ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,21 +50,9 @@ class Embedded:
     @cached_property
     def clusters(self) -> list[np.ndarray]:
         """Leiden clusters of the cells at each of `RESOLUTIONS`, (n_cells,) int."""
-        import igraph
-        from scib_metrics.nearest_neighbors import NeighborsResults
-
         nearest = slice(None), slice(N_NEIGHBORS)
-        neighbours = NeighborsResults(indices=self.indices[nearest], distances=self.distances[nearest])
-        weights = neighbours.knn_graph_connectivities.tocoo()
-        # Each edge twice, once from either side: scib-metrics' graph, made once instead of at each resolution.
-        graph = igraph.Graph(len(self.labels), np.column_stack([weights.row, weights.col]).tolist())
-        clusters = []
-        for resolution in RESOLUTIONS:
-            igraph.set_random_number_generator(random.Random(0))  # noqa: S311
-            found = graph.community_leiden("modularity", weights=weights.data.tolist(), resolution=resolution)
-            clusters.append(np.array(found.membership))
-        igraph.set_random_number_generator(random)
-        return clusters
+        weights = neighbourhood.similarities(self.distances[nearest], self.indices[nearest])
+        return neighbourhood.leiden(weights, RESOLUTIONS)
 
     @cached_property
     def best_clusters(self) -> np.ndarray:
@@ -88,9 +74,9 @@ class Embedded:
 
     @cached_property
     def nearness(self) -> np.ndarray:
-        """Weights of each cell's neighbours in LISI, (n_cells, n_neighbours); see `neighbour_weights`."""
+        """Weights of each cell's neighbours in LISI, (n_cells, n_neighbours)."""
         itself = self.indices == np.arange(len(self.indices))[:, None]
-        return neighbour_weights(self.distances, itself, perplexity=self.indices.shape[1] // 3)
+        return neighbourhood.lisi_weights(self.distances, itself, perplexity=self.indices.shape[1] // 3)
 
 
 def zeroshot_integration(
@@ -128,8 +114,8 @@ def zeroshot_integration(
     ilisi
         Median over cells of the number of batches near a cell, scaled so that 1 is all of them, in equal parts.
     kbet
-        Share of cells whose neighbours within their label are a fair draw of its batches (see `kbet_acceptance`). Mean
-        over labels.
+        Share of cells whose neighbours within their label are a fair draw of its batches (see
+        `neighbourhood.kbet_acceptance`). Mean over labels.
     pcr_comparison
         By how much, of its share of the variance before, batch has less of the variance in the embedding, at least 0.
         Only with `unintegrated`.
@@ -163,10 +149,6 @@ def _embedded(
     embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray, unintegrated: np.ndarray | None
 ) -> Embedded:
     """The cells and their neighbours, after checks."""
-    import os
-
-    # scib-metrics imports jax: on the CPU, leaving a GPU to torch.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from sklearn.neighbors import NearestNeighbors
 
     check_embedding(embedding)
@@ -298,41 +280,6 @@ def _connected(cells: Embedded, labels: np.ndarray) -> np.ndarray:
     return inside
 
 
-def neighbour_weights(distances: np.ndarray, itself: np.ndarray, perplexity: float, tol: float = 1e-5) -> np.ndarray:
-    """Weights exp(-beta d) of each cell's neighbours, beta such that their entropy is log(perplexity).
-
-    As in LISI (Korsunsky et al. 2019); the search for beta is that of scib-metrics: at most 50 steps, from 1.
-
-    Parameters
-    ----------
-    distances
-        (n_cells, n_neighbours).
-    itself
-        (n_cells, n_neighbours) bool: which neighbour is the cell itself, of weight 0.
-    perplexity
-        Number of neighbours that matter.
-    tol
-        In nats, at which the search ends.
-
-    Returns
-    -------
-    (n_cells, n_neighbours), rows that sum to 1.
-    """
-    d = distances.astype(np.float64)
-    beta, low, high = np.ones(len(d)), np.zeros(len(d)), np.full(len(d), np.inf)
-    for _ in range(51):
-        p = np.where(itself, 0, np.exp(-d * beta[:, None]))
-        total = np.maximum(p.sum(axis=1), np.finfo(float).tiny)
-        p /= total[:, None]
-        excess = np.log(total) + beta * (d * p).sum(axis=1) - np.log(perplexity)
-        if (np.abs(excess) < tol).all():
-            break
-        low, high = np.where(excess > 0, beta, low), np.where(excess > 0, high, beta)
-        following = np.where(np.isinf(high), 2 * beta, (low + np.where(np.isinf(high), 0, high)) / 2)
-        beta = np.where(np.abs(excess) < tol, beta, following)
-    return p
-
-
 def _lisi(cells: Embedded, of: np.ndarray) -> np.ndarray:
     """Inverse Simpson index of the labels or batches near each cell."""
     near = of[cells.indices]
@@ -358,37 +305,6 @@ def _ilisi(cells: Embedded, weights: np.ndarray) -> np.ndarray:
     return (_median(_lisi(cells, cells.batches), weights) - 1) / cells.batches.max()
 
 
-def kbet_acceptance(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> np.ndarray:
-    """Whether a χ² test accepts that a cell's neighbours are drawn from the batches of its label (kBET).
-
-    As in scIB, neighbours are those within the label, as many as a quarter of its mean batch but 10 to 70, beside the
-    cell itself, and labels in one batch or with fewer than 10 cells are left out. scIB finds neighbours by diffusion
-    over a graph of 50, so as to treat graphs and embeddings alike; of an embedding they are found directly
-    (Büttner et al. 2019).
-
-    Returns
-    -------
-    (n_cells,) 1 where the test accepts at the 5 % level, 0 where it rejects, NaN for labels left out.
-    """
-    from scipy.stats import chi2
-    from sklearn.neighbors import NearestNeighbors
-
-    accepted = np.full(len(labels), np.nan)
-    for label in np.unique(labels):
-        some = np.flatnonzero(labels == label)
-        present, of = np.unique(batches[some], return_inverse=True)
-        if len(some) < 10 or len(present) < 2:
-            continue
-        k = min(70, max(10, len(some) // len(present) // 4)) + 1
-        k = min(k, len(some))
-        nearest = NearestNeighbors(n_neighbors=k).fit(embedding[some]).kneighbors(embedding[some])[1]
-        observed = np.stack([(of[nearest] == batch).sum(axis=1) for batch in range(len(present))], axis=1)
-        expected = k * np.bincount(of) / len(some)
-        statistic = (np.square(observed - expected) / expected).sum(axis=1)
-        accepted[some] = chi2.sf(statistic, len(present) - 1) >= KBET_ALPHA
-    return accepted
-
-
 METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
     "nmi": lambda cells, weights: _nmi(_contingency(cells.best_clusters, cells.labels, weights)),
     "ari": lambda cells, weights: _ari(_contingency(cells.best_clusters, cells.labels, weights)),
@@ -401,7 +317,7 @@ METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
     "graph_connectivity": lambda cells, weights: _mean_of_labels(_connected(cells, cells.labels), cells, weights),
     "ilisi": _ilisi,
     "kbet": lambda cells, weights: _mean_of_labels(
-        kbet_acceptance(cells.embedding, cells.labels, cells.batches), cells, weights
+        neighbourhood.kbet_acceptance(cells.embedding, cells.labels, cells.batches), cells, weights
     ),
     "pcr_comparison": _pcr_comparison,
 }  # of the cells and (n_weights, n_cells) weights, n_weights values; a line here, and one in metrics.csv, adds a metric
@@ -429,7 +345,10 @@ def _chance(cells: Embedded) -> dict[str, float]:
 
 def _ceiling(cells: Embedded) -> dict[str, float]:
     """Levels of the batch metrics where batches are mixed at random."""
-    return {"ilisi": float((_mixed_lisi(cells, cells.batches) - 1) / cells.batches.max()), "kbet": 1 - KBET_ALPHA}
+    return {
+        "ilisi": float((_mixed_lisi(cells, cells.batches) - 1) / cells.batches.max()),
+        "kbet": 1 - neighbourhood.KBET_ALPHA,
+    }
 
 
 def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:

@@ -207,7 +207,7 @@ def differential_genes(treated: np.ndarray, control: np.ndarray, n: int = N_TOP)
     score = np.abs(difference, dtype=np.float64)
     if min(len(treated), len(control)) > 1:
         squared_error = sum(X.var(axis=0, ddof=1, dtype=np.float64) / len(X) for X in (treated, control))
-        with np.errstate(divide="ignore"):  # a change without any spread is the clearest
+        with np.errstate(divide="ignore", invalid="ignore"):  # a change without any spread is the clearest
             score = np.where(score > 0, score / np.sqrt(squared_error), 0)
     return np.argsort(-score, kind="stable")[:n]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import pandas as pd
-import scipy.sparse as sp
-import torch
 
 from datawall.tasks import uncertainty
 from datawall.tasks.uncertainty import Metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import scipy.sparse as sp
 
 BLOCK = 128  # cells whose loss is taken at once
 
@@ -53,6 +54,8 @@ def reconstruction(model: Objective, counts: sp.csr_matrix, obs: pd.DataFrame, *
     ValueError
         If there are no cells.
     """
+    import torch
+
     n_cells = counts.shape[0]
     if not n_cells:
         raise ValueError("there are no held-out cells to reconstruct.")
