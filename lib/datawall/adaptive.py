@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ from datawall.saturation import (
     LOWER_IS_BETTER,
     PLATEAU,
     UNDECIDED,
+    Curve,
     curves_of,
     mean_over_datasets,
-    saturation_points,
+    verdicts,
 )
 
 STEP = 4  # a size is at least so many times the one before, until one in between is needed
@@ -34,7 +36,7 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     first_seeds: int = 2  # run at once at each size
     confidence: float = 0.95
-    budget: float = 0.4  # share of the grid's runs that may be spent
+    budget: float = 0.8  # share of the grid's runs that may be spent
 
     def __post_init__(self) -> None:
         """Refuse plans that cannot be carried out."""
@@ -83,9 +85,9 @@ def settle(oracle: Oracle, plan: Plan) -> Outcome:
     """Whether more of a corpus helps a model, with as few runs as it takes.
 
     Sizes are run from the smallest up, in large steps, with few seeds each, until `decide` has a verdict. While it has
-    none: if the means alone would make a plateau of the sizes from some point on and seeds are left, the full corpus
-    reached, the sizes at both ends of it get a seed more; else the next size is run, and at the end the one at half of
-    the full corpus, without which no model is called still improving.
+    none, the next size is run; once the full corpus is reached, the one at half of it, unless the means alone make a
+    plateau (without that size no model is called still improving); then the sizes at both ends of what may be a plateau
+    get a seed more; and when those have all seeds, the rest of the grid is filled in from its large end.
 
     Parameters
     ----------
@@ -110,16 +112,18 @@ def settle(oracle: Oracle, plan: Plan) -> Outcome:
         verdict, percentage, reason = decide(scores, plan)
         if verdict == PLATEAU or (verdict == IMPROVING and half in scores):
             break
-        gains = still_to_come(scores, plan)
-        flat = gains.loc[gains["expected"] < plan.margin, "start"]
-        wanted: dict[float, int] = {}
+        coming = still_to_come(scores, plan)
+        flat = [each.start for each in coming if each.expected < plan.margin]
         if ladder[-1] not in scores:
             wanted = {ladder[ladder.index(max(scores)) + 1]: plan.first_seeds}
-        elif half not in scores and flat.empty:
+        elif half not in scores and not flat:
             wanted = {half: plan.first_seeds}
         else:
-            ends = (flat.iloc[0] if len(flat) else gains["start"].iloc[-1], ladder[-1])
+            ends = (flat[0] if flat else coming[-1].start, ladder[-1])
             wanted = {size: 1 for size in ends if len(scores[size]) < len(plan.seeds)}
+        if not wanted:
+            unfilled = [size for size in plan.percentages if len(scores.get(size, ())) < len(plan.seeds)]
+            wanted = dict.fromkeys(unfilled[-1:], 1)
         spent = sum(map(len, scores.values()))
         if not wanted or spent + sum(wanted.values()) > plan.budget * plan.n_runs:
             verdict, percentage, reason = UNDECIDED, np.nan, f"open after {spent} of {plan.n_runs} runs"
@@ -137,43 +141,43 @@ def decide(scores: Scores, plan: Plan) -> tuple[str, float, str]:
     A plateau begins at the smallest size beyond which at most less than the margin is `still_to_come`. Failing that,
     and with runs of the full corpus, the verdict is that of the rule `equivalence` (`saturation.saturation_points`).
     """
-    gains = still_to_come(scores, plan)
-    if len(settled := gains[gains["at_most"] < plan.margin]):
-        start, _, at_most = settled.iloc[0]
-        return PLATEAU, start, f"beyond {start:g} %, at most {at_most:.2g} is to be gained"
+    for coming in still_to_come(scores, plan):
+        if coming.at_most < plan.margin:
+            return PLATEAU, coming.start, f"beyond {coming.start:g} %, at most {coming.at_most:.2g} is to be gained"
     if plan.percentages[-1] not in scores:
         return UNDECIDED, np.nan, "the full corpus may gain more than the margin"
-    rows = [
-        (100 * size / plan.percentages[-1], seed, score) for size, of in scores.items() for seed, score in enumerate(of)
-    ]
-    curve = {"study": "", "model": "", "strategy": "random", "n_cells": 0, "task": "", "dataset": "", "metric": ""}
-    results = pd.DataFrame(rows, columns=["percentage", "seed", "value"]).assign(**curve)
-    point = saturation_points(
-        results, "", rule="equivalence", margin=plan.margin, confidence=plan.test_confidence(), n_resamples=0
-    ).iloc[0]
-    return point["verdict"], point["percentage"] * plan.percentages[-1] / 100, "by the rule equivalence"
+    sizes = np.array(sorted(scores))
+    errors = [1 - np.array(scores[size]) for size in sizes]
+    curve = Curve(("", "random", "", ""), 100 * sizes / sizes[-1], sizes, errors, borrowed=False)
+    (point,), (verdict,) = verdicts([curve], plan.margin, plan.test_confidence())
+    return str(verdict), float(point * sizes[-1] / 100), "by the rule equivalence"
 
 
-def still_to_come(scores: Scores, plan: Plan) -> pd.DataFrame:
+class Coming(NamedTuple):
+    """What is to be gained from a size to the full corpus."""
+
+    start: float  # percentage
+    expected: float
+    at_most: float
+
+
+def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
     """What is to be gained from each size, but the largest run, to the full corpus.
 
     A line in the logarithm of the size is fitted to the runs from that size on (`scipy.stats.linregress`). As no
-    doubling is taken to gain more than those before it, its slope is the most that each doubling to the full corpus
-    gains.
-
-    Returns
-    -------
-    table with the columns start (percentage), expected and at_most (by the slope and its upper confidence bound).
+    doubling is taken to gain more than those before it, its slope, and for `at_most` the slope's upper confidence
+    bound, is the most that each doubling to the full corpus gains.
     """
     sizes = sorted(scores)
-    rows = []
+    coming = []
     for start in sizes[:-1]:
         shown = [(np.log2(size), score) for size in sizes if size >= start for score in scores[size]]
-        line = stats.linregress(shown)
+        line = stats.linregress(*zip(*shown, strict=True))
         doublings = np.log2(plan.percentages[-1] / start)
-        upper = line.slope + stats.t.ppf(plan.test_confidence(), len(shown) - 2) * line.stderr
-        rows.append((start, max(line.slope, 0) * doublings, max(upper, 0) * doublings))
-    return pd.DataFrame(rows, columns=["start", "expected", "at_most"])
+        error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
+        upper = line.slope + stats.t.ppf(plan.test_confidence(), len(shown) - 2) * error
+        coming.append(Coming(start, float(max(line.slope, 0) * doublings), float(max(upper, 0) * doublings)))
+    return coming
 
 
 def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> pd.DataFrame:

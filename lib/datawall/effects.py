@@ -62,14 +62,14 @@ def strategy_effects(
                 gap, error, freedom = difference(values.to_numpy(), base.to_numpy())
             elif set(values.index) == set(base.index):
                 gaps = (values - base).to_numpy()
-                gap, freedom = gaps.mean(), np.float64(len(gaps) - 1)
+                gap, freedom = gaps.mean(), len(gaps) - 1
                 error = gaps.std(ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else np.nan
             else:
                 raise ValueError(
                     f"{', '.join(map(str, key))}: seeds of {strategy} and {reference} differ, so they are no pairs; "
                     "compare with paired=False."
                 )
-            rows.append((*key[:3], strategy, key[3], gap, error, freedom))
+            rows.append((*key[:3], strategy, key[3], *map(float, (gap, error, freedom))))
     if not rows:
         raise ValueError(f"no size has runs of {reference!r} and of another strategy.")
     table = pd.DataFrame(rows, columns=["model", "task", "dataset", "strategy", "percentage", "difference", "e", "df"])

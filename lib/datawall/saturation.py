@@ -114,8 +114,15 @@ def saturation_points(
     table = table.replace(np.inf, np.nan)
     if rule == "equivalence":
         table["margin"] = [float(margin_of(curve, margin)) for curve in curves]
-        table["verdict"] = np.where(table["percentage"].notna(), PLATEAU, _improving(curves, alpha))
+        table["verdict"] = verdicts(curves, margin, confidence)[1]
     return table
+
+
+def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Saturation points and verdicts of curves of errors by the rule `equivalence`, NaN where none is established."""
+    points = np.array(_points([curve.runs for curve in curves], curves, "equivalence", margin, 1 - confidence), float)
+    points[np.isinf(points)] = np.nan
+    return points, np.where(np.isnan(points), _improving(curves, 1 - confidence), PLATEAU)
 
 
 def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from datawall.saturation import (
     EXACT,
@@ -16,13 +17,12 @@ from datawall.saturation import (
     Curve,
     as_error,
     curves_of,
-    resampled,
 )
 
 CONSTANT, POWER, EXPONENTIAL = "constant", "power law", "exponential"
-EXPONENTS = np.geomspace(0.02, 3, 240)  # of the power law
-DECAYS = np.geomspace(0.003, 3, 240)  # of the exponential, in units of the largest size
 FAMILIES = (CONSTANT, POWER, EXPONENTIAL)
+SHAPES = {POWER: (0.02, 3.0), EXPONENTIAL: (0.003, 3.0)}  # exponents, and decays in units of the largest size
+COARSE, FINE, ROUNDS = 24, 7, 5  # shapes tried at first, and in each of the later rounds
 N_PARAMETERS = {CONSTANT: 1, POWER: 3, EXPONENTIAL: 3}
 WORTH = 0.01  # share of the error that a doubling must remove to be worth it, by default
 MIN_SIZES = 4  # one more than a curve has parameters
@@ -53,8 +53,8 @@ class Fit:
 def fit(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> Fit:
     """Weighted least-squares fit of one curve to each set of errors; floor and excess are not negative.
 
-    Given the shape, floor and excess are a linear problem with a closed form. The shape is the best of a fine grid, so
-    that there is one optimum, with no start value to choose.
+    Given the shape, floor and excess are a linear problem with a closed form. The shape is sought on a grid that is
+    refined around its best point, so that there is no start value to choose.
 
     Parameters
     ----------
@@ -72,20 +72,32 @@ def fit(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> Fi
     if family == CONSTANT:
         loss = (weight * (error - mean[..., None]) ** 2).sum(-1)
         return Fit(family, mean, np.zeros_like(mean), np.full_like(mean, np.nan), loss)
-    shapes = EXPONENTS if family == POWER else DECAYS
-    x = _basis(family, n, shapes[:, None])  # (n_shapes, n_sizes)
-    x_mean = (x * weight).sum(-1) / total
-    xx, xy = (weight * x**2).sum(-1), error @ (weight * x).T  # xy is (..., n_shapes)
-    excess = (xy - total * x_mean * mean[..., None]) / (xx - total * x_mean**2)
-    through_zero = np.maximum(xy / xx, 0)
+    low, high = SHAPES[family]
+    step = (high / low) ** (1 / (COARSE - 1))
+    shapes = low * step ** np.arange(COARSE)
+    for _ in range(ROUNDS):
+        floor, excess, loss = _given_shape(_basis(family, n, shapes[..., None]), error, weight)
+        best = loss.argmin(-1)[..., None]
+        floor, excess, loss, shape = (
+            np.take_along_axis(np.broadcast_to(each, loss.shape), best, -1) for each in (floor, excess, loss, shapes)
+        )
+        shapes = np.clip(shape * step ** np.linspace(-1, 1, FINE), low, high)  # between the best's neighbours
+        step **= 2 / (FINE - 1)
+    return Fit(family, *(each[..., 0] for each in (floor, excess, shape, loss)))
+
+
+def _given_shape(x: np.ndarray, error: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Floor, excess and loss, (..., n_shapes) each, of basis functions x, (..., n_shapes, n_sizes)."""
+    error = error[..., None, :]
+    x_mean, mean = np.average(x, axis=-1, weights=weight), np.average(error, axis=-1, weights=weight)
+    centred = x - x_mean[..., None]
+    excess = (weight * centred * error).sum(-1) / (weight * centred**2).sum(-1)
     excess = np.maximum(excess, 0)
-    floor = mean[..., None] - excess * x_mean
+    floor = mean - excess * x_mean
+    through_zero = np.maximum((weight * x * error).sum(-1) / (weight * x**2).sum(-1), 0)
     excess, floor = np.where(floor < 0, through_zero, excess), np.maximum(floor, 0)
-    residual = error[..., None, :] - floor[..., None] - excess[..., None] * x  # (..., n_shapes, n_sizes)
-    loss = (weight * residual**2).sum(-1)
-    best = loss.argmin(-1)[..., None]
-    floor, excess, loss = (np.take_along_axis(each, best, -1)[..., 0] for each in (floor, excess, loss))
-    return Fit(family, floor, excess, shapes[best[..., 0]], loss)
+    loss = (weight * (error - floor[..., None] - excess[..., None] * x) ** 2).sum(-1)
+    return floor, excess, loss
 
 
 def aicc(fitted: Fit, within: float, n_runs: int) -> np.ndarray:
@@ -138,16 +150,20 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
     """Fit every family to a curve of errors with at least `MIN_SIZES` sizes of two runs or more.
 
     A size weighs its number of runs over their variance, which is the mean of its own and of all sizes' average, since
-    few runs tell a variance badly.
+    few runs tell a variance badly. With that variance the means of the resamples are drawn, from a Student distribution
+    of twice as many degrees of freedom as the runs of a size have: a parametric bootstrap. Resampling five runs instead
+    gives intervals that are too narrow.
     """
     n = curve.n_cells / curve.n_cells.max()
     n_runs = np.array([len(runs) for runs in curve.runs])
     own = np.array([runs.var(ddof=1) for runs in curve.runs])
-    variance = (own + own.mean()) / 2 if own.max() > EXACT**2 else np.ones_like(own)
+    spread = own.max() > EXACT**2
+    variance = (own + own.mean()) / 2 if spread else np.ones_like(own)
     weight = n_runs / variance
     within = float(((n_runs - 1) * own / variance).sum())
     error = np.array([runs.mean() for runs in curve.runs])
-    errors = np.stack([runs.mean(axis=-1) for runs in resampled(curve, n_resamples)], axis=-1)
+    deviations = stats.multivariate_t(shape=np.diag(1 / weight), df=2 * (n_runs.min() - 1)).rvs(n_resamples, 0)
+    errors = error + spread * deviations
     fits = {family: fit(family, n, error, weight) for family in FAMILIES}
     drawn = {family: fit(family, n, errors, weight) for family in FAMILIES}
     criteria = {family: float(aicc(fits[family], within, n_runs.sum())) for family in FAMILIES}
@@ -168,7 +184,7 @@ def scaling_curves(
 
     Three curves are fitted to the error (1 - score, or the value itself where lower is better) against the number of
     cells: a constant, a power law with an offset, and an exponential. The one with the lowest AICc predicts what the
-    next doubling gains. The intervals are of a bootstrap over seeds that chooses the curve anew each time.
+    next doubling gains. The intervals are of a bootstrap (see `scale`) that chooses the curve anew each time.
 
     Parameters
     ----------
@@ -246,8 +262,8 @@ def predictions(
 
 def unfit(curve: Curve) -> str:
     """Why curves cannot be fitted; empty if they can."""
-    if len(curve.runs) < MIN_SIZES:
-        return f"{len(curve.runs)} sizes; a curve takes at least {MIN_SIZES}"
+    if (n_sizes := len(np.unique(curve.n_cells))) < MIN_SIZES:
+        return f"{n_sizes} sizes, counted in cells; a curve takes at least {MIN_SIZES}"
     return "a size with a single run; the spread takes at least two" if min(map(len, curve.runs)) < 2 else ""
 
 
