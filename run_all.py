@@ -11,6 +11,8 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
     study.write_params()
     for number in stages:
         if number in TASKS and TASKS[number] not in parameters.tasks:
-            print(
-                f"[{number}/{len(STAGES)}] {STAGES[number]}: left out, {TASKS[number]} is not among the study's tasks"
-            )
-        elif not _run_stage(number, study, paths.repository()):
-            return 1
+            name = STAGES[number]
+            print(f"[{number}/{len(STAGES)}] {name}: left out, {TASKS[number]} is not among the study's tasks")
+    stages = [number for number in stages if number not in TASKS or TASKS[number] in parameters.tasks]
+    with ExitStack() as kernels:
+        following = _start_kernel(kernels)
+        for number, later in zip_longest(stages, stages[1:]):
+            # The next stage's kernel starts meanwhile: start-up is a third of what a small study takes.
+            kernel, following = following, _start_kernel(kernels) if later else None
+            if not _run_stage(number, study, paths.repository(), kernel):
+                return 1
+            kernel.shutdown_kernel(now=True)
     print(f"results: {_shown(study.folder / 'results.csv', paths.repository())}")
     print(f"figures: {_shown(paths.figures_folder(study.folder), paths.repository())}")
     print(f"executed notebooks: {_shown(study.folder / 'notebooks', paths.repository())}")
@@ -114,10 +122,35 @@ def _overrides(given: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _run_stage(number: int, study: Any, repository: Path) -> bool:
-    """Execute one notebook into the run folder; says whether it succeeded."""
+def _start_kernel(exits: ExitStack) -> Any:
+    """A Jupyter kernel that begins by importing what every notebook will; it ends with `exits`."""
+    from jupyter_client import KernelManager
+
+    class Kernel(KernelManager):
+        def client(self, **options: Any) -> Any:
+            """A client that is closed with the kernel: papermill leaves that of a kernel it is given open."""
+            client = super().client(**options)
+            exits.callback(client.stop_channels)
+            return client
+
+    # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
+    sockets = exits.enter_context(tempfile.TemporaryDirectory(prefix="datawall-"))
+    kernel = Kernel(
+        kernel_name="python3",
+        transport="ipc",
+        ip=f"{sockets}/kernel",
+        # papermill waits for messages and watches over the kernel at once; the default client cannot.
+        client_class="jupyter_client.asynchronous.AsyncKernelClient",
+    )
+    imports = [f"__import__('datawall.{module}')" for module in ("evaluation", "models", "plots")]
+    kernel.start_kernel(extra_arguments=[f"--IPKernelApp.exec_lines={imports}"])
+    exits.callback(kernel.shutdown_kernel, now=True)
+    return kernel
+
+
+def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
+    """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
-    from traitlets.config import Config
 
     name = STAGES[number]
     source = repository / "notebooks" / f"{name}.ipynb"
@@ -128,18 +161,18 @@ def _run_stage(number: int, study: Any, repository: Path) -> bool:
     begin = time.perf_counter()
     print(f"[{number}/{len(STAGES)}] {name} …", end="" if sys.stdout.isatty() else "\n", flush=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="datawall-") as sockets:
-            papermill.execute_notebook(
-                str(source),
-                str(executed),
-                {key: values[key] for key in declared},
-                progress_bar=False,
-                # The kernel's own progress bars, for a person who is watching.
-                log_output=sys.stderr.isatty(),
-                stderr_file=sys.stderr if sys.stderr.isatty() else None,
-                # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
-                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
-            )
+        papermill.execute_notebook(
+            str(source),
+            str(executed),
+            {key: values[key] for key in declared},
+            progress_bar=False,
+            # The kernel's own progress bars, for a person who is watching.
+            log_output=sys.stderr.isatty(),
+            stderr_file=sys.stderr if sys.stderr.isatty() else None,
+            km=kernel,
+            # Imports on a busy machine are slow; a kernel that has died is noticed at once.
+            start_timeout=600,
+        )
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
         print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
