@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import units
+from dask_cluster import DaskCluster
 from units import Item, lines
 
 from datawall import cluster, params, processes
@@ -187,38 +188,6 @@ def test_a_network_on_several_gpus_is_trained_by_torchrun(study):
 
 
 # On a Dask cluster
-
-
-def dask(*words, folder):
-    command = [sys.executable, "-m", "dask", *words, "--scheduler-file", str(folder / "scheduler.json")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    path = os.pathsep.join([str(TESTS), *sys.path])
-    return subprocess.Popen(
-        [*command, "--no-dashboard"], env={**os.environ, "PYTHONPATH": path}, start_new_session=True, **quiet
-    )
-
-
-class DaskCluster:
-    """A scheduler and two workers, each a process of its own, on loopback."""
-
-    def __init__(self, folder):
-        self.scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", "0", folder=folder)
-        one_thread = "--nthreads", "1", "--host", "127.0.0.1"
-        self.workers = [dask("worker", *one_thread, "--name", str(i), folder=folder) for i in range(2)]
-        from dask.distributed import Client
-
-        deadline = time.monotonic() + 60
-        while not (folder / "scheduler.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        with Client(scheduler_file=str(folder / "scheduler.json"), set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=60)
-            self.address = client.scheduler.address
-
-    def close(self):
-        for process in [*self.workers, self.scheduler]:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 @pytest.fixture(scope="module")

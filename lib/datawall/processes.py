@@ -267,8 +267,9 @@ def visible_gpus() -> list[str]:
 def _memory_gib() -> float:
     """Memory of this machine, or what its container may take of it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # not in a control group, or "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # in no control group, or "max"
+            memory = min(memory, int(Path(limit).read_text()))
     return memory / 2**30
 
 
