@@ -170,7 +170,13 @@ class Params(BaseModel):
     perturbation_genes: Annotated[int, Field(ge=1)] = 2000  # most variable genes whose response is predicted
 
     memory_gib: Annotated[float, Field(ge=0)] = 4.0  # a subset that takes more is streamed from the disk in training
-    workers: Annotated[int, Field(ge=1)] | None = None  # processes side by side; by default one per core, or GPU
+    executor: Annotated[str, Field(pattern=r"^(local|slurm|(tcp|tls)://\S+)$")] = (
+        "local"  # where units run: `cluster.py`
+    )
+    workers: Annotated[int, Field(ge=1)] | None = None  # processes side by side, or Slurm jobs; one per core, or GPU
+    gpus: dict[str, Annotated[int, Field(ge=1)]] = {}  # by model: how many GPUs pretrain one together, if not one
+    retries: Annotated[int, Field(ge=0)] = 1  # how often a unit that fails is begun again
+    time_limit: Annotated[float, Field(gt=0)] | None = 86_400.0  # seconds after which a unit is taken to hang
 
     @field_validator("strategies", "percentages", "seeds", "models", "tasks")
     @classmethod
@@ -191,9 +197,9 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Params:
-        for key, names in (("models", self.models), ("hyperparameters", self.hyperparameters)):
+        for key in ("models", "hyperparameters", "gpus"):
             try:
-                for name in names:
+                for name in getattr(self, key):
                     hyperparameters.family(name)
                     if external.is_external(name):
                         external.source_file(name)

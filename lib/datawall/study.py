@@ -7,6 +7,8 @@ ask it for them and tell what came back.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -119,10 +121,36 @@ class Study(Curated):
         While it trains, its checkpoint lies beside the artifacts; a killed run takes it up.
         """
         unit = self.model_unit(run)
+        together = self.params.gpus.get(run.model, 1) > 1 and run.subset.strategy != "untrained"
+        if together and not self.store.find(unit):
+            self._launch(run)
+        return self._model_artifact(run, unit)
+
+    def _model_artifact(self, run: Run, unit: Unit) -> Artifact:
         checkpoint = self.folder / "checkpoints" / f"{unit.key}.npz"
         artifact = self.store.find_or_make(unit, lambda folder: self._make_model(run, folder, checkpoint))
         checkpoint.unlink(missing_ok=True)
         return artifact
+
+    def _launch(self, run: Run) -> None:
+        """Pretrain a model in processes of `torchrun`, one per GPU that the study gives it.
+
+        Raises
+        ------
+        RuntimeError
+            If they fail; what they wrote is in the output of this process.
+        """
+        n_processes, s = self.params.gpus[run.model], run.subset
+        with tempfile.TemporaryDirectory() as scratch:
+            given = Path(scratch) / "given.yaml"
+            given.write_text(yaml.safe_dump(self.params.model_dump()))
+            torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+            of_run = [run.model, s.strategy, str(s.percentage), str(s.seed), "--out", str(self.folder)]
+            ended = subprocess.run(
+                [sys.executable, "-m", *torchrun, "-m", "datawall.training", str(given), *of_run], check=False
+            )
+        if ended.returncode:
+            raise RuntimeError(f"torchrun with {n_processes} processes ended with status {ended.returncode}")
 
     def pretrain_together(self, run: Run) -> None:
         """Pretrain one model in the processes that `torchrun` started; the first of them stores it."""
@@ -138,7 +166,7 @@ class Study(Curated):
         if found:
             return
         if rank == 0:
-            self.model_artifact(run)
+            self._model_artifact(run, self.model_unit(run))
         else:
             checkpoint = self.folder / "checkpoints" / f"{self.model_unit(run).key}.npz"
             with tempfile.TemporaryDirectory() as folder:
