@@ -11,21 +11,18 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from datawall import evaluation, params, paths, plots, provenance, results, saturation, store, tasks
+from datawall import evaluation, notebooks, params, paths, plots, provenance, results, store, tasks, verdicts
 from datawall.provenance import Made
-from datawall.results import BASELINE, select
+from datawall.results import select
 from datawall.study import Study, open_study
-
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
 
 TEMPLATES = paths.PACKAGE_DATA / "report"
 DEFAULT = "quick"  # the study that others are compared with
@@ -35,7 +32,6 @@ SHOWN = (
     *("learning_curves_perturbation_response", "learning_curves_finetuned_classification"),
 )
 KINDS = ("corpus", "dataset", "split", "contamination", "sketch", "subset", "model", "embedding", "evaluation")
-NO_CONTENDERS = ("Chance", "Oracle")  # baselines that no model is compared with
 
 
 class Cell(NamedTuple):
@@ -53,33 +49,6 @@ class Table:
     title: str
     head: list[str]
     rows: list[list[Cell]]
-
-
-@dataclass
-class Notebook:
-    """An executed notebook."""
-
-    name: str
-    node: NotebookNode = field(repr=False)
-
-    @cached_property
-    def opening(self) -> list[str]:
-        """Title and first paragraph, as plain text."""
-        first = next((cell.source for cell in self.node.cells if cell.cell_type == "markdown"), self.name)
-        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*_`]", r"\1", first)
-        title, *rest = [part.strip() for part in plain.split("\n\n")]
-        return [title.lstrip("# "), rest[0] if rest else ""]
-
-    @property
-    def seconds(self) -> float | None:
-        """How long its last execution took."""
-        return self.node.metadata.get("papermill", {}).get("duration")
-
-    @property
-    def error(self) -> str | None:
-        """What it failed with."""
-        outputs = [output for cell in self.node.cells for output in cell.get("outputs", [])]
-        return next((f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"), None)
 
 
 def write(run_dir: str | Path) -> Path:
@@ -109,69 +78,11 @@ def write(run_dir: str | Path) -> Path:
         for path in site.downloads:
             shutil.copy(path, scratch / "files")
         shutil.copy(TEMPLATES / "tables.js", scratch)
-        (scratch / "style.css").write_text((TEMPLATES / "style.css").read_text() + _code_colours())
+        (scratch / "style.css").write_text((TEMPLATES / "style.css").read_text() + notebooks.code_colours())
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(scratch, folder)
     return folder / "index.html"
-
-
-def verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """What results on random subsets say of every model, task and data set.
-
-    Parameters
-    ----------
-    table
-        Tidy results (`results.read_results`).
-
-    Returns
-    -------
-    table with the columns model, task, dataset, percentage, low, high (the saturation point, by the published rule;
-    by the rule `error` where lower is better), plateau (percentage) and verdict (by the rule `equivalence`), metric,
-    value (the best of the sizes' means), size (its percentage), baseline (the best one), baseline_value and above
-    (whether the model is better).
-    """
-    rows = []
-    for task, metric in tasks.HEADLINE.items():
-        of_task = select(table, task=task, metric=metric)
-        random = select(of_task, strategy="random")
-        if random.empty:
-            continue
-        sign = -1 if metric in saturation.LOWER_IS_BETTER else 1
-        points = saturation.saturation_points(random, metric, rule="error" if sign < 0 else "published")
-        try:
-            plateaus = saturation.saturation_points(random, metric, rule="equivalence", n_resamples=0)
-        except (TypeError, ValueError):  # TODO: until the rule is there
-            plateaus = points.assign(percentage=float("nan"), verdict="undecided")
-        means = results.mean_over_splits(of_task[~of_task["model"].isin(NO_CONTENDERS)])
-        means = means.groupby(["dataset", "strategy", "model", "percentage"])["value"].mean() * sign
-        for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
-            sizes = means[point["dataset"], "random", point["model"]]
-            others = means.xs((point["dataset"], BASELINE), drop_level=False).droplevel([0, 1, 3])
-            rows.append(
-                point
-                | {"plateau": plateau["percentage"], "verdict": plateau["verdict"], "metric": metric}
-                | {"value": sign * sizes.max(), "size": sizes.idxmax()}
-                | {"baseline": others.idxmax(), "baseline_value": sign * others.max()}
-                | {"above": sizes.max() > others.max()}
-            )
-    return pd.DataFrame(rows)
-
-
-def sentences(found: pd.DataFrame) -> list[str]:
-    """The verdicts (`verdicts`) in three sentences."""
-    if found.empty:
-        return ["No task has been evaluated on random subsets yet."]
-    n, early = len(found), int((found["percentage"] <= 10).sum())
-    words = found["verdict"].value_counts()
-    plateau, improving, undecided = (words.get(word, 0) for word in ("plateau", "still improving", "undecided"))
-    return [
-        f"Of {n} curves, a model on a data set each, {early} reach the published saturation point at 10\u00a0% of the "
-        "corpus or less.",
-        f"Held against the spread over seeds, {plateau} are on a plateau, equivalent to the full corpus; {improving} "
-        f"still improve; {undecided} are undecided.",
-        f"{int(found['above'].sum())} of {n} are above the best baseline at the best of their sizes.",
-    ]
 
 
 class Site:
@@ -184,8 +95,6 @@ class Site:
     """
 
     def __init__(self, study: Study) -> None:
-        import nbformat
-
         self.study = study
         there = (study.folder / "results.parquet").is_file()
         self.results = results.read_results(study.folder) if there else pd.DataFrame(columns=results.COLUMNS)
@@ -195,10 +104,7 @@ class Site:
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
         sources = {one.key: one for each in scored for one in provenance.upstream(each, self.artifacts)}
         self.made = _in_order([*sources.values(), *scored])  # all that the results are made from
-        self.notebooks = [
-            Notebook(path.stem, nbformat.read(path, as_version=4))
-            for path in sorted((study.folder / "notebooks").glob("*.ipynb"))
-        ]
+        self.notebooks = [notebooks.read(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
         figures = paths.figures_folder(study.folder)
         self.figures = sorted(path.stem for path in figures.glob("*.svg"))
         self.downloads = [
@@ -216,7 +122,7 @@ class Site:
         for before, notebook, after in zip(
             [None, *self.notebooks], self.notebooks, [*self.notebooks[1:], None], strict=False
         ):
-            content = {"notebook": notebook, "body": _body(notebook.node), "before": before, "after": after}
+            content = {"notebook": notebook, "body": notebook.html(), "before": before, "after": after}
             yield f"notebooks/{notebook.name}.html", self._page("notebook", notebook.opening[0], "../", **content)
         yield "provenance.html", self._page("provenance", "Provenance", tables=self._provenance())
         for one in self.made:
@@ -227,14 +133,13 @@ class Site:
         return page.render(site=self, title=title, root=root, **content)
 
     def _summary(self) -> dict[str, Any]:
-        found = verdicts(self.results)
+        found = verdicts.verdicts(self.results)
         cells = {(row["model"], row["task"], row["dataset"]): row for row in found.to_dict("records")}
         plan = evaluation.plan(self.study)
         default = paths.repository() / "params" / f"{DEFAULT}.yaml"
         return {
             "plan": plan,
-
-            "sentences": sentences(found),
+            "sentences": verdicts.sentences(found),
             "columns": found.drop_duplicates(["task", "dataset"]).to_dict("records") if cells else [],
             "models": [model for model in self.study.params.models if model in {key[0] for key in cells}],
             "cells": cells,
@@ -327,9 +232,7 @@ def changes(default: params.Params, other: params.Params) -> list[tuple[str, str
     """What a study has otherwise than the default one: key, default value, its value."""
     before, after = (_flat(study.model_dump(exclude={"study"})) for study in (default, other))
     keys = dict.fromkeys([*before, *after])
-    return [
-        (key, _text(before.get(key)), _text(after.get(key))) for key in keys if before.get(key) != after.get(key)
-    ]
+    return [(key, _text(before.get(key)), _text(after.get(key))) for key in keys if before.get(key) != after.get(key)]
 
 
 def _in_order(artifacts: list[Made]) -> list[Made]:
@@ -383,50 +286,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _body(node: NotebookNode) -> Any:
-    """A notebook as HTML, its markup cleaned by nbconvert, each picture described by the section that it is in."""
-    from markupsafe import Markup
-    from nbconvert import HTMLExporter
-
-    heading = ""
-    for cell in node.cells:
-        if cell.cell_type == "markdown":
-            heading = next((line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")), heading)
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                output.metadata["image/png"] = {"alt": f"Figure: {heading}"}
-    exporter = HTMLExporter(template_name="basic", sanitize_html=True, exclude_anchor_links=True)
-    exporter.register_filter("clean_html", _cleaned)
-    body, _ = exporter.from_notebook_node(node)
-    return Markup(re.sub(r'(href="\w+)\.ipynb', r"\1.html", body))  # noqa: S704 - cleaned
-
-
-def _cleaned(markup: Any) -> str:
-    """Markup without what could run or reach out: nbconvert's own filter would take headings and tables too."""
-    import bleach
-
-    blocks = ("p", "pre", "br", "hr", "div", "span", "img", "table", "caption", "thead", "tbody", "tr", "th", "td")
-    tags = {*bleach.ALLOWED_TAGS, *blocks, *(f"h{level}" for level in range(1, 7))}
-    spans = ["colspan", "rowspan"]
-    attributes = {"*": ["class", "id"], "a": ["href", "title"], "th": spans, "td": spans, "img": ["src", "alt"]}
-    without_style = re.sub(r"<style.*?</style>", "", str(markup), flags=re.DOTALL)  # pandas' own
-    return bleach.clean(without_style, tags, attributes, protocols={"http", "https", "mailto", "data"}, strip=True)
-
-
-def _code_colours() -> str:
-    """Style of highlighted code."""
-    from pygments.formatters import HtmlFormatter
-
-    return HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
-
-
 @cache
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     # All that comes from data is escaped.
-    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    made = Environment(loader=FileSystemLoader(TEMPLATES), **options)
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
     made.filters |= {"label": plots.label, "duration": duration, "text": _text, "about": about, "what": _what}
     return made
 
