@@ -5,10 +5,13 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: run test notebooks lint lock
+.PHONY: run report test notebooks lint lock
 
 run: .venv/ready
 	$(BIN)/python run_all.py params/quick.yaml
+
+report: .venv/ready
+	$(BIN)/python -m datawall.report runs/quick
 
 test: .venv/ready
 	$(BIN)/python -m datawall.datasets

@@ -1,0 +1,101 @@
+"""What the artifacts of a run were made from, and what that cost, read from their manifests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from datawall import store
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact, as its manifest tells."""
+
+    key: str
+    kind: str
+    record: dict[str, Any]  # what it was made from
+    made: dict[str, Any]  # and how: seconds, memory, device, versions
+    files: dict[str, str]  # sha256 by name
+    n_bytes: int
+
+    @property
+    def label(self) -> str:
+        """What it is, among others of its kind: the family of a model, the task of an evaluation."""
+        of = {"model": "model", "evaluation": "task"}.get(self.kind)
+        return f"{self.kind}: {self.record[of]}" if of in self.record else self.kind
+
+
+def read(folder: Path) -> dict[str, Made]:
+    """The artifacts of a store, by key; those whose manifest is missing or damaged are left out."""
+    found = {}
+    for path in sorted(folder.glob(f"*/[!.]*/{store.MANIFEST}")):
+        try:
+            given = json.loads(path.read_text())
+            n_bytes = path.stat().st_size + sum((path.parent / name).stat().st_size for name in given["files"])
+            parts = {name: given[name] for name in ("key", "kind", "record", "made", "files")}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found[given["key"]] = Made(**parts, n_bytes=n_bytes)
+    return found
+
+
+def inputs(one: Made, artifacts: dict[str, Made]) -> list[Made]:
+    """The artifacts that one's record names."""
+    return [artifacts[text] for text in dict.fromkeys(_texts(one.record)) if text in artifacts]
+
+
+def upstream(one: Made, artifacts: dict[str, Made]) -> list[Made]:
+    """All that an artifact was made from, nearest first."""
+    found, following = {}, inputs(one, artifacts)
+    while following:
+        found |= {each.key: each for each in following if each.key not in found}
+        following = [each for near in following for each in inputs(near, artifacts) if each.key not in found]
+    return list(found.values())
+
+
+def costs(made: Iterable[Made]) -> pd.DataFrame:
+    """What artifacts took, a row per kind, model family and task, in the order given.
+
+    Columns: what, n, seconds (of all, each in a process of its own), longest (of one), memory_mib (greatest of a
+    process), n_bytes, device.
+    """
+    rows = [
+        {
+            "what": one.label,
+            "n": 1,
+            "seconds": one.made.get("seconds"),
+            "longest": one.made.get("seconds"),
+            "memory_mib": one.made.get("peak_memory_mib"),
+            "n_bytes": one.n_bytes,
+            "device": one.made.get("device", ""),
+        }
+        for one in made
+    ]
+    how = {"n": "sum", "seconds": "sum", "longest": "max", "memory_mib": "max", "n_bytes": "sum"}
+    joined = {"device": lambda devices: ", ".join(sorted(set(devices)))}
+    table = pd.DataFrame(rows, columns=["what", *how, *joined])
+    return table.groupby("what", sort=False).agg(how | joined).reset_index()
+
+
+def versions(made: Iterable[Made]) -> dict[str, list[str]]:
+    """Versions of Python and of packages that artifacts were made with."""
+    found: dict[str, set[str]] = {}
+    for one in made:
+        for package, version in one.made.get("versions", {}).items():
+            found.setdefault(package, set()).add(version)
+    return {package: sorted(of) for package, of in found.items()}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
