@@ -55,6 +55,7 @@ def _chance_rows(scores: pd.DataFrame) -> pd.DataFrame:
     """Rows of the baseline `Chance`: one per task, data set, metric and split of which a baseline knows it."""
     keys = ["task", "dataset", "metric", "split"]
     known = scores[(scores["strategy"] == BASELINE) & scores["chance"].notna()]
+    known = known[known["task"] != "perturbation_response"]  # whose level of chance is a baseline itself, NoChange
     level = known.groupby(keys)["chance"].transform("mean")
     return known.assign(model=CHANCE, value=level, **dict.fromkeys(KNOWN, np.nan)).drop_duplicates(keys)
 
