@@ -36,9 +36,9 @@ TASKS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 1 a stage failed, 2 the request is wrong."""
+    """Run the command; returns its exit status: 0 done, 1 a stage failed, 2 the request is wrong, 130 interrupted."""
     options = _options(arguments)
-    from datawall import evaluation, params, paths
+    from datawall import evaluation, params, paths, store
     from datawall.study import Study
 
     try:
@@ -53,6 +53,25 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{parameters.study}: {plan}; into {_shown(study.folder, paths.repository())}")
     if options.plan:
         return 0
+    try:
+        with store.reserved(study.folder):
+            return _run(study, stages)
+    except KeyboardInterrupt:
+        print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+    except BlockingIOError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"\n{error}. What is finished is kept; the same command goes on once this is mended.", file=sys.stderr)
+        return 1
+
+
+def _run(study: Any, stages: list[int]) -> int:
+    """Execute the notebooks of stages in turn; returns the command's exit status."""
+    from datawall import paths
+
+    parameters = study.params
     study.write_params()
     for number in stages:
         if number in TASKS and TASKS[number] not in parameters.tasks:
@@ -176,6 +195,12 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
         print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
+        return False
+    except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
+        print(
+            f"\n{name} failed: {error}; perhaps memory ran out. What is finished is kept; the same command goes on.",
+            file=sys.stderr,
+        )
         return False
     print(f"\r[{number}/{len(STAGES)}] {name} done in {time.perf_counter() - begin:.0f} s", flush=True)
     return True

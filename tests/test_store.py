@@ -160,15 +160,22 @@ def keep_of_the_manifest(*names):
     return keep
 
 
+def other_provenance(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"device": "cpu"', '"device": "gpu"'))
+
+
 damages = {
     "flipped byte": (flip_a_byte, "rows.bin"),
     "truncated file": (truncate, "rows.bin"),
     "missing file": (lambda folder: (folder / "note.txt").unlink(), "note.txt"),
+    "file of another": (lambda folder: (folder / "0").write_text("more"), "0 does not belong there"),
+    "manifest with other provenance": (lambda folder: other_provenance(folder), "manifest.json is not"),
     "missing manifest": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
     "truncated manifest": (lambda folder: (folder / MANIFEST).write_text('{"kind": "subset", "fi'), ""),
     "binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00\xfe"), ""),
-    "manifest without files": (keep_of_the_manifest("kind", "key", "record", "made"), "files"),
-    "manifest without provenance": (keep_of_the_manifest("kind", "key", "record", "files"), "made"),
+    "manifest without files": (keep_of_the_manifest("kind", "key", "record", "made"), "manifest.json is not"),
+    "manifest without provenance": (keep_of_the_manifest("kind", "key", "record", "files"), "manifest.json is not"),
     "manifest that is null": (lambda folder: (folder / MANIFEST).write_text("null"), ""),
     "manifest that is a list": (lambda folder: (folder / MANIFEST).write_text("[]"), ""),
 }

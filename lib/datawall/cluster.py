@@ -1,90 +1,185 @@
-"""Where work units run: side by side on this machine's cores, or one after the other on its GPU."""
+"""Where work units run: in processes of this machine, or on a Dask cluster.
+
+`executor` of the study file says where: `local` (a process per GPU, or per core), `tcp://scheduler:8786` (any Dask
+cluster that runs already; `tls://` where others share the network) or `slurm` (jobs of one's own, by dask-jobqueue).
+
+Nothing is unpickled from a file. Functions and records travel as pickles between processes of one user: on this
+machine through a pair of sockets that nobody else holds; to a cluster by Dask's own protocol, by which whoever can
+reach the scheduler can run code as its user. Keep it on loopback or a private network, or use TLS (README, "On a
+cluster").
+"""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
+import hashlib
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from datawall import store
+from datawall.processes import Ended, Need, Unit, Worker, describe, on_this_machine
+
 if TYPE_CHECKING:
+    from dask.distributed import Client
+
+    from datawall.params import Params
     from datawall.study import Study
 
+SHOWN = 20  # failed units that a message names
+JOBS = 8  # of a Slurm cluster, where the study does not say
 
-def run_units[Item](study: Study, make: Callable[[Study, Item], object], items: list[Item], name: str) -> None:
+
+class UnitsFailedError(RuntimeError):
+    """Some units failed and the others are done; the message has the last line of each one's traceback."""
+
+
+def run_units[Item](
+    study: Study,
+    make: Callable[[Study, Item], object],
+    items: list[Item],
+    name: str,
+    need_of: Callable[[Study, Item], Need] = lambda study, item: Need(),
+) -> None:
     """Call `make(study, item)` for every item, with a progress bar that leaves nothing behind.
 
-    Without a GPU each core runs a process of its own, with one thread: small models gain little from threads, and
-    the numbers depend neither on how many processes there are nor on what else the cores do.
+    Each runs in a process apart from this one, with one thread: small models gain little from threads, and numbers
+    depend neither on how many processes there are nor on what else the cores do. The longest begin first. A unit that
+    raises, whose process dies (for want of memory, say) or that takes longer than the study's `time_limit` is begun
+    again as often as its `retries` say, while the others go on.
 
     Parameters
     ----------
     study
-        Opened again by each process.
+        Where to run, and what; opened again by each process.
     make
         A function of the library; what it returns is dropped, what it stores stays.
     items
         What to make.
     name
         Label of the progress bar.
+    need_of
+        What an item needs.
 
     Raises
     ------
-    Exception
-        The first that `make` raises; items not yet begun are given up.
+    UnitsFailedError
+        At the end, if units failed every time.
+    ConnectionError
+        If there is no such Dask cluster, or no longer.
     """
     if not items:
         return
-    from joblib import Parallel, cpu_count, delayed
-
-    n_workers = study.params.workers or (1 if _has_gpu() else cpu_count())
-    bar = tqdm(total=len(items), desc=name, leave=False)
-    with bar:
-        if n_workers == 1:
-            use_one_thread()
-            for item in items:
-                make(study, item)
-                bar.update()
-        else:
-            described = study.params.model_dump_json(), str(study.folder)
-            work = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
-            for _ in work(delayed(_work)(*described, make, item) for item in items):
-                bar.update()
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    described = study.params.model_dump_json(), str(study.folder), make
+    units = [Unit(*described, item, need_of(study, item)) for item in items]
+    units.sort(key=lambda unit: -unit.need.seconds)
+    run = on_this_machine if study.params.executor == "local" else _on_dask
+    failed = []
+    with tqdm(total=len(items), desc=name, leave=False) as bar, closing(run(study, units)) as ended:
+        for unit, error in ended:
+            bar.update()
+            if error is not None:
+                failed.append(f"  {describe(unit.item)}: {error}")
+    if failed:
+        lines = failed[:SHOWN] + [f"  … and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
+        raise UnitsFailedError(
+            f"{len(failed)} of {len(items)} units of {name} failed, begun {1 + study.params.retries} times each. "
+            "The others are done; the same command again makes only what is missing.\n" + "\n".join(lines)
+        )
 
 
-def use_one_thread() -> None:
-    """Compute on one thread in this process: torch, and the linear algebra under numpy, scipy and scikit-learn."""
-    import scipy.linalg  # noqa: F401 - only libraries that are loaded can be limited
-    import sklearn.neighbors  # noqa: F401
-    from threadpoolctl import threadpool_limits
+def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
+    """Do units on a Dask cluster, each in a process beside one of its workers' threads."""
+    from dask.distributed import as_completed
 
-    threadpool_limits(1)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+    p = study.params
+    with _client(p, len(units)) as client, client.as_current(), _mark(study.folder) as mark:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        declared = {name for worker in workers for name in worker["resources"]}
+        futures = {}
+        for unit in units:
+            wanted = {"GPU": unit.need.gpus, "MEMORY": unit.need.memory_gib * 2**30}
+            resources = {name: amount for name, amount in wanted.items() if name in declared and amount}
+            options = {"resources": resources, "retries": p.retries, "priority": unit.need.seconds, "pure": False}
+            futures[client.submit(_beside, unit, p.time_limit, mark, _sources(), **options)] = unit
+        for future in as_completed(list(futures)):
+            if future.status not in ("finished", "error"):
+                raise ConnectionError(
+                    f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
+                )
+            raised = future.exception()
+            yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+
+
+@contextmanager
+def _client(p: Params, n_units: int) -> Iterator[Client]:
+    """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
+    from dask.distributed import Client
+
+    if p.executor != "slurm":
+        try:
+            client = Client(p.executor, set_as_default=False)
+        except OSError as error:
+            raise ConnectionError(f"executor {p.executor}: no Dask scheduler answers there ({error}).") from error
+        with client:
+            yield client
+        return
+    from dask_jobqueue import SLURMCluster
+
+    # Queue, cores, memory and time of a job are the user's own settings of dask-jobqueue. Others share the network.
+    private = {"protocol": "tls://", "security": True, "scheduler_options": {"dashboard_address": "127.0.0.1:0"}}
+    with SLURMCluster(**private) as slurm, Client(slurm, set_as_default=False) as client:
+        slurm.scale(jobs=min(n_units, p.workers or JOBS))
+        client.wait_for_workers(1)
+        yield client
+
+
+@contextmanager
+def _mark(folder: Path) -> Iterator[Path]:
+    """A file in the run folder, by which workers tell that the folder they see is the same."""
+    mark = folder / f".shared.{uuid.uuid4().hex}"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        with store.held(mark):
+            yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+_resting: list[Worker] = []  # of a Dask worker
+
+
+def _beside(unit: Unit, time_limit: float | None, mark: Path, sources: str) -> None:
+    """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies."""
+    here = socket.gethostname()
+    if not mark.exists():
+        raise RuntimeError(f"{here} does not see {unit.folder}; keep run folders on storage that all workers share.")
+    if _sources() != sources:
+        raise RuntimeError(f"{here} has another version of datawall in {Path(__file__).parent}; install the same.")
+    try:
+        worker = _resting.pop()
+    except IndexError:
+        worker = Worker()
+    worker.begin(unit, time_limit)
+    error = worker.outcome()
+    if worker.usable:
+        _resting.append(worker)
     else:
-        os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when a unit loads it; some seconds that others save
-
-
-def _work[Item](params_json: str, folder: str, make: Callable[[Study, Item], object], item: Item) -> None:
-    """Make one item, in a process of its own."""
-    make(_opened(params_json, folder), item)
+        worker.stop()
+    if error is not None:
+        raise RuntimeError(error)
 
 
 @cache
-def _opened(params_json: str, folder: str) -> Study:
-    """The study, opened once in each process, so that its data is read once."""
-    use_one_thread()
-    from datawall.params import Params
-    from datawall.study import Study
-
-    return Study(Params.model_validate_json(params_json), Path(folder))
+def _sources() -> str:
+    """Hash of the library's code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,8 +1,13 @@
-"""Artifacts on disk: made once, found again by the key of what they were made from, checked when read."""
+"""Artifacts on disk: made once, found again by the key of what they were made from, checked when read.
+
+Nothing is ever changed in place. A killed process leaves at most a folder or file whose name begins with a dot, which
+is never read, and which the next run removes.
+"""
 
 from __future__ import annotations
 
 import ast
+import fcntl
 import hashlib
 import json
 import logging
@@ -10,11 +15,13 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
@@ -49,9 +56,22 @@ class Unit:
     @cached_property
     def key(self) -> str:
         """Sixteen hexadecimal digits that change when the record, or the code of one of the modules, changes."""
-        code = {name: code_version(name) for name in self.modules}
-        text = json.dumps([self.kind, self.record, code], sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return key_of(self.kind, self.record, self.code)
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Versions of the modules' code."""
+        return {name: code_version(name) for name in self.modules}
+
+
+def key_of(kind: str, record: Record, code: dict[str, str]) -> str:
+    """Key of a unit, from its kind, its record and the versions of the code that makes it."""
+    return _sha256([kind, record, code])[:16]
+
+
+def _sha256(value: Any) -> str:
+    """Hash of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -86,23 +106,17 @@ class Store:
         folder = self._folder(unit)
         if not folder.is_dir():
             return None
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            made, files = manifest["made"], manifest["files"]
-            wrong = [name for name, sha256 in files.items() if file_sha256(folder / name) != sha256]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            wrong = [f"{type(error).__name__}: {error}"]
-        if wrong:
+        if wrong := damage(folder):
             log.warning("%s %s is damaged (%s) and will be made again.", unit.kind, unit.key, "; ".join(wrong))
             return None
-        self._checked[unit.key] = Artifact(unit.key, folder, made)
+        self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
         return self._checked[unit.key]
 
     def find_or_make(self, unit: Unit, make: Callable[[Path], Record | None]) -> Artifact:
         """Find a unit's artifact, or make it: `make` writes files into an empty folder that is then moved into place.
 
-        The move is atomic, so a killed process leaves nothing that could be taken for an artifact, and of two
-        processes that make the same one the later replaces the earlier.
+        The move is atomic, so a killed process leaves nothing that could be taken for an artifact. Of two processes
+        that make the same one the earlier stores it, and others may read it already; the later drops its own.
 
         Parameters
         ----------
@@ -119,23 +133,67 @@ class Store:
             begin = time.perf_counter()
             more = make(scratch) or {}
             made = {"seconds": round(time.perf_counter() - begin, 3), "device": "cpu", **_circumstances(), **more}
-            files = {
-                str(path.relative_to(scratch)): file_sha256(path)
-                for path in sorted(scratch.rglob("*"))
-                if path.is_file()
-            }
-            write_json(
-                scratch / MANIFEST,
-                {"kind": unit.kind, "key": unit.key, "record": unit.record, "files": files, "made": made},
-            )
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(scratch, folder)
-        self._checked[unit.key] = Artifact(unit.key, folder, made)
+            manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
+            manifest |= {"files": {name: file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
+            write_json(scratch / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
+            if folder.exists() and damage(folder):
+                os.replace(folder, scratch.with_name(f"{scratch.name}-damaged"))
+                shutil.rmtree(scratch.with_name(f"{scratch.name}-damaged"))
+            with suppress(FileExistsError):
+                _move(scratch, folder)
+        self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
         return self._checked[unit.key]
 
     def _folder(self, unit: Unit) -> Path:
         return self.folder / unit.kind / unit.key
+
+
+def read_manifest(folder: Path) -> Record:
+    """What an artifact was made from, and its files.
+
+    Raises
+    ------
+    OSError, ValueError
+        If it is missing, or not as it was written.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _sha256(manifest):
+        raise ValueError(f"{MANIFEST} is not as it was written")
+    return manifest
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with an artifact: files that are missing, changed or of no one; nothing if it is sound."""
+    try:
+        files = read_manifest(folder)["files"]
+    except (OSError, ValueError) as error:
+        return [f"{type(error).__name__}: {error}"]
+    there = _files(folder)
+    wrong = [name for name in there if name in files and file_sha256(folder / name) != files[name]]
+    missing = [f"{name} is missing" for name in files if name not in there]
+    return wrong + missing + [f"{name} does not belong there" for name in there if name not in files]
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the files of an artifact, but for its manifest, in order."""
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in paths if name != MANIFEST)
+
+
+def _move(scratch: Path, folder: Path) -> None:
+    """Move a folder into place.
+
+    Raises
+    ------
+    FileExistsError
+        If something is there already.
+    """
+    try:
+        os.rename(scratch, folder)
+    except OSError as error:
+        if folder.exists():
+            raise FileExistsError(folder) from error
+        raise
 
 
 @contextmanager
@@ -144,9 +202,64 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     scratch = parent / f".making-{uuid.uuid4().hex}"
     scratch.mkdir()
     try:
-        yield scratch
+        with held(scratch):
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Mark a file or folder as in use, until this process ends, however it ends; not on a file system without locks."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep a run folder for this process, and remove what killed ones left half-made in it.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has it; the message says which.
+    OSError
+        If it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BlockingIOError(
+                f"{folder}: {file.read().strip() or 'another process'} works on it; wait until that ends, stop it, or "
+                "give another folder with --out."
+            ) from None
+        except OSError as error:
+            log.warning("%s: its file system has no locks (%s); see to it that nothing else runs in it.", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {_now()},")
+        file.flush()
+        for left in [*folder.glob("store/*/.making-*"), *folder.glob("checkpoints/.*"), *folder.glob(".*.*")]:
+            _remove_unless_held(left)
+        yield
+
+
+def _remove_unless_held(path: Path) -> None:
+    """Remove a file or folder that no process has in use."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 @cache
@@ -168,10 +281,12 @@ def file_sha256(path: Path) -> str:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file in the same folder, then move it to `path`: all of it, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        write(scratch)
-        os.replace(scratch, path)
+        scratch.touch()
+        with held(scratch):
+            write(scratch)
+            os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -187,5 +302,11 @@ def versions() -> dict[str, str]:
 
 
 def _circumstances() -> Record:
-    """Versions and peak memory, for the provenance of an artifact."""
-    return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "versions": versions()}
+    """Versions, peak memory and when and where, for the provenance of an artifact."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {"peak_memory_mib": peak, "host": socket.gethostname(), "ended": _now(), "versions": versions()}
+
+
+def _now() -> str:
+    """By the clock, for people alone: nothing is decided by it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

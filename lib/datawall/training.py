@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import time
+import uuid
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -338,17 +339,20 @@ class _State:
         for i, moments in self.optimiser.state_dict()["state"].items():
             arrays |= {f"optimiser/{i}/{name}": value for name, value in moments.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        with scratch.open("wb") as file:
-            np.savez(
-                file,
-                identity=np.array(self.identity),
-                losses=np.array(self.losses),
-                looks=np.array(self.looks, dtype=np.float64).reshape(-1, 2),
-                best=np.array([self.best, self.best_look]),
-                **{name: value.cpu().numpy() for name, value in arrays.items()},
-            )
-        os.replace(scratch, path)
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with scratch.open("wb") as file:
+                np.savez(
+                    file,
+                    identity=np.array(self.identity),
+                    losses=np.array(self.losses),
+                    looks=np.array(self.looks, dtype=np.float64).reshape(-1, 2),
+                    best=np.array([self.best, self.best_look]),
+                    **{name: value.cpu().numpy() for name, value in arrays.items()},
+                )
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def resume(self, path: Path) -> None:
         """Take up the state of a checkpoint, if there is a sound one.
@@ -419,6 +423,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("strategy")
     parser.add_argument("percentage", type=float)
     parser.add_argument("seed", type=int)
+    parser.add_argument("--out", type=Path, help="run folder; the study's own by default")
     options = parser.parse_args(arguments)
     from datawall import study as studies
 
@@ -427,6 +432,7 @@ def main(arguments: list[str] | None = None) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     study = studies.open_study(options.study)
+    study = studies.Study(study.params, options.out or study.folder)
     run = studies.Run(options.model, studies.Subset(options.strategy, options.percentage, options.seed))
     if run not in study.pretraining_runs():
         raise SystemExit(f"{options.study} has no such run: {run}")

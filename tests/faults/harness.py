@@ -1,0 +1,106 @@
+"""What the fault tests have in common: a study of every kind of unit, its command, its processes and its artifacts.
+
+`DATAWALL_FAULTS=full` (make faults) is the whole of the tiny study and many faults; without it, a part of it and few.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import psutil
+
+import datawall as dw
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL = os.environ.get("DATAWALL_FAULTS") == "full"
+PART = [
+    "strategies=[random,celltype_reweighted]",
+    "percentages=[50,100]",
+    "tasks=[zeroshot_classification]",
+    "steps=10",
+]
+SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
+STUDY = ["params/tiny.yaml", *SETTINGS]
+SECONDS = 900  # for one command, on a busy machine
+
+
+def start(folder, *words, **options):
+    """Begin `run_all.py` on a folder, its output to be read when it has ended."""
+    command = [sys.executable, "run_all.py", *STUDY, "--out", str(folder), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes, **options)
+
+
+def run(folder, *words, **options):
+    """Do `run_all.py` on a folder; returns exit status, what it printed, and its errors."""
+    with start(folder, *words, **options) as process:
+        out, errors = process.communicate(timeout=SECONDS)
+    return process.returncode, out, errors
+
+
+def processes(of):
+    """Living descendants of a process by their part: kernels, workers, and others."""
+    parts = {"kernel": [], "worker": [], "other": []}
+    for process in psutil.Process(of.pid).children(recursive=True) if psutil.pid_exists(of.pid) else ():
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        parts["kernel" if "ipykernel" in command else "worker" if "processes.serve" in command else "other"].append(
+            process
+        )
+    return parts
+
+
+def ended(processes, seconds=10):
+    """Whether processes end, or have ended, soon."""
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def wait_until(condition, seconds=SECONDS):
+    """Wait for something to be so; says whether it came to be."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def artifacts(folder):
+    """When each finished artifact was written, by kind and key."""
+    return {
+        f"{path.parent.parent.name} {path.parent.name}": path.stat().st_mtime_ns
+        for path in folder.glob("store/*/[!.]*/manifest.json")
+    }
+
+
+def redone(before, after):
+    """Artifacts that were there and are others now."""
+    return sorted(name for name, written in before.items() if after.get(name) != written)
+
+
+def made(before, after):
+    """How many of each kind are new, in words."""
+    kinds = Counter(name.split()[0] for name in after.keys() - before.keys())
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "nothing"
+
+
+def same_results(folder, undisturbed):
+    """Whether a run has the results of another, to the bit, and nothing half-made beside its artifacts."""
+    ours, theirs = (dw.read_results(each) for each in (folder, undisturbed))
+    left = [*folder.glob("store/*/.making-*"), *folder.glob("checkpoints/*"), *folder.glob(".*.*")]
+    return ours.equals(theirs) and artifacts(folder).keys() == artifacts(undisturbed).keys() and not left
+
+
+def told(folder):
+    """All that the executed notebooks printed."""
+    outputs = []
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            outputs += [output.get("text", "") for output in cell.get("outputs", ())]
+    return "".join(outputs)

@@ -1,0 +1,95 @@
+"""Killed at any moment, a study ends with the results of one that was not, and does nothing finished again."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from dask_cluster import DaskCluster
+from harness import FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, start
+
+EACH = 5 if FULL else 1  # times that each part is killed: 25 kills in the full form
+MOMENTS = (3, 60) if FULL else (3, 25)  # seconds from a start, or from a kill that the run survived
+
+
+class Here:
+    """A study on this machine."""
+
+    parts = "run_all.py", "kernel", "worker"
+
+    def start(self, folder):
+        self.process = start(folder)
+        return self.process
+
+    def living(self, part):
+        return [self.process] if part == "run_all.py" else processes(self.process)[part]
+
+    def close(self):
+        pass
+
+
+class OnDask:
+    """A study on a Dask cluster, which is started again when its scheduler is dead."""
+
+    parts = "scheduler", "Dask worker"
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.cluster = DaskCluster(folder)
+
+    def start(self, folder):
+        if self.cluster.scheduler.poll() is not None:
+            self.cluster.close()
+            self.cluster = DaskCluster(self.folder)
+        return start(folder, "--set", f"executor={self.cluster.address}")
+
+    def living(self, part):
+        return [self.cluster.scheduler] if part == "scheduler" else self.cluster.worker_processes()
+
+    def close(self):
+        self.cluster.close()
+
+
+def disturb(place, folder, to_kill, rng):
+    """Start a study and kill parts of it at random moments; says whether it succeeded all the same, and what died."""
+    process, killed, family = place.start(folder), [], {}
+    moment = time.monotonic() + rng.uniform(*MOMENTS)
+    with process:
+        while process.poll() is None:
+            family |= {each.pid: each for some in processes(process).values() for each in some}
+            if to_kill and time.monotonic() > moment and (victims := place.living(to_kill[-1])):
+                os.kill(victims[rng.integers(len(victims))].pid, signal.SIGKILL)
+                killed.append(to_kill.pop())
+                moment = time.monotonic() + rng.uniform(*MOMENTS)
+            time.sleep(0.05)
+        errors = process.communicate(timeout=SECONDS)[1]
+    assert "Traceback" not in errors
+    if process.returncode != 0:
+        assert killed, errors
+        assert process.returncode == -signal.SIGKILL or "failed: " in errors
+    assert ended(family.values())  # with the run, whatever it started
+    return process.returncode == 0, killed
+
+
+@pytest.mark.parametrize("place", [Here, OnDask], ids=["here", "on Dask"])
+def test_killed_study_ends_the_same(place, undisturbed, tmp_path, capsys):
+    rng = np.random.default_rng(7)
+    to_kill = rng.permutation(place.parts * EACH).tolist()
+    (tmp_path / "place").mkdir()
+    at = place(tmp_path / "place") if place is OnDask else place()
+    story = []
+    try:
+        while to_kill:
+            folder, finished = tmp_path / str(len(to_kill)), False
+            while not finished:
+                before = artifacts(folder)
+                finished, killed = disturb(at, folder, to_kill, rng)
+                after = artifacts(folder)
+                story.append(f"killed: {', '.join(killed) or 'nothing'}; new: {made(before, after)}")
+                assert redone(before, after) == []
+            assert same_results(folder, undisturbed)
+    finally:
+        at.close()
+        with capsys.disabled():
+            print("", *story, sep="\n  ", end=" ")

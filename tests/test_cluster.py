@@ -1,0 +1,232 @@
+"""Units of work on this machine and on a Dask cluster: all done, in spite of those that fail, hang or die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import units
+from dask_cluster import DaskCluster
+from units import Item, lines
+
+from datawall import cluster, params, processes
+from datawall.cluster import Need, UnitsFailedError, run_units
+from datawall.study import Study
+
+TESTS = Path(__file__).parent
+MINIMAL = {
+    "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [100], "seeds": [0],
+    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 2,
+}  # fmt: skip
+FIVE = [Item(f"good_{i}") for i in range(5)]
+
+
+@pytest.fixture
+def study(tmp_path):
+    def make(**changes):
+        return Study(params.check({**MINIMAL, **changes}, "test"), tmp_path)
+
+    return make
+
+
+def process_ids(folder, items):
+    return {int(line.split()[0]) for item in items for line in lines(folder, item)}
+
+
+def gone(pid, seconds=10):
+    """Whether a process ends, or has ended, soon."""
+    deadline = time.monotonic() + seconds
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_each_unit_is_done_once_in_another_process(study):
+    run_units(study(), units.succeed, FIVE, "test")
+    folder = study().folder
+    assert [len(lines(folder, item)) for item in FIVE] == [1] * 5
+    pids = process_ids(folder, FIVE)
+    assert len(pids) <= 2
+    assert os.getpid() not in pids
+    assert all(gone(pid) for pid in pids)
+
+
+def test_nothing_to_do_starts_nothing(study, monkeypatch):
+    monkeypatch.setattr(processes, "Worker", None)
+    run_units(study(), units.succeed, [], "test")
+
+
+def test_units_have_one_thread_and_no_gpu_where_there_is_none(study, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
+    item = Item("one")
+    run_units(study(), units.tell_circumstances, [item], "test")
+    assert lines(study().folder, item)[0].split(maxsplit=2)[2] == "None [1] False"
+
+
+def test_longest_unit_begins_first(study):
+    items = [Item(str(seconds), seconds) for seconds in (1, 3, 2)]
+    run_units(study(workers=1), units.succeed, items, "test", lambda study, item: Need(seconds=item.value))
+    begun = {item.value: float(lines(study().folder, item)[0].split()[1]) for item in items}
+    assert begun[3] < begun[2] < begun[1]
+
+
+BAD = {
+    "raises": "raises 0: ValueError: it is no good",
+    "dies": "dies 0: its process died (signal SIGKILL); perhaps memory ran out",
+    "hangs": "hangs 0: stopped after 15 seconds, the time limit of a unit",
+    "exhausts_memory": "exhausts_memory 0: MemoryError:",
+}
+MIXED = [Item(name) for name in ("good_1", *BAD, "good_2", "good_3")]
+
+
+def test_units_that_fail_are_reported_when_the_others_are_done(study):
+    given = study(time_limit=15.0)
+    with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed, begun 2 times each") as raised:
+        run_units(given, units.misbehave, MIXED, "test")
+    assert all(message in str(raised.value) for message in BAD.values()), raised.value
+    assert [len(lines(given.folder, item)) for item in MIXED] == [1, 2, 2, 2, 2, 1, 1]
+    for line in lines(given.folder, Item("hangs")):  # with what it had started
+        assert gone(int(line.split()[2]))
+
+
+def test_units_that_fail_once_are_done_in_the_end(study):
+    items = [Item("raises"), Item("dies"), Item("good")]
+    run_units(study(), units.misbehave_once, items, "test")
+    assert [len(lines(study().folder, item)) for item in items] == [2, 2, 1]
+
+
+def test_one_worker_is_this_very_process(study):
+    given = study(workers=1, time_limit=2.0)
+    items = [Item("good"), Item("raises"), Item("sleeps")]
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UnitsFailedError, match="2 of 3 units of test failed, begun 2 times each") as raised:
+        run_units(given, units.misbehave, items, "test")
+    assert BAD["raises"] in str(raised.value)
+    assert "sleeps 0: TimeoutError: stopped after 2 seconds" in str(raised.value)
+    assert process_ids(given.folder, items) == {os.getpid()}
+    assert [len(lines(given.folder, item)) for item in items] == [1, 2, 2]
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_message_names_some_of_many(study):
+    items = [Item(f"raises_{i}") for i in range(25)]
+    with pytest.raises(UnitsFailedError, match="25 of 25 units") as raised:
+        run_units(study(retries=0, workers=1), units.misbehave, items, "test")
+    assert str(raised.value).count("ValueError") == 20
+    assert "and 5 more" in str(raised.value)
+
+
+def overlap(folder, first, second):
+    spans = [[float(line.split()[1]) for line in lines(folder, item)] for item in (first, second)]
+    return min(spans[0][1], spans[1][1]) > max(spans[0][0], spans[1][0])
+
+
+@pytest.mark.parametrize(("share", "together"), [(0.4, True), (0.6, False)])
+def test_units_run_together_as_far_as_memory_goes_round(share, together, study):
+    memory = share * processes._memory_gib()
+    pair = [Item("a", 3.0), Item("b", 3.0)]
+    run_units(study(), units.pause, pair, "test", lambda study, item: Need(memory_gib=memory))
+    assert overlap(study().folder, *pair) == together
+
+
+def test_gpus_are_dealt_out(study, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    items = [Item(f"pair_{i}", 2) for i in range(2)] + [Item(f"one_{i}", 1) for i in range(3)]
+    needs = lambda study, item: Need(gpus=int(item.value))  # noqa: E731
+    run_units(study(workers=None), units.tell_gpus, items, "test", needs)
+    folder = study().folder
+    devices = {item.name: lines(folder, item)[0].split()[2] for item in items}
+    assert devices["pair_0"] == devices["pair_1"] == "5,6"
+    assert {devices[f"one_{i}"] for i in range(3)} <= {"5", "6", "7"}
+    with pytest.raises(ValueError, match="4 GPUs each, and this machine has 3"):
+        run_units(study(), units.succeed, items, "test", lambda study, item: Need(gpus=4))
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+import units
+from datawall import params
+from datawall.cluster import run_units
+from datawall.study import Study
+study = Study(params.check({settings}, "test"), Path(sys.argv[1]))
+run_units(study, units.misbehave, [units.Item("hangs_1"), units.Item("hangs_2")], "test")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(how, tmp_path):
+    code = INTERRUPTED.format(settings=repr(MINIMAL))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    hanging = [Item("hangs_1"), Item("hangs_2")]
+    deadline = time.monotonic() + 60
+    while not all(lines(tmp_path, item) for item in hanging) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = {int(word) for item in hanging for word in lines(tmp_path, item)[0].split()[::2]}  # and their children
+    assert len(pids) == 4
+    process.send_signal(how)
+    process.wait(timeout=10)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_network_on_several_gpus_is_trained_by_torchrun(study):
+    small = {"n_layers": 2, "n_embd": 16, "max_length": 32, "batch_size": 8}
+    given = study(models=["Geneformer"], steps=4, hyperparameters={"Geneformer": small}, gpus={"Geneformer": 2})
+    table = given.pretrain()
+    assert table[["steps", "samples_seen"]].to_numpy().tolist() == [[4, 32]]
+    alone = Study(given.params.model_copy(update={"gpus": {}}), given.folder)
+    assert alone.pretrain()["seconds"].tolist() == table["seconds"].tolist()  # is the same unit, and found
+
+
+# On a Dask cluster
+
+
+@pytest.fixture(scope="module")
+def dask_cluster(tmp_path_factory):
+    started = DaskCluster(tmp_path_factory.mktemp("dask"))
+    yield started
+    started.close()
+
+
+def test_dask_does_each_unit_once(dask_cluster, study):
+    given = study(executor=dask_cluster.address)
+    run_units(given, units.succeed, FIVE, "test")
+    assert [len(lines(given.folder, item)) for item in FIVE] == [1] * 5
+    assert not list(given.folder.glob(".*"))
+
+
+def test_dask_reports_units_that_fail_when_the_others_are_done(dask_cluster, study):
+    given = study(executor=dask_cluster.address, time_limit=15.0)
+    with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed, begun 2 times each") as raised:
+        run_units(given, units.misbehave, MIXED, "test")
+    assert all(message in str(raised.value) for message in BAD.values()), raised.value
+    assert [len(lines(given.folder, item)) for item in MIXED] == [1, 2, 2, 2, 2, 1, 1]
+
+
+def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, monkeypatch, tmp_path):
+    given = study(executor=dask_cluster.address, retries=0)
+    monkeypatch.setattr(cluster, "_sources", lambda: "0123")
+    with pytest.raises(UnitsFailedError, match="another version of datawall"):
+        run_units(given, units.succeed, FIVE[:1], "test")
+    monkeypatch.undo()
+    unmarked = cluster.contextmanager(lambda folder: iter([folder / "nowhere"]))
+    monkeypatch.setattr(cluster, "_mark", unmarked)
+    with pytest.raises(UnitsFailedError, match="storage that all workers share"):
+        run_units(given, units.succeed, FIVE[:1], "test")
+    assert not lines(tmp_path, FIVE[0])
+
+
+def test_no_scheduler_is_said_so(study, monkeypatch):
+    from dask import config
+
+    with config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(ConnectionError, match="no Dask"):
+        run_units(study(executor="tcp://127.0.0.1:9"), units.succeed, FIVE, "test")
