@@ -118,6 +118,12 @@ class CellFile:
             check_shape(shape, self.name)
             return reader(node, shape, f"{self.name}: {place}")
 
+    def columns(self) -> list[str]:
+        """Names of the columns of obs."""
+        with reading(self.name):
+            names = (_text(name) for name in self._obs.attrs.get("column-order", ()))
+            return [name for name in names if name in self._obs]
+
     def cell_names(self, start: int, stop: int) -> np.ndarray:
         """Names of the cells of some rows."""
         with reading(self.name):
@@ -127,7 +133,7 @@ class CellFile:
         """Values of a column of obs for some rows; None or NaN where missing."""
         with reading(self.name):
             if key not in self._obs:
-                names = ", ".join(repr(_text(name)) for name in self._obs.attrs.get("column-order", ()))
+                names = ", ".join(map(repr, self.columns()))
                 raise CorpusError(
                     f"{self.name}: no column {key!r} in obs for the {role}; it has {names or 'none'}. "
                     "Name the right column in the study file."
