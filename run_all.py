@@ -3,6 +3,8 @@
 python run_all.py                                  the default study, params/quick.yaml
 python run_all.py params/tiny.yaml --plan          what it would do
 python run_all.py --set seeds=[0,1,2] --from 2     other parameters, from the second stage on
+python run_all.py --new mine --corpus cells.h5ad   a study file for cells of one's own, proposed from a look at them
+python run_all.py --check params/mine.yaml         what it would do with the data, and what would stop it
 """
 
 from __future__ import annotations
@@ -42,8 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     from datawall.study import Study
 
     try:
+        if options.new:
+            return _new(options)
         stages = _stages(options)
         path = paths.study_file(options.study)
+        if options.check:
+            return _check(path, _overrides(options.set))
         parameters = params.read(path, _overrides(options.set))
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -92,6 +98,36 @@ def _run(study: Any, stages: list[int]) -> int:
     return 0
 
 
+def _new(options: argparse.Namespace) -> int:
+    """Write a study file for cells of the user's own; asks on a terminal, takes what it proposes elsewhere."""
+    from datawall import paths, starter
+
+    if not options.corpus:
+        raise ValueError("--new needs --corpus: the path of an .h5ad or .zarr file with raw counts, or several.")
+
+    def ask(question: str, proposed: str) -> str:
+        return input(f"{question} [{proposed}]: ").strip() or proposed
+
+    given = {role: getattr(options, role) for role in starter.QUESTIONS}
+    asked = {"ask": ask if sys.stdin.isatty() else None, "say": print}
+    path = _shown(starter.new(options.new, options.corpus, given, **asked), paths.repository())
+    print(f"written: {path}; look into it, then: python run_all.py --check {path}")
+    return 0
+
+
+def _check(path: Path, overrides: dict[str, Any]) -> int:
+    """Say what a study would do with its data, and what would stop it."""
+    from datawall import preflight
+
+    found = preflight.check(path, overrides)
+    for line in [*found.facts, *(f"warning: {line}" for line in found.warnings)]:
+        print(line)
+    for line in found.errors:
+        print(f"error: {line}", file=sys.stderr)
+    print(f"mistakes that would stop it: {len(found.errors) or 'none'}")
+    return 2 if found.errors else 0
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Stages: " + ", ".join(STAGES.values()) + "."
@@ -111,6 +147,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="DIR", help="run folder; runs/<study> by default")
     parser.add_argument("--plan", action="store_true", help="show what would be done, and stop")
+    parser.add_argument("--check", action="store_true", help="open the data, say what would be done, and stop")
+    new = parser.add_argument_group("a study of your own")
+    new.add_argument("--new", metavar="NAME", help="write params/NAME.yaml after a look into the corpus, and stop")
+    new.add_argument("--corpus", nargs="+", metavar="PATH", help=".h5ad or .zarr files with raw counts")
+    columns = {"label": "cell_type", "batch": "batch", "donor": "donor", "perturbation": "perturbation"}
+    for option, role in columns.items():
+        new.add_argument(f"--{option}", dest=role, metavar="COLUMN", help="a column of obs, or none")
+    new.add_argument("--control", metavar="VALUE", help="of the perturbation that means untreated")
     return parser.parse_args(arguments)
 
 

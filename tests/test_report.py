@@ -62,8 +62,10 @@ def run(tmp_path_factory):
     for name, value in {"PCA": 0.8, "HVG": 0.3}.items():
         key = add("evaluation", {"task": "zeroshot_classification", "baseline": name, "dataset": split})
         of = ["small", name, "baseline", 0.0, -1, 0, *WHERE]
-        rows += [[*of, "micro_f1", value, "cells 0", key]]
-    results.write_results(pd.DataFrame(rows, columns=results.COLUMNS), folder)
+        rows += [[*of, "micro_f1", value, f"cells {split}", key] for split in (0, 1)]
+    table = pd.DataFrame(rows, columns=results.COLUMNS)
+    intervals = table.assign(low=table["value"] - 0.01, high=table["value"] + 0.01, chance=0.1, ceiling=np.nan)
+    results.write_tables({"results": table, "intervals": intervals.drop(columns="run_id")}, folder)
     write_figures(folder / "figures")
     write_notebooks(folder / "notebooks")
     report.write(folder)
@@ -212,17 +214,31 @@ def test_damaged_manifest_is_left_out(run, tmp_path):
 
 
 def test_verdicts_are_those_of_the_numbers(run):
-    found = verdicts.verdicts(results.read_results(run)).set_index("model")
-    assert found.loc["PretrainedPCA", "value"] == pytest.approx(0.905)
-    assert found.loc["SSL", ["value", "size"]].tolist() == pytest.approx([0.705, 100])
-    assert found["percentage"].to_dict() == {"PretrainedPCA": 1, "SSL": 100}
-    assert found["baseline"].unique().tolist() == ["PCA"]
-    assert found["above"].to_dict() == {"PretrainedPCA": True, "SSL": False}
-    said = " ".join(verdicts.sentences(verdicts.verdicts(results.read_results(run))))
+    found = verdicts.verdicts(results.read_results(run, "intervals"))
+    by_model = found.set_index("model")
+    assert by_model.loc["PretrainedPCA", "value"] == pytest.approx(0.905)
+    assert by_model.loc["SSL", ["value", "size"]].tolist() == pytest.approx([0.705, 100])
+    assert by_model["percentage"].to_dict() == {"PretrainedPCA": 1, "SSL": 100}
+    assert by_model["baseline"].unique().tolist() == ["PCA"]
+    assert by_model["difference"].tolist() == pytest.approx([0.105, -0.095])
+    assert by_model["against"].to_dict() == {"PretrainedPCA": "above", "SSL": "below"}
+    said = " ".join(verdicts.sentences(found))
     assert "Of 2 curves, a model on a data set each, 1 reach" in said
-    assert "1 of 2 are above the best baseline" in said
+    assert "1 of 2 are above the best baseline, 0 level with it and 1 below" in said
     text = "".join(Page(run / "report" / "index.html").text)
-    assert all(number in text for number in ("0.905", "0.705", "0.800"))
+    assert all(number in text for number in ("0.905", "0.705", "0.800", "above PCA", "below PCA"))
+
+
+def test_verdicts_turn_round_where_lower_is_better():
+    rows = [
+        ["s", "SSL", "random", p, seed, 10, "reconstruction", "held_out", "loss", value + 0.01 * seed, "all", "k"]
+        for p, value in {1.0: 3.0, 10.0: 2.0, 100.0: 2.2}.items()
+        for seed in (0, 1)
+    ]
+    table = pd.DataFrame(rows, columns=results.COLUMNS).assign(**dict.fromkeys(results.KNOWN, np.nan))
+    (found,) = verdicts.verdicts(table).to_dict("records")
+    assert (found["size"], found["value"], found["percentage"]) == (10, pytest.approx(2.005), 10)
+    assert found["baseline"] is None
 
 
 def test_changes_are_what_a_study_has_otherwise():

@@ -60,10 +60,11 @@ def look(name: str, keys: Iterable[str] | None = None, *, min_matched: float = 0
     datawall.corpus.CorpusError, datawall.datasets.DatasetError
         If the data set breaks a rule, columns apart.
     """
+    keys = None if keys is None else set(keys)
     if not name.endswith(backed.SUFFIXES):
         adata, match = corpus.align(datasets.load(name), name, min_matched=min_matched)
-        wanted = adata.obs if keys is None else adata.obs[[key for key in keys if key in adata.obs]]
-        return Looked(name, adata.n_obs, match, list(adata.obs), wanted.astype("category"))
+        wanted = adata.obs[[key for key in adata.obs if keys is None or key in keys]]
+        return Looked(name, adata.n_obs, match, list(adata.obs), wanted.astype("category").reset_index(drop=True))
     path = datasets.file(name)
     source = sources.open_source([path], {}, sources.Options(min_matched=min_matched))
     with CellFile(path) as cells:

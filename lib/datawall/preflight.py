@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from datawall import backed, datasets, evaluation, inspection, params, sampling
+from datawall import assembly, evaluation, inspection, params, sampling, tasks
 from datawall.corpus import CorpusError
 from datawall.datasets import DatasetError
 from datawall.inspection import Looked
@@ -16,12 +17,12 @@ from datawall.params import Params
 from datawall.starter import FEW
 from datawall.study import Study
 
-RARE = 10  # held-out cells; a type or context with fewer is judged by chance
+RARE = 10  # held-out cells; on fewer, a type or context is judged by chance
 
 
 @dataclass
 class Findings:
-    """What a check found, line by line."""
+    """What a check found, a line each."""
 
     facts: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -29,9 +30,9 @@ class Findings:
 
 
 def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
-    """Open every data set that a study file names and say what the study will do, all mistakes together.
+    """Open every data set that a study file names and say what the study will do; mistakes are collected.
 
-    Counts are sampled, and cells counted before filters and duplicates; a corpus from the Census is not opened.
+    Counts are sampled, and cells counted before filters and duplicates. A Census corpus is not opened.
 
     Parameters
     ----------
@@ -45,19 +46,103 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     except params.ParamsError as error:
         return Findings(errors=str(error).splitlines())
     found = Findings()
-    looked = _corpus(p, found)
-    if looked is not None:
-        _labels(p, looked, found)
-        _subsets(p, looked.n_cells, found)
-        _perturbation(p, looked.obs, found)
+    if p.census is not None:
+        found.facts.append("corpus: selected from the CELLxGENE Census when the study runs")
     elif p.simulation is not None:
-        found.facts.append(f"corpus: simulated, {p.simulation.n_cells:,} cells")
+        found.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
         _subsets(p, p.simulation.n_cells, found)
-    for name in p.evaluation:
-        _evaluation(p, name, found)
-    missing = [task for task in params.TASKS if task not in p.tasks]
-    found.facts.append(f"tasks: {', '.join(p.tasks)}" + (f"; left out: {', '.join(missing)}" if missing else ""))
-    if not found.errors:
-        plan = evaluation.plan(Study(p, Path()))
-        found.facts.append("work: " + ", ".join(f"{count:,} {what}" for what, count in plan.items()))
+    elif (obs := _corpus(p, found)) is not None:
+        _labels(p, obs, found)
+        _subsets(p, len(obs), found)
+    for name, one in list(p.evaluation_sets().items())[1:]:  # the first is the corpus's held-out cells
+        keys = assembly.dataset_columns(p, name)
+        if one.donor_key is None:
+            keys.pop("donor_id", None)  # the study's column, which not every data set has
+        _look(p, one.file, keys.values(), f"evaluation set {name}", found)
+    if p.spike_in is not None:
+        _look(p, p.spike_in, (), "cells to spike in", found)
+    found.facts.append(f"tasks: {', '.join(p.tasks)}")
+    for task in (task for task in tasks.TASKS if task not in p.tasks):
+        lacking = [key for key in params.NEEDED.get(task, ()) if getattr(p, key) is None]
+        found.facts.append(f"left out: {task}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
+    plan = evaluation.plan(Study(p, Path()))
+    found.facts.append("work: " + ", ".join(f"{count:,} {what}" for what, count in plan.items()))
     return found
+
+
+def _look(p: Params, name: str, keys: Iterable[str], what: str, found: Findings) -> Looked | None:
+    """Look into a data set and its columns, and collect what is wrong; None if it cannot be used at all."""
+    keys = list(dict.fromkeys(keys))
+    try:
+        looked = inspection.look(name, keys, min_matched=p.min_matched_genes)
+    except (CorpusError, DatasetError) as error:
+        found.errors.append(str(error))
+        return None
+    found.facts.append(f"{what}: {looked}")
+    found.errors += looked.faults(keys)
+    return looked
+
+
+def _corpus(p: Params, found: Findings) -> pd.DataFrame | None:
+    """Labels of all cells of the corpus, a column per role that has no fault; None if a source cannot be used."""
+    tables = []
+    for name in p.sources():
+        keys = {role: p.key(role, name) for role in p.columns()}
+        looked = _look(p, name, keys.values(), "corpus", found)
+        if looked is not None:
+            sound = {role: looked.obs[key].astype(object) for role, key in keys.items() if not looked.faults([key])}
+            tables.append(pd.DataFrame(sound, index=range(looked.n_cells)))
+    return pd.concat(tables, join="inner", ignore_index=True) if len(tables) == len(p.sources()) else None
+
+
+def _labels(p: Params, obs: pd.DataFrame, found: Findings) -> None:
+    """What the labels of the corpus allow."""
+    for role in obs:
+        counts = obs[role].value_counts()
+        rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
+        found.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
+        if role in ("batch", "donor_id") and len(counts) < 2:
+            found.errors.append(f"{role}: {p.key(role, p.sources()[0])!r} has one value; name a column with more.")
+    if "cell_type" in obs:
+        _few(obs["cell_type"].value_counts() * p.held_out, "cell types", found)
+    if "perturbation_response" in p.tasks and "perturbation" in obs:
+        _perturbation(p, obs, found)
+
+
+def _subsets(p: Params, n_cells: int, found: Findings) -> None:
+    """Sizes of the subsets."""
+    n_pretraining = round(n_cells * (1 - p.held_out))
+    sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
+    listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
+    found.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
+    if small := [f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW]:
+        found.warnings.append(f"under {FEW} cells to pretrain on at {', '.join(small)}; larger percentages teach more.")
+
+
+def _perturbation(p: Params, obs: pd.DataFrame, found: Findings) -> None:
+    """Whether there are two treatments, and contexts to hold out and to learn from."""
+    values = sorted(obs["perturbation"].unique())
+    if p.control not in values or len(values) != 2:
+        found.errors.append(
+            f"{p.perturbation_key} has the values {values}; perturbation response needs two, one of them the control "
+            f"{p.control!r}. Keep one treatment, or name the control."
+        )
+        return
+    if "cell_type" not in obs:
+        return
+    cells = pd.crosstab(obs["cell_type"], obs["perturbation"]).min(axis=1) * p.held_out
+    usable = sorted(cells.index[cells > 0])
+    if len(usable) < 2:
+        found.errors.append(f"perturbation response needs two cell types with control and treated cells, not {usable}.")
+    if unknown := sorted(set(p.held_out_contexts or ()) - set(usable)):
+        found.errors.append(f"held_out_contexts: {unknown} are not among the types with both treatments: {usable}.")
+    _few(cells[[name for name in p.held_out_contexts or usable if name in cells]], "contexts of one treatment", found)
+
+
+def _few(n_held_out: pd.Series, what: str, found: Findings) -> None:
+    """Warn of groups with few held-out cells."""
+    if few := sorted(n_held_out.index[n_held_out < RARE]):
+        found.warnings.append(
+            f"{len(few)} of {len(n_held_out)} {what} have under {RARE} held-out cells, on which scores are chance: "
+            f"{', '.join(few[:5])}{', …' if len(few) > 5 else ''}."
+        )

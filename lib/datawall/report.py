@@ -96,8 +96,12 @@ class Site:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        there = (study.folder / "results.parquet").is_file()
-        self.results = results.read_results(study.folder) if there else pd.DataFrame(columns=results.COLUMNS)
+        self.results, self.intervals = (
+            results.read_results(study.folder, table)
+            if (study.folder / f"{table}.parquet").is_file()
+            else pd.DataFrame(columns=results.ALL_COLUMNS)
+            for table in ("results", "intervals")
+        )
         self._rows_of = self.results.groupby("run_id").indices
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
         self.artifacts = provenance.read(study.folder / "store")
@@ -133,7 +137,7 @@ class Site:
         return page.render(site=self, title=title, root=root, **content)
 
     def _summary(self) -> dict[str, Any]:
-        found = verdicts.verdicts(self.results)
+        found = verdicts.verdicts(self.intervals)
         cells = {(row["model"], row["task"], row["dataset"]): row for row in found.to_dict("records")}
         plan = evaluation.plan(self.study)
         default = paths.repository() / "params" / f"{DEFAULT}.yaml"

@@ -10,7 +10,7 @@ from scipy import stats
 
 from datawall.results import BASELINE, RUN, mean_over_splits, select
 
-LOWER_IS_BETTER = {"mse"}
+LOWER_IS_BETTER = {"mse", "loss"}
 PUBLISHED_THRESHOLD = 0.95
 TOLERANCE = 0.05  # of the lowest mean error, by default
 SPREADS = 2.0  # standard deviations over seeds that make up a margin, by default
