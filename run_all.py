@@ -235,6 +235,7 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
             km=kernel,
             # Imports on a busy machine are slow; a kernel that has died is noticed at once.
             start_timeout=600,
+            coalesce_streams=True,  # of a progress bar, keep what is left of it in the end
         )
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
