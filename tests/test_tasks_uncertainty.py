@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
@@ -35,6 +35,7 @@ def test_chance_levels_are_expectations_over_all_predictions():
     assert levels == pytest.approx({**expected, "f1[d]": 0})
 
 
+@settings(deadline=None)
 @given(LABELS, st.randoms(use_true_random=False))
 def test_metrics_of_confusions_are_scikit_learns(truth, random):
     predicted = [random.choice([label, "a", "z"]) for label in truth]
@@ -46,6 +47,7 @@ def test_metrics_of_confusions_are_scikit_learns(truth, random):
     assert {name: f1[name] for name in np.unique(truth)} == pytest.approx(classification.f1_by_type(truth, predicted))
 
 
+@settings(deadline=None)
 @given(LABELS, st.randoms(use_true_random=False))
 def test_intervals_hold_the_value(truth, random):
     predicted = [random.choice([label, "a"]) for label in truth]

@@ -26,6 +26,7 @@ from datawall.tasks.uncertainty import Metrics
 
 N_NEIGHBORS = 15  # of the graph, the cell itself among them
 N_LOCAL = 90  # of LISI, the cell itself among them
+N_PERMUTATIONS = 5  # of labels or batches, for levels of chance and ceilings
 RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden clustering, as in scIB
 
 
@@ -201,7 +202,7 @@ def ari(tables: np.ndarray) -> np.ndarray:
 
     n_cells = tables.sum(axis=(1, 2))
     of_clusters, of_labels = pairs(tables.sum(axis=2), 1), pairs(tables.sum(axis=1), 1)
-    expected = of_clusters * of_labels / (n_cells * (n_cells - 1) / 2)
+    expected = of_clusters * of_labels / np.maximum(n_cells * (n_cells - 1) / 2, 1)
     span = (of_clusters + of_labels) / 2 - expected
     return np.where(span > 0, (pairs(tables, (1, 2)) - expected) / np.where(span > 0, span, 1), 1)
 
@@ -305,13 +306,13 @@ def _median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (values[order][low] + values[order][high]) / 2
 
 
-def _clisi(cells: Embedded, weights: np.ndarray) -> np.ndarray:
+def _clisi(lisi: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
     n_labels = cells.labels.max() + 1
-    return (n_labels - _median(_lisi(cells, cells.labels), weights)) / (n_labels - 1)
+    return (n_labels - _median(lisi, weights)) / (n_labels - 1)
 
 
-def _ilisi(cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    return (_median(_lisi(cells, cells.batches), weights) - 1) / cells.batches.max()
+def _ilisi(lisi: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    return (_median(lisi, weights) - 1) / cells.batches.max()
 
 
 METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
@@ -321,10 +322,10 @@ METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
     "ari_fixed": lambda cells, weights: ari(contingency(cells.fixed_clusters, cells.labels, weights)),
     "asw_label": lambda cells, weights: (_mean(cells.silhouettes, weights) + 1) / 2,
     "isolated_labels": _isolated_labels,
-    "clisi": _clisi,
+    "clisi": lambda cells, weights: _clisi(_lisi(cells, cells.labels), cells, weights),
     "asw_batch": _asw_batch,
     "graph_connectivity": lambda cells, weights: _mean_of_labels(_connected(cells, cells.labels), cells, weights),
-    "ilisi": _ilisi,
+    "ilisi": lambda cells, weights: _ilisi(_lisi(cells, cells.batches), cells, weights),
     "kbet": lambda cells, weights: _mean_of_labels(
         neighbourhood.kbet_acceptance(cells.embedding, cells.labels, cells.batches), cells, weights
     ),
@@ -339,25 +340,33 @@ BATCH = ("asw_batch", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")
 
 
 def _chance(cells: Embedded) -> dict[str, float]:
-    """Levels of the bio metrics for labels that have nothing to do with the embedding."""
+    """Levels of metrics for labels that have nothing to do with the embedding, permuted where there is no formula."""
     chance = {"ari": 0.0, "ari_fixed": 0.0, "asw_label": 0.5, "isolated_labels": 0.5}
     for name, clusters in (("nmi", cells.best_clusters), ("nmi_fixed", cells.fixed_clusters)):
         chance[name] = _chance_nmi(clusters, cells.labels)
-    n_labels = cells.labels.max() + 1
-    chance["clisi"] = (n_labels - _mixed_lisi(cells, cells.labels)) / (n_labels - 1)
     chance["avg_bio"] = np.mean([chance[name] for name in AVG_BIO])
-    permuted = np.random.default_rng(0).permutation(cells.labels)
-    connected = _connected(cells, permuted)
-    chance["graph_connectivity"] = np.mean([connected[permuted == label].mean() for label in range(n_labels)])
+    rng, once = np.random.default_rng(0), np.ones((1, len(cells.labels)))
+    clisi, connected = [], []
+    for _ in range(N_PERMUTATIONS):
+        permuted = rng.permutation(cells.labels)
+        inside = _connected(cells, permuted)
+        clisi.append(_clisi(_lisi(cells, permuted), cells, once))
+        connected += [inside[permuted == label].mean() for label in np.unique(permuted)]
+    chance |= {"clisi": np.mean(clisi), "graph_connectivity": np.mean(connected)}
     return {name: float(level) for name, level in chance.items()}
 
 
 def _ceiling(cells: Embedded) -> dict[str, float]:
-    """Levels of the batch metrics where batches are mixed at random."""
-    return {
-        "ilisi": float((_mixed_lisi(cells, cells.batches) - 1) / cells.batches.max()),
-        "kbet": 1 - neighbourhood.KBET_ALPHA,
-    }
+    """Levels of batch metrics for batches that are mixed at random within labels."""
+    rng, once = np.random.default_rng(0), np.ones((1, len(cells.labels)))
+    ilisi = []
+    for _ in range(N_PERMUTATIONS):
+        # Shuffled all together and put in order of labels: a permutation within each label.
+        shuffled = rng.permutation(len(cells.labels))
+        mixed = np.empty_like(cells.batches)
+        mixed[np.argsort(cells.labels, kind="stable")] = cells.batches[shuffled[np.argsort(cells.labels[shuffled])]]
+        ilisi.append(_ilisi(_lisi(cells, mixed), cells, once))
+    return {"ilisi": float(np.mean(ilisi)), "kbet": 1 - neighbourhood.KBET_ALPHA}
 
 
 def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:
@@ -368,11 +377,3 @@ def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:
     entropies = _entropy(tables.sum(axis=2), 1) + _entropy(tables.sum(axis=1), 1)
     table = contingency_matrix(labels, clusters, sparse=True, dtype=np.int64)
     return float(2 * expected_mutual_information(table, len(labels)) / entropies[0])
-
-
-def _mixed_lisi(cells: Embedded, of: np.ndarray) -> float:
-    """Median inverse Simpson index if labels or batches were permuted: two neighbours then agree as any two cells."""
-    n, n_cells = np.bincount(of), len(of)
-    agree = (n * (n - 1)).sum() / (n_cells * (n_cells - 1))
-    twice = np.square(cells.nearness).sum(axis=1)
-    return float(np.median(1 / (twice + (1 - twice) * agree)))
