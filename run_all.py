@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             return _check(path, _overrides(options.set))
         parameters = params.read(path, _overrides(options.set))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, FileExistsError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     study = Study(parameters, Path(options.out).resolve() if options.out else paths.run_folder(path, parameters.study))

@@ -42,6 +42,9 @@ RECORDED_PACKAGES = (
     "torch",
 )
 
+# Modules that no notebook uses: around a run, not in it.
+ASIDE = ("report", "notebooks", "verdicts", "provenance", "starter", "preflight", "inspection")
+
 type Record = dict[str, Any]
 
 
@@ -297,8 +300,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on: a notebook's session information."""
+    """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
+
+
+def code_key() -> str:
+    """Key of all the code that a notebook can run: the library's, but for `ASIDE`, blind as `code_version` is."""
+    library = Path(__file__).parent
+    names = (path.relative_to(library).with_suffix("").as_posix() for path in library.rglob("*.py"))
+    return _sha256({name: code_version(name) for name in names if name not in ASIDE})[:16]
+
+
+def session() -> dict[str, str]:
+    """A notebook's session information: by what code and which versions its outputs were made."""
+    return {"code": code_key()} | versions()
 
 
 def _circumstances() -> Record:

@@ -1,0 +1,289 @@
+"""`run_all.py --new` and `--check`: what is proposed for data of one's own, and what is found before a run."""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import yaml
+
+import run_all
+from datawall import corpus, inspection, params, preflight, starter
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data"
+N = 600
+
+
+@pytest.fixture
+def compendium(tmp_path, monkeypatch):
+    """An empty compendium with the default study, as the working directory."""
+    for name in ("params", "notebooks"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "params" / "quick.yaml", tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
+    return tmp_path
+
+
+def cells(path, n_cells=N, **columns):
+    """Write counts of 60 genes, with columns of obs that repeat the values given."""
+    rng = np.random.default_rng(0)
+    genes = corpus.gene_table().index[:60]
+    counts = sp.csr_matrix(rng.poisson(1.0, (n_cells, len(genes))).astype(np.float32))
+    obs = {
+        key: np.resize(values if key == "n_counts" else np.array(values, object), n_cells)
+        for key, values in columns.items()
+    }
+    index = [f"cell {i}" for i in range(n_cells)]
+    ad.AnnData(counts, obs=pd.DataFrame(obs, index=index), var=pd.DataFrame(index=genes)).write_h5ad(path)
+    return str(path)
+
+
+def blocks(values):
+    """Labels in long runs, so that they cross with labels that alternate."""
+    return np.repeat(values, -(-N // len(values)))
+
+
+LABELLED = {
+    "barcode": [f"b{i}" for i in range(N)],
+    "cell_type_ontology_term_id": ["CL:1", "CL:2", "CL:3"],
+    "cell_type": ["B cell", "T cell", "NK cell"],
+    "patient": blocks(["p1", "p2", "p3"]),
+    "sample_id": blocks(["s1", "s2", "s3", "s4", "s5", "s6"]),
+    "condition": ["stim", "ctrl"],
+    "disease": ["normal", "lupus", "asthma"],
+    "n_counts": np.linspace(0.5, 9.5, N),
+}
+
+
+def test_columns_are_proposed_by_name_and_content(tmp_path):
+    looked = inspection.look(cells(tmp_path / "cells.h5ad", **LABELLED))
+    assert (looked.n_cells, looked.match.matched) == (N, 60)
+    assert "n_counts" not in looked.obs  # numbers with fractions label nothing
+    assert starter.propose(looked) == {
+        "cell_type": "cell_type",
+        "batch": "sample_id",
+        "donor": "patient",
+        "perturbation": "condition",
+        "control": "ctrl",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "control"),
+    [
+        (["DMSO 0.1 %", "drug"], "DMSO 0.1 %"),
+        (["Untreated", "IFN"], "Untreated"),
+        (["wt", "ko"], "wt"),
+        (["a", "b"], None),
+        (["control", "mock"], None),  # which of them?
+        (["ctrl", "a", "b"], None),
+        (["ctrl", None], None),
+    ],
+)
+def test_control_is_told_by_its_name(values, control):
+    assert starter.control_of(pd.Series(values * 3)) == control
+
+
+def test_column_with_gaps_or_one_value_is_not_proposed(tmp_path):
+    gaps = ["B", None]
+    looked = inspection.look(cells(tmp_path / "cells.h5ad", cell_type=gaps, batch=["one"], louvain=["0", "1"]))
+    assert starter.propose(looked) == {
+        "cell_type": "louvain",
+        **dict.fromkeys(["batch", "donor", "perturbation", "control"]),
+    }
+
+
+@pytest.mark.parametrize("n_cells", [60, 600, 5_000, 10_000, 1_000_000])
+def test_sizes_are_large_enough_and_four_where_they_can_be(n_cells):
+    sizes = starter.sizes(n_cells, [1, 10, 25, 100])
+    assert list(sizes) == sorted(sizes)
+    assert list(sizes)[-1] == 100
+    assert sizes[100] == n_cells
+    assert min(sizes.values()) >= min(starter.FEW, n_cells / 2)
+    assert len(sizes) >= 4 or n_cells < 4 * starter.FEW
+
+
+def test_new_writes_a_study_file_that_checks(compendium, capsys):
+    path = cells(compendium / "cells.h5ad", **LABELLED)
+    assert run_all.main(["--new", "mine", "--corpus", path]) == 0
+    said = capsys.readouterr().out
+    assert "600 cells, counts in X, 60 of 60 genes known by Ensembl id" in said
+    assert "written: params/mine.yaml" in said
+    p = params.read(Path("params/mine.yaml"))
+    assert p.columns() == {
+        "cell_type": "cell_type",
+        "batch": "sample_id",
+        "perturbation": "condition",
+        "donor_id": "patient",
+    }
+    assert p.control == "ctrl"
+    assert p.hyperparameters == params.read(Path("params/quick.yaml")).hyperparameters
+    assert set(p.held_out_contexts) < {"B cell", "T cell", "NK cell"}
+    assert "# 3 values: " in Path("params/mine.yaml").read_text()
+    assert run_all.main(["--check", "mine"]) == 0
+    said = capsys.readouterr().out
+    assert "subsets of 420 cells" in said
+    assert "mistakes that would stop it: none" in said
+    assert not (compendium / "runs").exists()
+
+
+def test_new_takes_what_is_given_and_leaves_out_what_is_not_there(compendium):
+    path = cells(compendium / "cells.h5ad", **LABELLED)
+    words = ["--label", "cell_type_ontology_term_id", "--batch", "none", "--perturbation", "none", "--donor", "none"]
+    assert run_all.main(["--new", "mine", "--corpus", path, *words]) == 0
+    p = params.read(Path("params/mine.yaml"))
+    assert p.columns() == {"cell_type": "cell_type_ontology_term_id"}
+    assert p.tasks == ["zeroshot_classification", "finetuned_classification"]
+
+
+def test_new_without_labels_clusters(compendium):
+    path = cells(compendium / "cells.h5ad", batch=["a", "b"])
+    assert run_all.main(["--new", "mine", "--corpus", path]) == 0
+    assert params.read(Path("params/mine.yaml")).clusters
+
+
+def test_new_joins_files_by_the_columns_that_all_have(compendium):
+    one = cells(compendium / "one.h5ad", cell_type=["B", "T"], batch=["a", "b"])
+    other = cells(compendium / "other.h5ad", cell_type=["B", "NK"])
+    assert run_all.main(["--new", "mine", "--corpus", one, other]) == 0
+    p = params.read(Path("params/mine.yaml"))
+    assert (p.corpus, p.batch_key, p.cell_type_key) == ([one, other], None, "cell_type")
+    assert "3 values" in Path("params/mine.yaml").read_text()
+
+
+def test_new_asks_on_a_terminal_until_the_answer_is_there(compendium, monkeypatch):
+    path = cells(compendium / "cells.h5ad", **LABELLED)
+    asked = []
+    answers = iter(["nosuch", "cell_type_ontology_term_id", "", "none", "condition", "nothing", "stim"])
+
+    def answer(question):
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert run_all.main(["--new", "mine", "--corpus", path]) == 0
+    p = params.read(Path("params/mine.yaml"))
+    assert p.columns() == {"cell_type": "cell_type_ontology_term_id", "batch": "sample_id", "perturbation": "condition"}
+    assert p.control == "stim"
+    assert asked[0] == "column with the cell types (or leiden, to cluster instead) [cell_type]: "
+    assert len(asked) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--new", "mine"], ["--corpus"]),
+        (["--new", "mine", "--corpus", "nosuch.h5ad"], ["nosuch.h5ad", "no such file"]),
+        (["--new", "mine", "--corpus", "cells.h5ad", "--label", "nosuch"], ["nosuch", "'cell_type'"]),
+        (["--new", "mine", "--corpus", "cells.h5ad", "--control", "x"], ["'x'", "'condition'", "ctrl"]),
+        (["--new", "a/b", "--corpus", "cells.h5ad"], ["a/b"]),
+        (["--new", "quick", "--corpus", "cells.h5ad"], ["quick.yaml", "another name"]),
+    ],
+)
+def test_new_refuses_in_one_clear_line(words, named, compendium, capsys):
+    before = sorted(Path("params").iterdir())
+    cells(compendium / "cells.h5ad", **LABELLED)
+    assert run_all.main(words) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named), message
+    assert sorted(Path("params").iterdir()) == before
+
+
+def test_new_quotes_names_that_yaml_would_read_otherwise(compendium):
+    nasty = {"cell type: 'x' # no": ["yes", "a: b\n- c"], "null": ["1", "2"]}
+    path = cells(compendium / "cells.h5ad", **nasty)
+    assert run_all.main(["--new", "mine", "--corpus", path, "--batch", "null"]) == 0
+    p = params.read(Path("params/mine.yaml"))
+    assert (p.cell_type_key, p.batch_key) == ("cell type: 'x' # no", "null")
+    assert set(yaml.safe_load(Path("params/mine.yaml").read_text())) <= set(params.Params.model_fields)
+
+
+def study(folder, **values):
+    """Write a study file for `cells.h5ad`."""
+    given = {"study": "mine", "corpus": "cells.h5ad", "strategies": ["random"], "percentages": [10, 100], "seeds": [0]}
+    given |= {"models": ["PretrainedPCA"], "steps": 5, "tasks": ["zeroshot_classification"], **values}
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(given))
+    return path
+
+
+def test_check_collects_all_mistakes(compendium):
+    cells(compendium / "cells.h5ad", **{**LABELLED, "cell_type": ["B cell", "T cell", None]})
+    path = study(
+        compendium,
+        batch_key="nosuch",
+        perturbation_key="disease",
+        control="ctrl",
+        donor_key="barcode",
+        tasks=["zeroshot_classification", "zeroshot_integration", "perturbation_response"],
+        evaluation=["gone.h5ad", {"file": "cells.h5ad", "name": "again", "cell_type_key": "type"}],
+    )
+    found = preflight.check(path)
+    assert len(found.errors) == 5
+    for words in (
+        ["'cell_type' is missing for 200 cells"],
+        ["no column 'nosuch'", "'sample_id'"],
+        ["disease has the values", "'asthma'", "'ctrl'"],
+        ["gone.h5ad", "no such file"],
+        ["no column 'type'"],
+    ):
+        assert [line for line in found.errors if all(word in line for word in words)], words
+
+
+def test_check_warns_of_what_is_too_small(compendium):
+    types = ["B cell"] * 300 + ["T cell"] * 290 + ["rare"] * 10
+    cells(compendium / "cells.h5ad", cell_type=types)
+    found = preflight.check(study(compendium))
+    assert found.errors == []
+    assert "cell type: 3 values; the rarest is 'rare' with 10 cells" in found.facts
+    assert "subsets of 420 cells: 10 % is 42, 100 % is 420" in found.facts
+    assert "work: 2 subsets, 2 models, 2 experiments, 2 baselines" in found.facts
+    assert [line for line in found.warnings if "under 50 cells to pretrain on at 10 %" in line]
+    assert [line for line in found.warnings if "1 of 3 cell types" in line and "rare" in line]
+
+
+def test_check_says_when_no_context_is_left(compendium):
+    treatment = ["ctrl", "stim"]
+    cells(compendium / "cells.h5ad", cell_type=["B cell", "T cell"], condition=treatment)  # one treatment a type
+    values = {"perturbation_key": "condition", "control": "ctrl", "held_out_contexts": ["B cell", "moss"]}
+    found = preflight.check(study(compendium, tasks=["perturbation_response"], **values))
+    assert [line for line in found.errors if "two cell types with control and treated cells, not []" in line]
+    assert [line for line in found.errors if "held_out_contexts" in line and "moss" in line]
+
+
+def test_check_of_a_wrong_study_file_lists_every_mistake(compendium, capsys):
+    assert run_all.main(["--check", str(study(compendium, steps=0, nosuch=1))]) == 2
+    message = capsys.readouterr().err
+    assert "steps" in message
+    assert "nosuch" in message
+
+
+def test_check_of_simulated_and_census_studies_opens_nothing(compendium):
+    for name in ("tiny", "simulated"):
+        shutil.copy(ROOT / "params" / f"{name}.yaml", compendium / "params")
+        found = preflight.check(Path(f"params/{name}.yaml"))
+        assert found.errors == []
+        assert "simulated cells" in found.facts[0]
+    census = study(compendium, corpus="census", census={"ontology": "cl.obo"})
+    assert "Census" in preflight.check(census).facts[0]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real cells of ../shared/data")
+def test_real_cells_are_understood():
+    found = {path.stem: starter.propose(inspection.look(str(path))) for path in REAL.glob("*.h5ad")}
+    labels = {name: roles["cell_type"] for name, roles in found.items()}
+    assert labels.pop("glioblastoma_panobinostat") is None
+    assert set(labels.values()) == {"cell_type"}
+    assert (
+        found["kang2018_labelled"]["perturbation"] == found["glioblastoma_panobinostat"]["perturbation"] == "condition"
+    )
+    assert found["kang2018_labelled"]["control"] == "ctrl"
+    assert {name for name, roles in found.items() if roles["batch"] is None} == {"pbmc3k"}

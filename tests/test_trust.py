@@ -1,0 +1,192 @@
+"""What stored notebooks claim is what their code prints, and what this code would print again."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from datawall import store
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "lib" / "datawall"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CHECKED = "nbval-check-output"
+CONCLUSION = "**In short:**"  # how the paragraph begins, in a notebook's first cell
+NUMBER = r"(?<![\w.,-])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|,\d|\.\d)"  # no part of a name, a version or a date
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells_of(path, kind):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def texts(output):
+    """The texts of an output, by kind."""
+    if output.output_type == "stream":
+        return {"stream": output.text}
+    return {kind: text for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
+
+
+# The numbers of a conclusion are printed below it
+
+
+def numbers(text):
+    """Numbers of a text as written, links and thousands' commas left out."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|`[^`]*`|doi \S+|<[^>]*>", r" \1 ", text)
+    return [number.replace(",", "") for number in re.findall(NUMBER, plain)]
+
+
+def is_printed(number, printed):
+    """Whether a number, or its share of 100, is among others when these are rounded as it is."""
+    n_decimals = len(number.partition(".")[2])
+    wanted = float(number)
+    return any(wanted in (round(value, n_decimals), round(100 * value, n_decimals)) for value in printed)
+
+
+@pytest.mark.parametrize(
+    ("number", "printed", "expected"),
+    [
+        ("0.91", [0.908], True),
+        ("0.91", [0.904], False),
+        ("91", [0.908], True),  # per cent
+        ("13999", [13999.0], True),
+        ("3", [0.5, 2.0], False),
+    ],
+)
+def test_numbers_are_compared_as_they_are_written(number, printed, expected):
+    assert is_printed(number, printed) == expected
+
+
+def test_numbers_of_prose_are_found_and_names_are_not():
+    text = "Of 13,999 CD4 cells (PBMC 68k, [doi 10.1/2](https://x.y/3)) 91.5 % are at 0.92; `k=5`, -1.5 and scVI2."
+    assert numbers(text) == ["13999", "91.5", "0.92", "-1.5"]
+
+
+@each_notebook
+def test_every_number_of_the_conclusion_is_printed_below(path):
+    paragraphs = cells_of(path, "markdown")[0].source.split("\n\n")
+    conclusion = [paragraph for paragraph in paragraphs if paragraph.startswith(CONCLUSION)]
+    assert len(conclusion) == 1, f"the first cell has no paragraph that begins with {CONCLUSION}"
+    outputs = [output for cell in cells_of(path, "code") for output in cell.outputs]
+    printed = [float(n) for output in outputs for text in texts(output).values() for n in numbers(text)]
+    assert [number for number in numbers(conclusion[0]) if not is_printed(number, printed)] == []
+
+
+# Stored outputs are of this code
+
+
+@each_notebook
+def test_outputs_are_of_this_code(path):
+    last = cells_of(path, "code")[-1]
+    assert last.source.strip() == "dw.store.session()"
+    stored = ast.literal_eval(last.outputs[0].data["text/plain"])
+    assert stored["code"] == store.code_key(), "run `make notebooks`: the library has changed since"
+
+
+def test_modules_aside_are_used_by_no_notebook_and_no_other_module():
+    for path in LIBRARY.rglob("*.py"):
+        name = path.relative_to(LIBRARY).with_suffix("").as_posix()
+        imported = {
+            alias.name.removeprefix("datawall.")
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom) and "datawall" in ast.unparse(node)
+            for alias in node.names
+        } | set(re.findall(r"from datawall\.(\w+)", path.read_text()))
+        assert name in store.ASIDE or not imported & set(store.ASIDE), name
+    for path in NOTEBOOKS:
+        source = "".join(cell.source for cell in cells_of(path, "code"))
+        assert not re.search(rf"\b(dw|datawall)\.({'|'.join(store.ASIDE)})\b", source), path
+
+
+def test_code_key_sees_code_and_not_comments(tmp_path, monkeypatch):
+    library = tmp_path / "datawall"
+    (library / "models").mkdir(parents=True)
+    monkeypatch.setattr(store, "__file__", str(library / "store.py"))
+
+    def key(**modules):
+        for name, text in modules.items():
+            (library / f"{name.replace('__', '/')}.py").write_text(text)
+        store.code_version.cache_clear()
+        return store.code_key()
+
+    try:
+        first = key(sampling="x = 1", models__pca="y = 1", report="z = 1")
+        assert key(sampling='"""A room."""\nx = 1  # one') == first
+        assert key(report="z = 2") == first
+        assert key(models__pca="y = 2") != first
+        assert key(models__pca="y = 1") == first
+        assert key(new="") != first
+    finally:
+        store.code_version.cache_clear()
+
+
+# Whoever alters a checked number is found out
+
+
+def retold(output):
+    """Code that gives a stored output again."""
+    if output.output_type == "stream":
+        return f"print({output.text!r}, end='')"
+    return f"Stored({json.loads(json.dumps(output.data))!r})"
+
+
+def altered(output):
+    """Copies of an output, in each of which one number has another last digit."""
+    for kind, text in texts(output).items():
+        for match in re.finditer(
+            r"\d+(?:\.\d+)?", re.sub(r"<style.*?</style>", lambda m: " " * len(m[0]), text, flags=re.S)
+        ):
+            digit = str((int(text[match.end() - 1]) + 1) % 10)
+            changed = text[: match.end() - 1] + digit + text[match.end() :]
+            if kind == "stream":
+                yield nbformat.from_dict({**output, "text": changed})
+            else:
+                yield nbformat.from_dict({**output, "data": {**output.data, kind: changed}})
+
+
+def test_every_altered_number_of_a_checked_cell_fails(tmp_path):
+    """Code that prints every checked output of the notebooks again meets it as it is, and with each number altered.
+
+    So this compares as `make test` does, what is stored, in one kernel and without the study.
+    """
+    new = nbformat.v4
+    lines = ["class Stored:", "    def __init__(self, data): self.data = data"]
+    lines += ["    def _repr_mimebundle_(self, **_): return self.data"]
+    cells, expected = [new.new_code_cell("\n".join(lines), execution_count=1)], ["passed"]
+    for path in NOTEBOOKS:
+        for cell in cells_of(path, "code"):
+            for output in cell.outputs if CHECKED in cell.metadata.get("tags", []) else []:
+                for stored in [output, *altered(output)]:
+                    count = len(cells) + 1
+                    if "execution_count" in stored:
+                        stored.execution_count = count
+                    metadata = {"tags": [CHECKED]}
+                    cells.append(
+                        new.new_code_cell(retold(output), outputs=[stored], execution_count=count, metadata=metadata)
+                    )
+                    expected.append("passed" if stored is output else "failed")
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "altered.ipynb")
+    words = [
+        "-m",
+        "pytest",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "-q",
+        "-rA",
+        "--tb=no",
+        "--color=no",
+        "altered.ipynb",
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    outcome = {int(number): word.lower() for word, number in re.findall(r"^(\w+) .*::Cell (\d+)", done.stdout, re.M)}
+
+    assert [outcome.get(i) for i in range(len(expected))] == expected
+    assert expected.count("failed") > 30
