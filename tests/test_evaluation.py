@@ -74,6 +74,8 @@ def study(folder):
     """A study of six models and five tasks, evaluated."""
     study = study_of(folder)
     for task in TASKS:
+        for one in evaluation.evaluations(study, task):
+            evaluation.make(study, one)  # in this process, which has all loaded
         evaluation.evaluate(study, task)
     return study
 
