@@ -13,6 +13,7 @@ COLUMNS = [
     *("task", "dataset", "metric", "value", "split", "run_id"),
 ]
 RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
+CHECKSUMS = "results.sha256"  # of the tables' files
 BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
 
 
@@ -21,6 +22,14 @@ def write_results(results: pd.DataFrame, folder: Path) -> None:
     results = results[COLUMNS].sort_values(COLUMNS[:-1], ignore_index=True)
     store.write_atomically(folder / "results.parquet", lambda path: results.to_parquet(path, index=False))
     store.write_atomically(folder / "results.csv", lambda path: results.to_csv(path, index=False))
+    store.write_checksums(folder / CHECKSUMS, ["results.parquet", "results.csv"])
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the tables of a run folder, a line each; nothing if there are none yet."""
+    if not (folder / CHECKSUMS).is_file():
+        return [f"{CHECKSUMS} is missing"] * (folder / "results.parquet").is_file()
+    return [f"{name} is missing, or not as it was written" for name in store.changed(folder / CHECKSUMS)]
 
 
 def read_results(run_dir: str | Path) -> pd.DataFrame:
@@ -40,10 +49,14 @@ def read_results(run_dir: str | Path) -> pd.DataFrame:
     ------
     FileNotFoundError
         If the run has no results.
+    ValueError
+        If they are not as they were written.
     """
     path = Path(run_dir) / "results.parquet"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the study first: python run_all.py params/<study>.yaml")
+    if wrong := [line for line in damage(path.parent) if line.startswith(path.name)]:
+        raise ValueError(f"{path.parent}: {wrong[0]}; run the study again, which makes it from the store in no time.")
     return pd.read_parquet(path)
 
 
