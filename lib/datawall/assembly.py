@@ -204,6 +204,18 @@ def make_split(p: Params, cells: Cells, spike_in: np.ndarray, dropped: np.ndarra
     np.save(folder / "held_out.npy", rows[part == 1])
 
 
+def dataset_columns(p: Params, name: str) -> dict[str, str]:
+    """Columns of an evaluation set by role: those that it names itself, or else the study's for types and donors."""
+    one = p.evaluation_sets()[name]
+    keys = {
+        "cell_type": one.cell_type_key or p.key("cell_type", one.file),
+        "donor_id": one.donor_key or p.key("donor_id", one.file),
+        "batch": one.batch_key,
+        "perturbation": one.perturbation_key,
+    }
+    return {role: key for role, key in keys.items() if key is not None}
+
+
 def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
     """Write an evaluation set, its genes those of the corpus, into a folder.
 
@@ -215,18 +227,19 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
     datawall.corpus.CorpusError, datawall.datasets.DatasetError
         If it breaks a rule, or shares no gene with the corpus.
     """
-    source = datasets.load(name)
-    wanted = {"cell_type": p.key("cell_type", name)}
-    if (donor := p.key("donor_id", name)) in source.obs:
-        wanted["donor_id"] = donor
-    aligned, match = corpus.align(source, name, min_matched=p.min_matched_genes)
+    one, wanted = p.evaluation_sets()[name], dataset_columns(p, name)
+    source = datasets.load(one.file)
+    if one.donor_key is None and wanted.get("donor_id") not in source.obs:
+        wanted.pop("donor_id", None)  # the study's column, which not every data set has
+    aligned, match = corpus.align(source, one.file, min_matched=p.min_matched_genes)
     measured = var.index.isin(aligned.var_names)
     if not measured.any():
-        raise corpus.CorpusError(f"{name}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
+        raise corpus.CorpusError(f"{one.file}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
     counts = corpus.to_genes(aligned, var.index)
-    ad.AnnData(counts, obs=_roles(aligned, wanted, name), var=var).write_h5ad(folder / "cells.h5ad", compression="lzf")
+    obs = _roles(aligned, wanted, one.file)
+    ad.AnnData(counts, obs=obs, var=var).write_h5ad(folder / "cells.h5ad", compression="lzf")
     np.save(folder / "measured.npy", measured)
-    store.write_json(folder / "genes.json", {**match.row(), "in_corpus": int(measured.sum())})
+    store.write_json(folder / "genes.json", {**match.row(), "dataset": name, "in_corpus": int(measured.sum())})
 
 
 def contamination(dataset: ad.AnnData, measured: np.ndarray, cells: Cells) -> duplicates.Contamination:

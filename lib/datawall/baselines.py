@@ -65,9 +65,12 @@ def logistic_regression(
     return pipeline.predict(expression.lognormalise(test_counts)[:, variable])
 
 
+# Predictions of treated cells, for `tasks.perturbation.response_metrics`
+
+
 def no_change(control: np.ndarray) -> np.ndarray:
-    """Predicted mean expression of treated cells: that of the control cells, (n_genes,)."""
-    return control.mean(axis=0)
+    """Predicted treated cells: the control cells as they are, (n_cells, n_genes)."""
+    return control
 
 
 def mean_shift(
@@ -76,7 +79,7 @@ def mean_shift(
     train_treated: np.ndarray,
     train_context: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """Predicted mean expression of treated cells: the control mean plus the average change in other contexts.
+    """Predicted treated cells: the control cells, each moved by the average change of the mean in other contexts.
 
     Parameters
     ----------
@@ -89,11 +92,31 @@ def mean_shift(
 
     Returns
     -------
-    (n_genes,).
+    (n_cells, n_genes).
     """
     of_control, of_treated = train_context
     changes = [
         train_treated[of_treated == context].mean(axis=0) - train_control[of_control == context].mean(axis=0)
         for context in np.intersect1d(of_control, of_treated)
     ]
-    return control.mean(axis=0) + np.mean(changes, axis=0)
+    return control + np.mean(changes, axis=0)
+
+
+def treated_mean(train_treated: np.ndarray, train_context: np.ndarray) -> np.ndarray:
+    """Predicted treated cells: one, the mean treated cell of the other contexts, each of which counts alike.
+
+    The original study's average baseline took the held-out context's own treated cells, which is no prediction.
+
+    Parameters
+    ----------
+    train_treated
+        (n_cells, n_genes) expression of the other contexts' treated cells.
+    train_context
+        Context of each.
+
+    Returns
+    -------
+    (1, n_genes).
+    """
+    means = [train_treated[train_context == context].mean(axis=0) for context in np.unique(train_context)]
+    return np.mean(means, axis=0)[None]

@@ -57,12 +57,12 @@ class Curated:
 
     def evaluation_datasets(self) -> list[str]:
         """Names of all evaluation data sets, the corpus's held-out cells first."""
-        return [self.held_out_name, *self.params.evaluation]
+        return list(self.params.evaluation_sets())
 
     @property
     def held_out_name(self) -> str:
         """Name of the data set made of the corpus's held-out cells."""
-        return f"{Path(self.params.sources()[0]).stem}_held_out"
+        return self.params.held_out_name
 
     @cached_property
     def corpus_unit(self) -> Unit:
@@ -73,7 +73,7 @@ class Curated:
     def split_unit(self) -> Unit:
         """Which cells of the corpus are pretrained on, and which are held out."""
         p = self.params
-        drop = [self.contamination_unit(name).key for name in p.evaluation] if p.drop_contaminated else []
+        drop = [self.contamination_unit(one.dataset).key for one in p.evaluation] if p.drop_contaminated else []
         record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "drop": drop}
         return Unit("split", record, CODE["split"])
 
@@ -83,10 +83,10 @@ class Curated:
             return self.split_unit
         p = self.params
         record = {
-            "dataset": datasets.identity(name),
+            "dataset": datasets.identity(p.evaluation_sets()[name].file),
             "corpus": self.corpus_unit.key,
             "min_matched_genes": p.min_matched_genes,
-            "columns": {"cell_type": p.cell_type_key, "donor_id": p.donor_key},
+            "columns": assembly.dataset_columns(p, name),
         }
         return Unit("dataset", record, CODE["dataset"])
 
@@ -176,7 +176,8 @@ class Curated:
 
     def _make_split(self, folder: Path) -> None:
         p = self.params
-        found = [self.contamination(name).rows_to_drop() for name in p.evaluation] if p.drop_contaminated else []
+        names = [one.dataset for one in p.evaluation] if p.drop_contaminated else []
+        found = [self.contamination(name).rows_to_drop() for name in names]
         dropped = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
         assembly.make_split(p, self.corpus, self.split_rows("spike_in"), dropped, folder)
 

@@ -20,8 +20,8 @@ def gene_matches(study: Study) -> pd.DataFrame:
     """
     of_corpus = json.loads((study.corpus_artifact.folder / "genes.json").read_text())
     rows = [{**match, "in_corpus": match["matched"]} for match in of_corpus]
-    for name in study.params.evaluation:
-        rows.append(json.loads((study.dataset_artifact(name).folder / "genes.json").read_text()))
+    for one in study.params.evaluation:
+        rows.append(json.loads((study.dataset_artifact(one.dataset).folder / "genes.json").read_text()))
     return pd.DataFrame(rows).set_index("dataset")
 
 

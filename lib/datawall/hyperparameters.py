@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from datawall import external
+
 # How schedules are counted: in steps, so that they are the same for every subset, or in passes over it.
 type Schedule = Literal["steps", "epochs"]
 
@@ -105,6 +107,12 @@ class SCimilarity(Hyperparameters):
     weight_decay: NonNegativeFloat = 0.01
 
 
+class External(Hyperparameters):
+    """Hyper-parameters of a model of the user's own (`external`): whatever its class takes."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 FAMILIES: dict[str, type[Hyperparameters]] = {
     "PretrainedPCA": PretrainedPCA,
     "scVI": ScVI,
@@ -131,16 +139,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def family(model: str) -> str:
-    """The family of a model: its own name, or that of the family it is a variant of.
+    """The family of a model: its own name, `module:Class`, or that of the family it is a variant of.
 
     Raises
     ------
     ValueError
         If there is no such model.
     """
-    if model not in FAMILIES and model not in VARIANTS:
-        raise ValueError(f"{model!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}")
-    return VARIANTS[model][0] if model in VARIANTS else model
+    if model in FAMILIES or external.is_external(model):
+        return model
+    if model not in VARIANTS:
+        raise ValueError(
+            f"{model!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"
+        )
+    return VARIANTS[model][0]
+
+
+def of_family(name: str) -> type[Hyperparameters]:
+    """The hyper-parameters that a family has."""
+    return FAMILIES.get(name, External)
 
 
 def check(model: str, values: dict[str, Any]) -> Hyperparameters:
@@ -153,7 +170,7 @@ def check(model: str, values: dict[str, Any]) -> Hyperparameters:
     """
     values = {**VARIANTS[model][1], **values} if model in VARIANTS else values
     try:
-        return FAMILIES[family(model)](**values)
+        return of_family(family(model))(**values)
     except ValidationError as error:
         mistakes = "; ".join(
             f"{mistake['loc'][0]} {mistake['input']!r}: {mistake['msg']}" if mistake["loc"] else mistake["msg"]

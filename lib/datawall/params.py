@@ -6,26 +6,119 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from datawall import hyperparameters
+from datawall import external, hyperparameters, tasks
 from datawall.backed import SUFFIXES
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
 from datawall.simulate import Atlas
 
-TASKS = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
+NEEDED = {  # columns that a task needs beside the cell type
+    "zeroshot_integration": ("batch_key",),
+    "perturbation_response": ("perturbation_key", "control"),
+}
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
-Task = Literal["zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response"]
-Key = Annotated[str, Field(min_length=1)] | dict[str, str]  # a column of obs; where files differ, by name of the file
+Column = Annotated[str, Field(min_length=1)]  # of obs
+Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
+def _known_task(name: str) -> str:
+    if name not in tasks.TASKS:
+        raise ValueError(f"there are the tasks {', '.join(map(repr, tasks.TASKS))}")
+    return name
+
+
+Task = Annotated[str, AfterValidator(_known_task)]
+
+
 class ParamsError(ValueError):
     """A study file breaks a rule; each line of the message names file, key, value, rule and remedy."""
+
+
+class EvaluationSet(BaseModel):
+    """A data set to evaluate on, and its columns. It joins the tasks whose columns it names itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    file: str  # path of an .h5ad or .zarr file, or a named data set
+    name: Annotated[str, Field(min_length=1)] | None = None  # in results; by default that of the file
+    cell_type_key: Column | None = None  # by default the study's
+    donor_key: Column | None = None  # by default the study's, if the data set has it
+    batch_key: Column | None = None  # for integration
+    perturbation_key: Column | None = None  # for perturbation response, together with
+    control: str | None = None  # its value that means untreated
+    held_out_contexts: list[str] | None = None  # as in the study
+    tasks: list[Task] | None = None  # of the study's, those it joins; by default all that its columns allow
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"file": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, complete: SerializerFunctionWrapHandler) -> str | dict[str, Any]:
+        given = {key: value for key, value in complete(self).items() if value is not None}
+        return self.file if list(given) == ["file"] else given
+
+    @property
+    def dataset(self) -> str:
+        """Its name in results."""
+        return self.name or Path(self.file).stem
+
+    def joins(self, task: str) -> bool:
+        """Whether it has what a task needs, and is meant for it."""
+        if self.tasks is not None and task not in self.tasks:
+            return False
+        return not self.lacks(task)
+
+    def lacks(self, task: str) -> list[str]:
+        """Keys that a task needs and that are not named."""
+        return [key for key in NEEDED.get(task, ()) if getattr(self, key) is None]
+
+
+class Embedding(BaseModel):
+    """An embedding of an evaluation data set that was made elsewhere: by a published checkpoint, or on a subset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: Annotated[str, Field(min_length=1)]  # in results
+    dataset: str  # name of the evaluation data set
+    file: str  # an .h5ad file with its cells, matched by name,
+    key: str | None = None  # and the embedding in obsm; by default "X_" and the model
+    strategy: Strategy | None = None  # of the subset that it was pretrained on: one of the study's,
+    percentage: Annotated[float, Field(ge=0, le=100)] | None = None  # or all three left out for a checkpoint
+    seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _complete_subset(self) -> Embedding:
+        if 0 < self.subset().count(None) < 3:
+            raise ValueError("strategy, percentage and seed name a subset together; give all three, or none")
+        external.embeddings_file(self.file)
+        return self
+
+    @property
+    def obsm_key(self) -> str:
+        """Of the embedding in `obsm`."""
+        return self.key or f"X_{self.model}"
+
+    def subset(self) -> tuple[str | None, float | None, int | None]:
+        """Strategy, percentage and seed."""
+        return self.strategy, self.percentage, self.seed
 
 
 class Params(BaseModel):
@@ -49,7 +142,7 @@ class Params(BaseModel):
     max_mito: Annotated[float, Field(ge=0, le=1)] = 1.0  # and their greatest share in mitochondrial genes
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.3  # share of the corpus kept for evaluation
     split_by: Literal["cell", "donor_id"] = "cell"  # whether whole donors are held out
-    evaluation: list[str] = []  # more evaluation data sets: names or paths
+    evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
 
@@ -63,10 +156,17 @@ class Params(BaseModel):
     budget: Schedule = "steps"  # how schedules are counted; "epochs" is the original's confounded way
     init_seed: Seed | None = None  # of every model's initial weights; by default the subset's seed
     hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
+    embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets
 
-    tasks: Annotated[list[Task], Field(min_length=1)] = list(TASKS)
-    k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification
-    splits: Annotated[int, Field(ge=1)] = 5  # repeats of its 50/50 split
+    tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
+    splits: Annotated[int, Field(ge=1)] = 5  # repeated splits of a data set of under 5,000 cells; larger ones have one
+    finetuned_splits: Annotated[int, Field(ge=1)] | None = None  # the same of fine-tuning; by default as many
+    k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification,
+    more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside,
+    linear_probe: bool = True  # and whether to fit a logistic regression to each embedding too
+    finetune: Literal["head", "full"] = "head"  # "full": whole networks too, of SSL, Geneformer and SCimilarity
+    class_weight: Literal["balanced"] | None = None  # of cell types in fine-tuning
+    matching: Literal["mean", "nearest", "ot"] = "mean"  # what the perturbation head learns from a control cell
     held_out_contexts: list[str] | None = None  # cell types to hold out of perturbation response; all by default
     perturbation_genes: Annotated[int, Field(ge=1)] = 2000  # most variable genes whose response is predicted
 
@@ -79,7 +179,7 @@ class Params(BaseModel):
     retries: Annotated[int, Field(ge=0)] = 1  # how often a unit that fails is begun again
     time_limit: Annotated[float, Field(gt=0)] | None = 86_400.0  # seconds after which a unit is taken to hang
 
-    @field_validator("strategies", "percentages", "seeds", "models", "tasks", "evaluation")
+    @field_validator("strategies", "percentages", "seeds", "models", "tasks")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
         for value in values:
@@ -102,6 +202,8 @@ class Params(BaseModel):
             try:
                 for name in getattr(self, key):
                     hyperparameters.family(name)
+                    if external.is_external(name):
+                        external.source_file(name)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
         try:
@@ -110,16 +212,10 @@ class Params(BaseModel):
         except ValueError as error:
             raise ValueError(f"hyperparameters: {error}") from None
         self._check_sources()
-        if "zeroshot_integration" in self.tasks and self.batch_key is None:
-            raise ValueError(
-                "zeroshot_integration needs batch_key: name the batch column, or leave the task out of tasks"
-            )
-        if "perturbation_response" in self.tasks and None in (self.perturbation_key, self.control):
-            raise ValueError(
-                "perturbation_response needs perturbation_key and control: name them, or leave the task out of tasks"
-            )
         if not self.subsets():
             raise ValueError("no subset: only `random` is drawn at 100 %; add `random` or a smaller percentage")
+        self._check_evaluation()
+        self._check_embeddings()
         return self
 
     def _check_sources(self) -> None:
@@ -127,7 +223,7 @@ class Params(BaseModel):
         for corpus, key in (("simulated", "simulation"), ("census", "census")):
             if getattr(self, key) is not None and self.corpus != corpus:
                 raise ValueError(f"{key}: the corpus is {self.corpus!r}; set `corpus: {corpus}`, or leave {key} out")
-            if corpus in (*self.evaluation, self.spike_in):
+            if corpus in (*(each.file for each in self.evaluation_sets().values()), self.spike_in):
                 raise ValueError(
                     f"{corpus!r} can be the corpus only; name data sets or files to evaluate on or spike in"
                 )
@@ -140,6 +236,59 @@ class Params(BaseModel):
             raise ValueError("split_by: donor_id needs donor_key: name the column, or split by cell")
         if self.spike_in is None and any(strategy.startswith("spikein") for strategy in self.strategies):
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
+
+    def _check_evaluation(self) -> None:
+        """Refuse evaluation data sets of one name, and tasks that none of them can join."""
+        sets = self.evaluation_sets()
+        if len(sets) <= len(self.evaluation):
+            names = [self.held_out_name, *(one.dataset for one in self.evaluation)]
+            raise ValueError(f"evaluation: the data sets are named {names}; give those that are alike a `name` each")
+        for name, one in sets.items():
+            for task in one.tasks or ():
+                if lacking := one.lacks(task):
+                    raise ValueError(f"evaluation: {name}: {task} needs {' and '.join(lacking)}; name the column")
+        for task in self.tasks:
+            if not any(one.joins(task) for one in sets.values()):
+                lacking = " and ".join(NEEDED.get(task, ()))
+                raise ValueError(f"{task} needs {lacking}: name the column, or leave the task out of tasks")
+
+    def _check_embeddings(self) -> None:
+        """Refuse embeddings of data sets, or from subsets, that the study does not have."""
+        seen = set()
+        for one in self.embeddings:
+            if one.dataset not in self.evaluation_sets():
+                raise ValueError(
+                    f"embeddings: {one.model}: {one.dataset!r} is no evaluation data set; there are "
+                    f"{', '.join(self.evaluation_sets())}"
+                )
+            if one.model in self.models:
+                raise ValueError(f"embeddings: {one.model}: the study has a model of that name; call it otherwise")
+            if one.strategy is not None and one.subset() not in self.subsets():
+                raise ValueError(
+                    f"embeddings: {one.model}: {one.strategy} at {one.percentage:g} %, seed {one.seed}, is no subset "
+                    "of this study; embeddings of other origin need no strategy, percentage and seed"
+                )
+            if (which := (one.model, one.dataset, *one.subset())) in seen:
+                raise ValueError(f"embeddings: {one.model} on {one.dataset} is listed twice; list each subset once")
+            seen.add(which)
+
+    @property
+    def held_out_name(self) -> str:
+        """Name of the evaluation data set made of the corpus's held-out cells."""
+        return f"{Path(self.sources()[0]).stem}_held_out"
+
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """Every evaluation data set by name, the corpus's held-out cells first."""
+        held_out = EvaluationSet(
+            file=self.held_out_name,
+            name=self.held_out_name,
+            # The corpus's columns are named by role.
+            batch_key=None if self.batch_key is None else "batch",
+            perturbation_key=None if self.perturbation_key is None else "perturbation",
+            control=self.control,
+            held_out_contexts=self.held_out_contexts,
+        )
+        return {one.dataset: one for one in (held_out, *self.evaluation)}
 
     def sources(self) -> list[str]:
         """Names of what the corpus is made of."""
@@ -170,7 +319,7 @@ class Params(BaseModel):
             If one is not allowed.
         """
         family = hyperparameters.family(model)
-        schedule = {"schedule": self.budget} if "schedule" in hyperparameters.FAMILIES[family].model_fields else {}
+        schedule = {"schedule": self.budget} if "schedule" in hyperparameters.of_family(family).model_fields else {}
         variant = hyperparameters.VARIANTS[model][1] if model in hyperparameters.VARIANTS else {}
         given = self.hyperparameters
         return hyperparameters.check(model, {**schedule, **given.get(family, {}), **variant, **given.get(model, {})})
@@ -255,7 +404,8 @@ def _nearest(key: str) -> str:
     from difflib import get_close_matches
 
     within, _, name = key.rpartition(".")
-    keys = {"simulation": Atlas, "census": Recipe}.get(within, Params).model_fields
+    records = {"simulation": Atlas, "census": Recipe, "evaluation": EvaluationSet, "embeddings": Embedding}
+    keys = records.get(within.partition(".")[0], Params).model_fields
     if near := get_close_matches(name, keys, n=1):
         return f"did you mean {near[0]!r}?"
     return f"the keys are {', '.join(keys)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,11 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from datawall import store
 from datawall.hyperparameters import family
-from datawall.results import BASELINE, mean_over_splits, select
+from datawall.results import BASELINE, CHANCE, CHECKPOINT, ORACLE, mean_over_splits, select
 
 WIDTH = 9.0  # inches: a page of text
 STRATEGY_COLOURS = dict(
@@ -26,11 +27,22 @@ LABELS = {
     "geometric_sketching": "geometric sketch",
     "micro_f1": "micro-F1",
     "macro_f1": "macro-F1",
+    "error_rate": "share of cells wrong",
+    "probe_micro_f1": "micro-F1 of a linear probe",
+    "probe_macro_f1": "macro-F1 of a linear probe",
+    "full_micro_f1": "micro-F1, whole network trained",
+    "full_macro_f1": "macro-F1, whole network trained",
     "avg_bio": "AvgBIO",
+    "total": "scIB total",
+    "ilisi": "iLISI",
+    "kbet": "kBET acceptance",
     "asw_batch": "batch ASW",
     "pearson_r": "Pearson r of means",
     "pearson_delta": "Pearson r of changes",
     "mse": "mean squared error",
+    "pearson_delta_top50": "Pearson r of changes, 50 genes",
+    "energy_distance": "energy distance",
+    "loss": "loss of held-out cells",
     "inverse_simpson": "inverse Simpson (types)",
     "shannon": "Shannon (bits)",
     "vendi": "Vendi (cells)",
@@ -40,6 +52,7 @@ LABELS = {
     "zeroshot_integration": "zero-shot integration",
     "finetuned_classification": "fine-tuned classification",
     "perturbation_response": "perturbation response",
+    "reconstruction": "reconstruction",
 }
 # The unit of each family's training loss.
 LOSSES = {
@@ -54,8 +67,8 @@ sns.set_theme(context="notebook", style="ticks", font_scale=0.8)
 
 
 def label(name: str) -> str:
-    """A name as a reader should see it."""
-    return LABELS.get(name, name)
+    """A name as a reader should see it; of a model named `module:Class`, the class."""
+    return LABELS.get(name, name.rpartition(":")[2])
 
 
 def save(figure: Figure, name: str, table: pd.DataFrame, folder: Path) -> None:
@@ -158,7 +171,7 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
         for percentage, run in select(shown, model=model).groupby("percentage"):
             loss = run["loss"].rolling(smooth, min_periods=1).mean()
             axis.plot(run["step"], loss, color=colours[percentage], label=f"{percentage:g} % of the corpus")
-        axis.set(title=model, xlabel="optimiser step", ylabel=LOSSES[family(model)])
+        axis.set(title=label(model), xlabel="optimiser step", ylabel=LOSSES.get(family(model), "training loss"))
     for axis in axes.flat[len(models) :]:
         axis.set_axis_off()
     sns.despine(figure)
@@ -170,18 +183,21 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
 def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
-    Small marks are seeds, lines their means, dashed lines the baselines, the cross at 0 % the untrained control.
+    Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, grey lines chance
+    and the ceiling, the cross at 0 % the untrained control.
     """
     runs = mean_over_splits(select(results, metric=metric))
-    models = [name for name in results["model"].unique() if (runs[runs["model"] == name]["strategy"] != BASELINE).all()]
+    reference = runs["strategy"].isin([BASELINE, CHECKPOINT])
+    models = [name for name in results["model"].unique() if name in set(runs.loc[~reference, "model"])]
     names = runs["dataset"].unique()
     figure, axes = plt.subplots(
-        len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), sharey="row", squeeze=False,
-        layout="constrained",
+        len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), squeeze=False, layout="constrained",
+        sharey="none" if metric == "loss" else "row",  # a family's pretraining loss has units of its own
     )  # fmt: skip
-    baseline_styles = dict(
-        zip(sorted(select(runs, strategy=BASELINE)["model"].unique()), ("--", ":", "-."), strict=False)
-    )
+    contenders = sorted(set(runs.loc[reference, "model"]) - {CHANCE, ORACLE})
+    styles = dict(zip(contenders, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))))))
+    lines = {name: {"color": "black", "linestyle": style} for name, style in styles.items()}
+    lines |= {CHANCE: {"color": "0.6", "linestyle": "-"}, ORACLE: {"color": "0.6", "linestyle": (0, (1, 1))}}
     for row, dataset in enumerate(names):
         for column, model in enumerate(models):
             axis, shown = axes[row, column], select(runs, dataset=dataset, model=model)
@@ -190,16 +206,52 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             untrained = select(shown, strategy="untrained")
             place = np.full(len(untrained), _untrained_place(runs["percentage"]))
             axis.plot(place, untrained["value"], "x", color="0.35", label="untrained")
-            for baseline, style in baseline_styles.items():
-                value = select(runs, dataset=dataset, model=baseline)["value"]
-                axis.axhline(value.iloc[0], color="black", linestyle=style, linewidth=1, label=f"baseline: {baseline}")
+            for name, value in runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"].items():
+                axis.axhline(value, linewidth=1, label=label(name), **lines[name])
             _percentage_axis(axis, runs["percentage"], untrained=len(untrained) > 0)
             axis.set(
-                title=model if row == 0 else "", ylabel=f"{label(dataset)}\n{label(metric)}" if column == 0 else ""
+                title=label(model) if row == 0 else "",
+                ylabel=f"{label(dataset)}\n{label(metric)}" if column == 0 else "",
             )
             if row < len(names) - 1:
                 axis.set(xlabel="")
     _legend(figure, axes[0, 0])
+    return figure
+
+
+def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
+    """F1 of the commonest and the rarest cell types against the subset's size: columns are models, rows data sets.
+
+    Random subsets, means over splits and seeds; dark lines are common types, light ones rare. The number after a type
+    is of its test cells.
+
+    Parameters
+    ----------
+    per_class
+        The table `per_class` of a study (`results.read_results`), of one task.
+    n_types
+        Types from either end to draw.
+    """
+    shown = mean_over_splits(per_class.assign(metric=per_class["cell_type"], value=per_class["f1"]))
+    shown = shown[shown["strategy"].isin(["random", "untrained"])]
+    names, models = shown["dataset"].unique(), shown["model"].unique()
+    figure = plt.figure(figsize=(WIDTH, 3.2 * len(names)), layout="constrained")
+    for part, dataset in zip(figure.subfigures(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        axes = part.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        support = select(per_class, dataset=dataset).groupby("cell_type")["support"].mean().sort_values(ascending=False)
+        common, rare = support.index[:n_types], support.index[n_types:][-n_types:]
+        colours = sns.color_palette("viridis", len(common) + len(rare))
+        for axis, model in zip(axes, models, strict=True):
+            of_model = select(shown, dataset=dataset, model=model)
+            for name, colour in zip([*common, *rare], colours, strict=True):
+                mean = select(of_model, metric=name).groupby("percentage")["value"].mean()
+                places = [_untrained_place(shown["percentage"]) if p == 0 else p for p in mean.index]
+                style = {"marker": "o" if name in common else "^", "markersize": 4, "color": colour}
+                axis.plot(places, mean, label=f"{name} ({support[name]:.0f})", **style)
+            _percentage_axis(axis, shown["percentage"], untrained=(shown["percentage"] == 0).any())
+            axis.set(title=label(model), ylim=(-0.03, 1.03))
+        axes[0].set(ylabel=f"{label(dataset)}\nF1 of a cell type")
+        _legend(part, axes[0])
     return figure
 
 
@@ -295,7 +347,7 @@ def _percentage_axis(axis: plt.Axes, percentages: pd.Series, *, untrained: bool 
     sns.despine(ax=axis)
 
 
-def _legend(figure: Figure, axis: plt.Axes) -> None:
+def _legend(figure: Figure | SubFigure, axis: plt.Axes) -> None:
     """One legend for the figure, below it."""
     handles, names = axis.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))

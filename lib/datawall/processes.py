@@ -274,11 +274,19 @@ def _memory_gib() -> float:
 
 
 def use_one_thread() -> None:
-    """Compute on one thread in this process: torch, and the linear algebra under numpy, scipy and scikit-learn."""
+    """Compute on one thread in this process: torch, and the linear algebra under numpy, scipy and scikit-learn.
+
+    numba is held to one thread as well: when first used, it would set torch's number to its own, and small networks
+    that share their cores then take many times as long.
+    """
     import scipy.linalg  # noqa: F401 - only libraries that are loaded can be limited
     import sklearn.neighbors  # noqa: F401
     from threadpoolctl import threadpool_limits
 
+    if "numba" in sys.modules:
+        sys.modules["numba"].set_num_threads(1)  # starts its threads, which then leave torch's alone
+    else:
+        os.environ["NUMBA_NUM_THREADS"] = "1"
     threadpool_limits(1)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

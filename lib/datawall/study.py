@@ -10,7 +10,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from datawall import baselines, cluster, hyperparameters, params, paths, store
+from datawall import baselines, cluster, external, hyperparameters, params, paths, store
 from datawall.curated import Curated, Subset
+from datawall.params import Embedding
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit.
@@ -31,6 +34,8 @@ CODE = {
     "SSL": ("models/ssl", "models/sparse", *_TRAINED, "expression"),
     "Geneformer": ("models/geneformer", "tokenizer", "transformer", *_TRAINED, "expression"),
     "SCimilarity": ("models/scimilarity", "models/sparse", "ontology", *_TRAINED, "expression"),
+    "external": ("external", "models/base", "training", "streaming"),
+    "embedding": ("external",),
     "baseline": ("baselines", "expression"),
     "layout": (),
 }
@@ -42,6 +47,20 @@ class Run:
 
     model: str
     subset: Subset
+
+
+type Source = Run | Embedding | str  # of an embedding; a string names a baseline
+
+
+def _code(family: str) -> tuple[str, ...]:
+    """The modules whose code decides the content of a family's models and embeddings."""
+    return CODE["external" if external.is_external(family) else family]
+
+
+@cache
+def _file_sha256(path: Path, mtime_ns: int) -> str:
+    """Hash of a file of embeddings, which many units name, as last modified."""
+    return store.file_sha256(path)
 
 
 def open_study(study: str, **overrides: Any) -> Study:
@@ -87,12 +106,14 @@ class Study(Curated):
             "hyperparameters": self.params.hyperparameters_of(run.model).model_dump(),
             "seed": run.subset.seed,
         }
+        if external.is_external(run.model):
+            record["source"] = external.version(run.model)
         if run.subset.strategy == "untrained":
             record["corpus"] = self.corpus_unit.key
         else:
             budget = {"steps": self.params.steps, "init_seed": self.params.init_seed}
             record |= {"subset": self.subset_unit(run.subset).key, **budget}
-        return Unit("model", record, CODE[family])
+        return Unit("model", record, _code(family))
 
     def model_artifact(self, run: Run) -> Artifact:
         """A pretrained model on disk, with its training history if it took steps.
@@ -155,7 +176,7 @@ class Study(Curated):
         """A pretrained model (see `models.Model`)."""
         from datawall import models
 
-        return models.load(self.model_artifact(run).folder)
+        return models.model_class(run.model).load(self.model_artifact(run).folder)
 
     def pretrain(self) -> pd.DataFrame:
         """Pretrain, or find, every model: a row each with the run's parameters and its budget as spent.
@@ -207,7 +228,7 @@ class Study(Curated):
             checkpoint=checkpoint,
         )
         model.save(folder)
-        if history is None:
+        if not isinstance(history, training.History):  # no steps; scikit-learn's habit is to return the model itself
             return {}
         curve = {"loss": history.loss, "learning_rate": history.learning_rate}
         steps = np.arange(1, len(history.loss) + 1)
@@ -215,32 +236,77 @@ class Study(Curated):
         spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
         return {"device": training.device().type, **spent, "passes": history.passes}
 
-    def embedding_unit(self, source: Run | str, dataset: str) -> Unit:
-        """Embedding of a data set by a pretrained model, or by a baseline fitted to the data set itself."""
+    def embedding_unit(self, source: Source, dataset: str) -> Unit:
+        """Embedding of a data set: by a pretrained model, from a file, or by a baseline fitted to the data set."""
         data = {"dataset": self.dataset_unit(dataset).key}
         if isinstance(source, Run):
-            return Unit(
-                "embedding", {"model": self.model_unit(source).key, **data}, CODE[hyperparameters.family(source.model)]
-            )
+            code = _code(hyperparameters.family(source.model))
+            return Unit("embedding", {"model": self.model_unit(source).key, **data}, code)
+        if isinstance(source, Embedding):
+            path = external.embeddings_file(source.file)
+            file = {"file": _file_sha256(path, path.stat().st_mtime_ns), "key": source.obsm_key}
+            return Unit("embedding", {**file, **data}, CODE["embedding"])
         return Unit("embedding", {"baseline": source, **data}, CODE["baseline"])
 
-    def embedding(self, source: Run | str, dataset: str) -> np.ndarray:
-        """Embedding of a data set by a pretraining run, or by the baseline `HVG` or `PCA`, (n_cells, n_latent)."""
+    def embedding(self, source: Source, dataset: str) -> np.ndarray:
+        """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by the baseline `HVG` or `PCA`.
+
+        Raises
+        ------
+        ValueError
+            If what a model of the user's own gives is not that, or a file of embeddings breaks a rule.
+        """
 
         def make(folder: Path) -> None:
-            counts = self.dataset(dataset).X
+            cells = self.dataset(dataset)
             if isinstance(source, Run):
-                embedding = self.model(source).embed(counts)
+                embedding = np.asarray(self.model(source).embed(cells.X), dtype=np.float32)
+                if embedding.ndim != 2 or len(embedding) != cells.n_obs:
+                    raise ValueError(
+                        f"{source.model}: embed gave an array of shape {embedding.shape} for {cells.n_obs} cells; it "
+                        "must give a row a cell."
+                    )
+            elif isinstance(source, Embedding):
+                embedding = external.read_embedding(source.file, source.obsm_key, cells.obs_names, dataset)
             elif source == "HVG":
-                embedding = baselines.variable_gene_embedding(counts)
+                embedding = baselines.variable_gene_embedding(cells.X)
             else:
-                embedding = baselines.pca_embedding(counts)
+                embedding = baselines.pca_embedding(cells.X)
             np.save(folder / "embedding.npy", embedding)
 
         artifact = self.store.find_or_make(self.embedding_unit(source, dataset), make)
         return np.load(artifact.folder / "embedding.npy")
 
-    def layout(self, source: Run | str, dataset: str, *, n_cells: int = 2000) -> pd.DataFrame:
+    def embedding_seconds(self, *, n_cells: int = 1000, n_repeats: int = 5) -> pd.DataFrame:
+        """How long each model takes to embed 1,000 cells, from raw counts in memory to an array in memory.
+
+        The first `n_cells` held-out cells, by the largest subset's model, once to warm up and then `n_repeats` times,
+        whose median counts. On the device that the models are on, one process; seconds differ between machines.
+
+        Returns
+        -------
+        table with the columns model, n_cells (embedded), seconds (per 1,000 cells), device.
+        """
+        from datawall import training
+
+        counts = self.dataset(self.held_out_name).X[:n_cells]
+        table = []
+        for name in self.params.models:
+            run = max(
+                (run for run in self.pretraining_runs() if run.model == name), key=lambda run: run.subset.percentage
+            )
+            model, seconds = self.model(run), []
+            model.embed(counts)
+            for _ in range(n_repeats):
+                begin = time.perf_counter()
+                model.embed(counts)
+                seconds.append(time.perf_counter() - begin)
+            per_thousand = float(np.median(seconds)) * 1000 / counts.shape[0]
+            device = training.device().type
+            table.append({"model": name, "n_cells": counts.shape[0], "seconds": per_thousand, "device": device})
+        return pd.DataFrame(table)
+
+    def layout(self, source: Source, dataset: str, *, n_cells: int = 2000) -> pd.DataFrame:
         """UMAP of at most `n_cells` cells of an embedding: x, y, and the labels of the cells."""
 
         def make(folder: Path) -> None:

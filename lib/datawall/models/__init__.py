@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from datawall import external
 from datawall.hyperparameters import check, family
 from datawall.models.base import Model, read_config
 from datawall.models.geneformer import Geneformer
@@ -22,13 +23,18 @@ FAMILIES: dict[str, type[Model]] = {
 }
 
 
+def model_class(name: str) -> type[Model]:
+    """The class of a model: of its family, or the user's own."""
+    return external.model_class(name) if external.is_external(name) else FAMILIES[family(name)]
+
+
 def create(name: str, **hyperparameters: Any) -> Model:
     """A new model, not yet fitted.
 
     Parameters
     ----------
     name
-        A family, or a variant of one (`hyperparameters.VARIANTS`, say `scvi_2x`).
+        A family, a variant of one (`hyperparameters.VARIANTS`, say `scvi_2x`), or the user's own (`module:Class`).
     hyperparameters
         Those that differ from the family's or variant's own.
 
@@ -37,11 +43,11 @@ def create(name: str, **hyperparameters: Any) -> Model:
     ValueError
         If there is no such model, or a hyper-parameter or its value is not allowed.
     """
-    return FAMILIES[family(name)](**check(name, hyperparameters).model_dump())
+    return model_class(name)(**check(name, hyperparameters).model_dump())
 
 
 def load(folder: str | Path) -> Model:
-    """A model saved with `save`.
+    """A model of one of the families, saved with `save`; one of your own loads itself (`model_class(name).load`).
 
     Raises
     ------

@@ -55,6 +55,12 @@ class Model(Protocol):
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
         """Embedding of cells, (n_cells, n_latent) float32."""
 
+    def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
+        """Pretraining loss of cells in evaluation mode; random by torch's global generator."""
+
+    def chance_loss(self, counts: sp.csr_matrix) -> float:
+        """The loss of a model that knows of each cell what the cells have in common, and no more."""
+
     def save(self, folder: Path) -> None:
         """Write the model into a folder."""
 
@@ -134,6 +140,13 @@ def check_genes(counts: sp.csr_matrix, n_genes: int, family: str) -> None:
         raise ValueError(
             f"{family}: counts have {counts.shape[1]} genes, the model {n_genes}; align them to its corpus."
         )
+
+
+def variance(lognormalised: sp.csr_matrix) -> float:
+    """Squared difference from the gene's mean, averaged over all cells and genes: the error of the mean cell."""
+    X = lognormalised.astype(np.float64)
+    mean = np.asarray(X.mean(axis=0)).ravel()
+    return float(X.multiply(X).mean() - np.square(mean).mean())
 
 
 def write(folder: Path, family: str, hyperparameters: Hyperparameters, tensors: dict[str, np.ndarray]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,13 +12,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from torch import nn
 
 from datawall import expression, streaming, training
 from datawall.cellstore import Cells
 from datawall.hyperparameters import check
 from datawall.models import base
 from datawall.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
-from datawall.transformer import Encoder, EncoderConfig, mask_tokens
+from datawall.transformer import IGNORED, Encoder, EncoderConfig, Layout, mask_tokens
 
 log = logging.getLogger(__name__)
 
@@ -116,18 +119,48 @@ class Geneformer:
             raise base.NotFittedError("Geneformer")
         base.check_genes(counts, self.n_corpus_genes, "Geneformer")
         tokens = self._tokenizer().encode(counts[:, self.genes])
-        lengths = np.diff(tokens.offsets)
         embedding = np.zeros((counts.shape[0], self.hyperparameters.n_embd), dtype=np.float32)
-        order = np.argsort(lengths, kind="stable")
-        order = order[lengths[order] > 0]
-        if len(order) < counts.shape[0]:
-            log.warning("%d cells express no gene of the vocabulary; they embed as zero.", counts.shape[0] - len(order))
+        if n_empty := int((np.diff(tokens.offsets) == 0).sum()):
+            log.warning("%d cells express no gene of the vocabulary; they embed as zero.", n_empty)
         where = next(self.encoder.parameters()).device
-        batch = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
-        for cells in np.split(order, np.flatnonzero(np.diff(batch)) + 1) if len(order) else ():
+        for cells in _alike(tokens):
             ids, offsets = _tensors(tokens.take(cells), where)
             embedding[cells] = self.encoder.embed(ids, offsets).cpu().numpy()
         return embedding
+
+    def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], torch.Tensor]]:
+        """A copy of the encoder, and what embeds raw counts with it, (n_cells, n_embd), for gradients to pass."""
+        encoder, tokenizer, n_layers = copy.deepcopy(self.encoder), self._tokenizer(), self.hyperparameters.n_layers - 1
+        where = next(encoder.parameters()).device
+
+        def encode(counts: sp.csr_matrix) -> torch.Tensor:
+            tokens = tokenizer.encode(counts[:, self.genes])
+            some = np.flatnonzero(np.diff(tokens.offsets))
+            ids, offsets = _tensors(tokens.take(some), where)
+            layout = Layout(offsets)
+            of_some = layout.mean(encoder.hidden(ids, layout, n_layers).float())
+            return of_some.new_zeros(counts.shape[0], of_some.shape[1]).index_copy(0, torch.from_numpy(some), of_some)
+
+        return encoder, encode
+
+    @torch.no_grad()
+    def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
+        """Cross-entropy of hidden genes, in nats; NaN if no cell expresses a gene of the vocabulary."""
+        tokenizer, where = self._tokenizer(), next(self.encoder.parameters()).device
+        tokens = tokenizer.encode(counts[:, self.genes])
+        losses, n_hidden = [], []
+        for cells in _alike(tokens):
+            ids, offsets = _tensors(tokens.take(cells), where)
+            masked, targets = mask_tokens(ids, tokenizer.vocab_size)
+            losses.append(self.encoder(masked, offsets, targets).item())
+            n_hidden.append(int((targets != IGNORED).sum()))
+        return float(np.average(losses, weights=n_hidden)) if losses else float("nan")
+
+    def chance_loss(self, counts: sp.csr_matrix) -> float:
+        """Cross-entropy of guessing each gene as often as it occurs among the cells' tokens."""
+        share = np.bincount(self._tokenizer().encode(counts[:, self.genes]).ids).astype(np.float64)
+        share = share[share > 0] / share.sum()
+        return float(-(share * np.log(share)).sum())
 
     def save(self, folder: Path) -> None:
         """Write vocabulary, medians, weights and hyper-parameters."""
@@ -165,6 +198,15 @@ class Geneformer:
         tokenizer = self._tokenizer()
         self.encoder = training.seeded(lambda: Encoder(self._config(tokenizer.vocab_size)), seed)
         return tokenizer
+
+
+def _alike(tokens: Tokens) -> list[np.ndarray]:
+    """Cells that have tokens, in batches of like length that fit into memory."""
+    lengths = np.diff(tokens.offsets)
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    batch = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
+    return np.split(order, np.flatnonzero(np.diff(batch)) + 1) if len(order) else []
 
 
 def _tensors(tokens: Tokens, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,6 +74,20 @@ class PretrainedPCA:
         base.check_genes(counts, self.axes.shape[1], "PretrainedPCA")
         return np.asarray(expression.lognormalise(counts) @ self.axes.T, dtype=np.float32)
 
+    def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
+        """Squared error per entry of log-normalised expression, centred and put back together from the axes."""
+        if self.axes is None:
+            raise base.NotFittedError("PretrainedPCA")
+        base.check_genes(counts, self.axes.shape[1], "PretrainedPCA")
+        X = expression.lognormalise(counts)
+        scores = X @ np.linalg.qr(self.axes.T.astype(np.float64))[0]
+        explained = np.square(scores - scores.mean(axis=0)).sum()
+        return base.variance(X) - float(explained) / np.prod(X.shape)
+
+    def chance_loss(self, counts: sp.csr_matrix) -> float:
+        """That of the mean cell."""
+        return base.variance(expression.lognormalise(counts))
+
     def save(self, folder: Path) -> None:
         """Write the axes and hyper-parameters."""
         if self.axes is None:

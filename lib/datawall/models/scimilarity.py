@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -198,18 +199,15 @@ class SCimilarity(base.Network):
         """
         h = self.hyperparameters
         labels, studies, types = _codes(obs)
-        kin = np.eye(len(types), dtype=bool) if h.ontology is None else kinship(types, h.ontology)
+        kin = self._kin(types)
         module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
         settings = h.model_dump(include={"batch_size", "learning_rate", "weight_decay"})
         recipe = training.Recipe(steps=steps, decay="cosine", decay_vectors=True, **settings)
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
             rows, X = cells
-            label, study = labels[rows], studies[rows]
-            apart = study[:, None] != study if studies.any() else True
-            relations = np.triu((label[:, None] == label) & apart, 1), ~kin[label[:, None], label]
-            pairs, negatives = (torch.from_numpy(each).to(training.device()) for each in relations)
-            return forward(Cells.of(X), pairs, negatives, recipe.rate(step))
+            relations = _relations(labels[rows], studies[rows] if studies.any() else None, kin)
+            return forward(Cells.of(X), *relations, recipe.rate(step))
 
         batches = weighted_batches(sampling_weights(labels, studies), h.batch_size, steps, seed=seed)
         load = streaming.loader(counts, expression.lognormalise, h.batch_size)
@@ -219,6 +217,34 @@ class SCimilarity(base.Network):
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
         """Output of the encoder, of unit length, (n_cells, n_latent) float32."""
         return embed(self.ready(counts).encode, counts, self.hyperparameters.n_latent)
+
+    def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
+        """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
+        network = copy.deepcopy(self.module)
+        return network, lambda counts: network.encode(Cells.of(expression.lognormalise(counts)))
+
+    @torch.no_grad()
+    def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
+        """The loss that is trained, without the penalty of weights: triplets are those among these cells."""
+        labels, studies, types = _codes(obs)
+        relations = _relations(labels, studies if studies.any() else None, self._kin(types))
+        return self.ready(counts)(Cells.of(expression.lognormalise(counts)), *relations, 0.0).item()
+
+    def chance_loss(self, counts: sp.csr_matrix) -> float:
+        """That of the mean cell, for which no triplet counts."""
+        return (1 - self.hyperparameters.triplet_weight) * base.variance(expression.lognormalise(counts))
+
+    def _kin(self, types: np.ndarray) -> np.ndarray:
+        """Whether of two types one is no negative of the other, (n_types, n_types) bool."""
+        ontology = self.hyperparameters.ontology
+        return np.eye(len(types), dtype=bool) if ontology is None else kinship(types, ontology)
+
+
+def _relations(labels: np.ndarray, studies: np.ndarray | None, kin: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Which cells are pairs and which negatives of one another, (n_cells, n_cells) bool on the device."""
+    apart = True if studies is None else studies[:, None] != studies
+    relations = np.triu((labels[:, None] == labels) & apart, 1), ~kin[labels[:, None], labels]
+    return tuple(torch.from_numpy(each).to(training.device()) for each in relations)
 
 
 def _codes(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

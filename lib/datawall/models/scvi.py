@@ -98,6 +98,21 @@ class ScVI(base.Network):
         embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
         return embedding
 
+    @torch.no_grad()
+    def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
+        """Negative evidence lower bound, in nats a cell, with the KL term in full."""
+        return self.ready(counts)(counts, 1.0).item()
+
+    @torch.no_grad()
+    def chance_loss(self, counts: sp.csr_matrix) -> float:
+        """Negative log-likelihood of the mean cell's shares, in nats a cell, at the model's dispersions."""
+        module = self.ready(counts)
+        n_cells, n_genes = counts.shape
+        share = torch.from_numpy(np.asarray(counts.sum(axis=0)).ravel()).to(module.log_theta)
+        nothing = share.new_zeros(n_cells, 1), share.new_zeros(n_genes, 1)
+        rates = _Rates.apply(*nothing, (share + 1e-6).log(), module.log_theta, counts)
+        return (rates - log_binomials(module.log_theta.exp(), counts)).item() / n_cells
+
 
 class Autoencoder(nn.Module):
     """Encoder, latent normal and decoder; calling it on CSR counts gives the loss, in nats a cell."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -145,3 +147,18 @@ class SSL(base.Network):
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
         """Output of the encoder for whole cells, nothing hidden, (n_cells, n_latent) float32."""
         return sparse.embed(self.ready(counts).encode, counts, self.hyperparameters.n_latent)
+
+    def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
+        """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
+        network = copy.deepcopy(self.module)
+        return network, lambda counts: network.encode(Cells.of(expression.lognormalise(counts)))
+
+    @torch.no_grad()
+    def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
+        """The loss that is trained: of hidden entries alone, unless `loss` is "vae"."""
+        return self.ready(counts)(Cells.of(expression.lognormalise(counts))).item()
+
+    def chance_loss(self, counts: sp.csr_matrix) -> float:
+        """That of the mean cell."""
+        h = self.hyperparameters
+        return (0.5 if h.loss == "vae" else h.mask) * base.variance(expression.lognormalise(counts))

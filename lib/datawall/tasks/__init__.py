@@ -1,29 +1,60 @@
 """The evaluation tasks: each takes arrays and labels, knows no model, and returns metrics by name.
 
-Tasks load when first named, since some need torch and one needs jax.
+Tasks load when first named, since some need torch and one needs jax. What each metric means, its best value and the
+level of chance are listed in `metrics.csv` beside this package.
 """
 
 from importlib import import_module
+from importlib.resources import files
 from typing import Any
 
+# Not when first named: a module that is loaded later would take the name from its function.
+from datawall.tasks.reconstruction import reconstruction as reconstruction
+
+# A task and the module of the function of that name; a line here adds one.
+TASKS = {
+    "zeroshot_classification": "classification",
+    "zeroshot_integration": "integration",
+    "finetuned_classification": "finetuning",
+    "perturbation_response": "perturbation",
+    "reconstruction": "reconstruction",
+}
 HEADLINE = {
     "zeroshot_classification": "micro_f1",
     "zeroshot_integration": "avg_bio",
     "finetuned_classification": "micro_f1",
     "perturbation_response": "pearson_r",
-}  # the metric by which the original study judges each task
+    "reconstruction": "loss",
+}  # the metric by which the original study judges each task; it had no reconstruction of all families
 
-_MODULES = {
-    "zeroshot_classification": "classification",
-    "zeroshot_integration": "integration",
-    "finetuned_classification": "finetuning",
-    "perturbation_response": "perturbation",
-}
+
+def metrics_table() -> Any:
+    """Every metric of every task.
+
+    Returns
+    -------
+    table with the columns metric (of a metric by type or number of neighbours, that part is left out: `f1[]`,
+    `knn_micro_f1`), task, definition, best, direction (`higher`, `lower`, or `none`), chance, version (counts up when
+    a metric changes its meaning or a mistake in it is mended) and source.
+    """
+    import pandas as pd
+
+    return pd.read_csv(files("datawall") / "metrics.csv", keep_default_na=False)
+
+
+def registered(metric: str) -> str:
+    """The name under which a metric stands in `metrics.csv`: `f1[]` for `f1[B cell]`, `knn_micro_f1` for k = 15."""
+    import re
+
+    return re.sub(r"^knn\d+_", "knn_", re.sub(r"\[.*\]$", "[]", metric))
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f"datawall.tasks.{_MODULES[name]}"), name)
-    if name in _MODULES.values():
+    if name in TASKS:
+        return getattr(import_module(f"datawall.tasks.{TASKS[name]}"), name)
+    try:
         return import_module(f"datawall.tasks.{name}")
-    raise AttributeError(f"module 'datawall.tasks' has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        if error.name != f"datawall.tasks.{name}":
+            raise
+        raise AttributeError(f"module 'datawall.tasks' has no attribute {name!r}") from None

@@ -1,8 +1,17 @@
-"""Zero-shot classification asks whether neighbours in the embedding share a cell type."""
+"""Zero-shot classification asks whether cells near each other in the embedding share a cell type."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
+
 import numpy as np
+import scipy.sparse as sp
+
+from datawall.tasks import uncertainty
+from datawall.tasks.uncertainty import Metrics
+
+log = logging.getLogger(__name__)
 
 
 def zeroshot_classification(
@@ -11,8 +20,14 @@ def zeroshot_classification(
     test_embedding: np.ndarray,
     test_labels: np.ndarray,
     k: int = 5,
-) -> dict[str, float]:
-    """Classify test cells by their k nearest training cells, uniform votes, Euclidean distance.
+    *,
+    more_k: Sequence[int] = (),
+    probe: bool = True,
+) -> Metrics:
+    """Classify test cells by their k nearest training cells, and by a linear probe of the embedding.
+
+    Neighbours vote alike, at Euclidean distance. Test cells whose embedding a training cell has too are counted in a
+    warning of the log: they need no generalisation.
 
     Parameters
     ----------
@@ -22,40 +37,164 @@ def zeroshot_classification(
         (n_cells,) cell types.
     k
         Neighbours that vote; 5 in the original study.
+    more_k
+        Further numbers of neighbours, whose metrics are named after them: `knn15_micro_f1`.
+    probe
+        Whether to fit the linear probe: `probe_micro_f1` (see `linear_probe`).
 
     Returns
     -------
-    `classification_metrics`.
+    `classification_metrics`; of `more_k` and the probe those of all types together.
 
     Raises
     ------
     ValueError
-        If an embedding is not finite, or there are fewer training cells than k.
+        If an embedding is not finite, or there are fewer training cells than neighbours.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
-    if len(train_embedding) < k:
-        raise ValueError(f"{len(train_embedding)} training cells are fewer than k={k} neighbours; lower k.")
+    train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
+    for n_neighbors in (k, *more_k):
+        if len(train_embedding) < n_neighbors:
+            raise ValueError(
+                f"{len(train_embedding)} training cells are fewer than k={n_neighbors} neighbours; lower k."
+            )
     check_embedding(train_embedding)
     check_embedding(test_embedding)
-    classifier = KNeighborsClassifier(k).fit(train_embedding, np.asarray(train_labels))
-    return classification_metrics(test_labels, classifier.predict(test_embedding))
+    if n_shared := len(shared_rows(train_embedding, test_embedding)):
+        log.warning("%d of %d test cells have the embedding of a training cell.", n_shared, len(test_embedding))
+
+    def neighbours(k: int) -> np.ndarray:
+        return KNeighborsClassifier(k).fit(train_embedding, train_labels).predict(test_embedding)
+
+    others = {f"knn{other}_": neighbours(other) for other in more_k}
+    if probe:
+        others["probe_"] = linear_probe(train_embedding, train_labels, test_embedding)
+    metrics = classification_metrics(test_labels, neighbours(k), train_labels)
+    return metrics.merged(
+        *(
+            classification_metrics(test_labels, predicted, train_labels, by_type=False).prefixed(prefix)
+            for prefix, predicted in others.items()
+        )
+    )
 
 
-def classification_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """micro_f1 (accuracy, for one label a cell), macro_f1 (each true type counts alike), balanced_accuracy.
+def linear_probe(train_embedding: np.ndarray, train_labels: np.ndarray, test_embedding: np.ndarray) -> np.ndarray:
+    """Labels predicted by a logistic regression on the embedding, (n_test_cells,).
 
-    Each is 1 at best. Only types among the true labels enter macro_f1 and balanced_accuracy.
+    Columns are scaled to mean 0 and variance 1 over the training cells, the penalty is scikit-learn's default (L2,
+    C = 1), and classes are not weighted. Where all training cells are of one type, that one is predicted.
     """
-    from sklearn.metrics import accuracy_score, f1_score, recall_score
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    if len(np.unique(train_labels)) == 1:
+        return np.repeat(train_labels[:1], len(test_embedding))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return probe.fit(train_embedding, train_labels).predict(test_embedding)
+
+
+def _micro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(truth, predicted)
+
+
+def _macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    return np.mean(list(f1_by_type(truth, predicted).values()))
+
+
+def _balanced_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import recall_score
+
+    return recall_score(truth, predicted, labels=np.unique(truth), average="macro", zero_division=0)
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "micro_f1": _micro_f1,
+    "macro_f1": _macro_f1,
+    "balanced_accuracy": _balanced_accuracy,
+    "error_rate": lambda truth, predicted: 1 - _micro_f1(truth, predicted),
+}  # of true and predicted labels; a line here, and one in metrics.csv, adds a metric
+
+
+def f1_by_type(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """F1 of each type among the true labels."""
+    from sklearn.metrics import f1_score
+
     types = np.unique(truth)
-    return {
-        "micro_f1": float(accuracy_score(truth, predicted)),
-        "macro_f1": float(f1_score(truth, predicted, labels=types, average="macro", zero_division=0)),
-        "balanced_accuracy": float(recall_score(truth, predicted, labels=types, average="macro", zero_division=0)),
-    }
+    scores = f1_score(truth, predicted, labels=types, average=None, zero_division=0)
+    return dict(zip(types.tolist(), scores.tolist(), strict=True))
+
+
+def classification_metrics(
+    truth: np.ndarray, predicted: np.ndarray, train_labels: np.ndarray | None = None, *, by_type: bool = True
+) -> Metrics:
+    """What is right of predicted labels.
+
+    Parameters
+    ----------
+    truth, predicted
+        (n_cells,) cell types.
+    train_labels
+        Labels of the training cells, for the levels of chance (see `uncertainty.chance_levels`).
+    by_type
+        Whether to give `f1[type]` and `support[type]` too.
+
+    Returns
+    -------
+    micro_f1
+        Share of cells that are right: with one label a cell, micro-averaged F1 is accuracy.
+    macro_f1, balanced_accuracy
+        Mean over types of F1 and of recall. Only types among the true labels enter.
+    error_rate
+        Share of cells that are wrong.
+    f1[type], support[type]
+        F1 of a type, and its number of test cells.
+    """
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    values = {name: metric(truth, predicted) for name, metric in METRICS.items()}
+    intervals = uncertainty.classification_intervals(truth, predicted)
+    chance = {} if train_labels is None else uncertainty.chance_levels(train_labels, truth)
+    added = [name for name in METRICS if name not in intervals]
+    if added:
+        draws = np.random.default_rng(0).integers(len(truth), size=(uncertainty.N_RESAMPLES, len(truth)))
+        for name in added:
+            resampled = np.array([METRICS[name](truth[cells], predicted[cells]) for cells in draws])
+            intervals[name] = uncertainty.interval(values[name], resampled)
+    if by_type:
+        types, support = np.unique(truth, return_counts=True)
+        values |= {f"f1[{name}]": f1 for name, f1 in f1_by_type(truth, predicted).items()}
+        values |= {f"support[{name}]": n for name, n in zip(types, support, strict=True)}
+    return Metrics(values, intervals, chance)
+
+
+def shared_rows(train: np.ndarray | sp.csr_matrix, test: np.ndarray | sp.csr_matrix) -> np.ndarray:
+    """Rows of `test` that are equal, number by number, to a row of `train`.
+
+    Parameters
+    ----------
+    train, test
+        Embeddings or counts, (n_cells, n_columns), dense or CSR, of the same number type.
+
+    Returns
+    -------
+    sorted rows of `test`, int64.
+    """
+    seen = set(_row_bytes(train))
+    return np.flatnonzero([row in seen for row in _row_bytes(test)])
+
+
+def _row_bytes(X: np.ndarray | sp.csr_matrix) -> list[bytes]:
+    """Bytes of each row, equal for equal rows."""
+    if not sp.issparse(X):
+        return [row.tobytes() for row in np.ascontiguousarray(X) + 0]  # -0.0 becomes 0.0
+    X = X.tocsr(copy=True)
+    X.sum_duplicates()
+    X.eliminate_zeros()
+    bounds = zip(X.indptr[:-1], X.indptr[1:], strict=True)
+    return [X.indices[i:j].astype(np.int64).tobytes() + X.data[i:j].tobytes() for i, j in bounds]
 
 
 def check_embedding(embedding: np.ndarray) -> None:

@@ -1,18 +1,89 @@
-"""Zero-shot integration asks whether the embedding keeps cell types apart and batches together (scIB)."""
+"""Zero-shot integration asks whether the embedding keeps cell types apart and batches together (scIB).
+
+The metrics are those of Luecken et al. (2022, Nature Methods 19:41), on exact neighbours, with the values of
+scib-metrics: tests hold them to it. It is not called, since each process would wait for it to compile, and again for
+each new size of data set, longer than numpy takes for all of them.
+
+Every metric is a statistic of the cells' weights: it gives a value for each row of weights, of which the first are all
+one, and the others are how often a bootstrap resample holds each cell. Neighbours, clusters and silhouettes are those
+of the cells themselves throughout.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
+import scipy.sparse as sp
+from scipy.sparse.csgraph import connected_components
+from scipy.special import xlogy
 
+from datawall.tasks import neighbourhood, uncertainty
 from datawall.tasks.classification import check_embedding
+from datawall.tasks.uncertainty import Metrics
 
-N_NEIGHBORS = 15
+N_NEIGHBORS = 15  # of the graph, the cell itself among them
+N_LOCAL = 90  # of LISI, the cell itself among them
+N_PERMUTATIONS = 5  # of labels or batches, for levels of chance and ceilings
+RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden clustering, as in scIB
 
 
-def zeroshot_integration(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> dict[str, float]:
+@dataclass(frozen=True)
+class Embedded:
+    """Cells to be judged, and what several metrics need of them."""
+
+    embedding: np.ndarray  # (n_cells, n_latent) float32
+    labels: np.ndarray  # (n_cells,) int from 0
+    batches: np.ndarray  # (n_cells,) int from 0
+    unintegrated: np.ndarray | None  # (n_cells, n_components)
+    distances: np.ndarray  # (n_cells, at most N_LOCAL) to the nearest cells, itself first
+    indices: np.ndarray  # of these
+
+    @cached_property
+    def graph(self) -> sp.csr_matrix:
+        """(n_cells, n_cells) bool: whether the column is one of the row's nearest neighbours."""
+        n_cells, indices = len(self.labels), self.indices[:, :N_NEIGHBORS]
+        pointer = np.arange(0, indices.size + 1, indices.shape[1])
+        return sp.csr_matrix((np.ones(indices.size, bool), indices.ravel(), pointer), shape=(n_cells, n_cells))
+
+    @cached_property
+    def clusters(self) -> list[np.ndarray]:
+        """Leiden clusters of the cells at each of `RESOLUTIONS`, (n_cells,) int."""
+        nearest = slice(None), slice(N_NEIGHBORS)
+        weights = neighbourhood.similarities(self.distances[nearest], self.indices[nearest])
+        return neighbourhood.leiden(weights, RESOLUTIONS)
+
+    @cached_property
+    def best_clusters(self) -> np.ndarray:
+        """The clusters with the highest NMI."""
+        once = np.ones((1, len(self.labels)))
+        return max(self.clusters, key=lambda clusters: nmi(contingency(clusters, self.labels, once))[0])
+
+    @property
+    def fixed_clusters(self) -> np.ndarray:
+        """The clusters at resolution 1."""
+        return self.clusters[int(np.argmin(np.abs(RESOLUTIONS - 1)))]
+
+    @cached_property
+    def silhouettes(self) -> np.ndarray:
+        """Silhouette of each cell among labels."""
+        from sklearn.metrics import silhouette_samples
+
+        return silhouette_samples(self.embedding, self.labels)
+
+    @cached_property
+    def nearness(self) -> np.ndarray:
+        """Weights of each cell's neighbours in LISI, (n_cells, n_neighbours)."""
+        itself = self.indices == np.arange(len(self.indices))[:, None]
+        return neighbourhood.lisi_weights(self.distances, itself, perplexity=self.indices.shape[1] // 3)
+
+
+def zeroshot_integration(
+    embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray, *, unintegrated: np.ndarray | None = None
+) -> Metrics:
     """Metrics of scIB (Luecken et al. 2022), with the values of scib-metrics, on exact neighbours.
-
-    Silhouettes are scikit-learn's: scib-metrics compiles its own anew in every process, for seconds.
 
     Parameters
     ----------
@@ -20,63 +91,289 @@ def zeroshot_integration(embedding: np.ndarray, labels: np.ndarray, batches: np.
         (n_cells, n_latent).
     labels, batches
         (n_cells,) cell type and batch.
+    unintegrated
+        (n_cells, n_components) principal components of the cells' expression without any model, to compare with.
 
     Returns
     -------
     nmi, ari
         Of Leiden clusters with the labels, at the resolution (of ten, 0.2 to 2) with the best nmi.
+    nmi_fixed, ari_fixed
+        The same at resolution 1, which no label chose.
     asw_label
         Silhouette of the labels, scaled to 0 to 1.
-    avg_bio
-        Mean of the three: the original study's headline.
+    isolated_labels
+        The same for the labels that the fewest batches have; for all of them where all are in as many. Mean over
+        labels.
+    clisi
+        Median over cells of the number of labels near a cell (inverse Simpson index of 90 neighbours), scaled so that
+        1 is one label.
     asw_batch
-        Silhouette of batches within labels: 1 where they overlap.
+        Silhouette of batches within labels: 1 where they overlap. Mean over labels in two batches.
     graph_connectivity
         Share of each label's cells in its largest strongly connected part of the directed neighbour graph.
+    ilisi
+        Median over cells of the number of batches near a cell, scaled so that 1 is all of them, in equal parts.
+    kbet
+        Share of cells whose neighbours within their label are a fair draw of its batches (see
+        `neighbourhood.kbet_acceptance`). Mean over labels.
+    pcr_comparison
+        By how much, of its share of the variance before, batch has less of the variance in the embedding, at least 0.
+        Only with `unintegrated`.
+    avg_bio
+        Mean of nmi, ari and asw_label: the original study's headline.
+    total
+        scIB's score: 0.6 times the mean of nmi, ari, asw_label, isolated_labels and clisi, plus 0.4 times the mean of
+        the batch metrics, from asw_batch to pcr_comparison. They are not scaled between methods.
 
-    Each is 1 at best.
+    Each is 1 at best. One that these cells leave undefined is left out, of the total too: pcr_comparison without
+    `unintegrated`, and kbet where no label has ten cells and two batches.
 
     Raises
     ------
     ValueError
-        If the embedding is not finite, there is only one label or one batch, or no label has cells in two batches.
+        If an array is not finite or not of the same cells, all cells have the same embedding, label or batch, or no
+        label has cells in two batches.
     """
-    import os
+    cells = _embedded(embedding, labels, batches, unintegrated)
+    weights = np.vstack([np.ones(len(embedding)), uncertainty.resamples(len(embedding))])
+    draws = {name: metric(cells, weights) for name, metric in METRICS.items()}
+    draws = {name: values for name, values in draws.items() if np.isfinite(values[0])}
+    draws["avg_bio"] = np.mean([draws[name] for name in AVG_BIO], axis=0)
+    bio, batch = ([draws[name] for name in names if name in draws] for names in (BIO, BATCH))
+    draws["total"] = 0.6 * np.mean(bio, axis=0) + 0.4 * np.mean(batch, axis=0)
+    intervals = {name: uncertainty.interval(values[0], values[1:]) for name, values in draws.items()}
+    return Metrics({name: values[0] for name, values in draws.items()}, intervals, _chance(cells), _ceiling(cells))
 
-    # scib-metrics computes on jax: on the CPU, leaving a GPU to torch.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from scib_metrics import graph_connectivity, nmi_ari_cluster_labels_leiden
-    from scib_metrics.nearest_neighbors import NeighborsResults
-    from sklearn.metrics import silhouette_score
+
+def _embedded(
+    embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray, unintegrated: np.ndarray | None
+) -> Embedded:
+    """The cells and their neighbours, after checks."""
     from sklearn.neighbors import NearestNeighbors
 
     check_embedding(embedding)
-    labels, batches = np.asarray(labels).astype(str), np.asarray(batches).astype(str)
-    for name, values in (("label", labels), ("batch", batches)):
-        if len(np.unique(values)) < 2:
+    codes = []
+    for name, values in (("label", np.asarray(labels).astype(str)), ("batch", np.asarray(batches).astype(str))):
+        different, code = np.unique(values, return_inverse=True)
+        if len(different) < 2:
             raise ValueError(f"all cells have the {name} {str(values[0])!r}; integration needs at least two.")
+        codes.append(code)
+    if unintegrated is not None:
+        if len(unintegrated) != len(embedding):
+            raise ValueError(f"`unintegrated` has {len(unintegrated)} cells, the embedding {len(embedding)}.")
+        check_embedding(unintegrated)
+    if (embedding == embedding[0]).all():
+        raise ValueError("all cells have the same embedding; there are no neighbours to judge.")
     embedding = np.ascontiguousarray(embedding, dtype=np.float32)
-    n_neighbors = min(N_NEIGHBORS, len(embedding))
     # Each cell is its own first neighbour, as scanpy and scib-metrics count them.
-    distances, indices = NearestNeighbors(n_neighbors=n_neighbors).fit(embedding).kneighbors(embedding)
-    neighbours = NeighborsResults(indices=indices, distances=distances.astype(np.float32))
-    metrics = nmi_ari_cluster_labels_leiden(neighbours, labels, optimize_resolution=True, seed=0)
-    metrics["asw_label"] = (silhouette_score(embedding, labels) + 1) / 2
-    metrics["avg_bio"] = np.mean([metrics["nmi"], metrics["ari"], metrics["asw_label"]])
-    metrics["asw_batch"] = _batch_silhouette(embedding, labels, batches)
-    metrics["graph_connectivity"] = graph_connectivity(neighbours, labels)
-    return {name: float(value) for name, value in metrics.items()}
+    neighbours = NearestNeighbors(n_neighbors=min(N_LOCAL, len(embedding))).fit(embedding)
+    distances, indices = neighbours.kneighbors(embedding)
+    return Embedded(embedding, *codes, unintegrated, distances.astype(np.float32), indices)
 
 
-def _batch_silhouette(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
-    """Mean over labels of the mean 1 - |silhouette of batches|, as in scIB; labels in one batch are left out."""
+# Metrics of clusters
+
+
+def contingency(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weight of the cells of each cluster and label, (n_weights, n_clusters, n_labels)."""
+    shape = clusters.max() + 1, labels.max() + 1
+    pair = clusters * shape[1] + labels
+    return np.stack([np.bincount(pair, each, minlength=shape[0] * shape[1]).reshape(shape) for each in weights])
+
+
+def _entropy(weights: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
+    """Entropy in nats of what weights are distributed over."""
+    p = weights / weights.sum(axis=axis, keepdims=True)
+    return -xlogy(p, p).sum(axis=axis)
+
+
+def nmi(tables: np.ndarray) -> np.ndarray:
+    """Mutual information over the mean of the two entropies; 1 where both are zero."""
+    entropies = _entropy(tables.sum(axis=2), 1) + _entropy(tables.sum(axis=1), 1)
+    return np.where(entropies > 0, 2 * (1 - _entropy(tables, (1, 2)) / np.where(entropies > 0, entropies, 1)), 1)
+
+
+def ari(tables: np.ndarray) -> np.ndarray:
+    """Adjusted Rand index (Hubert and Arabie 1985); 1 where both sides are one group, or both all single cells."""
+
+    def pairs(sizes: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
+        return (sizes * (sizes - 1) / 2).sum(axis=axis)
+
+    n_cells = tables.sum(axis=(1, 2))
+    of_clusters, of_labels = pairs(tables.sum(axis=2), 1), pairs(tables.sum(axis=1), 1)
+    expected = of_clusters * of_labels / np.maximum(n_cells * (n_cells - 1) / 2, 1)
+    span = (of_clusters + of_labels) / 2 - expected
+    return np.where(span > 0, (pairs(tables, (1, 2)) - expected) / np.where(span > 0, span, 1), 1)
+
+
+# Metrics of distances between cells
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean of a value a cell."""
+    return weights @ values / weights.sum(axis=1)
+
+
+def _mean_of_labels(values: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    """Mean over labels of the weighted mean of their cells; those whose value is NaN do not count.
+
+    NaN where no label has weight.
+    """
+    sums, n_labels = np.zeros(len(weights)), np.zeros(len(weights))
+    for label in np.unique(cells.labels[np.isfinite(values)]):
+        some = np.isfinite(values) & (cells.labels == label)
+        total = weights[:, some].sum(axis=1)
+        sums += weights[:, some] @ values[some] / np.maximum(total, 1)
+        n_labels += total > 0
+    return np.where(n_labels > 0, sums / np.maximum(n_labels, 1), np.nan)
+
+
+def _isolated_labels(cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    """Scaled silhouette of the labels that the fewest batches have."""
+    labels, _ = np.unique(np.column_stack([cells.labels, cells.batches]), axis=0).T
+    n_batches = np.bincount(labels)
+    isolated = n_batches[cells.labels] == n_batches.min()
+    return _mean_of_labels(np.where(isolated, (cells.silhouettes + 1) / 2, np.nan), cells, weights)
+
+
+def _asw_batch(cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    """1 - |silhouette of batches within the label|; labels in one batch, or with no two cells of one, are left out."""
     from sklearn.metrics import silhouette_samples
 
-    of_labels = []
-    for label in np.unique(labels):
-        cells = labels == label
-        if 1 < len(np.unique(batches[cells])) < cells.sum():
-            of_labels.append(1 - np.abs(silhouette_samples(embedding[cells], batches[cells])).mean())
-    if not of_labels:
+    mixing = np.full(len(cells.labels), np.nan)
+    for label in np.unique(cells.labels):
+        some = cells.labels == label
+        if 1 < len(np.unique(cells.batches[some])) < some.sum():
+            mixing[some] = 1 - np.abs(silhouette_samples(cells.embedding[some], cells.batches[some]))
+    if np.isnan(mixing).all():
         raise ValueError("no label has cells in two batches; mixing of batches cannot be told from labels.")
-    return float(np.mean(of_labels))
+    return _mean_of_labels(mixing, cells, weights)
+
+
+def _pcr_comparison(cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    """Principal component regression before and after (Büttner et al. 2019)."""
+    if cells.unintegrated is None:
+        return np.full(len(weights), np.nan)
+    before, after = (_batch_variance(X, cells.batches, weights) for X in (cells.unintegrated, cells.embedding))
+    return np.maximum(0, (before - after) / np.where(before > 0, before, np.nan))
+
+
+def _batch_variance(X: np.ndarray, batches: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Share of the variance that lies between batches, 0 where there is none.
+
+    That is the R² of each principal component regressed on batch, weighted by the component's variance: over all
+    components, it does not depend on the axes, so that none need be found.
+    """
+    X = X - X.mean(axis=0, dtype=np.float64)
+    n_cells = weights.sum(axis=1)
+    middle = np.square(weights @ X).sum(axis=1) / n_cells
+    total = weights @ np.square(X).sum(axis=1) - middle
+    between = -middle
+    for batch in np.unique(batches):
+        some = weights[:, batches == batch]
+        n_some = some.sum(axis=1)
+        between += np.square(some @ X[batches == batch]).sum(axis=1) / np.where(n_some > 0, n_some, 1)
+    return np.where(total > 0, between / np.where(total > 0, total, 1), 0)
+
+
+# Metrics of neighbours
+
+
+def _connected(cells: Embedded, labels: np.ndarray) -> np.ndarray:
+    """Whether each cell is in the largest strongly connected part of its label's graph, (n_cells,) float."""
+    inside = np.zeros(len(labels))
+    for label in np.unique(labels):
+        some = np.flatnonzero(labels == label)
+        _, part = connected_components(cells.graph[some][:, some], connection="strong")
+        inside[some] = part == np.bincount(part).argmax()
+    return inside
+
+
+def _lisi(cells: Embedded, of: np.ndarray) -> np.ndarray:
+    """Inverse Simpson index of the labels or batches near each cell."""
+    near = of[cells.indices]
+    shares = (np.where(near == value, cells.nearness, 0).sum(axis=1) for value in np.unique(of))
+    return 1 / sum(share**2 for share in shares)
+
+
+def _median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Median of the values, each as often as its weight says."""
+    order = np.argsort(values)
+    below = weights[:, order].cumsum(axis=1)
+    n = below[:, -1:]
+    low, high = ((below > middle).argmax(axis=1) for middle in ((n - 1) // 2, n // 2))
+    return (values[order][low] + values[order][high]) / 2
+
+
+def _clisi(lisi: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    n_labels = cells.labels.max() + 1
+    return (n_labels - _median(lisi, weights)) / (n_labels - 1)
+
+
+def _ilisi(lisi: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    return (_median(lisi, weights) - 1) / cells.batches.max()
+
+
+METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
+    "nmi": lambda cells, weights: nmi(contingency(cells.best_clusters, cells.labels, weights)),
+    "ari": lambda cells, weights: ari(contingency(cells.best_clusters, cells.labels, weights)),
+    "nmi_fixed": lambda cells, weights: nmi(contingency(cells.fixed_clusters, cells.labels, weights)),
+    "ari_fixed": lambda cells, weights: ari(contingency(cells.fixed_clusters, cells.labels, weights)),
+    "asw_label": lambda cells, weights: (_mean(cells.silhouettes, weights) + 1) / 2,
+    "isolated_labels": _isolated_labels,
+    "clisi": lambda cells, weights: _clisi(_lisi(cells, cells.labels), cells, weights),
+    "asw_batch": _asw_batch,
+    "graph_connectivity": lambda cells, weights: _mean_of_labels(_connected(cells, cells.labels), cells, weights),
+    "ilisi": lambda cells, weights: _ilisi(_lisi(cells, cells.batches), cells, weights),
+    "kbet": lambda cells, weights: _mean_of_labels(
+        neighbourhood.kbet_acceptance(cells.embedding, cells.labels, cells.batches), cells, weights
+    ),
+    "pcr_comparison": _pcr_comparison,
+}  # of the cells and (n_weights, n_cells) weights, n_weights values; a line here, and one in metrics.csv, adds a metric
+AVG_BIO = ("nmi", "ari", "asw_label")
+BIO = ("nmi", "ari", "asw_label", "isolated_labels", "clisi")
+BATCH = ("asw_batch", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")
+
+
+# What chance reaches
+
+
+def _chance(cells: Embedded) -> dict[str, float]:
+    """Levels of metrics for labels that have nothing to do with the embedding, permuted where there is no formula."""
+    chance = {"ari": 0.0, "ari_fixed": 0.0, "asw_label": 0.5, "isolated_labels": 0.5}
+    for name, clusters in (("nmi", cells.best_clusters), ("nmi_fixed", cells.fixed_clusters)):
+        chance[name] = _chance_nmi(clusters, cells.labels)
+    chance["avg_bio"] = np.mean([chance[name] for name in AVG_BIO])
+    rng, once = np.random.default_rng(0), np.ones((1, len(cells.labels)))
+    clisi, connected = [], []
+    for _ in range(N_PERMUTATIONS):
+        permuted = rng.permutation(cells.labels)
+        inside = _connected(cells, permuted)
+        clisi.append(_clisi(_lisi(cells, permuted), cells, once))
+        connected += [inside[permuted == label].mean() for label in np.unique(permuted)]
+    chance |= {"clisi": np.mean(clisi), "graph_connectivity": np.mean(connected)}
+    return {name: float(level) for name, level in chance.items()}
+
+
+def _ceiling(cells: Embedded) -> dict[str, float]:
+    """Levels of batch metrics for batches that are mixed at random within labels."""
+    rng, once = np.random.default_rng(0), np.ones((1, len(cells.labels)))
+    ilisi = []
+    for _ in range(N_PERMUTATIONS):
+        # Shuffled all together and put in order of labels: a permutation within each label.
+        shuffled = rng.permutation(len(cells.labels))
+        mixed = np.empty_like(cells.batches)
+        mixed[np.argsort(cells.labels, kind="stable")] = cells.batches[shuffled[np.argsort(cells.labels[shuffled])]]
+        ilisi.append(_ilisi(_lisi(cells, mixed), cells, once))
+    return {"ilisi": float(np.mean(ilisi)), "kbet": 1 - neighbourhood.KBET_ALPHA}
+
+
+def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:
+    """NMI of the clusters with permuted labels, on average over permutations (Vinh et al. 2010)."""
+    from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
+
+    tables = contingency(clusters, labels, np.ones((1, len(labels))))
+    entropies = _entropy(tables.sum(axis=2), 1) + _entropy(tables.sum(axis=1), 1)
+    table = contingency_matrix(labels, clusters, sparse=True, dtype=np.int64)
+    return float(2 * expected_mutual_information(table, len(labels)) / entropies[0])

@@ -1,15 +1,25 @@
-"""Perturbation response: predict the treated mean expression of a context never seen treated."""
+"""Perturbation response: predict the treated expression of a context never seen treated."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from datawall import training
+from datawall.tasks import uncertainty
 from datawall.tasks.classification import check_embedding
+from datawall.tasks.uncertainty import Metrics
 
 RECIPE = training.Recipe(steps=200, batch_size=128, learning_rate=1e-3)
+MATCHED = 2000  # control and treated cells at most, of a context, that are matched one to one
+N_TOP = 50  # differential genes
+ENERGY_CELLS = 500  # cells at most, of either side, whose distances enter the energy distance
+
+type Matching = Literal["mean", "nearest", "ot"]
 
 
 def perturbation_response(
@@ -21,17 +31,18 @@ def perturbation_response(
     *,
     seed: int,
     recipe: training.Recipe = RECIPE,
-) -> dict[str, float]:
+    matching: Matching = "mean",
+) -> Metrics:
     """Train an MLP head from control embeddings to treated expression on all contexts but one; score it on that.
 
-    The head learns from control cells, each paired with the mean of its own context's treated cells. (The
-    original paired it with one treated cell drawn at random, whose expectation is that mean: the same optimum, a
-    noisier path.) The prediction for the held-out context is the mean over its control cells.
+    What a control cell is to become is a matter of `matching`. The original study paired it with one treated cell of
+    its context drawn at random, whose expectation is their mean: the same optimum as "mean", on a noisier path. The
+    prediction is the head's output for each control cell of the held-out context.
 
     Parameters
     ----------
     embedding
-        (n_cells, n_latent); only those of control cells are used.
+        (n_cells, n_latent); of treated cells only those of the other contexts are used, and only to match cells.
     expression
         (n_cells, n_genes) log-normalised expression.
     treated
@@ -41,9 +52,14 @@ def perturbation_response(
     held_out
         The context to predict.
     seed
-        Of the initial weights, the order of cells and dropout.
+        Of the initial weights, the order of cells and dropout, and of the cells that are matched.
     recipe
         Of the training.
+    matching
+        "mean": with the mean of its context's treated cells. "nearest": each treated cell with the control cell of its
+        context nearest in the embedding, so that a control cell may have several or none. "ot": by the assignment of
+        least total squared distance, each control cell with one treated cell (optimal transport between as many of
+        each).
 
     Returns
     -------
@@ -52,7 +68,8 @@ def perturbation_response(
     Raises
     ------
     ValueError
-        If the embedding is not finite, or the held-out context or the others lack control or treated cells.
+        If the embedding is not finite, the held-out context or the others lack control or treated cells, or there is
+        no such matching.
     """
     check_embedding(embedding[~treated])
     context = np.asarray(context).astype(str)
@@ -63,31 +80,38 @@ def perturbation_response(
             "two are needed."
         )
     train_contexts.remove(held_out)
-    control = np.flatnonzero(~treated & np.isin(context, train_contexts))
-    means = np.stack([expression[treated & (context == name)].mean(axis=0) for name in train_contexts])
-    target = np.searchsorted(train_contexts, context[control])
+    if matching == "mean":
+        source = np.flatnonzero(~treated & np.isin(context, train_contexts))
+        targets = np.stack([expression[treated & (context == name)].mean(axis=0) for name in train_contexts])
+        target = np.searchsorted(train_contexts, context[source])
+    elif matching in MATCHINGS:
+        check_embedding(embedding[treated & (context != held_out)])
+        rng = np.random.default_rng(seed)
+        pairs = [_matched(embedding, treated, context == name, MATCHINGS[matching], rng) for name in train_contexts]
+        source, cells = np.concatenate(pairs, axis=1)
+        targets, target = expression[cells], np.arange(len(cells))
+    else:
+        raise ValueError(f"matching {matching!r} is none of 'mean', {', '.join(map(repr, MATCHINGS))}.")
     where = training.device()
-    mean, deviation = embedding[control].mean(axis=0), embedding[control].std(axis=0)
-    X = torch.from_numpy(((embedding - mean) / np.where(deviation > 0, deviation, 1)).astype(np.float32)).to(where)
-    X_train = X[torch.from_numpy(control)]
-    Y_train, y = torch.from_numpy(means.astype(np.float32)).to(where), torch.from_numpy(target).to(where)
+    mean, deviation = embedding[source].mean(axis=0), embedding[source].std(axis=0)
+
+    def inputs(cells: np.ndarray) -> torch.Tensor:
+        scaled = (embedding[cells] - mean) / np.where(deviation > 0, deviation, 1)
+        return torch.from_numpy(scaled.astype(np.float32)).to(where)
+
+    X, y = inputs(source), torch.from_numpy(target).to(where)
+    Y = torch.from_numpy(targets.astype(np.float32)).to(where)
     head = training.seeded(lambda: training.Head(X.shape[1], expression.shape[1]), seed)
     # Starting from the mean response leaves the steps to what tells contexts apart.
     with torch.no_grad():
-        head[-1].bias.copy_(Y_train[y].mean(dim=0))
+        head[-1].bias.copy_(Y[y].mean(dim=0))
     training.train(
-        head,
-        lambda forward, rows, step: F.mse_loss(forward(X_train[rows]), Y_train[y[rows]]),
-        len(control),
-        recipe,
-        seed=seed,
+        head, lambda forward, rows, step: F.mse_loss(forward(X[rows]), Y[y[rows]]), len(source), recipe, seed=seed
     )
     test = ~treated & (context == held_out)
     with torch.no_grad():
-        predicted = head(X[torch.from_numpy(test)]).mean(dim=0).cpu().numpy()
-    return response_metrics(
-        predicted, expression[treated & (context == held_out)].mean(axis=0), expression[test].mean(axis=0)
-    )
+        predicted = head(inputs(test)).cpu().numpy()
+    return response_metrics(predicted, expression[treated & (context == held_out)], expression[test])
 
 
 def usable_contexts(treated: np.ndarray, context: np.ndarray) -> list[str]:
@@ -95,33 +119,203 @@ def usable_contexts(treated: np.ndarray, context: np.ndarray) -> list[str]:
     return np.intersect1d(context[treated].astype(str), context[~treated].astype(str)).tolist()
 
 
-def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> dict[str, float]:
-    """How well predicted mean expression agrees with the treated mean.
+def _nearest(control: np.ndarray, treated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.neighbors import NearestNeighbors
+
+    nearest = NearestNeighbors(n_neighbors=1).fit(control).kneighbors(treated, return_distance=False)
+    return nearest[:, 0], np.arange(len(treated))
+
+
+def _assigned(control: np.ndarray, treated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
+    return linear_sum_assignment(cdist(control, treated, "sqeuclidean"))
+
+
+MATCHINGS = {"nearest": _nearest, "ot": _assigned}  # of control and treated embeddings, pairs of their rows
+
+
+def _matched(
+    embedding: np.ndarray,
+    treated: np.ndarray,
+    of_context: np.ndarray,
+    match: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Control cells of a context and the treated cell of each, rows of all cells, (2, n_pairs)."""
+    sides = [rng.permutation(np.flatnonzero(of_context & side))[:MATCHED] for side in (~treated, treated)]
+    pairs = match(*(embedding[side] for side in sides))
+    return np.stack([side[rows] for side, rows in zip(sides, pairs, strict=True)])
+
+
+def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> Metrics:
+    """How well predicted expression agrees with that of treated cells.
+
+    Intervals are over the treated cells, the prediction and the control cells being as they are; the top genes are
+    those of all treated cells throughout. Chance is what predicting no change reaches.
 
     Parameters
     ----------
-    predicted, treated, control
-        (n_genes,) mean log-normalised expression.
+    predicted
+        (n_predicted, n_genes) log-normalised expression of predicted cells, or (n_genes,) their mean.
+    treated, control
+        (n_cells, n_genes) that of the context's treated and control cells.
 
     Returns
     -------
     mse
-        Mean squared error over genes; 0 at best.
+        Mean squared error of the mean expression over genes; 0 at best.
     pearson_r
-        Pearson correlation over genes, which the original study prints as R2; 1 at best. High for any prediction,
-        since genes differ in abundance far more than a treatment changes them.
+        Pearson correlation of the mean expression over genes, which the original study prints as R2; 1 at best. High
+        for any prediction, since genes differ in abundance far more than a treatment changes them.
     pearson_delta
         Pearson correlation of the predicted with the true change from control; 1 at best, 0 for no change.
+    mse_top50, pearson_delta_top50
+        The same over the 50 genes that tell treated from control cells best (`differential_genes`).
+    direction_accuracy
+        Share of those genes that are predicted to change to the right side; 1 at best, 0 for no change.
+    energy_distance
+        Between predicted and treated cells (see `energy_distance`); 0 at best. A prediction that is a mean misses the
+        spread of cells, and is far from them by that alone.
     """
-    return {
-        "mse": float(np.mean((predicted - treated) ** 2)),
-        "pearson_r": _pearson(predicted, treated),
-        "pearson_delta": _pearson(predicted - control, treated - control),
-    }
+    predicted, treated, control = (
+        np.atleast_2d(np.asarray(X, dtype=np.float32)) for X in (predicted, treated, control)
+    )
+    top = differential_genes(treated, control)
+    weights = np.vstack([np.ones(len(treated)), uncertainty.resamples(len(treated))]).astype(np.float32)
+    means = (weights / len(treated)) @ treated
+
+    def of(prediction: np.ndarray) -> dict[str, np.ndarray]:
+        mean, before = prediction.mean(axis=0), control.mean(axis=0)
+        draws = {name: metric(mean, means, before) for name, metric in METRICS.items()}
+        draws |= {name: metric(mean[top], means[:, top], before[top]) for name, metric in TOP_METRICS.items()}
+        return draws | {"energy_distance": _energy(prediction, treated, weights)}
+
+    draws, chance = of(predicted), of(control)
+    intervals = {name: uncertainty.interval(values[0], values[1:]) for name, values in draws.items()}
+    first = {name: values[0] for name, values in draws.items()}
+    return Metrics(first, intervals, {name: float(values[0]) for name, values in chance.items()})
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson correlation; 0 where one side is constant, as it then says nothing of the other."""
-    x, y = x - x.mean(), y - y.mean()
-    scale = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / scale) if scale > 0 else 0.0
+def differential_genes(treated: np.ndarray, control: np.ndarray, n: int = N_TOP) -> np.ndarray:
+    """The n genes (all, where there are fewer) with the largest |t| of Welch's test between cells, best first.
+
+    Where a side has one cell only, those that differ most.
+    """
+    difference = treated.mean(axis=0) - control.mean(axis=0)
+    score = np.abs(difference, dtype=np.float64)
+    if min(len(treated), len(control)) > 1:
+        squared_error = sum(X.var(axis=0, ddof=1, dtype=np.float64) / len(X) for X in (treated, control))
+        with np.errstate(divide="ignore", invalid="ignore"):  # a change without any spread is the clearest
+            score = np.where(score > 0, score / np.sqrt(squared_error), 0)
+    return np.argsort(-score, kind="stable")[:n]
+
+
+def _mse(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
+    return np.square(treated - predicted).mean(axis=-1)
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson correlation over the last axis; 0 where one side is constant, as it then says nothing of the other."""
+    x, y = (each - each.mean(axis=-1, keepdims=True) for each in (x, y))
+    scale = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    return np.where(scale > 0, (x * y).sum(axis=-1) / np.where(scale > 0, scale, 1), 0)
+
+
+def _pearson_r(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
+    return _pearson(predicted, treated)
+
+
+def _pearson_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
+    return _pearson(predicted - control, treated - control)
+
+
+def _direction_accuracy(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
+    return ((predicted - control) * (treated - control) > 0).mean(axis=-1)
+
+
+# Of mean expression over genes, (n_genes,) predicted and control, (..., n_genes) treated; a line here, and one in
+# metrics.csv, adds a metric, of all genes or of the differential ones.
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "mse": _mse,
+    "pearson_r": _pearson_r,
+    "pearson_delta": _pearson_delta,
+}
+TOP_METRICS = {
+    "mse_top50": _mse,
+    "pearson_delta_top50": _pearson_delta,
+    "direction_accuracy": _direction_accuracy,
+}
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| between two samples of cells, at Euclidean distance over all genes.
+
+    Of Székely and Rizzo (2013), unbiased: x' and y' are other cells than x and y, so that two samples of one
+    population are about 0 apart, now and then a little less. Of more than 500 cells, that many evenly spaced ones are
+    taken. The cells of a sample of one are no distance apart.
+
+    Parameters
+    ----------
+    x, y
+        (n_cells, n_genes) expression.
+    """
+    return float(_energy(x, y, np.ones((1, len(y))))[0])
+
+
+def _energy(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`energy_distance` for each row of weights of the cells of y."""
+    from sklearn.metrics import euclidean_distances
+
+    x, some = x[_spaced(len(x))], _spaced(len(y))
+    y, weights = y[some], weights[:, some]
+    weights = weights / weights.sum(axis=1, keepdims=True)
+
+    def apart(X: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        others = 1 - np.square(weights).sum(axis=1)
+        return ((weights @ euclidean_distances(X)) * weights).sum(axis=1) / np.where(others > 1e-9, others, 1)
+
+    return (
+        2 * weights @ euclidean_distances(x, y).mean(axis=0)
+        - apart(x, np.full((1, len(x)), 1 / len(x)))
+        - apart(y, weights)
+    )
+
+
+def _spaced(n_cells: int) -> np.ndarray:
+    """Positions of at most `ENERGY_CELLS` cells, evenly spaced."""
+    return np.linspace(0, n_cells - 1, min(n_cells, ENERGY_CELLS)).astype(int)
+
+
+def oracle(treated: np.ndarray, control: np.ndarray, *, seed: int = 0, repeats: int = 10) -> Metrics:
+    """The ceiling of `response_metrics`: half of a context's treated cells predicts the other half.
+
+    Parameters
+    ----------
+    treated, control
+        (n_cells, n_genes) log-normalised expression; at least two treated cells.
+    seed
+        Of the halves.
+    repeats
+        Halves drawn; metrics and ends of their intervals are means over them.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two treated cells.
+    """
+    if len(treated) < 2:
+        raise ValueError(f"{len(treated)} treated cells cannot be halved; hold out a context with more.")
+    rng = np.random.default_rng(seed)
+    halves = [np.array_split(rng.permutation(len(treated)), 2) for _ in range(repeats)]
+    rows = [response_metrics(treated[one], treated[other], control) for one, other in halves]
+
+    def mean(name: str, part: str) -> np.ndarray:
+        return np.mean([getattr(metrics, part)[name] for metrics in rows], axis=0)
+
+    return Metrics(
+        {name: np.mean([metrics[name] for metrics in rows]) for name in rows[0]},
+        {name: tuple(mean(name, "intervals").tolist()) for name in rows[0]},
+        {name: float(mean(name, "chance")) for name in rows[0]},
+    )

@@ -1,0 +1,142 @@
+"""What a user brings: a model as a class in a file of its own, and embeddings that were made elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from datawall import paths, store
+
+METHODS = ("fit", "untrained", "embed", "save", "load")  # of `models.base.Model`
+
+
+def is_external(model: str) -> bool:
+    """Whether a model is named by its class, `module:Class`."""
+    return ":" in model
+
+
+def source_file(model: str) -> Path:
+    """File of a model named `module:Class`.
+
+    Looked for, like data files, from the working directory and then the repository; else among installed packages.
+
+    Raises
+    ------
+    ValueError
+        If there is no such module.
+    """
+    module = model.partition(":")[0]
+    relative = Path(*module.split("."))
+    for folder in (Path.cwd(), paths.repository()):
+        for file in (folder / relative.with_suffix(".py"), folder / relative / "__init__.py"):
+            if file.is_file():
+                return file
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"{model!r}: no module {module!r}: neither {relative.with_suffix('.py')} from {Path.cwd()} or "
+            f"{paths.repository()}, nor an installed package; put the file there, or install it"
+        )
+    return Path(spec.origin)
+
+
+def version(model: str) -> str:
+    """Hash of a model's source file: part of the key of all that the model makes."""
+    return store.file_sha256(source_file(model))
+
+
+def model_class(model: str) -> type[Any]:
+    """The class of a model named `module:Class`, as its file is now: an edited file is read again.
+
+    Raises
+    ------
+    ValueError
+        If the module has no such class, or the class lacks a method of `models.Model`.
+    """
+    return _model_class(model, source_file(model), version(model))
+
+
+@cache
+def _model_class(model: str, file: Path, sha256: str) -> type[Any]:
+    module_name, _, class_name = model.partition(":")
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{model!r}: {file} defines no class {class_name!r}; name the one that is the model.")
+    if missing := [method for method in METHODS if not callable(getattr(found, method, None))]:
+        raise ValueError(f"{model!r}: {file}: {class_name} lacks {', '.join(missing)}; see datawall.models.Model.")
+    return found
+
+
+def embeddings_file(name: str) -> Path:
+    """Path of a file of embeddings, from the working directory or else the repository.
+
+    Raises
+    ------
+    ValueError
+        If it is no `.h5ad` file or does not exist.
+    """
+    if not name.endswith(".h5ad"):
+        raise ValueError(f"{name}: embeddings are read from .h5ad files; write them with AnnData's write_h5ad")
+    if not (path := paths.located(name)).is_file():
+        raise ValueError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}")
+    return path
+
+
+def read_embedding(name: str, key: str, cells: pd.Index, dataset: str) -> np.ndarray:
+    """Embedding of a data set's cells from a file, matched by name of the cell.
+
+    Parameters
+    ----------
+    name
+        Of the file, whose `obsm[key]` is (n_cells_of_the_file, n_latent) and whose other cells do not matter.
+    key
+        In `obsm`.
+    cells
+        Names of the cells of the data set.
+    dataset
+        Its name, for messages.
+
+    Returns
+    -------
+    (len(cells), n_latent) float32.
+
+    Raises
+    ------
+    ValueError
+        If the file has no such key, names a cell twice, or lacks one; or if the embedding of one is not finite.
+    """
+    import anndata as ad
+
+    file = ad.read_h5ad(embeddings_file(name), backed="r")
+    try:
+        if key not in file.obsm:
+            raise ValueError(
+                f"{name}: no {key!r} in obsm; it has {', '.join(map(repr, file.obsm)) or 'none'}. Name one as `key`."
+            )
+        if file.obs_names.has_duplicates:
+            twice = file.obs_names[file.obs_names.duplicated()][0]
+            raise ValueError(f"{name}: cell name {twice} occurs more than once; cells are matched by obs_names.")
+        rows, embedding = file.obs_names.get_indexer(cells), np.asarray(file.obsm[key])
+    finally:
+        file.file.close()
+    if (rows < 0).any():
+        raise ValueError(
+            f"{name}: lacks {(rows < 0).sum()} of the {len(cells)} cells of {dataset} (first: {cells[rows < 0][0]}); "
+            "cells are matched by obs_names: embed every cell of the data set under its own name."
+        )
+    embedding = np.asarray(embedding[rows], dtype=np.float32)
+    if not np.isfinite(embedding).all():
+        raise ValueError(f"{name}: obsm[{key!r}] is NaN or infinite for cells of {dataset}; leave none without values.")
+    return embedding

@@ -1,0 +1,213 @@
+"""How each task is fed from a study: its splits, its labels, its baselines; the metrics come from `tasks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from datawall import baselines, corpus, expression, sampling, tasks
+from datawall.params import Embedding
+from datawall.study import Run, Source, Study
+from datawall.tasks.uncertainty import Metrics
+
+SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
+RECONSTRUCTED = 2_000  # cells at most
+EMBEDDING_BASELINES = ("HVG", "PCA")  # fitted to the evaluation cells themselves
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A task on a data set, for a pretraining run, an embedding from a file, or a baseline (its name)."""
+
+    task: str
+    dataset: str
+    source: Source
+
+    @property
+    def seed(self) -> int:
+        """Of heads: that of the run."""
+        if isinstance(self.source, Run):
+            return self.source.subset.seed
+        return (self.source.seed or 0) if isinstance(self.source, Embedding) else 0
+
+
+def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """Metrics of an evaluation, by split."""
+    return SCORES.get(evaluation.task, own_task)(study, evaluation)
+
+
+def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Splits in two, the same for every model: by cell in proportion to types, and by donor where there are two.
+
+    Returns
+    -------
+    the name of each split (`cells 0`, `donors 0`, …), and (n_cells,) bool: the test cells.
+    """
+    obs = study.dataset(dataset).obs
+    labels = obs["cell_type"].to_numpy().astype(str)
+    n_splits = study.params.splits if len(obs) < SMALL else 1
+    for seed in range(n_splits):
+        yield f"cells {seed}", corpus.stratified_split(labels, [0.5, 0.5], seed=seed) == 1
+    for seed, part in donor_splits(obs, [0.5, 0.5], n_splits):
+        yield f"donors {seed}", part == 1
+
+
+def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Splits into 80 % training, 10 % validation and 10 % test cells, the same for every model.
+
+    By donor, the test cells are whole donors', a fifth of the cells or so, and the validation cells come from the
+    donors that are trained on.
+
+    Returns
+    -------
+    the name of each split, and (n_cells,) the part of each cell: 0, 1 or 2.
+    """
+    obs = study.dataset(dataset).obs
+    labels = obs["cell_type"].to_numpy().astype(str)
+    n_splits = (study.params.finetuned_splits or study.params.splits) if len(obs) < SMALL else 1
+    for seed in range(n_splits):
+        yield f"cells {seed}", corpus.stratified_split(labels, [0.8, 0.1, 0.1], seed=seed)
+    for seed, held_out in donor_splits(obs, [0.8, 0.2], n_splits):
+        part = np.full(len(labels), 2)
+        part[held_out == 0] = corpus.stratified_split(labels[held_out == 0], [8 / 9, 1 / 9], seed=seed)
+        yield f"donors {seed}", part
+
+
+def donor_splits(obs: pd.DataFrame, shares: list[float], n_splits: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Seeds and parts of splits by whole donors, each split once; none where fewer than two donors are known."""
+    if "donor_id" not in obs or obs["donor_id"].nunique() < 2:
+        return
+    seen = set()
+    for seed in range(n_splits):
+        part = sampling.split_by_group(obs["donor_id"].array, shares, seed=seed)
+        if part.tobytes() not in seen:  # few donors leave few ways to part them
+            seen.add(part.tobytes())
+            yield seed, part
+
+
+def zeroshot_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """Repeated 50/50 splits."""
+    p = study.params
+    embedding = study.embedding(evaluation.source, evaluation.dataset)
+    labels = study.dataset(evaluation.dataset).obs["cell_type"].to_numpy().astype(str)
+    for split, test in halves(study, evaluation.dataset):
+        train = ~test
+        metrics = tasks.zeroshot_classification(
+            embedding[train], labels[train], embedding[test], labels[test], p.k, more_k=p.more_k, probe=p.linear_probe
+        )
+        yield split, metrics
+
+
+def zeroshot_integration(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """All cells at once: nothing is fitted to labels, so there is nothing to split."""
+    obs = study.dataset(evaluation.dataset).obs
+    labels, batches = (obs[key].to_numpy().astype(str) for key in ("cell_type", "batch"))
+    embedding = study.embedding(evaluation.source, evaluation.dataset)
+    unintegrated = study.embedding("PCA", evaluation.dataset)
+    yield "all cells", tasks.zeroshot_integration(embedding, labels, batches, unintegrated=unintegrated)
+
+
+def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """Heads on frozen embeddings; with `finetune: full`, families that can are trained whole beside."""
+    p, source = study.params, evaluation.source
+    data = study.dataset(evaluation.dataset)
+    labels = data.obs["cell_type"].to_numpy().astype(str)
+    options = {"seed": evaluation.seed, "class_weight": p.class_weight}
+    model = study.model(source) if isinstance(source, Run) and p.finetune == "full" else None
+    for split, part in three_parts(study, evaluation.dataset):
+        train, test = part == tasks.finetuning.TRAIN, part == tasks.finetuning.TEST
+        if source == "LogisticRegression":
+            predicted = baselines.logistic_regression(data.X[train], labels[train], data.X[test])
+            yield split, tasks.classification.classification_metrics(labels[test], predicted, labels[train])
+            continue
+        embedding = study.embedding(source, evaluation.dataset)
+        metrics = tasks.finetuned_classification(embedding, labels, part, **options)
+        if model is not None and tasks.finetuning.can_finetune(model):
+            metrics = metrics.merged(
+                tasks.finetuning.fully_finetuned_classification(model, data.X, labels, part, **options)
+            )
+        yield split, metrics
+
+
+def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """One context held out at a time."""
+    data, one = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
+    treatment = data.obs["perturbation"].to_numpy().astype(str)
+    if one.control not in treatment or len(np.unique(treatment)) != 2:
+        raise corpus.CorpusError(
+            f"{evaluation.dataset}: the treatments are {np.unique(treatment).tolist()}; perturbation response needs "
+            f"two, one of them the control {one.control!r}. Keep one treatment, or name the control."
+        )
+    treated = treatment != one.control
+    context = data.obs["cell_type"].to_numpy().astype(str)
+    X = expression.lognormalise(data.X)
+    X = X[:, response_genes(study, evaluation.dataset, X[~treated])].toarray()
+    for held_out in one.held_out_contexts or tasks.perturbation.usable_contexts(treated, context):
+        if isinstance(evaluation.source, str):
+            metrics = _baseline_response(evaluation.source, X, treated, context, held_out)
+        else:
+            embedding = study.embedding(evaluation.source, evaluation.dataset)
+            options = {"seed": evaluation.seed, "matching": study.params.matching}
+            metrics = tasks.perturbation_response(embedding, X, treated, context, held_out, **options)
+        yield f"{held_out} held out", metrics
+
+
+def response_genes(study: Study, dataset: str, control: sp.csr_matrix) -> np.ndarray:
+    """(n_genes,) bool: the genes whose response is predicted, chosen without a look at treated cells.
+
+    For the corpus's held-out cells they are the most variable among the pretraining cells; for another data set, which
+    may measure few of those, the most variable among its own control cells.
+    """
+    if dataset == study.held_out_name:
+        return study.response_genes
+    return expression.variable_genes(control, study.params.perturbation_genes)
+
+
+def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str) -> Metrics:
+    """Metrics of a prediction that needs no embedding, or of the ceiling, `Oracle`."""
+    here = context == held_out
+    control, truth = X[~treated & here], X[treated & here]
+    if name == "Oracle":
+        return tasks.perturbation.oracle(truth, control)
+    train_control, train_treated = ~treated & ~here, treated & ~here
+    if name == "NoChange":
+        predicted = baselines.no_change(control)
+    elif name == "TreatedMean":
+        predicted = baselines.treated_mean(X[train_treated], context[train_treated])
+    else:
+        of = context[train_control], context[train_treated]
+        predicted = baselines.mean_shift(control, X[train_control], X[train_treated], of)
+    return tasks.perturbation.response_metrics(predicted, truth, control)
+
+
+def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """The pretraining loss of held-out cells, in the family's own units; of a sample where they are many."""
+    data = study.dataset(evaluation.dataset)
+    rows = np.sort(np.random.default_rng(0).permutation(data.n_obs)[:RECONSTRUCTED])
+    yield "all cells", tasks.reconstruction(study.model(evaluation.source), data.X[rows], data.obs.iloc[rows], seed=0)
+
+
+def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """A task that this page does not know, a line in `tasks.TASKS`: it gets the embedding and the table of cells."""
+    obs = study.dataset(evaluation.dataset).obs
+    embedding = study.embedding(evaluation.source, evaluation.dataset)
+    metrics = getattr(tasks, evaluation.task)(embedding, obs, seed=evaluation.seed)
+    yield "all cells", Metrics(metrics)
+
+
+SCORES = {
+    "zeroshot_classification": zeroshot_classification,
+    "zeroshot_integration": zeroshot_integration,
+    "finetuned_classification": finetuned_classification,
+    "perturbation_response": perturbation_response,
+    "reconstruction": reconstruction,
+}
+BASELINES = {
+    "finetuned_classification": ("LogisticRegression",),
+    "perturbation_response": ("NoChange", "MeanShift", "TreatedMean", "Oracle"),
+    "reconstruction": (),
+}  # by task; `EMBEDDING_BASELINES` for all others

@@ -1,0 +1,130 @@
+"""Neighbours of cells: their similarity, clusters, weights and batches, as UMAP, scib-metrics and kBET have them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+
+KBET_ALPHA = 0.05  # level of the test
+TOLERANCE = 1e-5  # at which both searches below end
+
+
+def _search(excess: Callable[[np.ndarray], np.ndarray], n: int, steps: int) -> np.ndarray:
+    """Positive numbers at which an increasing function of each is zero: doubled from 1 until above, then halved."""
+    x, low, high = np.ones(n), np.zeros(n), np.full(n, np.inf)
+    for _ in range(steps):
+        over = excess(x)
+        searching = np.abs(over) >= TOLERANCE
+        if not searching.any():
+            break
+        low, high = np.where(over > 0, low, x), np.where(over > 0, x, high)
+        x = np.where(searching, np.where(np.isinf(high), 2 * x, (low + high) / 2), x)
+    return x
+
+
+def similarities(distances: np.ndarray, indices: np.ndarray) -> sp.coo_matrix:
+    """UMAP's similarities of neighbours (McInnes et al. 2018), whose graph scanpy and scib-metrics cluster.
+
+    That of a neighbour at distance d is exp(-(d - rho) / sigma), 1 up to the nearest distance above zero, rho, and
+    sigma such that those of a cell sum to log2 of the number of neighbours. Either side's a and b make a + b - a b.
+
+    Parameters
+    ----------
+    distances, indices
+        (n_cells, n_neighbours) of the nearest cells, the cell itself first.
+
+    Returns
+    -------
+    (n_cells, n_cells) symmetric, zero between a cell and itself.
+    """
+    n_cells, k = distances.shape
+    d = distances.astype(np.float64)
+    rho = np.where(d > 0, d, np.inf).min(axis=1)
+    rho = np.where(np.isinf(rho), 0, rho)
+    beyond = np.maximum(d - rho[:, None], 0)
+    sigma = _search(lambda x: np.exp(-beyond[:, 1:] / x[:, None]).sum(axis=1) - np.log2(k), n_cells, steps=64)
+    sigma = np.maximum(sigma, 1e-3 * np.where(rho > 0, d.mean(axis=1), d.mean()))
+    values = np.where(indices == np.arange(n_cells)[:, None], 0, np.exp(-beyond / sigma[:, None]))
+    pointer = np.arange(0, indices.size + 1, k)
+    one = sp.csr_matrix((values.ravel(), indices.ravel(), pointer), shape=(n_cells, n_cells))
+    one.eliminate_zeros()
+    return (one + one.T - one.multiply(one.T)).tocoo()
+
+
+def leiden(weights: sp.coo_matrix, resolutions: Sequence[float]) -> list[np.ndarray]:
+    """Leiden clusters of a symmetric graph at each resolution, (n_cells,) int; those of scib-metrics with its seed 0.
+
+    Every edge is there twice, as it is in scanpy's and scib-metrics' graphs.
+    """
+    import igraph
+
+    graph = igraph.Graph(weights.shape[0], np.column_stack([weights.row, weights.col]).tolist())
+    of_edges, clusters = weights.data.tolist(), []
+    for resolution in resolutions:
+        igraph.set_random_number_generator(random.Random(0))  # noqa: S311
+        found = graph.community_leiden("modularity", weights=of_edges, resolution=resolution)
+        clusters.append(np.array(found.membership))
+    igraph.set_random_number_generator(random)
+    return clusters
+
+
+def lisi_weights(distances: np.ndarray, itself: np.ndarray, perplexity: float) -> np.ndarray:
+    """Weights exp(-beta d) of each cell's neighbours in LISI (Korsunsky et al. 2019).
+
+    Parameters
+    ----------
+    distances
+        (n_cells, n_neighbours).
+    itself
+        (n_cells, n_neighbours) bool: which neighbour is the cell itself, of weight 0.
+    perplexity
+        Number of neighbours that matter: beta is such that the entropy of the weights is its logarithm.
+
+    Returns
+    -------
+    (n_cells, n_neighbours), rows that sum to 1.
+    """
+    d = distances.astype(np.float64)
+
+    def weights(beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p = np.where(itself, 0, np.exp(-d * beta[:, None]))
+        total = np.maximum(p.sum(axis=1), np.finfo(float).tiny)
+        p /= total[:, None]
+        return p, np.log(total) + beta * (d * p).sum(axis=1)
+
+    beta = _search(lambda beta: np.log(perplexity) - weights(beta)[1], len(d), steps=50)
+    return weights(beta)[0]
+
+
+def kbet_acceptance(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> np.ndarray:
+    """Whether a χ² test accepts that a cell's neighbours are drawn from the batches of its label (kBET).
+
+    As in scIB, neighbours are those within the label, as many as a quarter of its mean batch but 10 to 70, beside the
+    cell itself, and labels in one batch or with fewer than 10 cells are left out. scIB finds neighbours by diffusion
+    over a graph of 50, so as to treat graphs and embeddings alike; of an embedding they are found directly
+    (Büttner et al. 2019).
+
+    Returns
+    -------
+    (n_cells,) 1 where the test accepts at the 5 % level, 0 where it rejects, NaN for labels left out.
+    """
+    from scipy.stats import chi2
+    from sklearn.neighbors import NearestNeighbors
+
+    accepted = np.full(len(labels), np.nan)
+    for label in np.unique(labels):
+        some = np.flatnonzero(labels == label)
+        present, of = np.unique(batches[some], return_inverse=True)
+        if len(some) < 10 or len(present) < 2:
+            continue
+        k = min(70, max(10, len(some) // len(present) // 4)) + 1
+        k = min(k, len(some))
+        nearest = NearestNeighbors(n_neighbors=k).fit(embedding[some]).kneighbors(embedding[some])[1]
+        observed = np.stack([(of[nearest] == batch).sum(axis=1) for batch in range(len(present))], axis=1)
+        expected = k * np.bincount(of) / len(some)
+        statistic = (np.square(observed - expected) / expected).sum(axis=1)
+        accepted[some] = chi2.sf(statistic, len(present) - 1) >= KBET_ALPHA
+    return accepted

@@ -1,0 +1,376 @@
+"""Models, embeddings, data sets, metrics and tasks of the user's own, through a whole study."""
+
+import re
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from sklearn.metrics import cohen_kappa_score
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+
+import datawall as dw
+from datawall import evaluation, external, params, results, scoring, simulate, tasks
+from datawall.params import Embedding, EvaluationSet
+from datawall.scoring import Evaluation
+from datawall.study import Study
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", SECTION, flags=re.S) for kind in ("python", "yaml")}
+ATLAS = simulate.Atlas(
+    n_cells=240,
+    n_genes=300,
+    composition={"classical monocyte": 5, "naive B cell": 3, "natural killer cell": 2},
+    n_datasets=2,
+    donors_per_dataset=2,
+    responsive=["myeloid leukocyte", "lymphocyte"],
+)
+MINIMAL = {
+    "study": "mine",
+    "corpus": "corpus.h5ad",
+    "strategies": ["random", "untrained"],
+    "percentages": [50, 100],
+    "seeds": [0],
+    "models": ["PretrainedPCA"],
+    "steps": 1,
+    "splits": 2,
+    "tasks": ["zeroshot_classification"],
+    "perturbation_genes": 50,
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Simulated cells, the first 160 and the other 80."""
+    adata = simulate.load(ATLAS)
+    return adata[:160].copy(), adata[160:].copy()
+
+
+@pytest.fixture
+def here(cells, tmp_path, monkeypatch):
+    """A working directory with the README's model, a corpus, and a data set whose columns have other names."""
+    monkeypatch.chdir(tmp_path)
+    corpus, other = cells
+    corpus.write_h5ad("corpus.h5ad")
+    other = other.copy()
+    other.obs = other.obs.rename(
+        columns={"cell_type": "label", "dataset_id": "sample", "condition": "drug", "donor_id": "patient"}
+    )
+    other.write_h5ad("other.h5ad")
+    Path("mymodel.py").write_text(BLOCKS["python"][0])
+    return tmp_path
+
+
+def study_of(folder, **values):
+    return Study(params.check({**MINIMAL, **values}, "mine.yaml"), folder / "run")
+
+
+def evaluated(study, task):
+    """Results of a task, made in this process: the only one that knows what a test adds."""
+    for one in evaluation.evaluations(study, task):
+        evaluation.make(study, one)
+    return evaluation.evaluate(study, task)
+
+
+def embed_elsewhere(study, file, key, *, cells=slice(None), scale=1.0):
+    """Write what another tool would: the held-out cells in another order, and their labels as an embedding."""
+    data = study.dataset(study.held_out_name)
+    data = data[np.random.default_rng(0).permutation(data.n_obs)][cells]
+    types = pd.Categorical(data.obs["cell_type"]).codes
+    noise = np.random.default_rng(1).normal(size=(data.n_obs, 3))
+    X = np.eye(data.obs["cell_type"].nunique())[types][:, :3] + scale * 0.01 * noise
+    ad.AnnData(obs=pd.DataFrame(index=data.obs_names), obsm={key: X}).write_h5ad(file)
+
+
+# Models
+
+
+def test_the_readmes_model_is_judged_like_any_other(here):
+    section = yaml.safe_load(BLOCKS["yaml"][0])
+    study = study_of(here, **section)
+    table = evaluation.evaluate(study, "zeroshot_classification")
+    scores = results.headline(table, "micro_f1").loc["corpus_held_out"]
+    assert set(scores.index) == {"PretrainedPCA", "mymodel:SVD"}
+    assert scores.loc["mymodel:SVD", "100 %"] > 0.9 > scores.loc["mymodel:SVD", "untrained"]
+    run = next(run for run in study.pretraining_runs() if run.model == "mymodel:SVD")
+    assert study.embedding(run, "corpus_held_out").shape[1] == 30
+    assert study.pretrain()["model"].value_counts()["mymodel:SVD"] == 3
+
+
+def keys(study):
+    return {run: study.model_unit(run).key for run in study.pretraining_runs()}
+
+
+def test_an_edited_model_file_redoes_its_own_work_only_and_is_read_again(here):
+    study = study_of(here, models=["PretrainedPCA", "mymodel:SVD"])
+    before = keys(study)
+    evaluation.evaluate(study, "zeroshot_classification")
+    mine = next(run for run in before if run.model == "mymodel:SVD")
+    assert study.embedding(mine, "corpus_held_out").shape[1] == 20
+    Path("mymodel.py").write_text(BLOCKS["python"][0].replace("n_components=20", "n_components=7"))
+    after = keys(study)
+    assert {run.model for run in before if before[run] != after[run]} == {"mymodel:SVD"}
+    assert study.embedding(mine, "corpus_held_out").shape[1] == 7
+
+
+def test_a_subclass_of_a_family_is_a_model(here):
+    Path("wider.py").write_text("from datawall.models import SSL\nclass Wider(SSL):\n    pass\n")
+    options = {"n_hidden": [8], "n_latent": 4, "batch_size": 16}
+    study = study_of(here, models=["SSL", "wider:Wider"], hyperparameters={"SSL": options, "wider:Wider": options})
+    runs = {run.model: run for run in study.pretraining_runs() if run.subset.percentage == 100}
+    embeddings = [study.embedding(run, "corpus_held_out") for run in runs.values()]
+    assert type(study.model(runs["wider:Wider"])).__name__ == "Wider"
+    assert np.array_equal(*embeddings)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("x = 1\n", ["half.py", "no class 'Model'"]),
+        ("class Model:\n    def fit(self): ...\n    def embed(self): ...\n", ["lacks untrained, save, load"]),
+    ],
+)
+def test_a_class_that_is_no_model_is_named(here, source, named):
+    Path("half.py").write_text(source)
+    with pytest.raises(ValueError, match="half:Model") as error:
+        dw.models.create("half:Model")
+    assert all(part in str(error.value) for part in named)
+
+
+def test_an_embedding_of_the_wrong_shape_is_named(here):
+    Path("mymodel.py").write_text(BLOCKS["python"][0].replace("@ self.axes.T", "@ self.axes[0]"))
+    study = study_of(here, models=["mymodel:SVD"])
+    with pytest.raises(ValueError, match=r"mymodel:SVD: embed gave an array of shape \(48,\) for 48 cells"):
+        study.embedding(study.pretraining_runs()[0], "corpus_held_out")
+
+
+def test_a_module_is_found_in_the_working_directory_the_repository_and_among_packages(here):
+    assert external.source_file("mymodel:SVD") == here / "mymodel.py"
+    Path("folder").mkdir()
+    Path("folder/inner.py").write_text("")
+    assert external.source_file("folder.inner:Any") == here / "folder" / "inner.py"
+    assert external.source_file("run_all:Any") == Path(__file__).resolve().parents[1] / "run_all.py"
+    assert external.source_file("sklearn.svm:SVC").parts[-3:] == ("sklearn", "svm", "__init__.py")
+
+
+# Embeddings
+
+
+def test_embeddings_from_files_are_scored_under_their_models_name(here):
+    given = [
+        {"model": "scGPT", "dataset": "corpus_held_out", "file": "scgpt.h5ad"},
+        {"model": "ours", "dataset": "corpus_held_out", "file": "ours.h5ad", "key": "X_latent"},
+    ]
+    given[1] |= {"strategy": "random", "percentage": 50, "seed": 0}
+    plain = study_of(here)
+    embed_elsewhere(plain, "scgpt.h5ad", "X_scGPT")
+    embed_elsewhere(plain, "ours.h5ad", "X_latent", scale=100)
+    study = study_of(here, embeddings=given)
+    table = evaluated(study, "zeroshot_classification")
+    scores = results.mean_over_splits(results.select(table, metric="micro_f1")).set_index("model")
+    published, ours = scores.loc["scGPT"], scores.loc["ours"]
+    assert published[["strategy", "percentage", "seed", "n_cells", "value"]].tolist() == ["checkpoint", 0, -1, 0, 1]
+    assert ours[["strategy", "percentage", "seed", "n_cells"]].tolist() == ["random", 50, 0, 56]
+    assert ours["value"] < 0.9
+    head = dict(
+        scoring.score(study, Evaluation("finetuned_classification", "corpus_held_out", study.params.embeddings[0]))
+    )
+    assert {split: metrics["micro_f1"] for split, metrics in head.items()} == {"cells 0": 1, "cells 1": 1}
+
+
+def test_a_checkpoint_is_a_line_and_a_model_on_a_subset_a_curve():
+    rows = [("PCA", "baseline", 0, 0.9), ("scGPT", "checkpoint", 0, 0.8), ("ours", "random", 50, 0.7)]
+    table = pd.DataFrame(rows, columns=["model", "strategy", "percentage", "value"])
+    same = {"study": "mine", "seed": 0, "n_cells": 1, "task": "t", "dataset": "d", "metric": "m", "split": "cells 0"}
+    figure = dw.plots.learning_curves(table.assign(**same), "m")
+    assert [axis.get_title() for axis in figure.axes] == ["ours"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"PCA", "scGPT", "random"}
+
+
+def test_rows_are_matched_by_name(here):
+    study = study_of(here)
+    data = study.dataset("corpus_held_out")
+    order = np.random.default_rng(3).permutation(data.n_obs)
+    X = np.arange(2.0 * data.n_obs).reshape(-1, 2)
+    ad.AnnData(obs=pd.DataFrame(index=data.obs_names[order]), obsm={"X_a": X[order]}).write_h5ad("a.h5ad")
+    brought = Embedding(model="a", dataset="corpus_held_out", file="a.h5ad")
+    assert np.array_equal(study.embedding(brought, "corpus_held_out"), X)
+
+
+def test_a_new_file_of_embeddings_redoes_its_evaluations(here):
+    plain = study_of(here)
+    embed_elsewhere(plain, "scgpt.h5ad", "X_scGPT")
+    given = [{"model": "scGPT", "dataset": "corpus_held_out", "file": "scgpt.h5ad"}]
+    first = study_of(here, embeddings=given)
+    units = [evaluation.evaluation_unit(first, one) for one in evaluation.evaluations(first, MINIMAL["tasks"][0])]
+    embed_elsewhere(plain, "scgpt.h5ad", "X_scGPT", scale=2)
+    second = study_of(here, embeddings=given)
+    again = [evaluation.evaluation_unit(second, one) for one in evaluation.evaluations(second, MINIMAL["tasks"][0])]
+    changed = [one.key != other.key for one, other in zip(units, again, strict=True)]
+    assert changed == [False] * (len(units) - 1) + [True]
+
+
+def spoil_cells(data, X):
+    return data.obs_names[:-2], X[:-2], "X_a"
+
+
+def spoil_key(data, X):
+    return data.obs_names, X, "X_b"
+
+
+def spoil_names(data, X):
+    return [data.obs_names[0], *data.obs_names[:-1]], X, "X_a"
+
+
+def spoil_values(data, X):
+    X[3, 0] = np.nan
+    return data.obs_names, X, "X_a"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_cells, r"a\.h5ad: lacks 2 of the 48 cells of corpus_held_out \(first: .*\); cells are matched"),
+        (spoil_key, r"a\.h5ad: no 'X_a' in obsm; it has 'X_b'"),
+        (spoil_names, "occurs more than once"),
+        (spoil_values, r"obsm\['X_a'\] is NaN or infinite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Observation names are not unique:UserWarning")
+def test_a_file_that_does_not_fit_is_one_clear_error(here, spoil, message):
+    study = study_of(here)
+    data = study.dataset("corpus_held_out")
+    names, X, key = spoil(data, np.zeros((data.n_obs, 2)))
+    ad.AnnData(obs=pd.DataFrame(index=names), obsm={key: X}).write_h5ad("a.h5ad")
+    with pytest.raises(ValueError, match=message):
+        study.embedding(Embedding(model="a", dataset="corpus_held_out", file="a.h5ad"), "corpus_held_out")
+
+
+# Data sets
+
+
+def test_a_data_set_joins_the_tasks_that_its_columns_allow(here):
+    every = ["zeroshot_classification", "zeroshot_integration", "perturbation_response"]
+    columns = {"cell_type_key": "label", "batch_key": "sample", "perturbation_key": "drug", "control": "ctrl"}
+    mine = {"file": "other.h5ad", "name": "lung", "donor_key": "patient", **columns}
+    only = {"file": "other.h5ad", "name": "response", **columns, "tasks": ["perturbation_response"]}
+    study = study_of(here, evaluation=[mine, only], tasks=every)
+    joined = {task: {one.dataset for one in evaluation.evaluations(study, task)} for task in every}
+    assert joined == {
+        "zeroshot_classification": {"corpus_held_out", "lung"},
+        "zeroshot_integration": {"lung"},
+        "perturbation_response": {"lung", "response"},
+    }
+    obs, wanted = study.dataset("lung").obs, simulate.load(ATLAS).obs[160:]
+    for role, column in {"cell_type": "cell_type", "batch": "dataset_id", "donor_id": "donor_id"}.items():
+        assert obs[role].astype(str).tolist() == wanted[column].astype(str).tolist()
+    assert "donor_id" not in study.dataset("response").obs
+    tables = [evaluated(study, task) for task in every]
+    assert {"donors 0", "cells 0"} <= set(results.select(tables[0], dataset="lung")["split"])
+    assert set(results.select(tables[0], dataset="corpus_held_out")["split"]) == {"cells 0", "cells 1"}
+    response = results.select(tables[2], metric="pearson_delta", split="classical monocyte held out")
+    assert set(response["dataset"]) == {"lung", "response"}
+
+
+def test_a_data_set_that_is_only_named_is_written_back_as_a_name():
+    study = params.check({**MINIMAL, "evaluation": ["pbmc68k", {"file": "a.h5ad", "batch_key": "b"}]}, "mine.yaml")
+    assert study.evaluation[0] == EvaluationSet(file="pbmc68k")
+    assert study.model_dump()["evaluation"] == ["pbmc68k", {"file": "a.h5ad", "batch_key": "b"}]
+    assert params.Params.model_validate_json(study.model_dump_json()) == study
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"models": ["nowhere:Model"]}, ["nowhere:Model", "no module 'nowhere'", "put the file there"]),
+        ({"evaluation": ["a/x.h5ad", "b/x.h5ad"]}, ["'x', 'x'", "`name`"]),
+        ({"evaluation": [{"file": "x.h5ad", "batchkey": "b"}]}, ["evaluation.0.batchkey", "did you mean 'batch_key'?"]),
+        (
+            {"evaluation": [{"file": "x.h5ad", "tasks": ["zeroshot_integration"]}]},
+            ["evaluation: x: zeroshot_integration needs batch_key"],
+        ),
+        ({"embeddings": [{"model": "a", "dataset": "corpus_held_out", "file": "no.h5ad"}]}, ["no.h5ad: no such file"]),
+        ({"embeddings": [{"model": "a", "dataset": "corpus_held_out", "file": "a.npy"}]}, ["a.npy", ".h5ad"]),
+        ({"embeddings": [{"model": "a", "dataset": "nosuch", "file": "a.h5ad"}]}, ["'nosuch'", "corpus_held_out"]),
+        (
+            {"embeddings": [{"model": "a", "dataset": "corpus_held_out", "file": "a.h5ad", "seed": 0}]},
+            ["embeddings.0", "all three, or none"],
+        ),
+        (
+            {
+                "embeddings": [
+                    {
+                        "model": "a",
+                        "dataset": "corpus_held_out",
+                        "file": "a.h5ad",
+                        "strategy": "random",
+                        "percentage": 3,
+                        "seed": 0,
+                    }
+                ]
+            },
+            ["random at 3 %, seed 0", "no subset of this study"],
+        ),
+        (
+            {"embeddings": [{"model": "PretrainedPCA", "dataset": "corpus_held_out", "file": "a.h5ad"}]},
+            ["has a model of that name"],
+        ),
+        ({"embeddings": [{"model": "a", "dataset": "corpus_held_out", "file": "a.h5ad"}] * 2}, ["listed twice"]),
+    ],
+)
+def test_a_wrong_declaration_is_one_line(here, changes, parts):
+    Path("a.h5ad").touch()
+    with pytest.raises(params.ParamsError) as error:
+        params.check({**MINIMAL, **changes}, "mine.yaml")
+    [line] = str(error.value).splitlines()
+    assert line.startswith("mine.yaml: ")
+    for part in parts:
+        assert part in line
+
+
+def test_the_readmes_declarations_are_valid(here):
+    for name in ("scgpt_kang.h5ad", "mine_10.h5ad"):
+        Path(name).touch()
+    values = {**MINIMAL, "corpus": "kang2018", "percentages": [10], "tasks": list(tasks.TASKS)}
+    values |= {"batch_key": "condition", "perturbation_key": "condition", "control": "ctrl"}
+    for block in BLOCKS["yaml"]:
+        values |= yaml.safe_load(block)
+    study = params.check(values, "mine.yaml")
+    assert list(study.evaluation_sets()) == ["kang2018_held_out", "pbmc68k", "lung", "glioblastoma"]
+    assert [one.obsm_key for one in study.embeddings] == ["X_scGPT", "X_latent"]
+
+
+# Metrics and tasks
+
+
+def test_a_metric_is_a_function_and_a_line(here, monkeypatch):
+    monkeypatch.setitem(tasks.classification.METRICS, "kappa", cohen_kappa_score)
+    study = study_of(here, linear_probe=False)
+    evaluated(study, "zeroshot_classification")
+    rows = results.select(dw.read_results(here / "run", "intervals"), metric="kappa", model="PCA").set_index("split")
+    X, labels = study.embedding("PCA", "corpus_held_out"), study.dataset("corpus_held_out").obs["cell_type"].astype(str)
+    for split, test in scoring.halves(study, "corpus_held_out"):
+        predicted = KNeighborsClassifier(5).fit(X[~test], labels[~test]).predict(X[test])
+        assert rows.loc[split, "value"] == cohen_kappa_score(labels[test], predicted)
+        assert rows.loc[split, "low"] < rows.loc[split, "value"] < rows.loc[split, "high"]
+
+
+def nearest_centroid(embedding, obs, *, seed):
+    """Share of cells nearest to the centroid of their own type."""
+    labels = obs["cell_type"].to_numpy().astype(str)
+    return {"own_centroid": NearestCentroid().fit(embedding, labels).score(embedding, labels)}
+
+
+def test_a_task_is_a_function_and_a_line(here, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "nearest_centroid", "classification")
+    monkeypatch.setattr(tasks.classification, "nearest_centroid", nearest_centroid, raising=False)
+    study = study_of(here, tasks=["nearest_centroid"])
+    table = evaluated(study, "nearest_centroid")
+    assert set(table["model"]) == {"HVG", "PCA", "PretrainedPCA"}
+    assert set(table["metric"]) == {"own_centroid"}
+    expected = nearest_centroid(study.embedding("PCA", "corpus_held_out"), study.dataset("corpus_held_out").obs, seed=0)
+    assert results.select(table, model="PCA")["value"].tolist() == [expected["own_centroid"]]
