@@ -174,8 +174,8 @@ def test_every_altered_number_of_a_checked_cell_fails(tmp_path):
                     expected.append("passed" if stored is output else "failed")
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "altered.ipynb")
-    words = "--nbval-lax --nbval-current-env -q -rA --tb=no --color=no altered.ipynb".split()
-    command = [sys.executable, "-m", "pytest", *words]
+    shown = ["-q", "-rA", "--tb=no", "--color=no"]
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", *shown, "altered.ipynb"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     outcome = {int(number): word.lower() for word, number in re.findall(r"^(\w+) .*::Cell (\d+)", done.stdout, re.M)}
     assert [outcome.get(i) for i in range(len(expected))] == expected
