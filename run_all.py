@@ -40,7 +40,7 @@ TASKS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a stage failed, 2 the request is wrong, 130 interrupted."""
     options = _options(arguments)
-    from datawall import evaluation, params, paths, store
+    from datawall import evaluation, params, paths, preflight, provenance, store
     from datawall.study import Study
 
     try:
@@ -51,19 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             return _check(path, _overrides(options.set))
         parameters = params.read(path, _overrides(options.set))
+        folder = Path(options.out).resolve() if options.out else paths.run_folder(path, parameters.study)
+        study = Study(parameters, folder)
+        left = {} if parameters.census else preflight.seconds_left(study)
     except (FileNotFoundError, FileExistsError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    study = Study(parameters, Path(options.out).resolve() if options.out else paths.run_folder(path, parameters.study))
     if options.verify or options.why:
         return _look_into(study.folder, options.why)
     plan = ", ".join(f"{count} {what}" for what, count in evaluation.plan(study).items())
-    print(f"{parameters.study}: {plan}; into {_shown(study.folder, paths.repository())}")
+    about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
+    print(f"{parameters.study}: {plan}; into {_shown(study.folder, paths.repository())}{about}")
     if options.plan:
         return 0
     try:
         with store.reserved(study.folder):
-            return _run(study, stages)
+            return _run(study, stages, left)
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130
@@ -93,8 +96,8 @@ def _look_into(folder: Path, key: str | None) -> int:
     return 1 if problems else 0
 
 
-def _run(study: Any, stages: list[int]) -> int:
-    """Execute the notebooks of stages in turn; returns the command's exit status."""
+def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
+    """Execute the notebooks of stages in turn, then write the report; returns the command's exit status."""
     from datawall import paths
 
     parameters = study.params
@@ -104,18 +107,30 @@ def _run(study: Any, stages: list[int]) -> int:
             name = STAGES[number]
             print(f"[{number}/{len(STAGES)}] {name}: left out, {TASKS[number]} is not among the study's tasks")
     stages = [number for number in stages if number not in TASKS or TASKS[number] in parameters.tasks]
+    failed = None
     with ExitStack() as kernels:
         following = _start_kernel(kernels)
         for number, later in zip_longest(stages, stages[1:]):
             # The next stage's kernel starts meanwhile: start-up is a third of what a small study takes.
             kernel, following = following, _start_kernel(kernels) if later else None
-            if not _run_stage(number, study, paths.repository(), kernel):
-                return 1
+            if not _run_stage(number, study, paths.repository(), kernel, left):
+                failed = STAGES[number]
+                break
             kernel.shutdown_kernel(now=True)
-    print(f"results: {_shown(study.folder / 'results.csv', paths.repository())}")
-    print(f"figures: {_shown(paths.figures_folder(study.folder), paths.repository())}")
-    print(f"executed notebooks: {_shown(study.folder / 'notebooks', paths.repository())}")
-    return 0
+    _conclude(study, failed, paths.repository())
+    return 1 if failed else 0
+
+
+def _conclude(study: Any, failed: str | None, repository: Path) -> None:
+    """Write the report and say where it is, what the study found and what failed."""
+    from datawall import report, results, verdicts
+
+    page = report.write(study.folder)
+    print(f"report: {_shown(page, repository)}; the numbers: {_shown(study.folder / 'results.csv', repository)}")
+    if (study.folder / "intervals.parquet").is_file():
+        for sentence in verdicts.sentences(verdicts.verdicts(results.read_results(study.folder, "intervals"))):
+            print(sentence)
+    print(f"failed: {failed}" if failed else "nothing failed")
 
 
 def _new(options: argparse.Namespace) -> int:
@@ -234,9 +249,11 @@ def _start_kernel(exits: ExitStack) -> Any:
     return kernel
 
 
-def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
+def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dict[str, float]) -> bool:
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
+
+    from datawall import provenance
 
     name = STAGES[number]
     source = repository / "notebooks" / f"{name}.ipynb"
@@ -245,7 +262,9 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
     values = {**study.params.model_dump(), "study": _shown(study.folder, repository)}
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
-    print(f"[{number}/{len(STAGES)}] {name} …", end="" if sys.stdout.isatty() else "\n", flush=True)
+    seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
+    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
+    print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     try:
         papermill.execute_notebook(
             str(source),
@@ -270,7 +289,8 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any) -> bool:
             file=sys.stderr,
         )
         return False
-    print(f"\r[{number}/{len(STAGES)}] {name} done in {time.perf_counter() - begin:.0f} s", flush=True)
+    done = f"[{number}/{len(STAGES)}] {name} done in {time.perf_counter() - begin:.0f} s"
+    print(f"\r{done:<{len(line)}}", flush=True)
     return True
 
 

@@ -83,6 +83,16 @@ def costs(made: Iterable[Made]) -> pd.DataFrame:
     return table.groupby("what", sort=False).agg(how | joined).reset_index()
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds as a reader wants them."""
+    if seconds is None:
+        return ""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds > 1.5 * size:
+            return f"{seconds / size:.{seconds < 10 * size:d}f}\u00a0{unit}"
+    return f"{seconds:.1f}\u00a0s"
+
+
 def versions(made: Iterable[Made]) -> dict[str, list[str]]:
     """Versions of Python and of packages that artifacts were made with."""
     found: dict[str, set[str]] = {}

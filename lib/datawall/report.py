@@ -162,8 +162,8 @@ class Site:
             [
                 Cell(_what(row.what)),
                 _number(row.n, "{:,.0f}"),
-                Cell(duration(row.seconds), sort=row.seconds),
-                Cell(duration(row.longest), sort=row.longest),
+                Cell(provenance.duration(row.seconds), sort=row.seconds),
+                Cell(provenance.duration(row.longest), sort=row.longest),
                 _number(row.memory_mib, "{:,.0f}"),
                 _number(row.n_bytes / 1e6, "{:,.1f}"),
                 Cell(row.device),
@@ -206,7 +206,7 @@ class Site:
                 [
                     Cell(one.key, href=f"artifacts/{one.key}.html"),
                     Cell(about(one)),
-                    Cell(duration(one.made.get("seconds")), sort=one.made.get("seconds")),
+                    Cell(provenance.duration(one.made.get("seconds")), sort=one.made.get("seconds")),
                     _number(one.made.get("peak_memory_mib"), "{:,.0f}"),
                     _number(one.n_bytes / 1e6, "{:,.2f}"),
                 ]
@@ -256,16 +256,6 @@ def _what(label: str) -> str:
     return ": ".join(plots.label(part) for part in label.split(": "))
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as a reader wants them."""
-    if seconds is None:
-        return ""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds > 1.5 * size:
-            return f"{seconds / size:.{seconds < 10 * size:d}f}\u00a0{unit}"
-    return f"{seconds:.1f}\u00a0s"
-
-
 def _number(value: float | None, form: str) -> Cell:
     """A number to show and sort by; an empty cell if there is none."""
     return Cell("") if value is None or pd.isna(value) else Cell(form.format(value), sort=float(value))
@@ -297,7 +287,13 @@ def _environment() -> Any:
     # All that comes from data is escaped.
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
-    made.filters |= {"label": plots.label, "duration": duration, "text": _text, "about": about, "what": _what}
+    made.filters |= {
+        "label": plots.label,
+        "duration": provenance.duration,
+        "text": _text,
+        "about": about,
+        "what": _what,
+    }
     return made
 
 
