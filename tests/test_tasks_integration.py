@@ -193,7 +193,7 @@ def test_chance_is_what_permuted_labels_reach(cells):
     for name in runs[0].chance:
         reached = [run[name] for run in runs]
         # The best of ten resolutions, chosen by the labels themselves, is a little above.
-        assert np.mean(reached) == pytest.approx(runs[0].chance[name], abs=0.03), name
+        assert np.mean(reached) == pytest.approx(runs[0].chance[name], abs=0.05), name
     assert set(runs[0].chance) == {*integration.BIO, "nmi_fixed", "ari_fixed", "graph_connectivity", "avg_bio"}
 
 

@@ -95,6 +95,7 @@ def test_bias_of_resampling_is_taken_off():
     assert draws.mean() > 0.02
     assert low + high == pytest.approx(sum(np.quantile(draws, [0.025, 0.975])) - 2 * (draws.mean() - 0.01))
     assert np.isnan(uncertainty.interval(0.5, np.array([np.nan]))).all()
+    assert uncertainty.interval(0.0, draws)[0] == 0  # an error is never below zero
 
 
 def test_resamples_draw_cells_with_replacement():
