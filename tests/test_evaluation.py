@@ -394,8 +394,8 @@ def test_what_is_added_to_all_values_changes_no_verdict(shift, seed):
 def test_numba_leaves_torch_its_one_thread():
     code = """
 import torch
-from datawall import cluster
-cluster.use_one_thread()
+from datawall import processes
+processes.use_one_thread()
 from numba.np.ufunc import parallel
 parallel._launch_threads()
 assert torch.get_num_threads() == 1, torch.get_num_threads()
