@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (FileNotFoundError, FileExistsError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    if options.verify or options.why:
+        return _look_into(study.folder, options.why)
     plan = ", ".join(f"{count} {what}" for what, count in evaluation.plan(study).items())
     about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
     print(f"{parameters.study}: {plan}; into {_shown(study.folder, paths.repository())}{about}")
@@ -74,6 +76,24 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"\n{error}. What is finished is kept; the same command goes on once this is mended.", file=sys.stderr)
         return 1
+
+
+def _look_into(folder: Path, key: str | None) -> int:
+    """Say where an artifact of a run folder comes from or, without a key, what in the folder is damaged."""
+    from datawall import verify
+
+    if key:
+        try:
+            print(verify.why(folder, key))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return 0
+    problems = verify.problems(folder)
+    print("\n".join(problems) or f"{folder}: {verify.count(folder)} artifacts, all as they were written")
+    if problems:
+        print("The same command without --verify makes again what is damaged and needed.", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
@@ -161,6 +181,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="replace a value of the study file (YAML); repeatable",
     )
     parser.add_argument("--out", metavar="DIR", help="run folder; runs/<study> by default")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument("--verify", action="store_true", help="hash all of the run folder, and name what is damaged")
+    look.add_argument("--why", metavar="KEY", help="tell what made an artifact, and what would be made again with it")
     parser.add_argument("--plan", action="store_true", help="show what would be done, and stop")
     parser.add_argument("--check", action="store_true", help="open the data, say what would be done, and stop")
     new = parser.add_argument_group("a study of your own")
@@ -254,6 +277,7 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dic
             km=kernel,
             # Imports on a busy machine are slow; a kernel that has died is noticed at once.
             start_timeout=600,
+            coalesce_streams=True,  # of a progress bar, keep what is left of it in the end
         )
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)

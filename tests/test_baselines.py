@@ -62,8 +62,9 @@ def test_logistic_regression_beats_the_majority(pbmc3k):
     assert (before != pbmc3k.X).nnz == 0
 
 
-def test_no_change_is_the_control_mean():
-    np.testing.assert_array_equal(baselines.no_change(np.array([[1.0, 0], [3, 4]])), [2, 2])
+def test_no_change_is_the_control_cells():
+    control = np.array([[1.0, 0], [3, 4]])
+    np.testing.assert_array_equal(baselines.no_change(control), control)
 
 
 def test_contexts_weigh_alike_in_the_mean_shift():
@@ -72,4 +73,9 @@ def test_contexts_weigh_alike_in_the_mean_shift():
     train_treated = np.array([[5.0, 2], [5, 6], [5, 7], [5, 8]])
     contexts = np.array(["a", "a", "b", "c"]), np.array(["a", "b", "b", "b"])
     predicted = baselines.mean_shift(np.array([[10.0, 20], [20, 20]]), train_control, train_treated, contexts)
-    np.testing.assert_allclose(predicted, [15 + 2, 20 + 1])
+    np.testing.assert_allclose(predicted, [[10 + 2, 20 + 1], [20 + 2, 20 + 1]])
+
+
+def test_contexts_weigh_alike_in_the_treated_mean():
+    treated = np.array([[5.0, 2], [1, 6], [2, 6], [3, 6]])
+    np.testing.assert_allclose(baselines.treated_mean(treated, np.array(["a", "b", "b", "b"])), [[3.5, 4]])

@@ -1,5 +1,6 @@
 """Units of work on this machine and on a Dask cluster: all done, in spite of those that fail, hang or die."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -88,7 +89,7 @@ MIXED = [Item(name) for name in ("good_1", *BAD, "good_2", "good_3")]
 
 def test_units_that_fail_are_reported_when_the_others_are_done(study):
     given = study(time_limit=15.0)
-    with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed, begun 2 times each") as raised:
+    with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed 2 times each") as raised:
         run_units(given, units.misbehave, MIXED, "test")
     assert all(message in str(raised.value) for message in BAD.values()), raised.value
     assert [len(lines(given.folder, item)) for item in MIXED] == [1, 2, 2, 2, 2, 1, 1]
@@ -106,7 +107,7 @@ def test_one_worker_is_this_very_process(study):
     given = study(workers=1, time_limit=2.0)
     items = [Item("good"), Item("raises"), Item("sleeps")]
     before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(UnitsFailedError, match="2 of 3 units of test failed, begun 2 times each") as raised:
+    with pytest.raises(UnitsFailedError, match="2 of 3 units of test failed 2 times each") as raised:
         run_units(given, units.misbehave, items, "test")
     assert BAD["raises"] in str(raised.value)
     assert "sleeps 0: TimeoutError: stopped after 2 seconds" in str(raised.value)
@@ -206,7 +207,7 @@ def test_dask_does_each_unit_once(dask_cluster, study):
 
 def test_dask_reports_units_that_fail_when_the_others_are_done(dask_cluster, study):
     given = study(executor=dask_cluster.address, time_limit=15.0)
-    with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed, begun 2 times each") as raised:
+    with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed 2 times each") as raised:
         run_units(given, units.misbehave, MIXED, "test")
     assert all(message in str(raised.value) for message in BAD.values()), raised.value
     assert [len(lines(given.folder, item)) for item in MIXED] == [1, 2, 2, 2, 2, 1, 1]
@@ -230,3 +231,24 @@ def test_no_scheduler_is_said_so(study, monkeypatch):
 
     with config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(ConnectionError, match="no Dask"):
         run_units(study(executor="tcp://127.0.0.1:9"), units.succeed, FIVE, "test")
+
+
+FAKE_SLURM = {"sbatch": 'bash "$1" >"$1.log" 2>&1 & echo "Submitted batch job $!"', "scancel": 'kill "$@"'}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # dask-jobqueue leaves its keys open
+def test_slurm_jobs_do_each_unit_once(study, tmp_path, monkeypatch):
+    """With programs of Slurm's names that run a job's script here."""
+    from dask import config
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *sys.path]))
+    for name, script in FAKE_SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    given = study(executor="slurm", workers=2)
+    job = {"cores": 1, "memory": "1GB", "interface": "lo", "local-directory": str(tmp_path)}
+    with config.set({f"jobqueue.slurm.{name}": value for name, value in job.items()}):
+        run_units(given, units.succeed, FIVE, "test")
+    assert [len(lines(given.folder, item)) for item in FIVE] == [1] * 5
+    gc.collect()

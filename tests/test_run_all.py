@@ -117,7 +117,7 @@ def test_killed_run_resumes_and_ends_with_the_same_numbers(tmp_path):
 
 def test_plan_counts_and_writes_nothing(tmp_path, capsys):
     assert run_all.main([str(ROOT / "params" / "quick.yaml"), "--plan", "--out", str(tmp_path / "run")]) == 0
-    assert "20 subsets, 110 models, 660 experiments, 10 baselines" in capsys.readouterr().out
+    assert "20 subsets, 110 models, 770 experiments, 12 baselines" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -28,7 +28,6 @@ from datawall.processes import Ended, Need, Unit, Worker, describe, on_this_mach
 if TYPE_CHECKING:
     from dask.distributed import Client
 
-    from datawall.params import Params
     from datawall.study import Study
 
 SHOWN = 20  # failed units that a message names
@@ -86,10 +85,11 @@ def run_units[Item](
             if error is not None:
                 failed.append(f"  {describe(unit.item)}: {error}")
     if failed:
+        times = f" {n} times each" if (n := 1 + study.params.retries) > 1 else ""
         lines = failed[:SHOWN] + [f"  … and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
         raise UnitsFailedError(
-            f"{len(failed)} of {len(items)} units of {name} failed, begun {1 + study.params.retries} times each. "
-            "The others are done; the same command again makes only what is missing.\n" + "\n".join(lines)
+            f"{len(failed)} of {len(items)} units of {name} failed{times}. The others are done; "
+            "the same command again makes only what is missing.\n" + "\n".join(lines)
         )
 
 
@@ -98,7 +98,7 @@ def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
     from dask.distributed import as_completed
 
     p = study.params
-    with _client(p, len(units)) as client, client.as_current(), _mark(study.folder) as mark:
+    with _client(study, len(units)) as client, client.as_current(), _mark(study.folder) as mark:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         declared = {name for worker in workers for name in worker["resources"]}
         futures = {}
@@ -117,10 +117,11 @@ def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
 
 
 @contextmanager
-def _client(p: Params, n_units: int) -> Iterator[Client]:
+def _client(study: Study, n_units: int) -> Iterator[Client]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 
+    p = study.params
     if p.executor != "slurm":
         try:
             client = Client(p.executor, set_as_default=False)
@@ -132,8 +133,9 @@ def _client(p: Params, n_units: int) -> Iterator[Client]:
     from dask_jobqueue import SLURMCluster
 
     # Queue, cores, memory and time of a job are the user's own settings of dask-jobqueue. Others share the network.
-    private = {"protocol": "tls://", "security": True, "scheduler_options": {"dashboard_address": "127.0.0.1:0"}}
-    with SLURMCluster(**private) as slurm, Client(slurm, set_as_default=False) as client:
+    private = {"protocol": "tls://", "security": True, "shared_temp_directory": str(study.folder)}
+    loopback = {"dashboard_address": "127.0.0.1:0"}
+    with SLURMCluster(**private, scheduler_options=loopback) as slurm, Client(slurm, set_as_default=False) as client:
         slurm.scale(jobs=min(n_units, p.workers or JOBS))
         client.wait_for_workers(1)
         yield client

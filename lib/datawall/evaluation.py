@@ -20,7 +20,7 @@ from datawall.study import Run, Study
 # The modules whose code decides the metrics of each task, beside its own module and those of all tasks.
 CODE = {
     "zeroshot_classification": ("corpus", "sampling"),
-    "zeroshot_integration": ("tasks/classification",),
+    "zeroshot_integration": ("tasks/classification", "tasks/neighbourhood"),
     "finetuned_classification": (
         "tasks/classification", "training", "corpus", "sampling", "baselines", "expression", "models/base",
     ),
@@ -142,7 +142,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     if task == "zeroshot_integration":
         record["unintegrated"] = study.embedding_unit("PCA", evaluation.dataset).key
     if task == "finetuned_classification":
-        record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.splits}
+        record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
     if task == "perturbation_response":
         one = p.evaluation_sets()[evaluation.dataset]
         contexts = {"control": one.control, "held_out_contexts": one.held_out_contexts}

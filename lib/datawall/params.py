@@ -160,6 +160,7 @@ class Params(BaseModel):
 
     tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
     splits: Annotated[int, Field(ge=1)] = 5  # repeated splits of a data set of under 5,000 cells; larger ones have one
+    finetuned_splits: Annotated[int, Field(ge=1)] | None = None  # the same of fine-tuning; by default as many
     k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification,
     more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside,
     linear_probe: bool = True  # and whether to fit a logistic regression to each embedding too

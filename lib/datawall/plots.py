@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from datawall import store
 from datawall.hyperparameters import family
@@ -27,11 +27,22 @@ LABELS = {
     "geometric_sketching": "geometric sketch",
     "micro_f1": "micro-F1",
     "macro_f1": "macro-F1",
+    "error_rate": "share of cells wrong",
+    "probe_micro_f1": "micro-F1 of a linear probe",
+    "probe_macro_f1": "macro-F1 of a linear probe",
+    "full_micro_f1": "micro-F1, whole network trained",
+    "full_macro_f1": "macro-F1, whole network trained",
     "avg_bio": "AvgBIO",
+    "total": "scIB total",
+    "ilisi": "iLISI",
+    "kbet": "kBET acceptance",
     "asw_batch": "batch ASW",
     "pearson_r": "Pearson r of means",
     "pearson_delta": "Pearson r of changes",
     "mse": "mean squared error",
+    "pearson_delta_top50": "Pearson r of changes, 50 genes",
+    "energy_distance": "energy distance",
+    "loss": "loss of held-out cells",
     "inverse_simpson": "inverse Simpson (types)",
     "shannon": "Shannon (bits)",
     "vendi": "Vendi (cells)",
@@ -41,6 +52,15 @@ LABELS = {
     "zeroshot_integration": "zero-shot integration",
     "finetuned_classification": "fine-tuned classification",
     "perturbation_response": "perturbation response",
+    "kim_lung": "lung",
+    "homoharringtonine": "homohar-\nringtonine",
+    "ph797804": "PH-797804",
+    "tak901": "TAK-901",
+    "spikein_10": "10 % perturbed cells",
+    "spikein_50": "50 % perturbed cells",
+    "LogisticRegression": "logistic regression",
+    "NoChange": "no change",
+    "reconstruction": "reconstruction",
 }
 # The unit of each family's training loss.
 LOSSES = {
@@ -179,8 +199,8 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     models = [name for name in results["model"].unique() if name in set(runs.loc[~reference, "model"])]
     names = runs["dataset"].unique()
     figure, axes = plt.subplots(
-        len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), sharey="row", squeeze=False,
-        layout="constrained",
+        len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), squeeze=False, layout="constrained",
+        sharey="none" if metric == "loss" else "row",  # a family's pretraining loss has units of its own
     )  # fmt: skip
     contenders = sorted(set(runs.loc[reference, "model"]) - {CHANCE, ORACLE})
     styles = dict(zip(contenders, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))))))
@@ -223,25 +243,23 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
     shown = mean_over_splits(per_class.assign(metric=per_class["cell_type"], value=per_class["f1"]))
     shown = shown[shown["strategy"].isin(["random", "untrained"])]
     names, models = shown["dataset"].unique(), shown["model"].unique()
-    figure, axes = plt.subplots(
-        len(names), len(models), figsize=(WIDTH, 2.6 * len(names) + 0.4), sharey="row", squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for row, dataset in enumerate(names):
+    figure = plt.figure(figsize=(WIDTH, 3.2 * len(names)), layout="constrained")
+    for part, dataset in zip(figure.subfigures(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        axes = part.subplots(1, len(models), sharey=True, squeeze=False)[0]
         support = select(per_class, dataset=dataset).groupby("cell_type")["support"].mean().sort_values(ascending=False)
-        types = [*support.index[:n_types], *support.index[n_types:][-n_types:]]
-        colours = dict(zip(types, sns.color_palette("viridis", len(types)), strict=True))
-        for column, model in enumerate(models):
-            axis, of_model = axes[row, column], select(shown, dataset=dataset, model=model)
-            for name in types:
+        common, rare = support.index[:n_types], support.index[n_types:][-n_types:]
+        colours = sns.color_palette("viridis", len(common) + len(rare))
+        for axis, model in zip(axes, models, strict=True):
+            of_model = select(shown, dataset=dataset, model=model)
+            for name, colour in zip([*common, *rare], colours, strict=True):
                 mean = select(of_model, metric=name).groupby("percentage")["value"].mean()
                 places = [_untrained_place(shown["percentage"]) if p == 0 else p for p in mean.index]
-                style = {"marker": "o" if name in support.index[:n_types] else "^", "markersize": 4}
-                axis.plot(places, mean, color=colours[name], label=f"{name} ({support[name]:.0f})", **style)
+                style = {"marker": "o" if name in common else "^", "markersize": 4, "color": colour}
+                axis.plot(places, mean, label=f"{name} ({support[name]:.0f})", **style)
             _percentage_axis(axis, shown["percentage"], untrained=(shown["percentage"] == 0).any())
-            axis.set(title=label(model) if row == 0 else "", ylim=(-0.03, 1.03))
-            axis.set(ylabel=f"{label(dataset)}\nF1 of a cell type" if column == 0 else "")
-        axes[row, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+            axis.set(title=label(model), ylim=(-0.03, 1.03))
+        axes[0].set(ylabel=f"{label(dataset)}\nF1 of a cell type")
+        _legend(part, axes[0])
     return figure
 
 
@@ -337,7 +355,7 @@ def _percentage_axis(axis: plt.Axes, percentages: pd.Series, *, untrained: bool 
     sns.despine(ax=axis)
 
 
-def _legend(figure: Figure, axis: plt.Axes) -> None:
+def _legend(figure: Figure | SubFigure, axis: plt.Axes) -> None:
     """One legend for the figure, below it."""
     handles, names = axis.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))

@@ -22,6 +22,7 @@ AGAINST = [
     *("task", "dataset", "model", "strategy", "percentage", "value", "baseline", "baseline_value", "difference"),
     *("low", "high", "verdict"),
 ]
+CHECKSUMS = "results.sha256"  # of the tables' files
 BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
 CHECKPOINT = "checkpoint"  # the strategy of models from elsewhere, pretrained on other cells; the rest as above
 CHANCE, ORACLE = "Chance", "Oracle"  # baselines that are no contenders: the floor and the ceiling
@@ -55,6 +56,7 @@ def _chance_rows(scores: pd.DataFrame) -> pd.DataFrame:
     """Rows of the baseline `Chance`: one per task, data set, metric and split of which a baseline knows it."""
     keys = ["task", "dataset", "metric", "split"]
     known = scores[(scores["strategy"] == BASELINE) & scores["chance"].notna()]
+    known = known[known["task"] != "perturbation_response"]  # whose level of chance is a baseline itself, NoChange
     level = known.groupby(keys)["chance"].transform("mean")
     return known.assign(model=CHANCE, value=level, **dict.fromkeys(KNOWN, np.nan)).drop_duplicates(keys)
 
@@ -80,6 +82,15 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
             folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False)
         )
         store.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
+    files = [f"{name}.{suffix}" for name in tables for suffix in ("parquet", "csv")]
+    store.write_checksums(folder / CHECKSUMS, files)
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the tables of a run folder, a line each; nothing if there are none yet."""
+    if not (folder / CHECKSUMS).is_file():
+        return [f"{CHECKSUMS} is missing"] * (folder / "results.parquet").is_file()
+    return [f"{name} is missing, or not as it was written" for name in store.changed(folder / CHECKSUMS)]
 
 
 def write_results(results: pd.DataFrame, folder: Path) -> None:
@@ -114,10 +125,14 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     ------
     FileNotFoundError
         If the run has no such table.
+    ValueError
+        If it is not as it was written.
     """
     path = Path(run_dir) / f"{table}.parquet"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the study first: python run_all.py params/<study>.yaml")
+    if wrong := [line for line in damage(path.parent) if line.startswith(path.name)]:
+        raise ValueError(f"{path.parent}: {wrong[0]}; run the study again, which makes it from the store in no time.")
     return pd.read_parquet(path)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+import scipy.sparse as sp
 
 from datawall import baselines, corpus, expression, sampling, tasks
 from datawall.params import Embedding
@@ -13,6 +15,7 @@ from datawall.study import Run, Source, Study
 from datawall.tasks.uncertainty import Metrics
 
 SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
+RECONSTRUCTED = 2_000  # cells at most
 EMBEDDING_BASELINES = ("HVG", "PCA")  # fitted to the evaluation cells themselves
 
 
@@ -37,11 +40,6 @@ def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]
     return SCORES.get(evaluation.task, own_task)(study, evaluation)
 
 
-def n_splits(study: Study, n_cells: int) -> int:
-    """How often a data set is split."""
-    return study.params.splits if n_cells < SMALL else 1
-
-
 def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """Splits in two, the same for every model: by cell in proportion to types, and by donor where there are two.
 
@@ -51,9 +49,10 @@ def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """
     obs = study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
-    for seed in range(n_splits(study, len(obs))):
+    n_splits = study.params.splits if len(obs) < SMALL else 1
+    for seed in range(n_splits):
         yield f"cells {seed}", corpus.stratified_split(labels, [0.5, 0.5], seed=seed) == 1
-    for seed, part in donor_splits(study, dataset, [0.5, 0.5]):
+    for seed, part in donor_splits(obs, [0.5, 0.5], n_splits):
         yield f"donors {seed}", part == 1
 
 
@@ -69,21 +68,21 @@ def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """
     obs = study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
-    for seed in range(n_splits(study, len(obs))):
+    n_splits = (study.params.finetuned_splits or study.params.splits) if len(obs) < SMALL else 1
+    for seed in range(n_splits):
         yield f"cells {seed}", corpus.stratified_split(labels, [0.8, 0.1, 0.1], seed=seed)
-    for seed, held_out in donor_splits(study, dataset, [0.8, 0.2]):
+    for seed, held_out in donor_splits(obs, [0.8, 0.2], n_splits):
         part = np.full(len(labels), 2)
         part[held_out == 0] = corpus.stratified_split(labels[held_out == 0], [8 / 9, 1 / 9], seed=seed)
         yield f"donors {seed}", part
 
 
-def donor_splits(study: Study, dataset: str, shares: list[float]) -> Iterator[tuple[int, np.ndarray]]:
+def donor_splits(obs: pd.DataFrame, shares: list[float], n_splits: int) -> Iterator[tuple[int, np.ndarray]]:
     """Seeds and parts of splits by whole donors, each split once; none where fewer than two donors are known."""
-    obs = study.dataset(dataset).obs
     if "donor_id" not in obs or obs["donor_id"].nunique() < 2:
         return
     seen = set()
-    for seed in range(n_splits(study, len(obs))):
+    for seed in range(n_splits):
         part = sampling.split_by_group(obs["donor_id"].array, shares, seed=seed)
         if part.tobytes() not in seen:  # few donors leave few ways to part them
             seen.add(part.tobytes())
@@ -157,7 +156,7 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
         yield f"{held_out} held out", metrics
 
 
-def response_genes(study: Study, dataset: str, control: np.ndarray) -> np.ndarray:
+def response_genes(study: Study, dataset: str, control: sp.csr_matrix) -> np.ndarray:
     """(n_genes,) bool: the genes whose response is predicted, chosen without a look at treated cells.
 
     For the corpus's held-out cells they are the most variable among the pretraining cells; for another data set, which
@@ -186,9 +185,10 @@ def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: n
 
 
 def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
-    """The pretraining loss of held-out cells, in the family's own units."""
+    """The pretraining loss of held-out cells, in the family's own units; of a sample where they are many."""
     data = study.dataset(evaluation.dataset)
-    yield "all cells", tasks.reconstruction(study.model(evaluation.source), data.X, data.obs, seed=0)
+    rows = np.sort(np.random.default_rng(0).permutation(data.n_obs)[:RECONSTRUCTED])
+    yield "all cells", tasks.reconstruction(study.model(evaluation.source), data.X[rows], data.obs.iloc[rows], seed=0)
 
 
 def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:

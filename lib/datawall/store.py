@@ -281,6 +281,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_checksums(path: Path, names: list[str]) -> None:
+    """Write hashes of files of the same folder, as `sha256sum --check` reads them."""
+    lines = [f"{file_sha256(path.with_name(name))}  {name}\n" for name in names]
+    write_atomically(path, lambda scratch: scratch.write_text("".join(lines)))
+
+
+def changed(path: Path) -> list[str]:
+    """Names in a file of `write_checksums` whose files are missing or not as they were then."""
+    wrong = []
+    for line in path.read_text().splitlines():
+        sha256, _, name = line.partition("  ")
+        file = path.with_name(Path(name).name)
+        if not file.is_file() or file_sha256(file) != sha256:
+            wrong.append(name)
+    return wrong
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file in the same folder, then move it to `path`: all of it, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)

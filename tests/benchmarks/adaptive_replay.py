@@ -19,11 +19,9 @@ for margin in (0.01, 0.02, 0.03):
         for task, metric in tasks.HEADLINE.items()
         for seed in range(n_orders)
     )
-    agree = (replayed["full"] == replayed["adaptive"]).mean()
-    print(
-        f"margin {margin:g}: {len(replayed)} verdicts, {agree:.1%} as by all runs, {replayed['share'].mean():.1%} of the runs"
-    )
+    agree, share = (replayed["full"] == replayed["adaptive"]).mean(), replayed["share"].mean()
+    print(f"margin {margin:g}: {len(replayed)} verdicts, {agree:.1%} as by all runs, {share:.1%} of the runs")
     print(pd.crosstab(replayed["full"], replayed["adaptive"], rownames=["all runs"]).to_string(), end="\n\n")
     if margin == 0.02:
-        result = replayed["share"].mean()
-print(f"ratio {1 / result:.1f}")  # runs of the full grid for one spent, at a margin of 0.02
+        ratio = 1 / share
+print(f"ratio {ratio:.1f}")  # runs of the full grid for one spent, at a margin of 0.02

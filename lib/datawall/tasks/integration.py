@@ -12,7 +12,7 @@ of the cells themselves throughout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -58,7 +58,7 @@ class Embedded:
     def best_clusters(self) -> np.ndarray:
         """The clusters with the highest NMI."""
         once = np.ones((1, len(self.labels)))
-        return max(self.clusters, key=lambda clusters: _nmi(_contingency(clusters, self.labels, once))[0])
+        return max(self.clusters, key=lambda clusters: nmi(contingency(clusters, self.labels, once))[0])
 
     @property
     def fixed_clusters(self) -> np.ndarray:
@@ -125,19 +125,19 @@ def zeroshot_integration(
         scIB's score: 0.6 times the mean of nmi, ari, asw_label, isolated_labels and clisi, plus 0.4 times the mean of
         the batch metrics, from asw_batch to pcr_comparison. They are not scaled between methods.
 
-    Each is 1 at best.
+    Each is 1 at best. One that these cells leave undefined is left out, of the total too: pcr_comparison without
+    `unintegrated`, and kbet where no label has ten cells and two batches.
 
     Raises
     ------
     ValueError
-        If an array is not finite or not of the same cells, there is only one label or one batch, or no label has cells
-        in two batches.
+        If an array is not finite or not of the same cells, all cells have the same embedding, label or batch, or no
+        label has cells in two batches.
     """
     cells = _embedded(embedding, labels, batches, unintegrated)
     weights = np.vstack([np.ones(len(embedding)), uncertainty.resamples(len(embedding))])
-    draws = {name: metric(cells, weights) for name, metric in METRICS.items() if name != "pcr_comparison"}
-    if unintegrated is not None:
-        draws["pcr_comparison"] = METRICS["pcr_comparison"](cells, weights)
+    draws = {name: metric(cells, weights) for name, metric in METRICS.items()}
+    draws = {name: values for name, values in draws.items() if np.isfinite(values[0])}
     draws["avg_bio"] = np.mean([draws[name] for name in AVG_BIO], axis=0)
     bio, batch = ([draws[name] for name in names if name in draws] for names in (BIO, BATCH))
     draws["total"] = 0.6 * np.mean(bio, axis=0) + 0.4 * np.mean(batch, axis=0)
@@ -162,6 +162,8 @@ def _embedded(
         if len(unintegrated) != len(embedding):
             raise ValueError(f"`unintegrated` has {len(unintegrated)} cells, the embedding {len(embedding)}.")
         check_embedding(unintegrated)
+    if (embedding == embedding[0]).all():
+        raise ValueError("all cells have the same embedding; there are no neighbours to judge.")
     embedding = np.ascontiguousarray(embedding, dtype=np.float32)
     # Each cell is its own first neighbour, as scanpy and scib-metrics count them.
     neighbours = NearestNeighbors(n_neighbors=min(N_LOCAL, len(embedding))).fit(embedding)
@@ -172,7 +174,7 @@ def _embedded(
 # Metrics of clusters
 
 
-def _contingency(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def contingency(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weight of the cells of each cluster and label, (n_weights, n_clusters, n_labels)."""
     shape = clusters.max() + 1, labels.max() + 1
     pair = clusters * shape[1] + labels
@@ -185,22 +187,23 @@ def _entropy(weights: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
     return -xlogy(p, p).sum(axis=axis)
 
 
-def _nmi(tables: np.ndarray) -> np.ndarray:
-    """Mutual information over the mean of the two entropies."""
+def nmi(tables: np.ndarray) -> np.ndarray:
+    """Mutual information over the mean of the two entropies; 1 where both are zero."""
     entropies = _entropy(tables.sum(axis=2), 1) + _entropy(tables.sum(axis=1), 1)
-    return 2 * (1 - _entropy(tables, (1, 2)) / entropies)
+    return np.where(entropies > 0, 2 * (1 - _entropy(tables, (1, 2)) / np.where(entropies > 0, entropies, 1)), 1)
 
 
-def _ari(tables: np.ndarray) -> np.ndarray:
-    """Adjusted Rand index (Hubert and Arabie 1985)."""
+def ari(tables: np.ndarray) -> np.ndarray:
+    """Adjusted Rand index (Hubert and Arabie 1985); 1 where both sides are one group, or both all single cells."""
 
     def pairs(sizes: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
         return (sizes * (sizes - 1) / 2).sum(axis=axis)
 
     n_cells = tables.sum(axis=(1, 2))
     of_clusters, of_labels = pairs(tables.sum(axis=2), 1), pairs(tables.sum(axis=1), 1)
-    expected = of_clusters * of_labels / (n_cells * (n_cells - 1) / 2)
-    return (pairs(tables, (1, 2)) - expected) / ((of_clusters + of_labels) / 2 - expected)
+    expected = of_clusters * of_labels / np.maximum(n_cells * (n_cells - 1) / 2, 1)
+    span = (of_clusters + of_labels) / 2 - expected
+    return np.where(span > 0, (pairs(tables, (1, 2)) - expected) / np.where(span > 0, span, 1), 1)
 
 
 # Metrics of distances between cells
@@ -212,13 +215,17 @@ def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _mean_of_labels(values: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    """Mean over labels of the weighted mean of their cells; those whose value is NaN do not count."""
-    means = []
+    """Mean over labels of the weighted mean of their cells; those whose value is NaN do not count.
+
+    NaN where no label has weight.
+    """
+    sums, n_labels = np.zeros(len(weights)), np.zeros(len(weights))
     for label in np.unique(cells.labels[np.isfinite(values)]):
         some = np.isfinite(values) & (cells.labels == label)
         total = weights[:, some].sum(axis=1)
-        means.append(weights[:, some] @ values[some] / np.where(total > 0, total, np.nan))
-    return np.nanmean(means, axis=0)
+        sums += weights[:, some] @ values[some] / np.maximum(total, 1)
+        n_labels += total > 0
+    return np.where(n_labels > 0, sums / np.maximum(n_labels, 1), np.nan)
 
 
 def _isolated_labels(cells: Embedded, weights: np.ndarray) -> np.ndarray:
@@ -245,6 +252,8 @@ def _asw_batch(cells: Embedded, weights: np.ndarray) -> np.ndarray:
 
 def _pcr_comparison(cells: Embedded, weights: np.ndarray) -> np.ndarray:
     """Principal component regression before and after (Büttner et al. 2019)."""
+    if cells.unintegrated is None:
+        return np.full(len(weights), np.nan)
     before, after = (_batch_variance(X, cells.batches, weights) for X in (cells.unintegrated, cells.embedding))
     return np.maximum(0, (before - after) / np.where(before > 0, before, np.nan))
 
@@ -270,14 +279,14 @@ def _batch_variance(X: np.ndarray, batches: np.ndarray, weights: np.ndarray) -> 
 # Metrics of neighbours
 
 
-def _connected(cells: Embedded, labels: np.ndarray) -> np.ndarray:
-    """Whether each cell is in the largest strongly connected part of its label's graph, (n_cells,) float."""
-    inside = np.zeros(len(labels))
-    for label in np.unique(labels):
-        some = np.flatnonzero(labels == label)
+def _graph_connectivity(cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    """Share of a label's cells in the largest strongly connected part of its graph, mean over labels."""
+    inside = np.zeros(len(cells.labels))
+    for label in np.unique(cells.labels):
+        some = np.flatnonzero(cells.labels == label)
         _, part = connected_components(cells.graph[some][:, some], connection="strong")
         inside[some] = part == np.bincount(part).argmax()
-    return inside
+    return _mean_of_labels(inside, cells, weights)
 
 
 def _lisi(cells: Embedded, of: np.ndarray) -> np.ndarray:
@@ -306,15 +315,15 @@ def _ilisi(cells: Embedded, weights: np.ndarray) -> np.ndarray:
 
 
 METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
-    "nmi": lambda cells, weights: _nmi(_contingency(cells.best_clusters, cells.labels, weights)),
-    "ari": lambda cells, weights: _ari(_contingency(cells.best_clusters, cells.labels, weights)),
-    "nmi_fixed": lambda cells, weights: _nmi(_contingency(cells.fixed_clusters, cells.labels, weights)),
-    "ari_fixed": lambda cells, weights: _ari(_contingency(cells.fixed_clusters, cells.labels, weights)),
+    "nmi": lambda cells, weights: nmi(contingency(cells.best_clusters, cells.labels, weights)),
+    "ari": lambda cells, weights: ari(contingency(cells.best_clusters, cells.labels, weights)),
+    "nmi_fixed": lambda cells, weights: nmi(contingency(cells.fixed_clusters, cells.labels, weights)),
+    "ari_fixed": lambda cells, weights: ari(contingency(cells.fixed_clusters, cells.labels, weights)),
     "asw_label": lambda cells, weights: (_mean(cells.silhouettes, weights) + 1) / 2,
     "isolated_labels": _isolated_labels,
     "clisi": _clisi,
     "asw_batch": _asw_batch,
-    "graph_connectivity": lambda cells, weights: _mean_of_labels(_connected(cells, cells.labels), cells, weights),
+    "graph_connectivity": _graph_connectivity,
     "ilisi": _ilisi,
     "kbet": lambda cells, weights: _mean_of_labels(
         neighbourhood.kbet_acceptance(cells.embedding, cells.labels, cells.batches), cells, weights
@@ -330,40 +339,33 @@ BATCH = ("asw_batch", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")
 
 
 def _chance(cells: Embedded) -> dict[str, float]:
-    """Levels of the bio metrics for labels that have nothing to do with the embedding."""
-    chance = {"ari": 0.0, "ari_fixed": 0.0, "asw_label": 0.5, "isolated_labels": 0.5}
+    """Levels of metrics for labels that have nothing to do with the embedding, permuted where there is no formula."""
+    blind = replace(cells, labels=np.random.default_rng(0).permutation(cells.labels))
+    once = np.ones((1, len(cells.labels)))
+    chance = {
+        name: float(METRICS[name](blind, once)[0])
+        for name in ("asw_label", "isolated_labels", "clisi", "graph_connectivity")
+    }
     for name, clusters in (("nmi", cells.best_clusters), ("nmi_fixed", cells.fixed_clusters)):
         chance[name] = _chance_nmi(clusters, cells.labels)
-    n_labels = cells.labels.max() + 1
-    chance["clisi"] = (n_labels - _mixed_lisi(cells, cells.labels)) / (n_labels - 1)
-    chance["avg_bio"] = np.mean([chance[name] for name in AVG_BIO])
-    permuted = np.random.default_rng(0).permutation(cells.labels)
-    connected = _connected(cells, permuted)
-    chance["graph_connectivity"] = np.mean([connected[permuted == label].mean() for label in range(n_labels)])
-    return {name: float(level) for name, level in chance.items()}
+    chance |= {"ari": 0.0, "ari_fixed": 0.0}
+    return chance | {"avg_bio": float(np.mean([chance[name] for name in AVG_BIO]))}
 
 
 def _ceiling(cells: Embedded) -> dict[str, float]:
-    """Levels of the batch metrics where batches are mixed at random."""
-    return {
-        "ilisi": float((_mixed_lisi(cells, cells.batches) - 1) / cells.batches.max()),
-        "kbet": 1 - neighbourhood.KBET_ALPHA,
-    }
+    """Levels of batch metrics for batches that are mixed at random within labels."""
+    rng, mixed = np.random.default_rng(0), cells.batches.copy()
+    for label in np.unique(cells.labels):
+        mixed[cells.labels == label] = rng.permutation(mixed[cells.labels == label])
+    ilisi = _ilisi(replace(cells, batches=mixed), np.ones((1, len(mixed))))
+    return {"ilisi": float(ilisi[0]), "kbet": 1 - neighbourhood.KBET_ALPHA}
 
 
 def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:
     """NMI of the clusters with permuted labels, on average over permutations (Vinh et al. 2010)."""
     from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
-    tables = _contingency(clusters, labels, np.ones((1, len(labels))))
+    tables = contingency(clusters, labels, np.ones((1, len(labels))))
     entropies = _entropy(tables.sum(axis=2), 1) + _entropy(tables.sum(axis=1), 1)
     table = contingency_matrix(labels, clusters, sparse=True, dtype=np.int64)
     return float(2 * expected_mutual_information(table, len(labels)) / entropies[0])
-
-
-def _mixed_lisi(cells: Embedded, of: np.ndarray) -> float:
-    """Median inverse Simpson index if labels or batches were permuted: two neighbours then agree as any two cells."""
-    n, n_cells = np.bincount(of), len(of)
-    agree = (n * (n - 1)).sum() / (n_cells * (n_cells - 1))
-    twice = np.square(cells.nearness).sum(axis=1)
-    return float(np.median(1 / (twice + (1 - twice) * agree)))

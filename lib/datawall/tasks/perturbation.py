@@ -71,6 +71,7 @@ def perturbation_response(
         If the embedding is not finite, the held-out context or the others lack control or treated cells, or there is
         no such matching.
     """
+    check_embedding(embedding[~treated])
     context = np.asarray(context).astype(str)
     train_contexts = usable_contexts(treated, context)
     if held_out not in train_contexts or len(train_contexts) < 2:
@@ -79,7 +80,6 @@ def perturbation_response(
             "two are needed."
         )
     train_contexts.remove(held_out)
-    check_embedding(embedding[~treated])
     if matching == "mean":
         source = np.flatnonzero(~treated & np.isin(context, train_contexts))
         targets = np.stack([expression[treated & (context == name)].mean(axis=0) for name in train_contexts])

@@ -80,12 +80,14 @@ def interval(value: float, draws: np.ndarray, level: float = LEVEL) -> tuple[flo
 
     A resample holds cells twice, which makes an error larger or a clustering look better than it is: without the
     correction the interval of a biased metric would not hold its own value (Efron and Tibshirani 1993, chapter 10).
-    Draws that are NaN, where a resample leaves the metric undefined, do not count.
+    It goes no further than the draws and the value. Draws that are NaN, where a resample leaves the metric undefined,
+    do not count.
     """
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return np.nan, np.nan
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) - (draws.mean() - value)
+    ends = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) - (draws.mean() - value)
+    low, high = np.clip(ends, min(value, draws.min()), max(value, draws.max()))
     return float(low), float(high)
 
 

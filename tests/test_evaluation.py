@@ -1,0 +1,404 @@
+"""How a study is judged: splits, tables, keys, and who wins against which baseline."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+
+import datawall as dw
+from datawall import evaluation, params, plots, results, scoring, simulate
+from datawall.scoring import Evaluation
+from datawall.study import Study
+
+TASKS = (
+    "zeroshot_classification",
+    "zeroshot_integration",
+    "finetuned_classification",
+    "perturbation_response",
+    "reconstruction",
+)
+ATLAS = simulate.Atlas(
+    n_cells=300,
+    n_genes=300,
+    composition={"classical monocyte": 5, "naive B cell": 3, "natural killer cell": 2},
+    n_datasets=2,
+    donors_per_dataset=3,
+    responsive=["myeloid leukocyte", "lymphocyte"],
+)
+VALUES = {
+    "study": "mine",
+    "cell_type_key": "cell_type",
+    "batch_key": "dataset_id",
+    "donor_key": "donor_id",
+    "perturbation_key": "condition",
+    "control": "ctrl",
+    "held_out": 0.5,
+    "strategies": ["random", "untrained"],
+    "percentages": [10, 100],
+    "seeds": [0],
+    "models": ["PretrainedPCA", "SSL"],
+    "steps": 2,
+    "hyperparameters": {"SSL": {"n_hidden": [8], "n_latent": 4, "batch_size": 16}},
+    "tasks": list(TASKS),
+    "splits": 2,
+    "finetuned_splits": 1,
+    "more_k": [1],
+    "held_out_contexts": ["naive B cell"],
+    "perturbation_genes": 100,
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    simulate.load(ATLAS).write_h5ad(folder / "cells.h5ad")
+    return folder
+
+
+def study_of(folder, **values):
+    return Study(params.check({**VALUES, "corpus": str(folder / "cells.h5ad"), **values}, "mine.yaml"), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    """A study of six models and five tasks, evaluated."""
+    study = study_of(folder)
+    for task in TASKS:
+        for one in evaluation.evaluations(study, task):
+            evaluation.make(study, one)  # in this process, which has all loaded
+        evaluation.evaluate(study, task)
+    return study
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return {name: dw.read_results(study.folder, name) for name in ("results", "intervals", "per_class")}
+
+
+# Splits
+
+
+def cells_of(labels, donors=None, *, splits=3):
+    """What `scoring` asks of a study, with one data set."""
+    obs = pd.DataFrame({"cell_type": labels})
+    if donors is not None:
+        obs["donor_id"] = pd.Categorical(donors)
+    data = ad.AnnData(np.zeros((len(obs), 1)), obs=obs.set_index(obs.index.astype(str)))
+    return SimpleNamespace(dataset=lambda name: data, params=SimpleNamespace(splits=splits, finetuned_splits=None))
+
+
+LABELS = np.repeat(["T", "B"], [60, 40])
+
+
+def test_no_donor_is_on_both_sides_of_a_split_by_donor():
+    donors = np.arange(100) % 7
+    halves = dict(scoring.halves(cells_of(LABELS, donors), "any"))
+    assert list(halves) == ["cells 0", "cells 1", "cells 2", "donors 0", "donors 1", "donors 2"]
+    for split, test in halves.items():
+        shared = set(donors[test]) & set(donors[~test])
+        assert (not shared) == split.startswith("donors")
+        assert 40 <= test.sum() <= 60
+    parts = dict(scoring.three_parts(cells_of(LABELS, donors), "any"))
+    assert {"cells 0", "cells 1", "cells 2", "donors 0"} <= set(parts) <= set(halves)
+    for split, part in parts.items():
+        assert not set(donors[part == 2]) & set(donors[part < 2]) or split.startswith("cells")
+        assert np.bincount(part).tolist() == [80, 10, 10] or split.startswith("donors")
+        assert all((LABELS[part == 1] == name).any() for name in "TB")
+
+
+def test_two_donors_are_parted_in_the_ways_there_are():
+    donors = np.arange(100) % 2
+    halves = [test for split, test in scoring.halves(cells_of(LABELS, donors, splits=20), "any") if "donors" in split]
+    assert len(halves) == 2
+    assert np.array_equal(halves[0], ~halves[1])
+
+
+@pytest.mark.parametrize("donors", [None, ["only"] * 100])
+def test_without_two_donors_there_is_no_split_by_donor(donors):
+    assert [split for split, _ in scoring.halves(cells_of(LABELS, donors), "any")] == ["cells 0", "cells 1", "cells 2"]
+
+
+def test_a_large_data_set_is_split_once():
+    large = cells_of(np.tile(LABELS, 50), np.arange(5000) % 4)
+    assert [split for split, _ in scoring.halves(large, "any")] == ["cells 0", "donors 0"]
+    assert [split for split, _ in scoring.three_parts(large, "any")] == ["cells 0", "donors 0"]
+
+
+# A study
+
+
+def test_values_are_those_of_scikit_learn_on_the_same_split(study, tables):
+    run = study.pretraining_runs()[0]
+    X, labels = study.embedding(run, "cells_held_out"), study.dataset("cells_held_out").obs["cell_type"].astype(str)
+    rows = results.select(tables["results"], task=TASKS[0], model=run.model, strategy="random", percentage=10.0)
+    for split, test in scoring.halves(study, "cells_held_out"):
+        for metric, k in (("micro_f1", 5), ("knn1_micro_f1", 1)):
+            predicted = KNeighborsClassifier(k).fit(X[~test], labels[~test]).predict(X[test])
+            found = results.select(rows, metric=metric, split=split)["value"].tolist()
+            assert found == [accuracy_score(labels[test], predicted)]
+
+
+def test_every_number_has_one_row_and_most_an_interval(tables):
+    keys = [*results.RUN, "split"]
+    assert list(tables["results"]) == results.COLUMNS
+    assert not tables["results"].duplicated(keys).any()
+    both = tables["results"].merge(tables["intervals"], on=[*keys, "value"])
+    assert len(both) == len(tables["results"]) == len(tables["intervals"])
+    known = both.dropna(subset="low")
+    assert (known["low"] <= known["high"]).all()
+    assert set(both.loc[both["low"].isna(), "model"]) <= {results.CHANCE, results.ORACLE}
+    inside = (known["low"] <= known["value"]) & (known["value"] <= known["high"])
+    assert inside.mean() > 0.95
+    headlines = tables["intervals"][tables["intervals"]["metric"].isin(["micro_f1", "avg_bio", "pearson_delta"])]
+    assert headlines.loc[headlines["model"] != results.CHANCE, ["low", "chance"]].notna().any(axis=1).all()
+
+
+def test_chance_and_ceiling_are_rows_and_columns(tables):
+    scores = tables["intervals"]
+    chance = results.select(scores, model=results.CHANCE, metric="micro_f1", split="cells 0", task=TASKS[0])
+    beside = results.select(scores, metric="micro_f1", split="cells 0", task=TASKS[0], strategy="random")
+    assert set(beside["chance"]) == set(chance["value"])
+    assert 0.25 < chance["value"].iloc[0] < 0.5
+    response = results.select(scores, task="perturbation_response", metric="pearson_delta")
+    oracle = response[response["model"] == results.ORACLE]["value"]
+    assert set(response["ceiling"]) == set(oracle)
+    assert results.CHANCE not in set(response["model"])
+    assert {"NoChange", "MeanShift", "TreatedMean", "Oracle"} <= set(response["model"])
+
+
+def test_each_class_has_its_score_and_support(study, tables):
+    rows = tables["per_class"]
+    assert list(rows) == results.PER_CLASS
+    assert not tables["results"]["metric"].str.contains(r"\[").any()
+    of_run = ["task", "model", "strategy", "percentage", "seed", "split"]
+    n_test = rows[rows["task"] == TASKS[0]].groupby(of_run)["support"].sum()
+    sizes = {split: test.sum() for split, test in scoring.halves(study, "cells_held_out")}
+    assert (n_test == n_test.index.get_level_values("split").map(sizes)).all()
+    macro = rows.groupby(of_run)["f1"].mean().rename("macro")
+    scores = results.select(tables["results"], metric="macro_f1").set_index(of_run)["value"]
+    assert np.allclose(macro, scores.reindex(macro.index), rtol=1e-12)
+
+
+def test_what_is_evaluated(study):
+    assert evaluation.plan(study) == {"subsets": 2, "models": 6, "experiments": 30, "baselines": 9}
+    assert {one.source.model for one in evaluation.evaluations(study, "reconstruction")} == {"PretrainedPCA", "SSL"}
+    assert evaluation.evaluations(study_of(study.folder.parent, tasks=[TASKS[0]]), TASKS[1]) == []
+
+
+def keys(study):
+    return {
+        (task, one.source): evaluation.evaluation_unit(study, one).key
+        for task in study.params.tasks
+        for one in evaluation.evaluations(study, task)
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "redone"),
+    [
+        ({"k": 3}, {TASKS[0]}),
+        ({"more_k": []}, {TASKS[0]}),
+        ({"linear_probe": False}, {TASKS[0]}),
+        ({"splits": 3}, {TASKS[0]}),
+        ({"finetuned_splits": None}, {TASKS[2]}),
+        ({"finetune": "full"}, {TASKS[2]}),
+        ({"class_weight": "balanced"}, {TASKS[2]}),
+        ({"matching": "ot"}, {TASKS[3]}),
+        ({"held_out_contexts": ["classical monocyte"]}, {TASKS[3]}),
+        ({"perturbation_genes": 50}, {TASKS[3]}),
+        ({"donor_key": None}, set(TASKS)),
+        ({"workers": 2, "memory_gib": 1.0}, set()),
+    ],
+)
+def test_a_changed_setting_redoes_the_tasks_it_is_for(study, changes, redone):
+    before, after = keys(study), keys(study_of(study.folder.parent, **changes))
+    assert {task for (task, source), key in after.items() if before[task, source] != key} == redone
+
+
+def test_a_second_evaluation_makes_nothing(study, monkeypatch):
+    monkeypatch.setattr(scoring, "score", None)
+    again = study_of(study.folder.parent)
+    assert len(evaluation.evaluate(again, TASKS[0]))
+
+
+def test_whole_networks_are_trained_where_they_can_be(study):
+    full = study_of(study.folder.parent, finetune="full", percentages=[100], strategies=["random"])
+    scores = {}
+    for run in full.pretraining_runs():
+        [(split, metrics), _] = scoring.score(full, Evaluation("finetuned_classification", "cells_held_out", run))
+        assert split == "cells 0"
+        scores[run.model] = {name for name in metrics if name.startswith("full_")}
+    assert scores == {
+        "PretrainedPCA": set(),
+        "SSL": {"full_micro_f1", "full_macro_f1", "full_balanced_accuracy", "full_error_rate"},
+    }
+
+
+def test_extremes_are_the_best_the_worst_and_the_bests_control(study, tables):
+    chosen = evaluation.extremes(study, results.select(tables["results"], task=TASKS[0]), "micro_f1")
+    means = results.mean_over_splits(results.select(tables["results"], task=TASKS[0], metric="micro_f1"))
+    means = means[means["strategy"] == "random"].sort_values("value")
+    for kind, row in (("best", means.iloc[-1]), ("worst", means.iloc[0])):
+        [run] = [run for title, run in chosen.items() if title.startswith(kind)]
+        assert (run.model, run.subset.percentage) == (row["model"], row["percentage"])
+    [control] = [run for title, run in chosen.items() if title.startswith("untrained")]
+    assert control.subset.strategy == "untrained"
+    assert control.model == means.iloc[-1]["model"]
+
+
+def test_embedding_is_timed_for_each_model(study):
+    table = study.embedding_seconds(n_cells=50, n_repeats=2)
+    assert table["model"].tolist() == ["PretrainedPCA", "SSL"]
+    assert table["seconds"].between(0, 60, inclusive="neither").all()
+    assert set(table["n_cells"]) == {50}
+
+
+def test_curves_of_common_and_rare_types_show_the_table(tables):
+    rows = results.select(tables["per_class"], task=TASKS[0])
+    figure = plots.per_class_curves(rows, n_types=1)
+    assert [axis.get_title() for axis in figure.axes] == ["PretrainedPCA", "SSL"]
+    support = rows.groupby("cell_type")["support"].mean()
+    shown = {line.get_label().rpartition(" (")[0]: line for line in figure.axes[0].lines}
+    assert list(shown) == [support.idxmax(), support.idxmin()]
+    by_cell = rows[~rows["split"].str.startswith("donors") & (rows["model"] == "PretrainedPCA")]
+    expected = results.select(by_cell, cell_type=support.idxmin()).groupby("percentage")["f1"].mean()
+    assert np.allclose(shown[support.idxmin()].get_ydata(), expected)
+
+
+def test_a_run_without_a_table_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"intervals\.parquet does not exist; run the study first"):
+        dw.read_results(tmp_path, "intervals")
+
+
+def test_treatments_that_are_not_two_are_named(study):
+    wrong = study_of(study.folder.parent, control="nothing", tasks=["perturbation_response"])
+    one = Evaluation("perturbation_response", "cells_held_out", "NoChange")
+    with pytest.raises(dw.corpus.CorpusError, match=r"\['ctrl', 'treated'\].*'nothing'"):
+        list(scoring.score(wrong, one))
+
+
+# Tables
+
+
+def table_of(rows):
+    """A table of intervals from rows of model, strategy, percentage, seed, split, value, low, high."""
+    columns = ["model", "strategy", "percentage", "seed", "split", "value", "low", "high"]
+    same = {"study": "s", "n_cells": 0, "task": "zeroshot_classification", "dataset": "d", "metric": "micro_f1"}
+    return pd.DataFrame(rows, columns=columns).assign(**same, chance=np.nan, ceiling=np.nan)
+
+
+def test_splits_by_donor_are_not_averaged_with_those_by_cell():
+    rows = [("A", "random", 1, 0, split, value, value - 0.1, value + 0.2) for split, value in SPLITS.items()]
+    [mean] = results.mean_over_splits(table_of(rows)).to_dict("records")
+    assert (mean["value"], mean["low"], mean["high"]) == pytest.approx((0.7, 0.6, 0.9))
+    [donors] = results.mean_over_splits(results.by_donor(table_of(rows))).to_dict("records")
+    assert donors["value"] == 0.2
+
+
+SPLITS = {"cells 0": 0.6, "cells 1": 0.8, "donors 0": 0.2}
+
+
+# Against baselines
+
+
+def compared(model, baseline, *, intervals=(0.0, 0.0), metric="micro_f1", **options):
+    """The one row of a comparison: (n_seeds, n_splits) values of a model, and (n_splits,) of its baseline."""
+    model, baseline = np.atleast_2d(model), np.atleast_1d(baseline)
+    rows = [
+        ("A", "random", 1, seed, f"cells {split}", value, value - intervals[0], value + intervals[0])
+        for (seed, split), value in np.ndenumerate(model)
+    ]
+    rows += [
+        ("PCA", "baseline", 0, -1, f"cells {split}", value, value - intervals[1], value + intervals[1])
+        for split, value in enumerate(baseline)
+    ]
+    rows += [("Chance", "baseline", 0, -1, f"cells {i}", 1.0, np.nan, np.nan) for i in range(len(baseline))]
+    rows += [("Oracle", "baseline", 0, -1, f"cells {i}", 2.0, np.nan, np.nan) for i in range(len(baseline))]
+    rows += [("HVG", "baseline", 0, -1, f"cells {i}", baseline.min() - 5, np.nan, np.nan) for i in range(len(baseline))]
+    table = table_of(rows).assign(metric=metric)
+    [row] = results.against_baselines(table, metric, **options).to_dict("records")
+    return row
+
+
+def test_a_constant_gap_has_no_width():
+    baseline = np.array([0.5, 0.75, 0.25])
+    row = compared(np.stack([baseline + 0.125] * 2), baseline)
+    assert (row["baseline"], row["difference"], row["low"], row["high"], row["verdict"]) == ("PCA", *[0.125] * 3, "win")
+    assert (row["value"], row["baseline_value"]) == (0.625, 0.5)
+
+
+def test_width_from_cells_is_that_of_a_difference_of_normals():
+    row = compared([0.6], [0.5], intervals=(0.03, 0.04), n_resamples=200_000)
+    assert row["low"] == pytest.approx(0.1 - 0.05, abs=5e-4)
+    assert row["high"] == pytest.approx(0.1 + 0.05, abs=5e-4)
+    assert row["verdict"] == "win"
+    assert compared([0.54], [0.5], intervals=(0.03, 0.04))["verdict"] == "tie"
+    assert compared([0.44], [0.5], intervals=(0.03, 0.04))["verdict"] == "loss"
+
+
+def test_width_from_splits_is_scipys_bootstrap_of_paired_differences():
+    rng = np.random.default_rng(0)
+    baseline, gap = rng.normal(0.5, 0.2, size=12), rng.normal(0.02, 0.03, size=12)
+    row = compared(baseline + gap, baseline, n_resamples=100_000)
+    reference = scipy.stats.bootstrap((gap,), np.mean, n_resamples=100_000, method="percentile", rng=1)
+    assert (row["low"], row["high"]) == pytest.approx(tuple(reference.confidence_interval), abs=4e-4)
+
+
+def test_seeds_are_drawn_too():
+    row = compared([[0.6, 0.6], [0.4, 0.4]], [0.5, 0.5])
+    assert (row["low"], row["high"], row["verdict"]) == (pytest.approx(-0.1), pytest.approx(0.1), "tie")
+
+
+def test_one_number_without_an_interval_tells_nothing():
+    row = compared([0.9], [0.5])
+    assert np.isnan(row["low"])
+    assert np.isnan(row["high"])
+    assert row["verdict"] == "unknown"
+
+
+def test_lower_errors_win():
+    row = compared([[0.2, 0.3]] * 2, [0.5, 0.7], metric="error_rate")
+    # Of errors the best baseline is the lowest, and a smaller one wins.
+    assert (row["baseline"], row["verdict"]) == ("HVG", "loss")
+    assert results.lower_is_better("mse")
+    assert results.lower_is_better("knn15_error_rate")
+    assert not results.lower_is_better("a metric of one's own")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(-10, 10), st.integers(0, 2**32 - 1))
+def test_what_is_added_to_all_values_changes_no_verdict(shift, seed):
+    rng = np.random.default_rng(seed)
+    model, baseline = rng.normal(size=(2, 3)), rng.normal(size=3)
+    once, again = (compared(model + by, baseline + by, n_resamples=200) for by in (0, shift))
+    assert again["difference"] == pytest.approx(once["difference"], abs=1e-9)
+    assert (again["low"], again["high"]) == pytest.approx((once["low"], once["high"]), abs=1e-9)
+    assert once["low"] - 1e-9 <= once["difference"] <= once["high"] + 1e-9
+    rows = table_of([("A", "random", 1, 0, "cells 0", 1.0, 0.9, 1.1)])
+    assert results.against_baselines(rows, "micro_f1").empty
+
+
+# Threads
+
+
+def test_numba_leaves_torch_its_one_thread():
+    code = """
+import torch
+from datawall import processes
+processes.use_one_thread()
+from numba.np.ufunc import parallel
+parallel._launch_threads()
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,227 @@
+"""Integration metrics against scib-metrics and umap, and against the papers' formulas written out."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.optimize import brentq
+from scipy.stats import chisquare
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.neighbors import NearestNeighbors
+
+from datawall import tasks
+from datawall.tasks import integration, neighbourhood
+
+# umap, which scib-metrics imports, says so when first imported.
+pytestmark = pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Four overlapping types of 90 cells in three batches of unequal size; the last type lacks one of them."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(list("abcd"), 90)
+    batches = rng.choice(["one", "two", "three"], len(labels), p=[0.5, 0.3, 0.2])
+    batches[(labels == "d") & (batches == "three")] = "one"
+    X = 4 * np.eye(4, 6)[np.searchsorted(list("abcd"), labels)] + rng.normal(size=(len(labels), 6))
+    before = X + 3 * np.eye(3, 6, k=3)[np.searchsorted(["one", "three", "two"], batches)]
+    return X.astype(np.float32), labels, batches, before
+
+
+@pytest.fixture(scope="module")
+def metrics(cells):
+    X, labels, batches, before = cells
+    return tasks.zeroshot_integration(X, labels, batches, unintegrated=before)
+
+
+@pytest.fixture(scope="module")
+def embedded(cells):
+    return integration._embedded(*cells)
+
+
+def test_values_are_those_of_scib_metrics(cells, metrics, embedded, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    import jax
+    import scib_metrics
+    from scib_metrics.nearest_neighbors import NeighborsResults
+    from umap import umap_
+
+    # For so few cells, to compile takes longer than not to.
+    monkeypatch.setattr(umap_, "smooth_knn_dist", umap_.smooth_knn_dist.py_func)
+    monkeypatch.setattr(umap_, "compute_membership_strengths", umap_.compute_membership_strengths.py_func)
+    X, labels, batches, before = cells
+    near = NeighborsResults(indices=embedded.indices, distances=embedded.distances)
+    graph = near.subset_neighbors(15)
+    ours = neighbourhood.similarities(graph.distances, graph.indices).toarray()
+    np.testing.assert_allclose(ours, graph.knn_graph_connectivities.toarray(), atol=1e-4)
+    clustered = scib_metrics.nmi_ari_cluster_labels_leiden(graph, labels, seed=0)
+    fixed = scib_metrics.nmi_ari_cluster_labels_leiden(graph, labels, optimize_resolution=False, seed=0)
+    with jax.disable_jit():
+        kbet = []
+        for label in np.unique(labels):
+            some = X[labels == label]
+            _, of = np.unique(batches[labels == label], return_inverse=True)
+            k = min(70, max(10, int(np.bincount(of).mean() // 4))) + 1
+            distances, indices = NearestNeighbors(n_neighbors=k).fit(some).kneighbors(some)
+            kbet.append(scib_metrics.kbet(NeighborsResults(indices=indices, distances=distances), of)[0])
+        expected = {
+            "nmi": clustered["nmi"],
+            "ari": clustered["ari"],
+            "nmi_fixed": fixed["nmi"],
+            "ari_fixed": fixed["ari"],
+            "asw_label": scib_metrics.silhouette_label(X, labels),
+            "isolated_labels": scib_metrics.isolated_labels(X, labels, batches),
+            "clisi": scib_metrics.clisi_knn(near, labels),
+            "asw_batch": scib_metrics.silhouette_batch(X, labels, batches),
+            "graph_connectivity": scib_metrics.graph_connectivity(graph, labels),
+            "ilisi": scib_metrics.ilisi_knn(near, batches),
+            "kbet": np.mean(kbet),
+            "pcr_comparison": scib_metrics.pcr_comparison(before, X, batches, categorical=True),
+        }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert all(0.02 < value < 0.999 for value in expected.values()), expected  # none agrees for being trivial
+
+
+def test_lisi_by_its_formula(cells, embedded, metrics):
+    _, labels, batches, _ = cells
+    weights = np.zeros_like(embedded.distances, dtype=float)
+    for i, (d, near) in enumerate(zip(embedded.distances.astype(float), embedded.indices, strict=True)):
+        others = near != i
+
+        def entropy(beta, d=d[others]):
+            p = np.exp(-beta * d) / np.exp(-beta * d).sum()
+            return -(p * np.log(p)).sum() - np.log(30)
+
+        p = np.exp(-brentq(entropy, 1e-3, 100) * d[others])
+        weights[i, others] = p / p.sum()
+    for name, of, scale in (("clisi", labels, lambda x: (4 - x) / 3), ("ilisi", batches, lambda x: (x - 1) / 2)):
+        shares = [(weights * (of[embedded.indices] == value)).sum(axis=1) for value in np.unique(of)]
+        assert metrics[name] == pytest.approx(scale(np.median(1 / np.square(shares).sum(axis=0))), abs=1e-4)
+
+
+def test_kbet_by_its_formula(cells, metrics):
+    X, labels, batches, _ = cells
+    rates = []
+    for label in np.unique(labels):
+        some, of = X[labels == label], batches[labels == label]
+        present = np.unique(of)
+        k = max(10, len(some) // len(present) // 4) + 1  # 90 cells of 3 or 2 batches: 7 or 11, with the cell itself
+        accepted = 0
+        for cell in some:
+            nearest = of[np.argsort(((some - cell) ** 2).sum(axis=1), kind="stable")[:k]]
+            observed = [(nearest == batch).sum() for batch in present]
+            accepted += chisquare(observed, [k * np.mean(of == batch) for batch in present]).pvalue >= 0.05
+        rates.append(accepted / len(some))
+    assert metrics["kbet"] == pytest.approx(np.mean(rates))
+
+
+def test_pcr_by_its_formula(cells, metrics):
+    X, _, batches, before = cells
+    dummies = (batches[:, None] == np.unique(batches)).astype(float)
+
+    def explained(X):
+        pca = PCA().fit(X)
+        scores = pca.transform(X)
+        r2 = [LinearRegression().fit(dummies, score).score(dummies, score) for score in scores.T]
+        return np.average(r2, weights=pca.explained_variance_)
+
+    assert metrics["pcr_comparison"] == pytest.approx(1 - explained(X) / explained(before), abs=1e-6)
+
+
+def test_total_weighs_bio_and_batch_as_scib(metrics):
+    bio = [metrics[name] for name in ("nmi", "ari", "asw_label", "isolated_labels", "clisi")]
+    batch = [metrics[name] for name in ("asw_batch", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")]
+    assert metrics["total"] == pytest.approx(0.6 * np.mean(bio) + 0.4 * np.mean(batch))
+
+
+def test_best_resolution_is_no_worse_than_the_fixed_one(metrics):
+    assert metrics["nmi"] >= metrics["nmi_fixed"]
+
+
+@settings(deadline=None)
+@given(
+    hnp.arrays(np.int64, st.integers(2, 60), elements=st.integers(0, 4)),
+    st.randoms(use_true_random=False),
+)
+def test_weights_are_cells_repeated(labels, random):
+    n_cells = len(labels)
+    clusters = np.array([random.choice([0, 1, 2, label]) for label in labels])
+    values = np.array([random.choice([0.0, 0.5, random.random()]) for _ in labels])
+    weights = np.array([[random.randrange(4) for _ in labels] for _ in range(3)], dtype=float)
+    weights[:, 0] += 1  # at least one cell
+    tables = integration.contingency(clusters, labels, weights)
+    for row, table_nmi, table_ari, median, mean in zip(
+        weights.astype(int),
+        integration.nmi(tables),
+        integration.ari(tables),
+        integration._median(values, weights),
+        integration._mean(values, weights),
+        strict=True,
+    ):
+        again = np.repeat(np.arange(n_cells), row)
+        assert table_nmi == pytest.approx(normalized_mutual_info_score(labels[again], clusters[again]), abs=1e-7)
+        assert table_ari == pytest.approx(adjusted_rand_score(labels[again], clusters[again]), abs=1e-7)
+        assert median == pytest.approx(np.median(values[again]))
+        assert mean == pytest.approx(values[again].mean())
+
+
+def test_every_metric_is_a_statistic_of_weights(embedded):
+    weights = np.ones((3, len(embedded.labels)))
+    weights[1] = 2
+    weights[2] = np.arange(len(embedded.labels)) % 3 == 0
+    for name, metric in integration.METRICS.items():
+        values = metric(embedded, weights)
+        assert values.shape == (3,), name
+        assert values[0] == pytest.approx(values[1], abs=2e-3), name  # twice the cells; pairs of ari count a cell twice
+        assert values[0] != values[2], name
+
+
+def test_intervals_hold_the_values(metrics):
+    assert set(metrics.intervals) == set(metrics)
+    for name, (low, high) in metrics.intervals.items():
+        assert low <= metrics[name] <= high, name
+        assert high - low < 0.25, name
+
+
+def test_chance_is_what_permuted_labels_reach(cells):
+    X, labels, batches, _ = cells
+    rng = np.random.default_rng(0)
+    runs = [tasks.zeroshot_integration(X, rng.permutation(labels), batches) for _ in range(8)]
+    for name in runs[0].chance:
+        reached = [run[name] for run in runs]
+        # The best of ten resolutions, chosen by the labels themselves, is a little above.
+        assert np.mean(reached) == pytest.approx(runs[0].chance[name], abs=0.05), name
+    assert set(runs[0].chance) == {*integration.BIO, "nmi_fixed", "ari_fixed", "graph_connectivity", "avg_bio"}
+
+
+def test_ceiling_is_what_batches_permuted_within_labels_reach(cells):
+    X, labels, batches, _ = cells
+    rng = np.random.default_rng(0)
+    runs = []
+    for _ in range(8):
+        mixed = batches.copy()
+        for label in np.unique(labels):
+            mixed[labels == label] = rng.permutation(mixed[labels == label])
+        runs.append(tasks.zeroshot_integration(X, labels, mixed))
+    assert np.mean([run["ilisi"] for run in runs]) == pytest.approx(runs[0].ceiling["ilisi"], abs=0.03)
+    assert np.mean([run["kbet"] for run in runs]) == pytest.approx(runs[0].ceiling["kbet"], abs=0.03)
+    assert runs[0].ceiling["ilisi"] < 0.95  # unequal batches cannot all be near
+
+
+def test_a_metric_is_added_with_one_line(cells, monkeypatch):
+    X, labels, batches, _ = cells
+    monkeypatch.setitem(integration.METRICS, "first_batch", lambda cells, weights: weights @ (cells.batches == 0) / 360)
+    metrics = tasks.zeroshot_integration(X, labels, batches)
+    assert metrics["first_batch"] == pytest.approx(np.mean(batches == "one"))
+    low, high = metrics.intervals["first_batch"]
+    assert low < metrics["first_batch"] < high
+
+
+def test_unintegrated_must_be_of_the_same_cells(cells):
+    X, labels, batches, before = cells
+    with pytest.raises(ValueError, match="`unintegrated` has 359 cells, the embedding 360"):
+        tasks.zeroshot_integration(X, labels, batches, unintegrated=before[1:])
+    assert "pcr_comparison" not in tasks.zeroshot_integration(X, labels, batches)
