@@ -5,13 +5,16 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: run report test notebooks lint lock
+.PHONY: run report lab test notebooks lint lock
 
 run: .venv/ready
 	$(BIN)/python run_all.py params/quick.yaml
 
 report: .venv/ready
 	$(BIN)/python -m datawall.report runs/quick
+
+lab: .venv/ready
+	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks/01_curation.ipynb
 
 test: .venv/ready
 	$(BIN)/python -m datawall.datasets

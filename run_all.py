@@ -290,7 +290,7 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dic
         )
         return False
     done = f"[{number}/{len(STAGES)}] {name} done in {time.perf_counter() - begin:.0f} s"
-    print(f"\r{done:<{len(line)}}", flush=True)
+    print(f"\r{done:<{len(line)}}" if sys.stdout.isatty() else done, flush=True)
     return True
 
 

@@ -28,7 +28,7 @@ PACE = {
     "model: SCimilarity": 6.0,
     "evaluation: zeroshot_classification": 0.8,
     "evaluation: zeroshot_integration": 1.7,
-    "evaluation: finetuned_classification": 0.9,
+    "evaluation: finetuned_classification": 7.0,
     "evaluation: perturbation_response": 2.1,
 }
 PACE_STEPS = 200  # of its models

@@ -109,6 +109,7 @@ class Site:
         sources = {one.key: one for each in scored for one in provenance.upstream(each, self.artifacts)}
         self.made = _in_order([*sources.values(), *scored])  # all that the results are made from
         self.notebooks = [notebooks.read(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
+        self.changes = changes(params.read(paths.repository() / "params" / f"{DEFAULT}.yaml"), study.params)
         figures = paths.figures_folder(study.folder)
         self.figures = sorted(path.stem for path in figures.glob("*.svg"))
         self.downloads = [
@@ -126,7 +127,13 @@ class Site:
         for before, notebook, after in zip(
             [None, *self.notebooks], self.notebooks, [*self.notebooks[1:], None], strict=False
         ):
-            content = {"notebook": notebook, "body": notebook.html(), "before": before, "after": after}
+            content = {
+                "changes": self.changes,
+                "notebook": notebook,
+                "body": notebook.html(),
+                "before": before,
+                "after": after,
+            }
             yield f"notebooks/{notebook.name}.html", self._page("notebook", notebook.opening[0], "../", **content)
         yield "provenance.html", self._page("provenance", "Provenance", tables=self._provenance())
         for one in self.made:
@@ -140,7 +147,6 @@ class Site:
         found = verdicts.verdicts(self.intervals)
         cells = {(row["model"], row["task"], row["dataset"]): row for row in found.to_dict("records")}
         plan = evaluation.plan(self.study)
-        default = paths.repository() / "params" / f"{DEFAULT}.yaml"
         return {
             "plan": plan,
             "sentences": verdicts.sentences(found),
@@ -152,7 +158,7 @@ class Site:
             "totals": provenance.costs(self.made)[["seconds", "n_bytes"]].sum(),
             "versions": provenance.versions(self.made),
             "devices": sorted({str(one.made.get("device", "unknown")) for one in self.made}),
-            "changes": changes(params.read(default), self.study.params),
+            "changes": self.changes,
             "of": date.fromtimestamp((self.study.folder / "study.yaml").stat().st_mtime).isoformat(),
         }
 
