@@ -191,10 +191,11 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
 def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
-    Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, grey lines chance
-    and the ceiling, the cross at 0 % the untrained control.
+    Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, the grey line the
+    ceiling, the cross at 0 % the untrained control. Chance is left to the tables: it would flatten every curve.
     """
     runs = mean_over_splits(select(results, metric=metric))
+    runs = runs[runs["model"] != CHANCE]
     reference = runs["strategy"].isin([BASELINE, CHECKPOINT])
     models = [name for name in results["model"].unique() if name in set(runs.loc[~reference, "model"])]
     names = runs["dataset"].unique()
@@ -202,10 +203,10 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
         len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), squeeze=False, layout="constrained",
         sharey="none" if metric == "loss" else "row",  # a family's pretraining loss has units of its own
     )  # fmt: skip
-    contenders = sorted(set(runs.loc[reference, "model"]) - {CHANCE, ORACLE})
+    contenders = sorted(set(runs.loc[reference, "model"]) - {ORACLE})
     styles = dict(zip(contenders, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))))))
     lines = {name: {"color": "black", "linestyle": style} for name, style in styles.items()}
-    lines |= {CHANCE: {"color": "0.6", "linestyle": "-"}, ORACLE: {"color": "0.6", "linestyle": (0, (1, 1))}}
+    lines |= {ORACLE: {"color": "0.6", "linestyle": "-"}}
     for row, dataset in enumerate(names):
         for column, model in enumerate(models):
             axis, shown = axes[row, column], select(runs, dataset=dataset, model=model)
@@ -223,7 +224,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             )
             if row < len(names) - 1:
                 axis.set(xlabel="")
-    _legend(figure, axes[0, 0])
+    _legend(figure, *axes[:, 0])
     return figure
 
 
@@ -355,8 +356,10 @@ def _percentage_axis(axis: plt.Axes, percentages: pd.Series, *, untrained: bool 
     sns.despine(ax=axis)
 
 
-def _legend(figure: Figure | SubFigure, axis: plt.Axes) -> None:
+def _legend(figure: Figure | SubFigure, *axes: plt.Axes) -> None:
     """One legend for the figure, below it."""
-    handles, names = axis.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
+    unique = {}
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        unique |= dict(zip(names, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
