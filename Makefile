@@ -5,7 +5,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: run report lab test notebooks lint lock
+.PHONY: run report lab test faults notebooks lint lock
 
 run: .venv/ready
 	$(BIN)/python run_all.py params/quick.yaml
@@ -19,6 +19,9 @@ lab: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m datawall.datasets
 	$(BIN)/python -m pytest
+
+faults: .venv/ready  # all faults, on the whole tiny study; `make test` has a short form
+	DATAWALL_FAULTS=full $(BIN)/python -m pytest tests/faults
 
 notebooks: .venv/ready  # execute in place and store the outputs
 	$(BIN)/python run_all.py params/quick.yaml

@@ -38,28 +38,6 @@ def in_shell(script, **names):
     return done.stdout
 
 
-def test_full_disk(undisturbed, tmp_path):
-    """Full in the midst of the models; then there is room again."""
-    size = sum(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
-    (here := tmp_path / "here").mkdir()
-    (kept := tmp_path / "kept").mkdir()
-    script = """
-        mount -t tmpfs -o size=$small none "$here"
-        if run; then echo "the disk is not full"; exit 1; fi
-        cp -a "$here/." "$kept/before"
-        mount -o remount,size=1g "$here"
-        run
-        cp -a "$here/." "$kept/after"
-    """
-    printed = in_shell(script, here=here, kept=kept, small=int(size * 0.7))
-    assert "No space left on device" in printed
-    assert "Traceback" not in printed
-    before = artifacts(kept / "before")
-    assert before
-    assert redone(before, artifacts(kept / "after")) == []
-    assert same_results(kept / "after", undisturbed)
-
-
 def test_folder_that_cannot_be_written(undisturbed, tmp_path):
     shutil.copytree(undisturbed, here := tmp_path / "here", copy_function=shutil.copy2)
     script = """
