@@ -152,11 +152,11 @@ def test_weights_are_cells_repeated(labels, random):
     values = np.array([random.choice([0.0, 0.5, random.random()]) for _ in labels])
     weights = np.array([[random.randrange(4) for _ in labels] for _ in range(3)], dtype=float)
     weights[:, 0] += 1  # at least one cell
-    tables = integration.contingency(clusters, labels, weights)
+    tables = neighbourhood.contingency(clusters, labels, weights)
     for row, table_nmi, table_ari, median, mean in zip(
         weights.astype(int),
-        integration.nmi(tables),
-        integration.ari(tables),
+        neighbourhood.nmi(tables),
+        neighbourhood.ari(tables),
         integration._median(values, weights),
         integration._mean(values, weights),
         strict=True,

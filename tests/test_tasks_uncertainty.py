@@ -86,14 +86,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_bias_of_resampling_is_taken_off():
-    # The squared mean of a sample of mean zero: resamples are twice as large on average.
+    # The squared mean of a sample: resamples are larger by its variance, on average.
     rng = np.random.default_rng(0)
     x = rng.normal(size=50)
-    x -= x.mean() - 0.1
+    x += 0.5 - x.mean()
     draws = np.square(uncertainty.resamples(50, 4000) @ x / 50)
-    low, high = uncertainty.interval(0.01, draws)
-    assert draws.mean() > 0.02
-    assert low + high == pytest.approx(sum(np.quantile(draws, [0.025, 0.975])) - 2 * (draws.mean() - 0.01))
+    low, high = uncertainty.interval(0.25, draws)
+    assert draws.mean() == pytest.approx(0.25 + x.var() / 50, rel=0.02)
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]) - (draws.mean() - 0.25))
     assert np.isnan(uncertainty.interval(0.5, np.array([np.nan]))).all()
     assert uncertainty.interval(0.0, draws)[0] == 0  # an error is never below zero
 

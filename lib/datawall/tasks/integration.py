@@ -18,7 +18,6 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
-from scipy.special import xlogy
 
 from datawall.tasks import neighbourhood, uncertainty
 from datawall.tasks.classification import check_embedding
@@ -58,7 +57,10 @@ class Embedded:
     def best_clusters(self) -> np.ndarray:
         """The clusters with the highest NMI."""
         once = np.ones((1, len(self.labels)))
-        return max(self.clusters, key=lambda clusters: nmi(contingency(clusters, self.labels, once))[0])
+        return max(
+            self.clusters,
+            key=lambda clusters: neighbourhood.nmi(neighbourhood.contingency(clusters, self.labels, once))[0],
+        )
 
     @property
     def fixed_clusters(self) -> np.ndarray:
@@ -171,41 +173,6 @@ def _embedded(
     return Embedded(embedding, *codes, unintegrated, distances.astype(np.float32), indices)
 
 
-# Metrics of clusters
-
-
-def contingency(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weight of the cells of each cluster and label, (n_weights, n_clusters, n_labels)."""
-    shape = clusters.max() + 1, labels.max() + 1
-    pair = clusters * shape[1] + labels
-    return np.stack([np.bincount(pair, each, minlength=shape[0] * shape[1]).reshape(shape) for each in weights])
-
-
-def _entropy(weights: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
-    """Entropy in nats of what weights are distributed over."""
-    p = weights / weights.sum(axis=axis, keepdims=True)
-    return -xlogy(p, p).sum(axis=axis)
-
-
-def nmi(tables: np.ndarray) -> np.ndarray:
-    """Mutual information over the mean of the two entropies; 1 where both are zero."""
-    entropies = _entropy(tables.sum(axis=2), 1) + _entropy(tables.sum(axis=1), 1)
-    return np.where(entropies > 0, 2 * (1 - _entropy(tables, (1, 2)) / np.where(entropies > 0, entropies, 1)), 1)
-
-
-def ari(tables: np.ndarray) -> np.ndarray:
-    """Adjusted Rand index (Hubert and Arabie 1985); 1 where both sides are one group, or both all single cells."""
-
-    def pairs(sizes: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
-        return (sizes * (sizes - 1) / 2).sum(axis=axis)
-
-    n_cells = tables.sum(axis=(1, 2))
-    of_clusters, of_labels = pairs(tables.sum(axis=2), 1), pairs(tables.sum(axis=1), 1)
-    expected = of_clusters * of_labels / np.maximum(n_cells * (n_cells - 1) / 2, 1)
-    span = (of_clusters + of_labels) / 2 - expected
-    return np.where(span > 0, (pairs(tables, (1, 2)) - expected) / np.where(span > 0, span, 1), 1)
-
-
 # Metrics of distances between cells
 
 
@@ -315,10 +282,18 @@ def _ilisi(cells: Embedded, weights: np.ndarray) -> np.ndarray:
 
 
 METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
-    "nmi": lambda cells, weights: nmi(contingency(cells.best_clusters, cells.labels, weights)),
-    "ari": lambda cells, weights: ari(contingency(cells.best_clusters, cells.labels, weights)),
-    "nmi_fixed": lambda cells, weights: nmi(contingency(cells.fixed_clusters, cells.labels, weights)),
-    "ari_fixed": lambda cells, weights: ari(contingency(cells.fixed_clusters, cells.labels, weights)),
+    "nmi": lambda cells, weights: neighbourhood.nmi(
+        neighbourhood.contingency(cells.best_clusters, cells.labels, weights)
+    ),
+    "ari": lambda cells, weights: neighbourhood.ari(
+        neighbourhood.contingency(cells.best_clusters, cells.labels, weights)
+    ),
+    "nmi_fixed": lambda cells, weights: neighbourhood.nmi(
+        neighbourhood.contingency(cells.fixed_clusters, cells.labels, weights)
+    ),
+    "ari_fixed": lambda cells, weights: neighbourhood.ari(
+        neighbourhood.contingency(cells.fixed_clusters, cells.labels, weights)
+    ),
     "asw_label": lambda cells, weights: (_mean(cells.silhouettes, weights) + 1) / 2,
     "isolated_labels": _isolated_labels,
     "clisi": _clisi,
@@ -365,7 +340,7 @@ def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:
     """NMI of the clusters with permuted labels, on average over permutations (Vinh et al. 2010)."""
     from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
-    tables = contingency(clusters, labels, np.ones((1, len(labels))))
-    entropies = _entropy(tables.sum(axis=2), 1) + _entropy(tables.sum(axis=1), 1)
+    tables = neighbourhood.contingency(clusters, labels, np.ones((1, len(labels))))
+    entropies = neighbourhood.entropy(tables.sum(axis=2), 1) + neighbourhood.entropy(tables.sum(axis=1), 1)
     table = contingency_matrix(labels, clusters, sparse=True, dtype=np.int64)
     return float(2 * expected_mutual_information(table, len(labels)) / entropies[0])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.special import xlogy
 
 KBET_ALPHA = 0.05  # level of the test
 TOLERANCE = 1e-5  # at which both searches below end
@@ -69,6 +70,38 @@ def leiden(weights: sp.coo_matrix, resolutions: Sequence[float]) -> list[np.ndar
         clusters.append(np.array(found.membership))
     igraph.set_random_number_generator(random)
     return clusters
+
+
+def contingency(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weight of the cells of each cluster and label, (n_weights, n_clusters, n_labels)."""
+    shape = clusters.max() + 1, labels.max() + 1
+    pair = clusters * shape[1] + labels
+    return np.stack([np.bincount(pair, each, minlength=shape[0] * shape[1]).reshape(shape) for each in weights])
+
+
+def entropy(weights: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
+    """Entropy in nats of what weights are distributed over."""
+    p = weights / weights.sum(axis=axis, keepdims=True)
+    return -xlogy(p, p).sum(axis=axis)
+
+
+def nmi(tables: np.ndarray) -> np.ndarray:
+    """Mutual information over the mean of the two entropies; 1 where both are zero."""
+    entropies = entropy(tables.sum(axis=2), 1) + entropy(tables.sum(axis=1), 1)
+    return np.where(entropies > 0, 2 * (1 - entropy(tables, (1, 2)) / np.where(entropies > 0, entropies, 1)), 1)
+
+
+def ari(tables: np.ndarray) -> np.ndarray:
+    """Adjusted Rand index (Hubert and Arabie 1985); 1 where both sides are one group, or both all single cells."""
+
+    def pairs(sizes: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
+        return (sizes * (sizes - 1) / 2).sum(axis=axis)
+
+    n_cells = tables.sum(axis=(1, 2))
+    of_clusters, of_labels = pairs(tables.sum(axis=2), 1), pairs(tables.sum(axis=1), 1)
+    expected = of_clusters * of_labels / np.maximum(n_cells * (n_cells - 1) / 2, 1)
+    span = (of_clusters + of_labels) / 2 - expected
+    return np.where(span > 0, (pairs(tables, (1, 2)) - expected) / np.where(span > 0, span, 1), 1)
 
 
 def lisi_weights(distances: np.ndarray, itself: np.ndarray, perplexity: float) -> np.ndarray:

@@ -1,0 +1,208 @@
+"""The tasks on real cells: what they say of embeddings whose worth is known beforehand."""
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from datawall import baselines, corpus, expression, tasks
+from datawall.tasks import perturbation
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def read(name):
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    return ad.read_h5ad(path)
+
+
+def one_hot(labels):
+    """The labels as an embedding, with a trace of noise so that no two cells are the same."""
+    types, codes = np.unique(labels, return_inverse=True)
+    return np.eye(len(types))[codes] + 0.01 * np.random.default_rng(0).normal(size=(len(labels), len(types)))
+
+
+# Classification
+
+
+@pytest.fixture(scope="module", params=["pbmc3k.h5ad", "sc_mixology.h5ad"])
+def typed(request):
+    """Principal components, types, and which cells test."""
+    adata = read(request.param)
+    labels = adata.obs["cell_type"].to_numpy().astype(str)
+    return baselines.pca_embedding(adata.X), labels, corpus.stratified_split(labels, [0.5, 0.5], seed=0) == 1
+
+
+def classified(X, labels, test, **options):
+    return tasks.zeroshot_classification(X[~test], labels[~test], X[test], labels[test], **options)
+
+
+def test_pca_is_far_above_chance(typed):
+    X, labels, test = typed
+    metrics = classified(X, labels, test, more_k=(1, 15))
+    for name, chance in metrics.chance.items():
+        if name.startswith("f1["):
+            continue
+        better = 1 if not name.endswith("error_rate") else -1
+        assert better * (metrics[name] - chance) > 0.5, name
+    majority = max(np.mean(labels[test] == label) for label in np.unique(labels))
+    assert metrics["micro_f1"] > majority + 0.4
+
+
+def test_shuffled_labels_are_classified_by_chance(typed):
+    X, labels, test = typed
+    labels = np.random.default_rng(0).permutation(labels)
+    metrics = classified(X, labels, test, probe=False)
+    assert metrics["micro_f1"] == pytest.approx(metrics.chance["micro_f1"], abs=0.04)
+    assert metrics["macro_f1"] == pytest.approx(metrics.chance["macro_f1"], abs=0.04)
+    assert metrics["balanced_accuracy"] == pytest.approx(metrics.chance["balanced_accuracy"], abs=0.04)
+
+
+def test_labels_as_embedding_are_classified_without_a_mistake(typed):
+    _, labels, test = typed
+    metrics = classified(one_hot(labels), labels, test)
+    assert metrics["micro_f1"] == metrics["macro_f1"] == metrics["probe_micro_f1"] == 1
+    assert metrics.intervals["micro_f1"] == (1, 1)
+
+
+# Integration
+
+
+@pytest.fixture(scope="module", params=[("pbmc_3_technologies.h5ad", "batch"), ("sc_mixology.h5ad", "assay")])
+def batched(request):
+    """Principal components, types and batches."""
+    name, batch = request.param
+    adata = read(name)
+    labels, batches = (adata.obs[column].to_numpy().astype(str) for column in ("cell_type", batch))
+    return baselines.pca_embedding(adata.X), labels, batches
+
+
+def integrated(X, labels, batches, unintegrated):
+    return tasks.zeroshot_integration(X, labels, batches, unintegrated=unintegrated)
+
+
+def test_pca_integrates_types_far_above_chance(batched):
+    X, labels, batches = batched
+    metrics = integrated(X, labels, batches, X)
+    for name in ("nmi", "ari", "avg_bio", "clisi", "graph_connectivity"):
+        assert metrics[name] > metrics.chance[name] + 0.25, name
+    assert metrics["pcr_comparison"] == 0  # the same components before and after
+
+
+def test_shuffled_labels_are_integrated_by_chance(batched):
+    X, labels, batches = batched
+    metrics = integrated(X, np.random.default_rng(7).permutation(labels), batches, X)
+    for name in ("nmi", "ari", "nmi_fixed", "ari_fixed", "avg_bio", "asw_label", "clisi"):
+        assert metrics[name] == pytest.approx(metrics.chance[name], abs=0.04), name
+
+
+def test_labels_as_embedding_have_the_best_bio_metrics(batched):
+    X, labels, batches = batched
+    metrics = integrated(one_hot(labels), labels, batches, X)
+    for name in ("nmi", "ari", "asw_label", "isolated_labels", "clisi", "graph_connectivity"):
+        assert metrics[name] > 0.98, name
+    assert metrics["ilisi"] > metrics.ceiling["ilisi"] - 0.03
+    assert metrics["kbet"] == pytest.approx(metrics.ceiling["kbet"], abs=0.04)
+
+
+def test_batch_offset_lowers_the_batch_metrics_and_spares_the_others(batched):
+    X, labels, batches = batched
+    noise = 0.1 * np.random.default_rng(1).normal(size=(len(labels), len(np.unique(labels)) + 1))
+    good = np.column_stack([one_hot(labels), np.zeros(len(labels))]) + noise
+    offset = good.copy()
+    offset[:, -1] += 0.3 * np.unique(batches, return_inverse=True)[1]  # types are 1.4 apart
+    before, after = (integrated(E, labels, batches, X) for E in (good, offset))
+    for name in ("asw_batch", "ilisi", "kbet", "pcr_comparison"):
+        assert after[name] < before[name] - 0.03, name
+        assert after.intervals[name][1] < before.intervals[name][0], name
+    for name in ("nmi", "ari", "asw_label", "isolated_labels", "clisi"):
+        assert after[name] > before[name] - 0.06, name
+
+
+def test_removing_the_batch_means_raises_the_batch_metrics(batched):
+    X, labels, batches = batched
+    corrected = X.copy()
+    for batch in np.unique(batches):
+        corrected[batches == batch] -= X[batches == batch].mean(axis=0)
+    before, after = (integrated(E, labels, batches, X) for E in (X, corrected))
+    for name in ("ilisi", "kbet", "pcr_comparison", "total"):
+        assert after[name] > before[name], name
+    assert after["pcr_comparison"] == pytest.approx(1, abs=1e-6)
+
+
+# Perturbation response
+
+
+@pytest.fixture(scope="module")
+def drugged():
+    """Principal components, expression, whether treated, and patient."""
+    adata = read("glioblastoma_panobinostat.h5ad")
+    X = expression.lognormalise(adata.X)
+    treated = (adata.obs["condition"] == "panobinostat").to_numpy()
+    return expression.pca_scores(X, 20), X.toarray(), treated, adata.obs["donor"].to_numpy().astype(str)
+
+
+def sides(X, treated, donor, held_out):
+    return X[treated & (donor == held_out)], X[~treated & (donor == held_out)]
+
+
+def test_drug_response_is_learnt_from_the_other_patients(drugged):
+    embedding, X, treated, donor = drugged
+    learnt, undrugged, directions = [], [], []
+    for held_out in np.unique(donor):
+        metrics = tasks.perturbation_response(embedding, X, treated, donor, held_out, seed=0)
+        learnt.append(metrics["pearson_delta"])
+        directions.append(metrics["direction_accuracy"])
+        # Other patients differ from this one, drug or no drug: that alone must not explain the agreement.
+        after, control = sides(X, treated, donor, held_out)
+        others = X[~treated & (donor != held_out)].mean(axis=0)
+        undrugged.append(perturbation.response_metrics(others, after, control)["pearson_delta"])
+    assert min(learnt) > 0.1
+    assert np.mean(learnt) > 0.4
+    assert np.mean(learnt) > np.mean(undrugged) + 0.1
+    assert np.mean(directions) > 0.75
+
+
+@pytest.mark.parametrize("matching", ["nearest", "ot"])
+def test_matched_cells_learn_the_response_too(drugged, matching):
+    embedding, X, treated, donor = drugged
+    metrics = tasks.perturbation_response(embedding, X, treated, donor, "PW030", seed=0, matching=matching)
+    assert metrics["pearson_delta"] > 0.4
+    assert metrics["pearson_delta_top50"] > 0.5
+
+
+def test_mean_shift_beats_no_change_and_the_oracle_beats_all(drugged):
+    _, X, treated, donor = drugged
+    for held_out in np.unique(donor):
+        after, control = sides(X, treated, donor, held_out)
+        other = donor != held_out
+        of = donor[~treated & other], donor[treated & other]
+        predicted = {
+            "no change": baselines.no_change(control),
+            "mean shift": baselines.mean_shift(control, X[~treated & other], X[treated & other], of),
+            "treated mean": baselines.treated_mean(X[treated & other], of[1]),
+        }
+        scores = {name: perturbation.response_metrics(cells, after, control) for name, cells in predicted.items()}
+        ceiling = perturbation.oracle(after, control, repeats=4)
+        assert scores["mean shift"]["pearson_delta"] > 0.4
+        assert scores["no change"]["pearson_delta"] == scores["no change"]["direction_accuracy"] == 0
+        for name, score in scores.items():
+            assert score["mse"] > 5 * ceiling["mse"], name
+            assert score["pearson_delta"] < ceiling["pearson_delta"], name
+            assert score["energy_distance"] > ceiling["energy_distance"] + 1, name
+
+
+def test_the_true_mean_reaches_the_ceiling(drugged):
+    _, X, treated, donor = drugged
+    for held_out in ("PW030", "PW040"):
+        after, control = sides(X, treated, donor, held_out)
+        ceiling = perturbation.oracle(after, control, repeats=4)
+        truth = perturbation.response_metrics(after.mean(axis=0), after, control)
+        assert truth["mse"] == pytest.approx(0, abs=1e-9)
+        for name in ("pearson_r", "pearson_delta", "pearson_delta_top50", "direction_accuracy"):
+            assert truth[name] == pytest.approx(1, abs=1e-6), name
+            assert truth[name] >= ceiling[name], name
+        assert ceiling["pearson_delta"] > 0.9
