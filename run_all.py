@@ -126,8 +126,9 @@ def _conclude(study: Any, failed: str | None, repository: Path) -> None:
     from datawall import report, results, verdicts
 
     page = report.write(study.folder)
-    print(f"report: {_shown(page, repository)}; the numbers: {_shown(study.folder / 'results.csv', repository)}")
+    print(f"report: {_shown(page, repository)}")
     if (study.folder / "intervals.parquet").is_file():
+        print(f"numbers: {_shown(study.folder / 'results.csv', repository)}")
         for sentence in verdicts.sentences(verdicts.verdicts(results.read_results(study.folder, "intervals"))):
             print(sentence)
     print(f"failed: {failed}" if failed else "nothing failed")

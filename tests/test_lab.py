@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     "study": "small",
     "corpus": "pbmc68k",
-    "strategies": ["random", "untrained"],
+    "batch_key": "dataset_id",
+    "strategies": ["random", "celltype_reweighted", "untrained"],
     "percentages": [50, 100],
     "seeds": [0, 1],
     "models": ["PretrainedPCA"],

@@ -223,7 +223,7 @@ def test_verdicts_are_those_of_the_numbers(run):
     assert by_model["difference"].tolist() == pytest.approx([0.105, -0.095])
     assert by_model["against"].to_dict() == {"PretrainedPCA": "above", "SSL": "below"}
     said = " ".join(verdicts.sentences(found))
-    assert "Of 2 curves, a model on a data set each, 1 reach" in said
+    assert "1 of 2 curves, one for each model and data set, reach" in said
     assert "1 of 2 are above the best baseline, 0 level with it and 1 below" in said
     text = "".join(Page(run / "report" / "index.html").text)
     assert all(number in text for number in ("0.905", "0.705", "0.800", "above PCA", "below PCA"))

@@ -63,8 +63,8 @@ def sentences(found: pd.DataFrame) -> list[str]:
     compared = found["against"].dropna()
     above, level, below = (int((compared == AGAINST[word]).sum()) for word in ("win", "tie", "loss"))
     return [
-        f"Of {n} curves, a model on a data set each, {early} reach the published saturation point at 10\u00a0% of the "
-        "corpus or less.",
+        f"{early} of {n} curves, one for each model and data set, reach the published saturation point at 10\u00a0% of "
+        "the corpus or less.",
         f"Held against the spread over seeds, {plateau} are on a plateau, equivalent to the full corpus; {improving} "
         f"still improve; {undecided} are undecided.",
         f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with it "
