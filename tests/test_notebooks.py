@@ -13,7 +13,9 @@ import run_all
 from datawall import params
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in run_all.STAGES.values()]
+STAGES = [ROOT / "notebooks" / f"{name}.ipynb" for name in run_all.STAGES.values()]
+PUBLISHED = ROOT / "notebooks" / "08_published_results.ipynb"  # no stage: it needs no study
+NOTEBOOKS = [*STAGES, PUBLISHED]
 CHECKED = "nbval-check-output"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,15 +51,20 @@ def test_checked_cells_print_facts_that_hold_elsewhere(path):
         assert not [output for output in cell.outputs if output.get("name") == "stderr"]
 
 
-@each_notebook
-def test_parameters_are_those_of_the_default_study(path):
+def declared(path):
     (cell,) = [cell for cell in cells_of(path, "code") if "parameters" in tags(cell)]
-    declared = {
-        target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body for target in line.targets
-    }
+    return {target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body for target in line.targets}
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_parameters_are_those_of_the_default_study(path):
     quick = params.read(ROOT / "params" / "quick.yaml").model_dump()
-    assert declared == {name: quick[name] for name in declared}
-    assert set(papermill.inspect_notebook(str(path))) == set(declared)
+    assert declared(path) == {name: quick[name] for name in declared(path)}
+
+
+@each_notebook
+def test_papermill_knows_the_parameters(path):
+    assert set(papermill.inspect_notebook(str(path))) == set(declared(path))
 
 
 @each_notebook

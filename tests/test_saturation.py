@@ -1,36 +1,19 @@
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from result_tables import curve, table
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_ind
 
 import datawall as dw
 from datawall.results import COLUMNS, headline, mean_over_splits, select, write_results
-from datawall.saturation import saturation_points
-
-PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "published" / "results.csv.gz"
-DEFAULTS = {
-    "study": "quick", "model": "scVI", "strategy": "random", "percentage": 1.0, "seed": 0, "n_cells": 100,
-    "task": "zeroshot_classification", "dataset": "kang2018", "metric": "micro_f1", "value": 0.5, "split": "donors",
-    "run_id": "a",
-}  # fmt: skip
+from datawall.saturation import curves_of, mean_over_datasets, saturation_points
 
 
-def table(*rows):
-    return pd.DataFrame([DEFAULTS | row for row in rows])[COLUMNS]
-
-
-def curve(scores, **common):
-    """A row for each score of each percentage."""
-    return [
-        common | {"percentage": float(percentage), "seed": seed, "value": value}
-        for percentage, values in scores.items()
-        for seed, value in enumerate(np.atleast_1d(values))
-    ]
-
-
-def point(results, metric="micro_f1"):
-    (found,) = saturation_points(results, metric)["percentage"]
+def point(results, metric="micro_f1", **settings):
+    (found,) = saturation_points(results, metric, n_resamples=0, **settings)["percentage"]
     return found
 
 
@@ -122,9 +105,27 @@ def test_unknown_rule_is_refused():
         saturation_points(table({}), "micro_f1", rule="elbow")
 
 
-def test_a_metric_that_is_better_when_lower_is_refused():
+@pytest.mark.parametrize("rule", ["published", "mean"])
+def test_a_metric_that_is_better_when_lower_is_refused_where_a_score_is_needed(rule):
     with pytest.raises(ValueError, match="lower mse is better"):
-        saturation_points(table({"metric": "mse"}), "mse")
+        saturation_points(table({"metric": "mse"}), "mse", rule=rule)
+
+
+@pytest.mark.parametrize(("rule", "margin"), [("published", 0.1), ("mean", 0.1), ("error", -0.1), ("equivalence", -1)])
+def test_a_margin_that_means_nothing_is_refused(rule, margin):
+    with pytest.raises(ValueError, match="margin"):
+        saturation_points(table({}), "micro_f1", rule=rule, margin=margin)
+
+
+@pytest.mark.parametrize("rule", ["error", "equivalence"])
+def test_a_score_above_one_is_not_made_an_error(rule):
+    with pytest.raises(ValueError, match="micro_f1 exceeds 1"):
+        saturation_points(table({"value": 1.5}), "micro_f1", rule=rule)
+
+
+def test_results_of_two_studies_are_not_mixed():
+    with pytest.raises(ValueError, match="several studies"):
+        saturation_points(table({}, {"study": "other"}), "micro_f1")
 
 
 def test_a_metric_without_pretrained_runs_is_refused():
@@ -175,13 +176,27 @@ HEAT_MAPS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"{PUBLISHED} is not on this machine")
+# The spike-in heat maps of zero-shot tasks; rows are subsets without, with 10 % and with 50 % of perturbed cells.
+SPIKE_INS = {
+    ("zeroshot_classification", "scVI"): [[1, 10, 1, 1], [1] * 4, [1] * 4],
+    ("zeroshot_classification", "SSL"): [[10, 25, 25, 25], [10, 25, 10, 25], [10] * 4],
+    ("zeroshot_classification", "Geneformer"): [[25, 1, 10, 1], [10, 1, 1, 1], [1] * 4],
+    ("zeroshot_integration", "scVI"): [[1, 1], [1, 1], [1, 1]],
+    ("zeroshot_integration", "SSL"): [[10, 50], [10, 25], [10, 10]],
+    ("zeroshot_integration", "Geneformer"): [[10, 25], [10, 10], [1, 1]],
+}
+
+
+@pytest.fixture(scope="module")
+def published():
+    return dw.published.results()
+
+
 @pytest.mark.parametrize("task", HEAT_MAPS)
-def test_published_heat_maps_are_reproduced_cell_for_cell(task):
+def test_published_heat_maps_are_reproduced_cell_for_cell(published, task):
     metric, datasets, above_one = HEAT_MAPS[task]
-    results = pd.read_csv(PUBLISHED).assign(study="published", n_cells=0, split="published", run_id="")
-    points = saturation_points(select(results, task=task), metric)
-    points = points[points["strategy"].isin(STRATEGIES) & points["dataset"].isin(datasets)]
+    points = saturation_points(select(published, task=task), metric, n_resamples=0)
+    points = points[points["strategy"].isin(STRATEGIES)]
     found = points.set_index(["model", "strategy", "dataset"])["percentage"].to_dict()
     expected = {
         (model, strategy, dataset): percentage
@@ -190,6 +205,215 @@ def test_published_heat_maps_are_reproduced_cell_for_cell(task):
         for dataset, percentage in zip(datasets, above_one.get((model, strategy), [1] * 4), strict=True)
     }
     assert found == expected
+
+
+@pytest.mark.parametrize(("task", "model"), SPIKE_INS)
+def test_published_spike_in_heat_maps_are_reproduced_cell_for_cell(published, task, model):
+    metric, datasets = HEAT_MAPS[task][:2]
+    points = saturation_points(select(published, task=task, model=model), metric, n_resamples=0)
+    shown = points.pivot_table(index="strategy", columns="dataset", values="percentage")
+    if task == "zeroshot_integration":
+        datasets = ["kim_lung", "periodontitis"]
+    assert shown.loc[["random", "spikein_10", "spikein_50"], datasets].to_numpy().tolist() == SPIKE_INS[task, model]
+
+
+def test_other_rules_on_the_published_table(published):
+    shown = published[published["strategy"].isin(STRATEGIES) & (published["task"] == "zeroshot_classification")]
+    by_rule = {
+        rule: saturation_points(shown, "micro_f1", rule=rule, n_resamples=0).set_index(["model", "strategy", "dataset"])
+        for rule in ("published", "mean", "error", "equivalence")
+    }
+    percentages = {rule: points["percentage"] for rule, points in by_rule.items()}
+    assert (percentages["published"] == 1).sum() == 42
+    assert (percentages["error"] == 1).sum() == 8
+    assert (percentages["error"] >= 25).sum() == 42
+    assert percentages["published"]["SSL", "random", "hematopoiesis"] == 10
+    assert percentages["mean"]["SSL", "random", "hematopoiesis"] == 25
+    assert percentages["published"]["Geneformer", "random", "hematopoiesis"] == 25
+    assert percentages["mean"]["Geneformer", "random", "hematopoiesis"] == 1
+    # By the margin that five seeds themselves suggest, they establish no plateau at all.
+    assert percentages["equivalence"].isna().all()
+
+
+def test_mean_rule_takes_means():
+    scores = {1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}
+    assert point(table(*curve(scores)), rule="published") == 1
+    assert point(table(*curve(scores)), rule="mean") == 10  # 0.85 exceeds 0.95 × 0.89
+
+
+@pytest.mark.parametrize(
+    ("scores", "margin", "expected"),
+    [
+        ({1: 0.90, 10: 0.94, 100: 0.96}, None, 100),  # the errors are 0.10, 0.06, 0.04
+        ({1: 0.90, 10: 0.94, 100: 0.96}, 0.5, 10),
+        ({1: 0.90, 10: [0.93, 0.99], 100: 0.95}, None, 10),
+        ({1: 0.9, 10: 0.96, 100: 0.94}, None, 10),  # the lowest error may lie at a smaller size
+    ],
+)
+def test_error_rule_by_hand(scores, margin, expected):
+    assert point(table(*curve(scores)), rule="error", margin=margin) == expected
+
+
+def test_error_rule_takes_a_metric_that_is_better_when_lower_as_it_is():
+    assert point(table(*curve({1: 3.0, 10: 1.04, 100: 1.0}, metric="mse")), "mse", rule="error") == 10
+
+
+def test_equivalence_is_that_of_two_one_sided_tests_corrected_together():
+    rng = np.random.default_rng(3)
+    sizes, margin, alpha = [1, 10, 25, 50, 100], 0.05, 0.05
+    levels = {"a": [0.6, 0.78, 0.79, 0.8, 0.8], "b": [0.5, 0.6, 0.76, 0.7, 0.8], "c": [0.79, 0.8, 0.8, 0.8, 0.8]}
+    scores = {
+        dataset: {size: rng.normal(level, 0.02, 4) for size, level in zip(sizes, of, strict=True)}
+        for dataset, of in levels.items()
+    }
+    rows = [row for dataset, of in scores.items() for row in curve(of, dataset=dataset)]
+    points = saturation_points(table(*rows), "micro_f1", rule="equivalence", margin=margin, n_resamples=0)
+    p = [
+        ttost_ind(of[size], of[100], -margin, margin, usevar="unequal")[0]
+        for of in scores.values()
+        for size in sizes[:-1]
+    ]
+    equivalent = multipletests(p, alpha, method="fdr_bh")[0].reshape(3, 4)
+    expected = [next((sizes[i] for i in range(4) if row[i:].all()), np.nan) for row in equivalent]
+    np.testing.assert_array_equal(points["percentage"], expected)
+    assert len({*points["percentage"].fillna(0)}) > 1
+    assert (points["margin"] == margin).all()
+
+
+def test_default_margin_is_twice_the_spread_at_the_full_corpus():
+    full = [0.7, 0.72, 0.75]
+    points = saturation_points(table(*curve({1: [0.7, 0.7, 0.71], 100: full})), "micro_f1", rule="equivalence")
+    assert points["margin"].item() == pytest.approx(2 * np.std(full, ddof=1))
+
+
+def test_a_strategy_without_the_full_corpus_borrows_it_but_a_spike_in_does_not():
+    noise = np.array([-0.001, 0, 0.001])
+    rows = [
+        *curve({1: 0.5 + noise, 10: 0.8 + noise, 100: 0.8 + noise}),
+        *curve({1: 0.5 + noise, 10: 0.8 + noise}, strategy="geometric_sketching"),
+        *curve({1: 0.5 + noise, 10: 0.8 + noise}, strategy="spikein_10"),
+    ]
+    points = saturation_points(table(*rows), "micro_f1", rule="equivalence", margin=0.01).set_index("strategy")
+    assert points["percentage"].fillna(0).to_dict() == {"random": 10, "geometric_sketching": 10, "spikein_10": 0}
+    assert points.loc["spikein_10", "verdict"] == "undecided"
+    # Other rules look at a strategy's own sizes.
+    own = saturation_points(table(*rows), "micro_f1", rule="error").set_index("strategy")["percentage"]
+    assert own["geometric_sketching"] == 10
+    assert [c.n_own for c in curves_of(table(*rows), "micro_f1")] == [2, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("scores", "margin", "verdict"),
+    [
+        ({1: [0.5, 0.51, 0.5], 50: [0.8, 0.81, 0.8], 100: [0.8, 0.81, 0.8]}, 0.05, "plateau"),
+        ({1: [0.5, 0.51, 0.5], 50: [0.7, 0.71, 0.7], 100: [0.8, 0.81, 0.8]}, 0.05, "still improving"),
+        ({1: [0.5, 0.51, 0.5], 50: [0.8, 0.81, 0.8], 100: [0.7, 0.71, 0.7]}, 0.05, "undecided"),  # worse
+        ({1: [0.5, 0.51, 0.5], 50: [0.6, 0.81, 0.7], 100: [0.6, 0.71, 0.9]}, 0.05, "undecided"),  # too noisy
+        ({1: [0.5, 0.51], 50: [0.5, 0.51], 75: [0.7, 0.71]}, 0.05, "undecided"),  # no full corpus
+        ({1: 0.5, 50: 0.5, 100: 0.5}, 0.05, "undecided"),  # one seed
+        ({100: [0.5, 0.51]}, 0.05, "undecided"),  # one size
+    ],
+)
+def test_verdicts_of_the_equivalence_rule(scores, margin, verdict):
+    points = saturation_points(table(*curve(scores)), "micro_f1", rule="equivalence", margin=margin)
+    assert points["verdict"].item() == verdict
+    assert points["percentage"].notna().item() == (verdict == "plateau")
+
+
+def test_interval_of_the_bootstrap_is_the_one_worked_out_by_hand():
+    # Runs at 10 % are 0.84 or 0.90 by a coin; scaled by √2, a resample has 0.8276 or 0.9124, and a mean of the two
+    # with chances 1/4, 1/4 and 1/2 of 0.87. The mean at 100 % is 0.96, of which 0.95 is 0.912.
+    results = table(*curve({1: [0.5, 0.5], 10: [0.84, 0.90], 100: [0.96, 0.96]}))
+    wide = saturation_points(results, "micro_f1", rule="mean", confidence=0.95, n_resamples=4000)
+    assert wide[["percentage", "low", "high"]].to_numpy().tolist() == [[100, 10, 100]]
+    # A quarter of the resamples are at 10 %: the lower bound leaves it at a confidence below one half.
+    assert saturation_points(results, "micro_f1", rule="mean", confidence=0.45)["low"].item() == 100
+    assert saturation_points(results, "micro_f1", rule="mean", confidence=0.55)["low"].item() == 10
+
+
+def test_intervals_need_two_runs_of_each_size():
+    results = table(*curve({1: [0.5, 0.6], 10: [0.9, 0.95], 100: 0.92}))
+    assert saturation_points(results, "micro_f1")[["low", "high"]].isna().all(axis=None)
+
+
+def test_an_interval_that_reaches_beyond_the_corpus_has_no_upper_bound():
+    noise = np.array([-0.02, 0, 0.02])
+    results = table(*curve({1: 0.5 + noise, 10: 0.8 + noise, 100: 0.8 + noise}))
+    points = saturation_points(results, "micro_f1", rule="equivalence", margin=0.065)
+    assert points["percentage"].item() == 10
+    assert points["low"].item() == 10
+    assert np.isnan(points["high"].item())
+
+
+def test_mean_over_datasets_takes_complete_runs():
+    rows = [
+        row
+        for dataset, shift in (("a", 0), ("b", 0.2))
+        for row in curve({1: [0.5, 0.6], 10: 0.7 + shift}, dataset=dataset)
+    ]
+    means = mean_over_datasets(table(*rows[:-1]), "micro_f1")
+    assert means[["percentage", "seed", "value"]].to_numpy().tolist() == [[1, 0, 0.5], [1, 1, 0.6]]
+    means = mean_over_datasets(table(*rows), "micro_f1")
+    assert means[["dataset", "percentage", "value"]].iloc[-1].tolist() == ["all", 10, pytest.approx(0.8)]
+
+
+few = settings(max_examples=15, deadline=None)
+RULES = ("published", "mean", "error", "equivalence")
+curves = st.dictionaries(
+    st.sampled_from([1.0, 10.0, 25.0, 50.0, 75.0, 100.0]),
+    st.lists(st.floats(0.01, 0.99), min_size=2, max_size=4),
+    min_size=1,
+)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@few
+@given(scores=st.lists(curves, min_size=1, max_size=3), order=st.randoms(use_true_random=False))
+def test_neither_row_order_nor_names_matter(rule, scores, order):
+    rows = [row for number, of in enumerate(scores) for row in curve(of, dataset=f"set {number}")]
+    points = saturation_points(table(*rows), "micro_f1", rule=rule, n_resamples=20)
+    order.shuffle(rows)
+    pd.testing.assert_frame_equal(saturation_points(table(*rows), "micro_f1", rule=rule, n_resamples=20), points)
+    # New names of models and data sets, in another order, and of seeds.
+    renamed = [
+        row | {"model": "A", "dataset": f"{9 - int(row['dataset'][-1])}", "seed": 7 - row["seed"]} for row in rows
+    ]
+    again = saturation_points(table(*renamed), "micro_f1", rule=rule, n_resamples=20)[::-1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again.drop(columns=["model", "dataset"]), points.drop(columns=["model", "dataset"]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@few
+@given(
+    value=st.floats(0, 1),
+    sizes=st.sets(st.sampled_from([1.0, 10.0, 25.0, 75.0]), min_size=1),
+    n_seeds=st.lists(st.integers(2, 5), min_size=5, max_size=5),
+)
+def test_a_constant_curve_saturates_at_the_smallest_size(rule, value, sizes, n_seeds):
+    scores = {size: [value] * n for size, n in zip([*sorted(sizes), 100.0], n_seeds, strict=False)}
+    assert point(table(*curve(scores)), rule=rule) == min(sizes)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@few
+@given(
+    start=st.floats(0.05, 0.3),
+    step=st.floats(0.06, 0.13),
+    sizes=st.sets(st.sampled_from([1.0, 10.0, 25.0, 50.0, 75.0]), min_size=1),
+)
+def test_a_line_that_rises_to_the_end_saturates_nowhere_before(rule, start, step, sizes):
+    sizes = [*sorted(sizes), 100.0]
+    scores = {size: [start + step * position] * 3 for position, size in enumerate(sizes)}
+    found = point(table(*curve(scores)), rule=rule)
+    assert np.isnan(found) if rule == "equivalence" else found == 100
+
+
+@few
+@given(scores=curves)
+def test_a_wider_margin_never_saturates_later(scores):
+    for rule in ("error", "equivalence"):
+        narrow, wide = (point(table(*curve(scores)), rule=rule, margin=margin) for margin in (0.02, 0.2))
+        assert np.isnan(narrow) or wide <= narrow
 
 
 def test_results_are_read_as_written(tmp_path):

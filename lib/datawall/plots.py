@@ -40,6 +40,14 @@ LABELS = {
     "zeroshot_integration": "zero-shot integration",
     "finetuned_classification": "fine-tuned classification",
     "perturbation_response": "perturbation response",
+    "kim_lung": "lung",
+    "homoharringtonine": "homohar-\nringtonine",
+    "ph797804": "PH-797804",
+    "tak901": "TAK-901",
+    "spikein_10": "10 % perturbed cells",
+    "spikein_50": "50 % perturbed cells",
+    "LogisticRegression": "logistic regression",
+    "NoChange": "no change",
 }
 # The unit of each family's training loss.
 LOSSES = {

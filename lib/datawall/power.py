@@ -1,0 +1,105 @@
+"""How often each rule is right: learning curves with a known truth, with the seed spread of the published results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from datawall import published
+from datawall.adaptive import Plan, settle
+from datawall.results import select
+from datawall.saturation import PLATEAU, curves_of, saturation_points
+from datawall.scaling import scaling_curves
+
+SIZES = np.array([1.0, 10, 25, 50, 75, 100])  # per cent, as published
+ERROR = 0.25  # at 1 %; plateaus lie at half of it, and the error that still falls is there at 100 %
+EXPONENT = np.log(2) / np.log(100)
+TRUTHS = {"plateau at 1 %": 1.0, "plateau at 10 %": 10.0, "plateau at 25 %": 25.0, "still improving": np.inf}
+MARGIN = 0.01  # the error that still falls loses 0.012 to 0.015 with every doubling from 25 % on
+
+
+def simulated_curves(n_curves: int, n_seeds: int, *, seed: int = 0) -> pd.DataFrame:
+    """Results of made-up pretraining runs, `n_curves` of each of `TRUTHS`, named in the column `task`.
+
+    The error follows a power law without an end, or a steeper one that ends in a plateau. The noise of each size is
+    normal, with the standard deviation over seeds of that size in one of the 20 published curves of zero-shot
+    classification (random subsets, micro-F1), drawn for each simulated curve.
+    """
+    rng = np.random.default_rng(seed)
+    shown = select(published.results(), task="zeroshot_classification", strategy="random")
+    spreads = np.array([[runs.std(ddof=1) for runs in curve.runs] for curve in curves_of(shown, "micro_f1")])
+    tables = []
+    for truth, end in TRUTHS.items():
+        exponent = np.log(2) / np.log(end) if 1 < end < np.inf else EXPONENT
+        error = ERROR * np.minimum(SIZES, end) ** -exponent
+        spread = spreads[rng.integers(len(spreads), size=n_curves)]
+        values = 1 - error[:, None] + spread[:, :, None] * rng.standard_normal((n_curves, len(SIZES), n_seeds))
+        curve, size, run = np.indices(values.shape).reshape(3, -1)
+        names = np.array([f"curve {number}" for number in range(n_curves)])
+        of = {"dataset": names[curve], "percentage": SIZES[size], "seed": run, "value": np.minimum(values.ravel(), 1)}
+        tables.append(pd.DataFrame(of).assign(task=truth))
+    of_all = {"study": "simulated", "model": "model", "strategy": "random", "metric": "score", "split": ""}
+    results = pd.concat(tables, ignore_index=True).assign(**of_all)
+    return results.assign(n_cells=results["percentage"] * published.CELLS_PER_PERCENT)
+
+
+def rates(n_curves: int = 250, n_seeds: Sequence[int] = (3, 5, 10), *, seed: int = 0) -> pd.DataFrame:
+    """How often each rule sees a plateau at half of the corpus or less, by truth and number of seeds.
+
+    Returns
+    -------
+    table with a row per rule and number of seeds, and the columns: `false plateau` (share of the curves that still
+    improve on which the rule sees a plateau), `missed plateau` (share of the curves with a plateau on which it sees
+    none), `too early` (share of the plateaus at 10 and 25 % that it sees at a smaller size), `in place` (share of all
+    plateaus that it sees at their true beginning) and `runs` (share of the grid that it takes). The curve's predicted
+    gain has no place to give.
+    """
+    rows = []
+    for number in n_seeds:
+        results = simulated_curves(n_curves, number, seed=seed)
+        points = {
+            "published": saturation_points(results, "score", n_resamples=0),
+            "mean": saturation_points(results, "score", rule="mean", n_resamples=0),
+            "error": saturation_points(results, "score", rule="error", n_resamples=0),
+            "equivalence, margin 2 SD": saturation_points(results, "score", rule="equivalence", n_resamples=0),
+            f"equivalence, margin {MARGIN:g}": saturation_points(
+                results, "score", rule="equivalence", margin=MARGIN, n_resamples=0
+            ),
+            "predicted gain": scaling_curves(results, "score", margin=MARGIN, n_resamples=100),
+            "adaptive": _adaptive(results, number, seed),
+        }
+        for rule, found in points.items():
+            rows.append({"rule": rule, "seeds": number, **_summary(found)})
+    return pd.DataFrame(rows)
+
+
+def _adaptive(results: pd.DataFrame, n_seeds: int, seed: int) -> pd.DataFrame:
+    """What `adaptive.settle` makes of each curve."""
+    plan = Plan(margin=MARGIN, percentages=tuple(SIZES.tolist()), seeds=tuple(range(n_seeds)))
+    rows = []
+    for curve in curves_of(results, "score"):
+        rng = np.random.default_rng(seed)
+        scores = {size: rng.permutation(runs) for size, runs in zip(curve.percentages, curve.runs, strict=True)}
+        found = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], plan)
+        rows.append((curve.key[2], found.percentage, found.share))
+    return pd.DataFrame(rows, columns=["task", "percentage", "runs"])
+
+
+def _summary(found: pd.DataFrame) -> dict[str, float]:
+    """Rates of one rule."""
+    end = found["task"].map(TRUTHS)
+    real = np.isfinite(end)
+    shares = {"runs": found["runs"].mean() if "runs" in found else 1.0}
+    if "percentage" not in found:
+        seen = found["verdict"] == PLATEAU
+        return {"false plateau": seen[~real].mean(), "missed plateau": 1 - seen[real].mean(), **shares}
+    seen = found["percentage"] <= 50
+    return {
+        "false plateau": seen[~real].mean(),
+        "missed plateau": 1 - seen[real].mean(),
+        "too early": (found["percentage"] < end)[real & (end > 1)].mean(),
+        "in place": (found["percentage"] == end)[real].mean(),
+        **shares,
+    }

@@ -1,0 +1,157 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from result_tables import curve, table
+from scipy import stats
+
+from datawall import adaptive, power
+from datawall.adaptive import Plan, settle
+from datawall.saturation import saturation_points
+
+GRID = (1, 10, 25, 50, 75, 100)
+
+
+def oracle(score, *, noise=0.002, seed=0):
+    """A made-up model; counts how often it is asked."""
+
+    def run(percentage, number):
+        asked.append((percentage, number))
+        rng = np.random.default_rng([seed, int(percentage), number])
+        return score(percentage) + noise * rng.standard_normal()
+
+    asked = run.asked = []
+    return run
+
+
+def test_a_flat_curve_settles_on_two_sizes():
+    run = oracle(lambda percentage: 0.8, noise=0.0005)
+    found = settle(run, Plan(margin=0.02, percentages=GRID))
+    assert (found.verdict, found.percentage) == ("plateau", 1)
+    assert run.asked == [(1, 0), (1, 1), (10, 0), (10, 1)]
+    assert found.share == pytest.approx(4 / 30)
+    assert found.runs[["percentage", "seed"]].to_numpy().tolist() == [list(each) for each in run.asked]
+    assert "beyond 1 %" in found.reason
+
+
+def test_a_plateau_is_found_where_it_begins():
+    found = settle(oracle(lambda p: 0.6 + 0.1 * np.log10(min(p, 10))), Plan(margin=0.02, percentages=GRID))
+    assert (found.verdict, found.percentage) == ("plateau", 10)
+    assert found.share < 0.4
+
+
+def test_a_curve_that_rises_to_the_end_is_followed_to_the_end():
+    found = settle(oracle(lambda p: 0.4 + 0.2 * np.log10(p)), Plan(margin=0.02, percentages=GRID))
+    assert found.verdict == "still improving"
+    assert np.isnan(found.percentage)
+    assert {50, 100} <= set(found.runs["percentage"])
+
+
+def test_noise_leaves_it_undecided_at_the_end_of_the_budget():
+    for budget in (0.4, 1.0):
+        run = oracle(lambda percentage: 0.8, noise=0.2)
+        found = settle(run, Plan(margin=0.02, percentages=GRID, budget=budget))
+        assert found.verdict == "undecided"
+        assert 0.3 < found.share <= budget
+        assert len(set(run.asked)) == len(run.asked)  # nothing is run twice
+    assert len(run.asked) == 30  # all of the grid, in the end
+
+
+def test_scores_on_several_data_sets_are_averaged():
+    found = settle(
+        lambda percentage, seed: [0.7 + 0.001 * seed, 0.9 - 0.001 * seed], Plan(margin=0.02, percentages=GRID)
+    )
+    assert found.runs["score"].tolist() == pytest.approx([0.8] * 4)
+
+
+def test_what_is_still_to_come_is_the_bound_of_a_regression():
+    scores = {1: [0.70, 0.71], 10: [0.76, 0.77], 25: [0.77, 0.79]}
+    plan = Plan(margin=0.02, percentages=GRID)
+    of_all, of_two = adaptive.still_to_come(scores, plan)
+    x, y = np.log2([1, 1, 10, 10, 25, 25]), np.concatenate(list(scores.values()))
+    slope, intercept = np.polyfit(x, y, 1)
+    error = np.sqrt(((y - slope * x - intercept) ** 2).sum() / 4 / ((x - x.mean()) ** 2).sum())
+    # Sizes 1, 10 and 100 are on the ladder: two looks share the doubt of 5 %.
+    assert plan.ladder() == [1, 10, 100]
+    upper = slope + stats.t.ppf(0.975, 4) * error
+    assert of_all == pytest.approx((1, slope * np.log2(100), upper * np.log2(100)))
+    assert of_two.start == 10
+
+
+def test_on_all_runs_of_a_curve_that_is_no_line_the_equivalence_rule_decides():
+    noise = np.array([-0.001, 0, 0.001])
+    scores = {1: 0.5 + noise, 10: 0.6 + noise, 25: 0.7 + noise, 50: 0.7 + noise, 75: 0.65 + noise, 100: 0.8 + noise}
+    verdict, percentage, reason = adaptive.decide(scores, Plan(margin=0.02, percentages=GRID))
+    assert reason == "by the rule equivalence"
+    point = saturation_points(table(*curve(scores)), "micro_f1", rule="equivalence", margin=0.02).iloc[0]
+    assert verdict == point["verdict"] == "still improving"
+    assert np.isnan(percentage)
+    assert np.isnan(point["percentage"])
+
+
+@pytest.mark.parametrize(
+    ("percentages", "ladder"),
+    [
+        ((1, 2, 5, 10, 25, 50, 100), [1, 5, 25, 100]),
+        ((1, 10, 25, 50, 75, 100), [1, 10, 100]),
+        ((50, 100), [50, 100]),
+        ((0.1, 1, 10), [0.1, 1, 10]),
+    ],
+)
+def test_ladder(percentages, ladder):
+    assert Plan(margin=0.1, percentages=percentages).ladder() == ladder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"percentages": (100,)}, "two or more"),
+        ({"percentages": (10, 1)}, "ascending"),
+        ({"percentages": (0, 100)}, "above 0"),
+        ({"first_seeds": 1}, "at least 2"),
+        ({"first_seeds": 6}, "at most the 5 seeds"),
+        ({"margin": 0}, "above 0"),
+        ({"budget": 0.1}, "first two sizes"),
+    ],
+)
+def test_plans_that_cannot_be_carried_out_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**{"margin": 0.1} | settings)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    levels=st.lists(st.floats(0, 1), min_size=6, max_size=6),
+    noise=st.floats(0, 0.1),
+    margin=st.floats(0.001, 0.5),
+    budget=st.floats(0.2, 1),
+    seed=st.integers(0, 9),
+)
+def test_budget_and_grid_are_kept_whatever_comes(levels, noise, margin, budget, seed):
+    run = oracle(lambda percentage: levels[GRID.index(percentage)], noise=noise, seed=seed)
+    found = settle(run, Plan(margin=margin, percentages=GRID, budget=budget))
+    assert len(set(run.asked)) == len(run.asked) == len(found.runs) <= budget * 30
+    assert found.verdict in ("plateau", "still improving", "undecided")
+    assert np.isnan(found.percentage) == (found.verdict != "plateau")
+
+
+def test_replay_agrees_with_all_runs_and_saves_most():
+    results = power.simulated_curves(6, 5)
+    replayed = adaptive.replay(results, "score", Plan(margin=power.MARGIN))
+    # Means over curves of one truth: what differs between them is averaged away.
+    assert replayed.set_index("task")["full"].to_dict() == {
+        "plateau at 1 %": "plateau", "plateau at 10 %": "plateau", "plateau at 25 %": "plateau",
+        "still improving": "still improving",
+    }  # fmt: skip
+    assert (replayed["full"] == replayed["adaptive"]).mean() >= 0.75
+    assert replayed["share"].mean() < 0.7
+
+
+def test_replay_turns_a_metric_that_is_better_when_lower():
+    results = power.simulated_curves(3, 5)
+    lower = results.assign(metric="mse", value=1 - results["value"])
+    columns = ["task", "full", "adaptive", "share"]
+    scored, turned = (
+        adaptive.replay(of, metric, Plan(margin=0.02))[columns] for of, metric in ((results, "score"), (lower, "mse"))
+    )
+    assert scored["full"].equals(turned["full"])

@@ -1,0 +1,200 @@
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.formula.api as smf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from result_tables import curve, table
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from datawall import effects, published
+from datawall.results import select
+
+
+def two_strategies(shift, *, n_seeds=6, datasets=("a", "b", "c"), sizes=(1, 10), seed=0):
+    """Scores of a subset strategy that is worth `shift` more than random subsets, with effects of data set and run."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for strategy, worth in (("random", 0), ("celltype_reweighted", shift)):
+        for size in sizes:
+            run = 0.02 * rng.standard_normal(n_seeds)
+            for number, dataset in enumerate(datasets):
+                noise = 0.01 * rng.standard_normal(n_seeds)
+                values = 0.5 + 0.1 * number + 0.05 * np.log10(size) + worth + run + noise
+                rows += curve({size: values}, strategy=strategy, dataset=dataset)
+    return table(*rows)
+
+
+def test_effect_is_that_of_welchs_test_corrected_over_the_table():
+    results = two_strategies(0.03)
+    found = effects.strategy_effects(results, "micro_f1")
+    assert len(found) == 6
+    expected = []
+    for row in found.itertuples():
+        of = select(results, dataset=row.dataset, percentage=row.percentage)
+        test = stats.ttest_ind(
+            select(of, strategy=row.strategy)["value"], select(of, strategy="random")["value"], equal_var=False
+        )
+        interval = test.confidence_interval(0.95)
+        assert (row.low, row.high, row.p) == pytest.approx((interval.low, interval.high, test.pvalue))
+        assert (row.low + row.high) / 2 == pytest.approx(row.difference)
+        expected.append(test.pvalue)
+    np.testing.assert_allclose(found["p_adjusted"], multipletests(expected, method="fdr_bh")[1])
+
+
+def test_paired_effect_is_that_of_the_paired_test():
+    results = two_strategies(0.03).sample(frac=1, random_state=0)
+    found = effects.strategy_effects(results, "micro_f1", paired=True, confidence=0.9)
+    row = found.iloc[0]
+    of = select(results, dataset=row["dataset"], percentage=row["percentage"]).sort_values("seed")
+    test = stats.ttest_rel(select(of, strategy=row["strategy"])["value"], select(of, strategy="random")["value"])
+    interval = test.confidence_interval(0.9)
+    assert row[["low", "high", "p"]].tolist() == pytest.approx([interval.low, interval.high, test.pvalue])
+
+
+def test_other_seeds_are_no_pairs():
+    results = table(*curve({1: [0.5, 0.6]}), *curve({1: [0.5, 0.6, 0.7]}, strategy="celltype_reweighted"))
+    with pytest.raises(ValueError, match="seeds of celltype_reweighted and random differ"):
+        effects.strategy_effects(results, "micro_f1", paired=True)
+
+
+@pytest.mark.parametrize("compare", [effects.strategy_effects, effects.mixed_effects])
+def test_a_size_that_only_one_strategy_has_is_no_comparison(compare):
+    results = table(*curve({100: [0.5, 0.6]}), *curve({1: [0.5, 0.6]}, strategy="celltype_reweighted"))
+    with pytest.raises(ValueError, match="no size has runs of 'random'"):
+        compare(results, "micro_f1")
+
+
+def test_single_runs_have_a_difference_but_no_test():
+    rows = [*curve({1: 0.5, 10: [0.6, 0.7]}), *curve({1: 0.6, 10: [0.7, 0.8]}, strategy="celltype_reweighted")]
+    found = effects.strategy_effects(table(*rows), "micro_f1").set_index("percentage")
+    assert found["difference"].tolist() == pytest.approx([0.1, 0.1])
+    assert found.loc[1, ["low", "high", "p", "p_adjusted"]].isna().all()
+    assert found.loc[10, "p"] == found.loc[10, "p_adjusted"]  # a family of one
+
+
+def test_strategies_that_agree_to_the_last_digit_do_not_differ():
+    rows = [*curve({1: [0.5, 0.5]}), *curve({1: [0.5, 0.5]}, strategy="a"), *curve({1: [0.6, 0.6]}, strategy="b")]
+    assert effects.strategy_effects(table(*rows), "micro_f1")["p"].tolist() == [1, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(shift=st.floats(-1, 1), order=st.integers(0, 100))
+def test_neither_order_nor_level_matters(shift, order):
+    results = two_strategies(0.02, n_seeds=3)
+    moved = results.assign(value=results["value"] + shift).sample(frac=1, random_state=order)
+    pd.testing.assert_frame_equal(
+        effects.strategy_effects(moved, "micro_f1"), effects.strategy_effects(results, "micro_f1"), atol=1e-12
+    )
+
+
+def test_mixed_effect_of_balanced_runs_is_that_of_their_means():
+    # Where every run is judged on every data set, and all sizes have as many, the estimate is the difference of means,
+    # and its standard error that of the runs' means: of 2 × 2 × 6 runs, with two sizes and a strategy fitted.
+    results = two_strategies(0.03)
+    found = effects.mixed_effects(results, "micro_f1").iloc[0]
+    of_runs = results.groupby(["strategy", "percentage", "seed"], as_index=False)["value"].mean()
+    fitted = smf.ols("value ~ C(strategy, Treatment('random')) + C(percentage)", of_runs).fit()
+    name = "C(strategy, Treatment('random'))[T.celltype_reweighted]"
+    assert found["difference"] == pytest.approx(fitted.params[name])
+    assert (found["high"] - found["low"]) / (2 * stats.norm.ppf(0.975)) == pytest.approx(fitted.bse[name], rel=0.01)
+    assert found["low"] < 0.03 < found["high"]
+
+
+def test_mixed_effects_hold_their_level_and_find_what_is_there():
+    level = [effects.mixed_effects(two_strategies(0, seed=seed), "micro_f1")["p"].item() < 0.05 for seed in range(20)]
+    power = [effects.mixed_effects(two_strategies(0.05, seed=s), "micro_f1")["p"].item() < 0.05 for s in range(5)]
+    assert sum(level) <= 4  # 1 expected; 5 or more have a chance of 0.3 %
+    assert all(power)
+
+
+def diverse(n_seeds=5, seed=0):
+    """Diversity of subsets of three strategies, by strategy, percentage and seed."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        (strategy, float(size), run, level + 0.3 * rng.standard_normal(), 30.0 + level, np.nan)
+        for strategy, level in (("random", 6), ("celltype_reweighted", 7), ("geometric_sketching", 6.2))
+        for size in (1, 10)
+        for run in range(n_seeds)
+    ]
+    return pd.DataFrame(rows, columns=["strategy", "percentage", "seed", "shannon", "inverse_simpson", "vendi"])
+
+
+def test_a_planted_slope_on_diversity_is_found():
+    subsets, rows, rng = diverse(), [], np.random.default_rng(0)
+    within = subsets["shannon"] - subsets.groupby("percentage")["shannon"].transform("mean")
+    for number, dataset in enumerate("ab"):
+        noise = 0.001 * rng.standard_normal(len(subsets))
+        value = 0.3 + 0.1 * number + 0.02 * subsets["shannon"] + 0.1 * (subsets["percentage"] == 10) + noise
+        rows += subsets.assign(value=value, dataset=dataset).to_dict("records")
+    keys = ("strategy", "percentage", "seed", "value", "dataset")
+    results = table(*({key: row[key] for key in keys} for row in rows))
+    found = effects.diversity_effects(results, subsets, "micro_f1", confidence=0.99).set_index("measure")
+    assert "vendi" not in found.index  # not known of any subset
+    row = found.loc["shannon"]
+    assert row["low"] < 0.02 * within.std() < row["high"]
+    assert row["high"] - row["low"] < 0.002
+    # Without clusters, the slope is the ordinary one.
+    merged = results.merge(subsets, on=["strategy", "percentage", "seed"])
+    merged["cell"] = merged["dataset"] + merged["percentage"].astype(str)
+    slope = smf.ols("value ~ shannon + C(cell)", merged).fit().params["shannon"]
+    assert row["difference"] == pytest.approx(slope * within.std())
+
+
+def test_diversity_of_other_subsets_is_refused():
+    with pytest.raises(ValueError, match="diversity table"):
+        effects.diversity_effects(table(*curve({1: [0.5, 0.6]})), diverse().assign(seed=99), "micro_f1")
+
+
+BASELINES = [
+    {"strategy": "baseline", "model": name, "percentage": 0.0, "seed": -1, "value": value, "metric": metric}
+    for metric, scores in (("micro_f1", {"HVG": 0.6, "PCA": 0.7}), ("mse", {"HVG": 0.3, "PCA": 0.4}))
+    for name, value in scores.items()
+]
+
+
+@pytest.mark.parametrize(
+    ("scores", "percentage", "lead"),
+    [
+        ({1: [0.6, 0.61, 0.62], 10: [0.8, 0.81, 0.82], 100: [0.9, 0.91, 0.92]}, 10, 0.21),
+        ({1: [0.6, 0.61, 0.62], 10: [0.5, 0.71, 0.9], 100: [0.65, 0.66, 0.67]}, np.nan, 0.71 - 0.01 / 3 - 0.7 - 0.0033),
+        ({1: [0.5, 0.51, 0.52], 10: [0.6, 0.61, 0.62]}, np.nan, -0.09),
+        ({1: 0.9, 10: 0.95}, np.nan, 0.25),  # single runs
+    ],
+)
+def test_overtaking_the_best_baseline(scores, percentage, lead):
+    row = effects.overtaking(table(*curve(scores), *BASELINES), "micro_f1").iloc[0]
+    assert (row["baseline"], row["score"]) == ("PCA", 0.7)
+    assert row["percentage"] == percentage or (np.isnan(percentage) and np.isnan(row["percentage"]))
+    assert row["lead"] == pytest.approx(lead, abs=0.005)
+
+
+def test_overtaking_tests_are_one_sided_and_corrected_together():
+    scores = {1: [0.71, 0.72, 0.70], 10: [0.74, 0.75, 0.76], 100: [0.72, 0.75, 0.73]}
+    p = [stats.ttest_1samp(values, 0.7, alternative="greater").pvalue for values in scores.values()]
+    better = multipletests(p, method="fdr_bh")[0]
+    assert 0 < better.sum() < 3
+    row = effects.overtaking(table(*curve(scores), *BASELINES), "micro_f1").iloc[0]
+    assert row["percentage"] == list(scores)[better.argmax()]
+
+
+def test_where_lower_is_better_the_lowest_baseline_is_to_be_overtaken():
+    scores = {1: [0.35, 0.36, 0.37], 10: [0.2, 0.21, 0.22]}
+    row = effects.overtaking(table(*curve(scores, metric="mse"), *BASELINES), "mse").iloc[0]
+    assert (row["baseline"], row["score"], row["percentage"]) == ("HVG", 0.3, 10)
+    assert row["lead"] == pytest.approx(0.09)
+
+
+def test_overtaking_needs_a_baseline():
+    with pytest.raises(ValueError, match="no baseline has the metric 'micro_f1'"):
+        effects.overtaking(table(*curve({1: [0.5, 0.6]})), "micro_f1")
+
+
+def test_no_published_model_overtakes_pca_on_all_data_sets():
+    shown = select(published.results(), task="zeroshot_classification")
+    found = effects.overtaking(shown, "micro_f1")
+    assert set(found["baseline"]) == {"PCA"}
+    overtaken = found.dropna(subset="percentage")
+    assert set(overtaken["model"]) <= {"SCimilarity"}
+    assert found.groupby(["model", "strategy"])["percentage"].count().max() < 4

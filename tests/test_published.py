@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from datawall import published
+from datawall.results import BASELINE, COLUMNS, select
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "published"
+RUN = ["model", "strategy", "percentage", "seed", "task", "dataset", "metric"]
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return published.results(in_figures=False)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not on this machine")
+def test_the_packaged_tables_are_the_published_ones():
+    for path in published.TABLES.glob("*.csv*"):
+        assert path.read_bytes() == (SHARED / path.name).read_bytes()
+
+
+def test_results_have_the_columns_of_a_study_and_one_row_a_run(everything):
+    assert list(everything.columns) == COLUMNS
+    assert not everything.duplicated(RUN).any()
+    assert not everything.isna().any(axis=None)
+    assert len(everything) == 26_274 - 12  # two metrics of six rows that repeat a run
+
+
+def test_every_avg_bio_is_the_mean_of_its_parts(everything):
+    by_metric = select(everything, task="zeroshot_integration").pivot(
+        index=[*RUN[:-1]], columns="metric", values="value"
+    )
+    parts = by_metric[["nmi", "ari", "asw_label"]].mean(axis=1)
+    assert (parts - by_metric["avg_bio"]).abs().max() <= 1.01e-6  # values are cut at six decimals
+
+
+def test_rows_that_belong_to_another_run_are_dropped(everything):
+    untrained = select(everything, task="zeroshot_classification", strategy="untrained", dataset="placenta")
+    untrained = select(untrained, metric="micro_f1")
+    assert "Geneformer" not in set(untrained["model"])
+    assert untrained.groupby("model").size().to_dict() == {"PretrainedPCA": 5, "SCimilarity": 5, "SSL": 5, "scVI": 5}
+    # The second five are at 0.906 to 0.910.
+    assert select(untrained, model="SSL")["value"].mean() == pytest.approx(0.897, abs=5e-4)
+    spiked = select(everything, model="SSL", strategy="spikein_10", percentage=100, dataset="periodontitis")
+    spiked = select(spiked, task="finetuned_classification", metric="micro_f1")
+    assert sorted(spiked["seed"]) == [26, 27, 28, 29]
+
+
+def test_what_no_figure_shows_is_left_out():
+    shown = published.results()
+    assert "ocular" not in set(shown["dataset"])
+    assert "coresets" not in set(shown["strategy"])
+    pretrained = shown[(shown["strategy"] != BASELINE) & ~shown["strategy"].str.startswith(("spikein", "untrained"))]
+    runs = pretrained.drop_duplicates(["model", "strategy", "percentage", "seed", "task", "dataset"])
+    assert len(runs) == 6400 - 5  # of the study's 6,400, SCimilarity lacks placenta at 75 %, geometric sketch
+
+
+def test_numbers_known_from_the_paper(everything):
+    baselines = select(everything, strategy=BASELINE, metric="micro_f1", dataset="hematopoiesis")
+    assert baselines.set_index("model")["value"].round(4).to_dict() == {
+        "HVG": 0.6427, "PCA": 0.9383, "LogisticRegression": 0.9285
+    }  # fmt: skip
+    scimilarity = select(everything, model="SCimilarity", strategy="random", dataset="hematopoiesis", metric="micro_f1")
+    means = select(scimilarity, task="zeroshot_classification").groupby("percentage")["value"].mean()
+    assert means.round(4).to_dict() == {1: 0.9185, 10: 0.9322, 25: 0.9349, 50: 0.9378, 75: 0.9380, 100: 0.9385}
+
+
+def test_cells_are_counted_in_whole_per_cents(everything):
+    cells = everything.groupby("percentage")["n_cells"].agg(["min", "max"])
+    assert (cells["min"] == cells["max"]).all()
+    assert cells["max"].to_dict() == {p: p * 177_525 for p in (0, 1, 10, 25, 50, 75, 100)}
+
+
+def test_diversity_of_the_published_subsets():
+    table = published.diversity()
+    assert not table.duplicated(["strategy", "percentage", "seed"]).any()
+    means = table.groupby(["strategy", "percentage"])[["shannon", "inverse_simpson", "vendi"]].mean()
+    assert means.loc[("celltype_reweighted", 1)].round(3).tolist() == [7.357, 163.969, 133.746]
+    assert means.loc[("geometric_sketching", 50)].round(1).tolist() == [6.0, 24.8, 193.4]
+    assert means.loc[("random", 100), "inverse_simpson"] == pytest.approx(30.9, abs=0.05)
+    assert means.loc["spikein_50", "shannon"].isna().all()
+    assert set(table["strategy"]) < set(published.results()["strategy"])
+
+
+def test_seconds_to_embed():
+    seconds = published.embedding_seconds().set_index("model")["seconds"]
+    assert seconds.loc[["PretrainedPCA", "SSL", "SCimilarity", "scVI", "Geneformer"]].round(1).tolist() == [
+        0.5, 1.2, 1.7, 3.9, 116.3
+    ]  # fmt: skip

@@ -1,0 +1,187 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from result_tables import curve, table
+from scipy.optimize import curve_fit
+
+from datawall import published, scaling
+from datawall.results import select
+from datawall.saturation import curves_of
+
+SIZES = np.array([0.01, 0.1, 0.25, 0.5, 0.75, 1.0])
+SCORES = (1.0, 10.0, 25.0, 50.0, 75.0, 100.0)
+FORMS = {
+    scaling.POWER: lambda n, floor, excess, shape: floor + excess * n**-shape,
+    scaling.EXPONENTIAL: lambda n, floor, excess, shape: floor + excess * np.exp(-n / shape),
+}
+
+
+def results(error, *, noise=0.002, n_seeds=5, seed=0, **common):
+    """Runs with a known error at each size, in units of the largest."""
+    rng = np.random.default_rng(seed)
+    scores = {p: 1 - error(p / 100) + noise * rng.standard_normal(n_seeds) for p in SCORES}
+    return table(*(row | {"n_cells": int(1000 * row["percentage"])} for row in curve(scores, **common)))
+
+
+@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize("truth", [(0.1, 0.05, 0.3), (0.02, 0.2, 0.12)])
+def test_fits_are_those_of_scipy(family, truth):
+    rng = np.random.default_rng(1)
+    weight = rng.uniform(0.5, 2, 6)
+    errors = FORMS[family](SIZES, *truth) + 0.003 * rng.standard_normal((3, 6))
+    fitted = scaling.fit(family, SIZES, errors, weight)
+    for position, error in enumerate(errors):
+        found, _ = curve_fit(
+            FORMS[family], SIZES, error, truth, sigma=weight**-0.5, bounds=([0, 0, 0.003], [1, np.inf, 3]), xtol=1e-12
+        )
+        loss = (weight * (FORMS[family](SIZES, *found) - error) ** 2).sum()
+        assert fitted.loss[position] == pytest.approx(loss, rel=1e-2)
+        np.testing.assert_allclose(fitted.predict(SIZES)[position], FORMS[family](SIZES, *found), atol=1e-4)
+        assert fitted.shape[position] == pytest.approx(found[2], rel=1e-2)
+
+
+def test_the_bounds_hold():
+    rising = scaling.fit(scaling.POWER, SIZES, np.linspace(0.1, 0.3, 6), np.ones(6))
+    assert rising.excess == 0
+    assert rising.floor == pytest.approx(0.2)
+    steep = scaling.fit(scaling.POWER, SIZES, 0.05 * SIZES**-0.5 - 0.04, np.ones(6))
+    assert steep.floor == 0
+    x = SIZES**-steep.shape
+    assert steep.excess == pytest.approx((x * (0.05 * SIZES**-0.5 - 0.04)).sum() / (x**2).sum())
+
+
+def test_criterion_is_that_of_a_gaussian_model():
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.2, 0.01, (6, 5))
+    fitted = scaling.fit(scaling.CONSTANT, SIZES, values.mean(axis=1), np.full(6, 5.0))
+    within = ((values - values.mean(axis=1, keepdims=True)) ** 2).sum()
+    least_squares = sm.OLS(values.ravel(), np.ones(30)).fit()
+    # statsmodels counts no parameter for the variance, and keeps the constants of the likelihood.
+    k = 2
+    expected = -2 * least_squares.llf + 2 * k + 2 * k * (k + 1) / (30 - k - 1) - 30 * (1 + np.log(2 * np.pi))
+    assert scaling.aicc(fitted, within, 30) == pytest.approx(expected)
+
+
+def test_left_out_sizes_are_predicted_from_the_others():
+    error, weight = np.array([0.5, 0.1, 0.12, 0.1, 0.14, 0.1]), np.array([1.0, 4, 4, 4, 1, 1])
+    squares = []
+    for out in range(1, 6):
+        kept = np.arange(6) != out
+        mean = np.average(error[kept], weights=weight[kept])
+        squares.append(weight[out] * (error[out] - mean) ** 2)
+    assert scaling.left_out(scaling.CONSTANT, SIZES, error, weight) == pytest.approx(np.sqrt(np.mean(squares)))
+    power_law = 0.1 + 0.02 * SIZES**-0.3
+    assert scaling.left_out(scaling.POWER, SIZES, power_law, np.ones(6)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "family", "verdict"),
+    [
+        (lambda n: 0.2, scaling.CONSTANT, "plateau"),
+        (lambda n: 0.1 + 0.05 * n**-0.4, scaling.POWER, "still improving"),
+        (lambda n: 0.1 + 0.3 * np.exp(-n / 0.1), scaling.EXPONENTIAL, "plateau"),
+        (lambda n: 0.2 + 0.1 * n, scaling.CONSTANT, "plateau"),  # more cells do harm
+    ],
+)
+def test_a_planted_curve_is_found(error, family, verdict):
+    row = scaling.scaling_curves(results(error), "micro_f1").iloc[0]
+    assert row["curve"] == family
+    assert row["verdict"] == verdict
+    assert row["margin"] == pytest.approx(0.01 * error(1.0), rel=0.02)
+
+
+def test_parameters_and_gain_of_a_planted_power_law_lie_in_their_intervals():
+    row = scaling.scaling_curves(results(lambda n: 0.1 + 0.05 * n**-0.4), "micro_f1").iloc[0]
+    for name, truth in (("exponent", 0.4), ("irreducible", 0.1), ("gain", 0.05 * (1 - 2**-0.4))):
+        assert row[f"{name}_low"] <= truth <= row[f"{name}_high"]
+        assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
+    assert row["gain_high"] - row["gain_low"] < 0.01
+
+
+def test_intervals_of_the_gain_cover_the_truth():
+    tables = [results(lambda n: 0.1 + 0.05 * n**-0.4, seed=seed, dataset=f"{seed}") for seed in range(60)]
+    covered = 0
+    for each in tables:
+        row = scaling.scaling_curves(each, "micro_f1", n_resamples=100).iloc[0]
+        covered += row["gain_low"] <= 0.05 * (1 - 2**-0.4) <= row["gain_high"]
+    assert 54 <= covered <= 60  # 57 are expected
+
+
+def test_noise_leaves_it_undecided_and_the_margin_decides():
+    noisy = results(lambda n: 0.1 + 0.02 * n**-0.3, noise=0.02, seed=2)
+    undecided = scaling.scaling_curves(noisy, "micro_f1").iloc[0]
+    assert undecided["verdict"] == "undecided"
+    assert undecided["gain_low"] < undecided["margin"] < undecided["gain_high"]
+    assert scaling.scaling_curves(noisy, "micro_f1", margin=0.1)["verdict"].item() == "plateau"
+
+
+def test_without_noise_the_verdict_is_that_of_the_curve():
+    assert scaling.scaling_curves(results(lambda n: 0.3, noise=0), "micro_f1")["verdict"].item() == "plateau"
+    row = scaling.scaling_curves(results(lambda n: 0.1 + 0.05 * n**-0.4, noise=0), "micro_f1").iloc[0]
+    assert row["verdict"] == "still improving"
+    assert row["exponent"] == pytest.approx(0.4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (curve({1: [0.5, 0.6], 10: [0.5, 0.6], 100: [0.6, 0.7]}), "3 sizes"),
+        (curve({1: [0.5, 0.6], 10: [0.5, 0.6], 50: 0.6, 100: [0.6, 0.7]}), "single run"),
+        ([row | {"percentage": 100} for row in curve({1: [0.5, 0.6]})], "1 sizes"),
+    ],
+)
+def test_too_few_runs_are_undecided_and_say_why(rows, reason):
+    few = table(*(row | {"n_cells": row["percentage"]} for row in rows))
+    both = pd.concat([few, results(lambda n: 0.2, dataset="other")])
+    row, other = (of for _, of in scaling.scaling_curves(both, "micro_f1").iterrows())
+    assert row["verdict"] == "undecided"
+    assert reason in row["reason"]
+    assert np.isnan(row["gain"])
+    assert other["verdict"] == "plateau"
+
+
+def test_a_metric_that_is_better_when_lower_is_the_error_itself():
+    score = scaling.scaling_curves(results(lambda n: 0.1 + 0.05 * n**-0.4), "micro_f1").iloc[0]
+    turned = results(lambda n: 0.1 + 0.05 * n**-0.4).assign(metric="mse", value=lambda rows: 1 - rows["value"])
+    error = scaling.scaling_curves(turned, "mse").iloc[0]
+    for name in ("exponent", "exponent_low", "irreducible", "gain", "gain_low", "gain_high", "margin", "aicc_constant"):
+        assert error[name] == pytest.approx(score[name], rel=1e-9)
+
+
+def test_predictions_follow_the_chosen_curve():
+    shown = scaling.predictions(results(lambda n: 0.1 + 0.05 * n**-0.4), "micro_f1")
+    assert shown["n_cells"].iloc[0] == 1000
+    assert shown["n_cells"].iloc[-1] == 400_000
+    assert (shown["low"] <= shown["high"]).all()
+    truth = 0.1 + 0.05 * (shown["n_cells"] / 100_000) ** -0.4
+    np.testing.assert_allclose(shown["error"], truth, atol=0.01)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.floats(0.1, 10), seed=st.integers(0, 100))
+def test_units_of_cells_and_of_error_do_not_matter(scale, seed):
+    rng = np.random.default_rng(seed)
+    error, weight = rng.uniform(0.01, 0.1, 6), rng.uniform(1, 2, 6)
+    for family in scaling.FAMILIES:
+        fitted, scaled = scaling.fit(family, SIZES, error, weight), scaling.fit(family, SIZES, scale * error, weight)
+        np.testing.assert_allclose(scaled.predict(SIZES), scale * fitted.predict(SIZES), rtol=1e-6)
+    rows = results(lambda n: 0.1 + 0.05 * n**-0.4)
+    more = rows.assign(n_cells=rows["n_cells"] * 7)
+    assert scaling.scale(curves_of(more, "micro_f1")[0], 3).gain()[0] == pytest.approx(
+        scaling.scale(curves_of(rows, "micro_f1")[0], 3).gain()[0]
+    )
+
+
+def test_published_scimilarity_gains_by_a_power_law():
+    shown = select(published.results(), model="SCimilarity", strategy="random", task="zeroshot_classification")
+    curves = scaling.scaling_curves(shown, "micro_f1").set_index("dataset")
+    assert (curves["curve"] == scaling.POWER).all()
+    assert (curves["aicc_constant"] > 50).all()
+    assert curves["verdict"].to_dict() == {
+        "hematopoiesis": "undecided", "intestine": "still improving", "periodontitis": "undecided",
+        "placenta": "undecided",
+    }  # fmt: skip
