@@ -159,7 +159,9 @@ def test_study_files_that_are_named_exist():
 
 
 def test_tables_list_every_notebook_and_result_column():
-    assert set(re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", README)) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", README)) == {
+        path.stem for path in (ROOT / "notebooks").glob("*.ipynb")
+    }
     listed = re.search(r"`(study, model, [^`]+)`", README)[1].split(", ")
     assert listed == datawall.results.COLUMNS
 

@@ -25,6 +25,7 @@ SHAPES = {POWER: (0.02, 3.0), EXPONENTIAL: (0.003, 3.0)}  # exponents, and decay
 COARSE, FINE, ROUNDS = 24, 7, 5  # shapes tried at first, and in each of the later rounds
 N_PARAMETERS = {CONSTANT: 1, POWER: 3, EXPONENTIAL: 3}
 WORTH = 0.01  # share of the error that a doubling must remove to be worth it, by default
+NUMBERS = [f"{name}{end}" for name in ("exponent", "irreducible", "gain") for end in ("", "_low", "_high")]
 MIN_SIZES = 4  # one more than a curve has parameters
 
 
@@ -214,6 +215,8 @@ def scaling_curves(
     ValueError
         As `saturation_points`.
     """
+    of_families = [f"{name}_{family.replace(' ', '_')}" for family in FAMILIES for name in ("aicc", "left_out")]
+    columns = [*KEY, "curve", *NUMBERS, *of_families, "margin", "verdict", "reason"]
     rows = []
     for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
         row = dict(zip(KEY, curve.key, strict=True))
@@ -237,7 +240,7 @@ def scaling_curves(
             row[f"left_out_{family.replace(' ', '_')}"] = scaling.left_out[family]
         verdict, reason = judge(row["gain_low"], row["gain_high"], limit)
         rows.append(row | {"margin": limit, "verdict": verdict, "reason": reason})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def predictions(
