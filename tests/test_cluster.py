@@ -175,7 +175,7 @@ def test_processes_end_with_the_one_that_started_them(how, tmp_path):
     pids = {int(word) for item in hanging for word in lines(tmp_path, item)[0].split()[::2]}  # and their children
     assert len(pids) == 4
     process.send_signal(how)
-    process.wait(timeout=10)
+    process.wait(timeout=30)
     assert all(gone(pid) for pid in pids)
 
 

@@ -45,7 +45,7 @@ def test_learning_curves_have_a_panel_for_each_model_and_data_set(classification
     assert len(panels(figure)) == 20
     assert [axis.get_title() for axis in figure.axes[:5]] == figures.MODELS
     assert {tick.get_text() for axis in figure.axes for tick in axis.get_xticklabels()} == {"", "0", "1", "10", "100"}
-    assert "baseline: PCA" in legend(figure)
+    assert "PCA" in legend(figure)
 
 
 def test_a_map_shows_every_point_and_a_dash_where_there_is_none(classification):
@@ -87,7 +87,9 @@ def test_diversity_of_subsets_and_seconds_to_embed():
 
 
 def test_untrained_models_stand_at_their_means(results):
-    figure = figures.untrained(results, tasks.HEADLINE)
+    figure = figures.untrained(
+        results, {task: of for task, of in tasks.HEADLINE.items() if task in set(results["task"])}
+    )
     assert len(panels(figure)) == 16
     (untrained,) = [line for line in figure.axes[0].lines if line.get_label() == "untrained"]
     shown = select(results, task="zeroshot_classification", dataset="hematopoiesis", metric="micro_f1")

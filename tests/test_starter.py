@@ -140,7 +140,7 @@ def test_new_takes_what_is_given_and_leaves_out_what_is_not_there(compendium):
     assert run_all.main(["--new", "mine", "--corpus", path, *words]) == 0
     p = params.read(Path("params/mine.yaml"))
     assert p.columns() == {"cell_type": "cell_type_ontology_term_id"}
-    assert p.tasks == ["zeroshot_classification", "finetuned_classification"]
+    assert p.tasks == ["zeroshot_classification", "finetuned_classification", "reconstruction"]
 
 
 def test_new_without_labels_clusters(compendium):

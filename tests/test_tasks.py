@@ -199,13 +199,13 @@ SHORT = training.Recipe(steps=150, batch_size=64, learning_rate=3e-3, decay="non
 def test_balanced_classes_find_the_rare_type():
     rng = np.random.default_rng(0)
     y = np.where(rng.random(2000) < 0.05, "rare", "common")
-    X = rng.normal(size=(2000, 4)) + 1.5 * (y == "rare")[:, None]
+    X = rng.normal(size=(2000, 4)) + 1.0 * (y == "rare")[:, None]
     part = corpus.stratified_split(y, [0.6, 0.2, 0.2], seed=0)
     plain, balanced = (
         tasks.finetuned_classification(X, y, part, seed=0, recipe=SHORT, class_weight=weight)
         for weight in (None, "balanced")
     )
-    assert balanced["balanced_accuracy"] > plain["balanced_accuracy"] + 0.02
+    assert balanced["balanced_accuracy"] > plain["balanced_accuracy"] + 0.1
     assert balanced["micro_f1"] < plain["micro_f1"]
     with pytest.raises(ValueError, match="class_weight 'heavy' is neither None nor 'balanced'"):
         tasks.finetuned_classification(X, y, part, seed=0, class_weight="heavy")

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from datawall.results import lower_is_better
 from datawall.saturation import (
     IMPROVING,
-    LOWER_IS_BETTER,
     PLATEAU,
     UNDECIDED,
     Curve,
@@ -202,7 +202,7 @@ def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> 
     rows = []
     for curve in curves_of(mean_over_datasets(results, metric), metric):
         rng = np.random.default_rng(seed)
-        sign = -1 if metric in LOWER_IS_BETTER else 1
+        sign = -1 if lower_is_better(metric) else 1
         n_seeds = min(map(len, curve.runs))
         scores = {
             size: (sign * rng.permutation(runs)[:n_seeds]).tolist()

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.results import BASELINE, mean_over_splits, select
-from datawall.saturation import KEY, LOWER_IS_BETTER, adjust, curves_of, difference, one_sided_p
+from datawall.results import BASELINE, lower_is_better, mean_over_splits, select
+from datawall.saturation import KEY, adjust, curves_of, difference, one_sided_p
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
 RUN = ["strategy", "percentage", "seed"]  # one pretrained model of a family
@@ -220,7 +220,7 @@ def overtaking(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) 
     ValueError
         If there is no baseline; and as `saturation_points`.
     """
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = -1 if lower_is_better(metric) else 1
     baselines = select(results, metric=metric, strategy=BASELINE)
     if baselines.empty:
         raise ValueError(f"no baseline has the metric {metric!r}.")

@@ -171,10 +171,11 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
     """
     shown = select(histories, strategy="random", seed=histories["seed"].min())
     models, percentages = shown["model"].unique(), sorted(shown["percentage"].unique())
+    if not len(models):
+        return _nothing("no model of this study takes steps")
     colours = dict(zip(percentages, sns.color_palette("cividis", len(percentages)), strict=True))
-    n_rows = max(1, -(-len(models) // 2))
+    n_rows = -(-len(models) // 2)
     figure, axes = plt.subplots(n_rows, 2, figsize=(WIDTH, 2.6 * n_rows + 0.3), squeeze=False, layout="constrained")
-    axes[0, 0].set(title="" if len(models) else "no model of this study takes steps")
     for axis, model in zip(axes.flat, models, strict=False):
         for percentage, run in select(shown, model=model).groupby("percentage"):
             loss = run["loss"].rolling(smooth, min_periods=1).mean()
@@ -183,8 +184,7 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
     for axis in axes.flat[len(models) :]:
         axis.set_axis_off()
     sns.despine(figure)
-    if len(models):
-        _legend(figure, axes[0, 0])
+    _legend(figure, axes[0, 0])
     return figure
 
 
@@ -192,13 +192,16 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
     Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, the grey line the
-    ceiling, the cross at 0 % the untrained control. Chance is left to the tables: it would flatten every curve.
+    ceiling, the cross at 0 % the untrained control. Chance is written in the corner: its line would flatten the curves.
     """
     runs = mean_over_splits(select(results, metric=metric))
+    chance = runs[runs["model"] == CHANCE].set_index("dataset")["value"]
     runs = runs[runs["model"] != CHANCE]
     reference = runs["strategy"].isin([BASELINE, CHECKPOINT])
     models = [name for name in results["model"].unique() if name in set(runs.loc[~reference, "model"])]
     names = runs["dataset"].unique()
+    if not models:
+        return _nothing("the study has no such results")
     figure, axes = plt.subplots(
         len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), squeeze=False, layout="constrained",
         sharey="none" if metric == "loss" else "row",  # a family's pretraining loss has units of its own
@@ -217,6 +220,9 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             axis.plot(place, untrained["value"], "x", color="0.35", label="untrained")
             for name, value in runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"].items():
                 axis.axhline(value, linewidth=1, label=label(name), **lines[name])
+            if dataset in chance:
+                text = f"chance {chance[dataset]:.2f}"
+                axis.text(0.97, 0.02, text, transform=axis.transAxes, ha="right", va="bottom", color="0.35", size=8)
             _percentage_axis(axis, runs["percentage"], untrained=len(untrained) > 0)
             axis.set(
                 title=label(model) if row == 0 else "",
@@ -325,6 +331,14 @@ def saturation(points: pd.DataFrame) -> Figure:
         axis.tick_params(axis="x", rotation=30)
         axis.tick_params(axis="y", rotation=0, left=task == tasks[0])
     figure.suptitle("Learning saturation point (% of the corpus)")
+    return figure
+
+
+def _nothing(why: str) -> Figure:
+    """A figure that says why there is nothing to see."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.6))
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, why, ha="center", va="center")
     return figure
 
 

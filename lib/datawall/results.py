@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,7 @@ def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int 
     return pd.DataFrame(table, columns=AGAINST)
 
 
+@cache
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is an error, as `tasks.metrics_table` says; metrics that it does not have are scores."""
     from datawall import tasks

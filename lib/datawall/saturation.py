@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.results import BASELINE, RUN, mean_over_splits, select
+from datawall.results import BASELINE, RUN, lower_is_better, mean_over_splits, select
 
-LOWER_IS_BETTER = {"mse", "loss"}
 PUBLISHED_THRESHOLD = 0.95
 TOLERANCE = 0.05  # of the lowest mean error, by default
 SPREADS = 2.0  # standard deviations over seeds that make up a margin, by default
@@ -92,7 +91,7 @@ def saturation_points(
     """
     if rule not in ("published", "mean", "error", "equivalence"):
         raise ValueError(f"unknown rule {rule!r}; the rules are: published, mean, error, equivalence.")
-    if metric in LOWER_IS_BETTER and rule in ("published", "mean"):
+    if lower_is_better(metric) and rule in ("published", "mean"):
         raise ValueError(
             f"lower {metric} is better, and the rule {rule} needs a score; use pearson_r, say, or the rule error."
         )
@@ -161,12 +160,12 @@ def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform(lambda of: len(of.unique()))
     run = [column for column in RUN if column != "dataset"]
     complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]
-    return complete.groupby(run, as_index=False)["value"].mean().assign(dataset="all")
+    return complete.groupby(run, as_index=False)["value"].mean().assign(dataset="all", split="")
 
 
 def as_error(curve: Curve, metric: str) -> Curve:
     """A curve of errors: 1 - score, or the metric itself where lower is better."""
-    if metric in LOWER_IS_BETTER:
+    if lower_is_better(metric):
         return curve
     if max(runs.max() for runs in curve.runs) > 1:
         raise ValueError(f"{metric} exceeds 1, so 1 - {metric} is no error; the rules published and mean apply.")
