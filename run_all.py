@@ -35,6 +35,7 @@ TASKS = {
     5: "finetuned_classification",
     6: "perturbation_response",
 }
+SLOW_IMPORTS = {4: ["umap"]}  # of a stage, beside those of all
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,10 +110,10 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
     stages = [number for number in stages if number not in TASKS or TASKS[number] in parameters.tasks]
     failed = None
     with ExitStack() as kernels:
-        following = _start_kernel(kernels)
+        following = _start_kernel(kernels, stages[0]) if stages else None
         for number, later in zip_longest(stages, stages[1:]):
             # The next stage's kernel starts meanwhile: start-up is a third of what a small study takes.
-            kernel, following = following, _start_kernel(kernels) if later else None
+            kernel, following = following, _start_kernel(kernels, later) if later else None
             if not _run_stage(number, study, paths.repository(), kernel, left):
                 failed = STAGES[number]
                 break
@@ -224,8 +225,8 @@ def _overrides(given: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _start_kernel(exits: ExitStack) -> Any:
-    """A Jupyter kernel that begins by importing what every notebook will; it ends with `exits`."""
+def _start_kernel(exits: ExitStack, number: int) -> Any:
+    """A Jupyter kernel that begins by importing what the notebook of a stage will; it ends with `exits`."""
     from jupyter_client import KernelManager
 
     class Kernel(KernelManager):
@@ -244,7 +245,8 @@ def _start_kernel(exits: ExitStack) -> Any:
         # papermill waits for messages and watches over the kernel at once; the default client cannot.
         client_class="jupyter_client.asynchronous.AsyncKernelClient",
     )
-    imports = [f"__import__('datawall.{module}')" for module in ("evaluation", "models", "plots")]
+    modules = ["datawall.evaluation", "datawall.models", "datawall.plots", *SLOW_IMPORTS.get(number, [])]
+    imports = [f"__import__({module!r})" for module in modules]
     kernel.start_kernel(extra_arguments=[f"--IPKernelApp.exec_lines={imports}"])
     exits.callback(kernel.shutdown_kernel, now=True)
     return kernel

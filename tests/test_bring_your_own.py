@@ -349,7 +349,7 @@ def test_the_readmes_declarations_are_valid(here):
 
 def test_a_metric_is_a_function_and_a_line(here, monkeypatch):
     monkeypatch.setitem(tasks.classification.METRICS, "kappa", cohen_kappa_score)
-    study = study_of(here, linear_probe=False)
+    study = study_of(here)
     evaluated(study, "zeroshot_classification")
     rows = results.select(dw.read_results(here / "run", "intervals"), metric="kappa", model="PCA").set_index("split")
     X, labels = study.embedding("PCA", "corpus_held_out"), study.dataset("corpus_held_out").obs["cell_type"].astype(str)

@@ -208,7 +208,6 @@ def keys(study):
     [
         ({"k": 3}, {TASKS[0]}),
         ({"more_k": []}, {TASKS[0]}),
-        ({"linear_probe": False}, {TASKS[0]}),
         ({"splits": 3}, {TASKS[0]}),
         ({"finetuned_splits": None}, {TASKS[2]}),
         ({"finetune": "full"}, {TASKS[2]}),

@@ -138,7 +138,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     else:
         record["baseline"] = source
     if task == "zeroshot_classification":
-        record |= {"k": p.k, "more_k": p.more_k, "linear_probe": p.linear_probe, "splits": p.splits}
+        record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits}
     if task == "zeroshot_integration":
         record["unintegrated"] = study.embedding_unit("PCA", evaluation.dataset).key
     if task == "finetuned_classification":

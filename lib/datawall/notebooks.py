@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
 
@@ -41,7 +42,6 @@ class Notebook:
     def html(self) -> Any:
         """Its HTML, without markup that could run, each picture described by the section that it is in."""
         from markupsafe import Markup
-        from nbconvert import HTMLExporter
 
         heading = ""
         for cell in self.node.cells:
@@ -51,9 +51,7 @@ class Notebook:
             for output in cell.get("outputs", []):
                 if "image/png" in output.get("data", {}):
                     output.metadata["image/png"] = {"alt": f"Figure: {heading}"}
-        exporter = HTMLExporter(template_name="basic", sanitize_html=True)
-        exporter.register_filter("clean_html", _cleaned)
-        body, _ = exporter.from_notebook_node(self.node)
+        body, _ = _exporter().from_notebook_node(self.node)
         return Markup(re.sub(r'(href="\w+)\.ipynb', r"\1.html", body))  # noqa: S704 - cleaned
 
 
@@ -62,6 +60,16 @@ def read(path: Path) -> Notebook:
     import nbformat
 
     return Notebook(path.stem, nbformat.read(path, as_version=4))
+
+
+@cache
+def _exporter() -> HTMLExporter:
+    """Made once, since it compiles its templates."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(template_name="basic", sanitize_html=True)
+    exporter.register_filter("clean_html", _cleaned)
+    return exporter
 
 
 def _cleaned(markup: Any) -> str:

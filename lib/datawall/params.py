@@ -161,9 +161,8 @@ class Params(BaseModel):
     tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
     splits: Annotated[int, Field(ge=1)] = 5  # repeated splits of a data set of under 5,000 cells; larger ones have one
     finetuned_splits: Annotated[int, Field(ge=1)] | None = None  # the same of fine-tuning; by default as many
-    k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification,
-    more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside,
-    linear_probe: bool = True  # and whether to fit a logistic regression to each embedding too
+    k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification
+    more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside
     finetune: Literal["head", "full"] = "head"  # "full": whole networks too, of SSL, Geneformer and SCimilarity
     class_weight: Literal["balanced"] | None = None  # of cell types in fine-tuning
     matching: Literal["mean", "nearest", "ot"] = "mean"  # what the perturbation head learns from a control cell

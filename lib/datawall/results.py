@@ -169,7 +169,8 @@ def select(results: pd.DataFrame, **values: str | float) -> pd.DataFrame:
 def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The claim in numbers: each model untrained and at every size of the random strategy, beside the baselines.
 
-    Means over splits and seeds; a row per data set and model, a column per size and per baseline.
+    Means over splits and seeds; a row per data set and model, a column per size and per baseline. Empty where there
+    are no such results.
     """
     means = mean_over_splits(select(results, metric=metric))
     means = means.groupby(["dataset", "model", "strategy", "percentage"], as_index=False)["value"].mean()
@@ -181,7 +182,8 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
                 "untrained" if p == 0 else f"{p:g} %": v for p, v in zip(runs["percentage"], runs["value"], strict=True)
             }
             table[dataset, model] = sizes | of_baselines
-    return pd.DataFrame(table).T.rename_axis(["dataset", "model"])
+    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
+    return pd.DataFrame(table.values(), index)
 
 
 def verdicts(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
@@ -215,7 +217,8 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
         for strategy in by_strategy.index.difference(["random", "untrained"]):
             shared = (by_strategy.loc[strategy] - random).dropna()
             table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")
-    return pd.DataFrame(table).T.rename_axis(["dataset", "model"])
+    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
+    return pd.DataFrame(table.values(), index)
 
 
 def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:

@@ -97,7 +97,7 @@ def zeroshot_classification(study: Study, evaluation: Evaluation) -> Iterator[tu
     for split, test in halves(study, evaluation.dataset):
         train = ~test
         metrics = tasks.zeroshot_classification(
-            embedding[train], labels[train], embedding[test], labels[test], p.k, more_k=p.more_k, probe=p.linear_probe
+            embedding[train], labels[train], embedding[test], labels[test], p.k, more_k=p.more_k
         )
         yield split, metrics
 
