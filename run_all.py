@@ -35,7 +35,8 @@ TASKS = {
     5: "finetuned_classification",
     6: "perturbation_response",
 }
-SLOW_IMPORTS = {4: ["umap"]}  # of a stage, beside those of all
+# What a stage loads beside what all do, seconds that pass while the stage before it runs.
+SLOW_IMPORTS = {2: "torch._dynamo", 4: "umap", 5: "torch._dynamo", 6: "torch._dynamo"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -245,7 +246,7 @@ def _start_kernel(exits: ExitStack, number: int) -> Any:
         # papermill waits for messages and watches over the kernel at once; the default client cannot.
         client_class="jupyter_client.asynchronous.AsyncKernelClient",
     )
-    modules = ["datawall.evaluation", "datawall.models", "datawall.plots", *SLOW_IMPORTS.get(number, [])]
+    modules = ["datawall.evaluation", "datawall.models", "datawall.plots", SLOW_IMPORTS.get(number, "torch")]
     imports = [f"__import__({module!r})" for module in modules]
     kernel.start_kernel(extra_arguments=[f"--IPKernelApp.exec_lines={imports}"])
     exits.callback(kernel.shutdown_kernel, now=True)
