@@ -15,7 +15,7 @@ from datawall.study import Run, Source, Study
 from datawall.tasks.uncertainty import Metrics
 
 SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
-RECONSTRUCTED = 2_000  # cells at most
+RECONSTRUCTED = 1_000  # cells at most
 EMBEDDING_BASELINES = ("HVG", "PCA")  # fitted to the evaluation cells themselves
 
 

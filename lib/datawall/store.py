@@ -36,7 +36,6 @@ RECORDED_PACKAGES = (
     "numpy",
     "pandas",
     "scanpy",
-    "scib-metrics",
     "scikit-learn",
     "scipy",
     "torch",
