@@ -1,13 +1,16 @@
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_tables import curve, table
 from scipy import stats
 
-from datawall import adaptive, power
+from datawall import adaptive, evaluation, params, power
 from datawall.adaptive import Plan, settle
+from datawall.results import mean_over_splits, read_results, select
 from datawall.saturation import saturation_points
+from datawall.study import Study
 
 GRID = (1, 10, 25, 50, 75, 100)
 
@@ -155,3 +158,52 @@ def test_replay_turns_a_metric_that_is_better_when_lower():
         adaptive.replay(of, metric, Plan(margin=0.02))[columns] for of, metric in ((results, "score"), (lower, "mse"))
     )
     assert scored["full"].equals(turned["full"])
+
+
+# A study
+
+
+GROWN = {
+    "study": "grown", "corpus": "simulated", "cell_type_key": "cell_type", "held_out": 0.5,
+    "strategies": ["random", "celltype_reweighted", "untrained"], "percentages": [5, 25, 50, 100], "seeds": [0, 1, 2],
+    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "splits": 1, "workers": 1,
+    "simulation": {"n_cells": 400, "n_genes": 300, "composition": {"classical monocyte": 2, "naive B cell": 1}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    study = Study(params.check(GROWN, "test"), tmp_path_factory.mktemp("full"))
+    return evaluation.evaluate(study, "zeroshot_classification")
+
+
+@pytest.mark.parametrize("margin", [0.001, 0.3])
+def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full, tmp_path):
+    study = Study(params.check({**GROWN, "adaptive": True, "margin": margin}, "test"), tmp_path)
+    assert evaluation.plan(study)["models"] == 3 * 4 + 3 * 3 + 3  # at most
+    grown = evaluation.grow(study)
+    runs = mean_over_splits(select(full, metric="micro_f1", strategy="random")).set_index(["percentage", "seed"])
+    found = settle(
+        lambda percentage, seed: runs["value"][percentage, seed],
+        Plan(margin=margin, percentages=(5, 25, 50, 100), seeds=(0, 1, 2), budget=1.0),
+    )
+    assert grown[["verdict", "reason", "runs"]].to_numpy().tolist() == [[found.verdict, found.reason, len(found.runs)]]
+    made = read_results(tmp_path).drop_duplicates("run_id")
+    chosen = {tuple(run) for run in found.runs[["percentage", "seed"]].to_numpy()}
+    for strategy, expected in {
+        "random": chosen,
+        "celltype_reweighted": {run for run in chosen if run[0] < 100},
+        "untrained": {(0, seed) for seed in range(3)},
+    }.items():
+        rows = select(made, strategy=strategy)
+        assert set(zip(rows["percentage"], rows["seed"], strict=True)) == expected
+    assert evaluation.plan(study)["models"] == len(study.pretrain()) < 24 or margin < 0.1
+    artifacts = sorted(tmp_path.glob("store/*/*"))
+    pd.testing.assert_frame_equal(evaluation.grow(study), grown)
+    assert sorted(tmp_path.glob("store/*/*")) == artifacts
+
+
+@pytest.mark.parametrize("changes", [{"seeds": [0]}, {"percentages": [100]}, {"strategies": ["celltype_reweighted"]}])
+def test_a_study_that_cannot_be_adaptive_is_refused(changes):
+    with pytest.raises(params.ParamsError, match="adaptive needs the strategy random, two percentages and two seeds"):
+        params.check({**GROWN, "adaptive": True, **changes}, "test")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from datawall.saturation import (
 STEP = 4  # a size is at least so many times the one before, until one in between is needed
 
 type Oracle = Callable[[float, int], float | Sequence[float]]  # percentage and seed to score, or a score per data set
+type Asked = tuple[float, int]  # a run: percentage and seed
 type Scores = dict[float, list[float]]  # by percentage
 
 
@@ -82,12 +83,7 @@ class Outcome:
 
 
 def settle(oracle: Oracle, plan: Plan) -> Outcome:
-    """Whether more of a corpus helps a model, with as few runs as it takes.
-
-    Sizes are run from the smallest up, in large steps, with few seeds each, until `decide` has a verdict. While it has
-    none, the next size is run; once the full corpus is reached, the one at half of it, unless the means alone make a
-    plateau (without that size no model is called still improving); then the sizes at both ends of what may be a plateau
-    get a seed more; and when those have all seeds, the rest of the grid is filled in from its large end.
+    """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
 
     Parameters
     ----------
@@ -97,18 +93,33 @@ def settle(oracle: Oracle, plan: Plan) -> Outcome:
     plan
         The grid, margin, confidence and budget.
     """
+    asking = ask(plan)
+    runs = next(asking)
+    while True:
+        try:
+            runs = asking.send([float(np.mean(oracle(percentage, seed))) for percentage, seed in runs])
+        except StopIteration as settled:
+            return settled.value
+
+
+def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
+    """Yield the runs that are wanted next, take their scores, and return the outcome when it is settled.
+
+    Sizes are run from the smallest up, in large steps, with few seeds each, until `decide` has a verdict. While it has
+    none, the next size is run; once the full corpus is reached, the one at half of it, unless the means alone make a
+    plateau (without that size no model is called still improving); then the sizes at both ends of what may be a plateau
+    get a seed more; and when those have all seeds, the rest of the grid is filled in from its large end.
+    """
     scores: Scores = {}
-
-    def run(percentage: float, n_more: int) -> None:
-        known = scores.setdefault(percentage, [])
-        for seed in plan.seeds[len(known) : len(known) + n_more]:
-            known.append(float(np.mean(oracle(percentage, seed))))
-
     ladder = plan.ladder()
     half = max((size for size in plan.percentages if size <= ladder[-1] / 2), default=ladder[0])
-    for size in ladder[:2]:
-        run(size, plan.first_seeds)
+    wanted = dict.fromkeys(ladder[:2], plan.first_seeds)
     while True:
+        runs = [
+            (size, seed) for size, n_more in wanted.items() for seed in plan.seeds[len(scores.get(size, ())) :][:n_more]
+        ]
+        for (size, _), score in zip(runs, (yield runs), strict=True):
+            scores.setdefault(size, []).append(score)
         verdict, percentage, reason = decide(scores, plan)
         if verdict == PLATEAU or (verdict == IMPROVING and half in scores):
             break
@@ -128,8 +139,6 @@ def settle(oracle: Oracle, plan: Plan) -> Outcome:
         if not wanted or spent + sum(wanted.values()) > plan.budget * plan.n_runs:
             verdict, percentage, reason = UNDECIDED, np.nan, f"open after {spent} of {plan.n_runs} runs"
             break
-        for size, n_more in wanted.items():
-            run(size, n_more)
     rows = [(size, seed, score) for size, of in scores.items() for seed, score in zip(plan.seeds, of, strict=False)]
     runs = pd.DataFrame(rows, columns=["percentage", "seed", "score"])
     return Outcome(verdict, percentage, reason, runs, len(runs) / plan.n_runs)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from datawall import cluster, external, results, scoring, store, tasks
+from datawall import adaptive, cluster, external, results, scoring, store, tasks
 from datawall.curated import Subset
 from datawall.params import Embedding
 from datawall.scoring import BASELINES, EMBEDDING_BASELINES, Evaluation
@@ -83,6 +83,52 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
     tables = tidy_tables(study)
     results.write_tables(tables, study.folder)
     return results.select(tables["results"], task=task)
+
+
+def grow(study: Study) -> pd.DataFrame:
+    """Choose the runs of an adaptive study, and make them: sizes and seeds only until every verdict is settled.
+
+    Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
+    over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
+    and seed, and judged by all tasks; all models' wishes of a round are made side by side. A second call finds all of
+    it, and chooses the same.
+
+    Returns
+    -------
+    table with the columns model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs (that the
+    verdict took) and share (of the full grid's).
+    """
+    p = study.params
+    plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
+    scored = [task for task in p.tasks if not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))]
+    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in scored}
+    wanted, outcomes = {key: next(of) for key, of in asking.items()}, {}
+    chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
+    while wanted:
+        for (model, _), runs in wanted.items():
+            chosen[model] += [run for run in runs if run not in chosen[model]]
+        store.write_json(study.chosen_path, chosen)
+        study.pretrain()
+        scores = {task: _scores(evaluate(study, task), tasks.HEADLINE[task]) for task in scored}
+        for key, runs in list(wanted.items()):
+            model, task = key
+            try:
+                wanted[key] = asking[key].send([scores[task][model, *run] for run in runs])
+            except StopIteration as settled:
+                outcomes[key] = settled.value
+                del wanted[key]
+    rows = [
+        {"model": model, "task": task, "verdict": of.verdict, "percentage": of.percentage, "reason": of.reason}
+        | {"runs": len(of.runs), "share": of.share}
+        for (model, task), of in sorted(outcomes.items())
+    ]
+    return pd.DataFrame(rows)
+
+
+def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], float]:
+    """Mean over data sets of the metric of every run on a random subset, by model, percentage and seed."""
+    runs = results.mean_over_splits(results.select(of_task, metric=metric, strategy="random"))
+    return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
 
 
 def tidy_tables(study: Study) -> dict[str, pd.DataFrame]:

@@ -149,6 +149,8 @@ class Params(BaseModel):
     strategies: Annotated[list[Strategy], Field(min_length=1)]
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    adaptive: bool = False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.grow`
+    margin: Annotated[float, Field(gt=0)] = 0.02  # difference in a score that does not matter
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
     models: Annotated[list[str], Field(min_length=1)]
@@ -213,6 +215,8 @@ class Params(BaseModel):
         self._check_sources()
         if not self.subsets():
             raise ValueError("no subset: only `random` is drawn at 100 %; add `random` or a smaller percentage")
+        if self.adaptive and ("random" not in self.strategies or min(len(self.percentages), len(self.seeds)) < 2):
+            raise ValueError("adaptive needs the strategy random, two percentages and two seeds at least; add them")
         self._check_evaluation()
         self._check_embeddings()
         return self

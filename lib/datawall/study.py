@@ -7,6 +7,7 @@ ask it for them and tell what came back.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -94,8 +95,26 @@ class Study(Curated):
         store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
 
     def pretraining_runs(self) -> list[Run]:
-        """Every model on every subset, and its untrained controls."""
-        return [Run(model, Subset(*subset)) for model in self.params.models for subset in self.params.subsets()]
+        """Every model on every subset, and its untrained controls; of an adaptive study, what it has chosen so far.
+
+        An adaptive study that has not begun has the whole grid: the most that it may come to.
+        """
+        runs = [Run(model, Subset(*subset)) for model in self.params.models for subset in self.params.subsets()]
+        if not self.params.adaptive or not self.chosen_path.exists():
+            return runs
+        chosen = {
+            (model, *run) for model, of_model in json.loads(self.chosen_path.read_text()).items() for run in of_model
+        }
+        return [
+            run
+            for run in runs
+            if run.subset.strategy == "untrained" or (run.model, run.subset.percentage, run.subset.seed) in chosen
+        ]
+
+    @property
+    def chosen_path(self) -> Path:
+        """Where an adaptive study keeps which runs it has chosen: percentages and seeds by model."""
+        return self.folder / "chosen.json"
 
     def model_unit(self, run: Run) -> Unit:
         """A pretrained model."""
