@@ -21,17 +21,18 @@ from datawall.study import Study
 
 # Seconds of a unit in the default study, on one core of an AMD EPYC: until the run folder has units of the kind.
 PACE = {
-    "model: PretrainedPCA": 1.3,
-    "model: scVI": 4.0,
-    "model: SSL": 4.5,
-    "model: Geneformer": 8.0,
-    "model: SCimilarity": 6.0,
+    "model: PretrainedPCA": 1.5,
+    "model: scVI": 2.4,
+    "model: SSL": 3.1,
+    "model: Geneformer": 7.1,
+    "model: SCimilarity": 3.4,
     "evaluation: zeroshot_classification": 0.8,
-    "evaluation: zeroshot_integration": 1.7,
-    "evaluation: finetuned_classification": 7.0,
-    "evaluation: perturbation_response": 2.1,
+    "evaluation: zeroshot_integration": 1.5,
+    "evaluation: finetuned_classification": 0.8,
+    "evaluation: perturbation_response": 1.7,
+    "evaluation: reconstruction": 0.5,
 }
-PACE_STEPS = 200  # of its models
+PACE_STEPS = 150  # of its models
 RARE = 10  # held-out cells; on fewer, a type or context is judged by chance
 
 
