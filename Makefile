@@ -18,7 +18,8 @@ lab: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m datawall.datasets
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 faults: .venv/ready  # all faults, on the whole tiny study; `make test` has a short form
 	DATAWALL_FAULTS=full $(BIN)/python -m pytest tests/faults
