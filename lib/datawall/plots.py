@@ -221,8 +221,8 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             for name, value in runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"].items():
                 axis.axhline(value, linewidth=1, label=label(name), **lines[name])
             if dataset in chance:
-                text = f"chance {chance[dataset]:.2f}"
-                axis.text(0.97, 0.02, text, transform=axis.transAxes, ha="right", va="bottom", color="0.35", size=8)
+                text = axis.text(0.97, 0.02, f"chance {chance[dataset]:.2f}", transform=axis.transAxes, ha="right")
+                text.set(color="0.35", size=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
             _percentage_axis(axis, runs["percentage"], untrained=len(untrained) > 0)
             axis.set(
                 title=label(model) if row == 0 else "",
