@@ -354,7 +354,7 @@ def test_library_never_calls_what_runs_data():
 
 def test_kernels_of_a_run_listen_to_this_machine_alone():
     with ExitStack() as kernels:
-        kernel = run_all._start_kernel(kernels)
+        kernel = run_all._start_kernel(kernels, 1)
         process = psutil.Process(kernel.provisioner.process.pid)
         client = kernel.blocking_client()
         client.start_channels()

@@ -72,7 +72,10 @@ def disturb(place, folder, to_kill, rng):
     return process.returncode == 0, killed
 
 
-@pytest.mark.parametrize("place", [Here, OnDask], ids=["here", "on Dask"])
+IN_FULL = pytest.mark.skipif(not FULL, reason="of the full form: make faults")
+
+
+@pytest.mark.parametrize("place", [Here, pytest.param(OnDask, marks=IN_FULL)], ids=["here", "on Dask"])
 def test_killed_study_ends_the_same(place, undisturbed, tmp_path, capsys):
     rng = np.random.default_rng(7)
     to_kill = rng.permutation(place.parts * EACH).tolist()
