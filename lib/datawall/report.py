@@ -102,7 +102,11 @@ class Site:
             else pd.DataFrame(columns=results.ALL_COLUMNS)
             for table in ("results", "intervals")
         )
-        self._rows_of = self.results.groupby("run_id").indices
+        self._runs = self.results.drop_duplicates("run_id").set_index("run_id")
+        self._values: dict[str, dict[str, dict[str, float]]] = {}  # of a run by metric and split
+        columns = (self.results[name] for name in ("run_id", "metric", "split", "value"))
+        for run_id, metric, split, value in zip(*columns, strict=True):
+            self._values.setdefault(run_id, {}).setdefault(metric, {})[split] = value
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
         self.artifacts = provenance.read(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
@@ -226,16 +230,16 @@ class Site:
         """What an artifact was made from, and the metrics of an evaluation, a column per split."""
         sources = _in_order(provenance.upstream(one, self.artifacts))
         content = {"one": one, "sources": sources, "keys": {each.key for each in sources}, "run": None}
-        if one.key not in self._rows_of:
+        if one.key not in self._values:
             return content
-        values = self.results.iloc[self._rows_of[one.key]]
-        splits = list(dict.fromkeys(values["split"]))
-        by_metric = values.groupby("metric")[["split", "value"]]
-        rows = []
-        for metric, given in by_metric:
-            value = dict(given.itertuples(index=False))
-            rows.append([Cell(plots.label(metric)), *(_number(value.get(split), "{:.4f}") for split in splits)])
-        return content | {"run": values.iloc[0], "table": Table("Metrics by split", ["metric", *splits], rows)}
+        values = self._values[one.key]
+        splits = list(dict.fromkeys(split for by_split in values.values() for split in by_split))
+        rows = [
+            [Cell(plots.label(metric)), *(_number(by_split.get(split), "{:.4f}") for split in splits)]
+            for metric, by_split in sorted(values.items())
+        ]
+        table = Table("Metrics by split", ["metric", *splits], rows)
+        return content | {"run": self._runs.loc[one.key], "table": table}
 
 
 def changes(default: params.Params, other: params.Params) -> list[tuple[str, str, str]]:
