@@ -167,7 +167,13 @@ run_units(study, units.misbehave, [units.Item("hangs_1"), units.Item("hangs_2")]
 def test_processes_end_with_the_one_that_started_them(how, tmp_path):
     code = INTERRUPTED.format(settings=repr(MINIMAL))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        # What a shell runs in the background ignores SIGINT, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     hanging = [Item("hangs_1"), Item("hangs_2")]
     deadline = time.monotonic() + 60
     while not all(lines(tmp_path, item) for item in hanging) and time.monotonic() < deadline:
