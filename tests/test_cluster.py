@@ -239,7 +239,9 @@ def test_no_scheduler_is_said_so(study, monkeypatch):
         run_units(study(executor="tcp://127.0.0.1:9"), units.succeed, FIVE, "test")
 
 
-FAKE_SLURM = {"sbatch": 'bash "$1" >"$1.log" 2>&1 & echo "Submitted batch job $!"', "scancel": 'kill "$@"'}
+# The script is copied, since dask-jobqueue deletes it as soon as it is submitted.
+SBATCH = 'cp "$1" "$0.$$"\nbash "$0.$$" >"$0.$$.log" 2>&1 & echo "Submitted batch job $!"'
+FAKE_SLURM = {"sbatch": SBATCH, "scancel": 'kill "$@"'}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # dask-jobqueue leaves its keys open
