@@ -80,9 +80,23 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
             study.dataset_artifact(name)
         study.pretrain()
     cluster.run_units(study, make, missing, task)
-    tables = tidy_tables(study)
-    results.write_tables(tables, study.folder)
-    return results.select(tables["results"], task=task)
+    return results.select(_tabulate(study), task=task)
+
+
+def _tabulate(study: Study) -> pd.DataFrame:
+    """Write the tables of every evaluation of the study, as it is now, that has been made; returns the results.
+
+    What this process has written already is not written again: a notebook may ask for every task in turn.
+    """
+    every = [one for task in study.params.tasks for one in evaluations(study, task)]
+    made = [(one, found) for one in every if (found := study.store.find(evaluation_unit(study, one)))]
+    keys = [artifact.key for _, artifact in made]
+    if study.tabulated is None or study.tabulated[0] != keys:
+        rows = [row for one, artifact in made for row in _rows(study, one, artifact)]
+        tables = results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
+        results.write_tables(tables, study.folder)
+        study.tabulated = keys, tables["results"]
+    return study.tabulated[1]
 
 
 def grow(study: Study) -> pd.DataFrame:
@@ -129,16 +143,6 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
     """Mean over data sets of the metric of every run on a random subset, by model, percentage and seed."""
     runs = results.mean_over_splits(results.select(of_task, metric=metric, strategy="random"))
     return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
-
-
-def tidy_tables(study: Study) -> dict[str, pd.DataFrame]:
-    """The tables of `results.read_results`, of every evaluation of the study, as it is now, that has been made."""
-    rows = []
-    for task in study.params.tasks:
-        for evaluation in evaluations(study, task):
-            if artifact := study.store.find(evaluation_unit(study, evaluation)):
-                rows.extend(_rows(study, evaluation, artifact))
-    return results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
 
 
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:

@@ -89,6 +89,8 @@ def open_study(study: str, **overrides: Any) -> Study:
 class Study(Curated):
     """A study and its run folder (see `Curated` for its data)."""
 
+    tabulated: tuple[list[str], pd.DataFrame] | None = None  # keys of evaluations, and their results, as last written
+
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
         text = yaml.safe_dump(self.params.model_dump(), sort_keys=False)
@@ -300,20 +302,18 @@ class Study(Curated):
         """How long each model takes to embed 1,000 cells, from raw counts in memory to an array in memory.
 
         The first `n_cells` held-out cells, by the largest subset's model, once to warm up and then `n_repeats` times,
-        whose median counts. On the device that the models are on, one process; seconds differ between machines.
+        whose median counts. On the device that the models are on, one process; seconds differ between machines, and
+        are those of the machine that first measured them.
 
         Returns
         -------
         table with the columns model, n_cells (embedded), seconds (per 1,000 cells), device.
         """
-        from datawall import training
 
-        counts = self.dataset(self.held_out_name).X[:n_cells]
-        table = []
-        for name in self.params.models:
-            run = max(
-                (run for run in self.pretraining_runs() if run.model == name), key=lambda run: run.subset.percentage
-            )
+        def measure(run: Run, folder: Path) -> dict[str, Any]:
+            from datawall import training
+
+            counts = self.dataset(self.held_out_name).X[:n_cells]
             model, seconds = self.model(run), []
             model.embed(counts)
             for _ in range(n_repeats):
@@ -321,8 +321,18 @@ class Study(Curated):
                 model.embed(counts)
                 seconds.append(time.perf_counter() - begin)
             per_thousand = float(np.median(seconds)) * 1000 / counts.shape[0]
-            device = training.device().type
-            table.append({"model": name, "n_cells": counts.shape[0], "seconds": per_thousand, "device": device})
+            store.write_json(folder / "seconds.json", {"n_cells": counts.shape[0], "seconds": per_thousand})
+            return {"device": training.device().type}
+
+        table = []
+        for name in self.params.models:
+            runs = [run for run in self.pretraining_runs() if run.model == name]
+            run = max(runs, key=lambda run: run.subset.percentage)
+            of = {"dataset": self.dataset_unit(self.held_out_name).key, "n_cells": n_cells, "n_repeats": n_repeats}
+            unit = Unit("timing", {"model": self.model_unit(run).key, **of}, ())
+            artifact = self.store.find_or_make(unit, lambda folder, run=run: measure(run, folder))
+            measured = json.loads((artifact.folder / "seconds.json").read_text())
+            table.append({"model": name, **measured, "device": artifact.made["device"]})
         return pd.DataFrame(table)
 
     def layout(self, source: Source, dataset: str, *, n_cells: int = 2000) -> pd.DataFrame:
