@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
-from itertools import zip_longest
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +33,21 @@ TASKS = {
     5: "finetuned_classification",
     6: "perturbation_response",
 }
-# What a stage loads beside what all do, seconds that pass while the stage before it runs.
-SLOW_IMPORTS = {2: "torch._dynamo", 4: "umap", 5: "torch._dynamo", 6: "torch._dynamo"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a stage failed, 2 the request is wrong, 130 interrupted."""
     options = _options(arguments)
+    from datawall import forkserver
+
+    only_looks = options.new or options.check or options.plan or options.verify or options.why
+    # Before all else, as it has much to import, which takes as long as what comes before the first stage.
+    with nullcontext() if only_looks else forkserver.server():
+        return _follow(options)
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Do what the options say; returns the exit status."""
     from datawall import evaluation, params, paths, preflight, provenance, store
     from datawall.study import Study
 
@@ -110,15 +116,10 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
             print(f"[{number}/{len(STAGES)}] {name}: left out, {TASKS[number]} is not among the study's tasks")
     stages = [number for number in stages if number not in TASKS or TASKS[number] in parameters.tasks]
     failed = None
-    with ExitStack() as kernels:
-        following = _start_kernel(kernels, stages[0]) if stages else None
-        for number, later in zip_longest(stages, stages[1:]):
-            # The next stage's kernel starts meanwhile: start-up is a third of what a small study takes.
-            kernel, following = following, _start_kernel(kernels, later) if later else None
-            if not _run_stage(number, study, paths.repository(), kernel, left):
-                failed = STAGES[number]
-                break
-            kernel.shutdown_kernel(now=True)
+    for number in stages:
+        if not _run_stage(number, study, paths.repository(), left):
+            failed = STAGES[number]
+            break
     _conclude(study, failed, paths.repository())
     return 1 if failed else 0
 
@@ -226,38 +227,11 @@ def _overrides(given: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _start_kernel(exits: ExitStack, number: int) -> Any:
-    """A Jupyter kernel that begins by importing what the notebook of a stage will; it ends with `exits`."""
-    from jupyter_client import KernelManager
-
-    class Kernel(KernelManager):
-        def client(self, **options: Any) -> Any:
-            """A client that is closed with the kernel: papermill leaves that of a kernel it is given open."""
-            client = super().client(**options)
-            exits.callback(client.stop_channels)
-            return client
-
-    # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
-    sockets = exits.enter_context(tempfile.TemporaryDirectory(prefix="datawall-"))
-    kernel = Kernel(
-        kernel_name="python3",
-        transport="ipc",
-        ip=f"{sockets}/kernel",
-        # papermill waits for messages and watches over the kernel at once; the default client cannot.
-        client_class="jupyter_client.asynchronous.AsyncKernelClient",
-    )
-    modules = ["datawall.evaluation", "datawall.models", "datawall.plots", SLOW_IMPORTS.get(number, "torch")]
-    imports = [f"__import__({module!r})" for module in modules]
-    kernel.start_kernel(extra_arguments=[f"--IPKernelApp.exec_lines={imports}"])
-    exits.callback(kernel.shutdown_kernel, now=True)
-    return kernel
-
-
-def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dict[str, float]) -> bool:
+def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]) -> bool:
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
 
-    from datawall import provenance
+    from datawall import kernels, provenance
 
     name = STAGES[number]
     source = repository / "notebooks" / f"{name}.ipynb"
@@ -270,19 +244,20 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dic
     line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     try:
-        papermill.execute_notebook(
-            str(source),
-            str(executed),
-            {key: values[key] for key in declared},
-            progress_bar=False,
-            # The kernel's own progress bars, for a person who is watching.
-            log_output=sys.stderr.isatty(),
-            stderr_file=sys.stderr if sys.stderr.isatty() else None,
-            km=kernel,
-            # Imports on a busy machine are slow; a kernel that has died is noticed at once.
-            start_timeout=600,
-            coalesce_streams=True,  # of a progress bar, keep what is left of it in the end
-        )
+        with kernels.forked() as kernel:
+            papermill.execute_notebook(
+                str(source),
+                str(executed),
+                {key: values[key] for key in declared},
+                progress_bar=False,
+                # The kernel's own progress bars, for a person who is watching.
+                log_output=sys.stderr.isatty(),
+                stderr_file=sys.stderr if sys.stderr.isatty() else None,
+                km=kernel,
+                # Imports on a busy machine are slow; a kernel that has died is noticed at once.
+                start_timeout=600,
+                coalesce_streams=True,  # of a progress bar, keep what is left of it in the end
+            )
     except papermill.PapermillExecutionError as error:
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
         print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)

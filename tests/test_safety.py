@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import zipfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import anndata as ad
@@ -26,7 +25,7 @@ from papermill.parameterize import parameterize_notebook
 
 import datawall as dw
 import run_all
-from datawall import params, store, training
+from datawall import forkserver, kernels, params, store, training
 from datawall.curated import Subset
 from datawall.study import Run, Study
 
@@ -353,8 +352,7 @@ def test_library_never_calls_what_runs_data():
 
 
 def test_kernels_of_a_run_listen_to_this_machine_alone():
-    with ExitStack() as kernels:
-        kernel = run_all._start_kernel(kernels, 1)
+    with forkserver.server(), kernels.forked() as kernel:
         process = psutil.Process(kernel.provisioner.process.pid)
         client = kernel.blocking_client()
         client.start_channels()

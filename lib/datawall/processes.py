@@ -23,6 +23,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from datawall import forkserver
+
 if TYPE_CHECKING:
     from datawall.params import Params
     from datawall.study import Study
@@ -178,17 +180,9 @@ class Worker:
     def __init__(self, devices: str | None = None) -> None:
         self.devices = devices
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        if devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = devices
-        serve = f"from datawall import processes; processes.serve({theirs.fileno()})"
+        environment = dict(os.environ) if devices is None else {**os.environ, "CUDA_VISIBLE_DEVICES": devices}
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", serve],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                start_new_session=True,  # out of reach of Ctrl-C, which is for the notebook; a group to end at once
-            )
+            self.process = _start(theirs.fileno(), environment)
         self.connection = Connection(ours.detach())
 
     def begin(self, unit: Unit, time_limit: float | None) -> None:
@@ -228,6 +222,18 @@ class Worker:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
                 return
+
+
+def _start(descriptor: int, environment: dict[str, str]) -> forkserver.Forked | subprocess.Popen:
+    """Start a process that serves a socket: a fork in a run, elsewhere one from scratch."""
+    if forkserver.ADDRESS in os.environ:
+        return forkserver.Forked("datawall worker", "datawall.processes:serve", [], [descriptor], environment)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", f"from datawall import processes; processes.serve({descriptor})"],
+        pass_fds=[descriptor],
+        env={**environment, "PYTHONPATH": forkserver.search_path()},
+        start_new_session=True,  # out of reach of Ctrl-C, which is for the notebook; a group to end at once
+    )
 
 
 def serve(descriptor: int) -> None:

@@ -1,0 +1,222 @@
+"""Processes that begin with the library imported: forks of one that has imported it.
+
+Importing torch, scanpy and the like takes a notebook's kernel or a worker some seconds, and a study has a dozen of
+them. `multiprocessing` has a fork server too, but a process that came out of it cannot use it, as a notebook must for
+its workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens
+FIRST = (
+    *("datawall.evaluation", "datawall.models", "datawall.plots", "matplotlib_inline.backend_inline"),
+    *("torch._dynamo", "annbatch", "ipykernel.kernelapp"),
+)
+WHEN_IDLE = ("sklearn.neighbors", "scanpy", "umap", "statsmodels.api")  # of use to some stages only
+GRACE = 5.0  # seconds in which a process that is told to end may end by itself
+_LARGEST = 2**17  # bytes of a request: mostly the environment
+
+
+@contextmanager
+def server() -> Iterator[None]:
+    """A fork server for this process and all that it starts, until the block, or this process, ends."""
+    with tempfile.TemporaryDirectory(prefix="datawall-") as folder:
+        address = f"{folder}/forks"  # in a folder that only this user can enter
+        with _socket() as listener:
+            listener.bind(address)
+            listener.listen()
+            number = listener.fileno()
+            # The backend is chosen when matplotlib is imported, by which time a kernel would have set this.
+            inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"from datawall import forkserver; forkserver.serve({number})"],
+                stdin=subprocess.PIPE,
+                pass_fds=[number],
+                env={**inline, **os.environ, "PYTHONPATH": search_path()},
+            )
+        os.environ[ADDRESS] = address
+        try:
+            yield
+        finally:
+            del os.environ[ADDRESS]
+            process.kill()
+            process.communicate()
+
+
+def serve(number: int) -> None:
+    """Be the fork server: import, then fork for whoever connects to a listening socket, until stdin is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    for name in FIRST:
+        import_module(name)
+    later = list(WHEN_IDLE)
+    with _socket(number) as listener:
+        while True:
+            ready, _, _ = select.select([listener, sys.stdin], [], [], 0 if later else None)
+            if sys.stdin in ready:
+                return
+            if not ready:
+                import_module(later.pop(0))
+                continue
+            connection, _ = listener.accept()
+            with connection:
+                if os.fork() == 0:
+                    listener.close()
+                    _guard(connection)
+
+
+def _guard(connection: socket.socket) -> NoReturn:
+    """Fork the process that is asked for; tell who asked how it ended, or end it when who asked has gone."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        request, descriptors, _, _ = socket.recv_fds(connection, _LARGEST, 16)
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            _become(json.loads(request), descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        connection.send(str(pid).encode())
+        process = os.pidfd_open(pid)
+        ready, _, _ = select.select([connection, process], [], [])
+        for how in (signal.SIGTERM, signal.SIGKILL) if process not in ready else ():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, how)
+            if select.select([process], [], [], GRACE)[0]:
+                break
+        _, status = os.waitpid(pid, 0)
+        with suppress(OSError):  # nobody is there any more
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
+    """Be the process asked for: call its function, in the surroundings of who asked."""
+    status = 1
+    try:
+        os.setsid()  # out of reach of Ctrl-C, and a group to end at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), *descriptors[:2])):
+            os.dup2(descriptor, number)
+        Path("/proc/self/comm").write_text(request["name"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        sys.path[:] = request["path"]
+        module, function = request["function"].split(":")
+        getattr(import_module(module), function)(*request["arguments"], *descriptors[2:])
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+class Forked:
+    """A process that the fork server started, with the methods of `subprocess.Popen`.
+
+    It has a session of its own, the standard output and error of this one, and ends when this one does.
+
+    Parameters
+    ----------
+    name
+        What `ps` and `top` call it, of at most 15 characters.
+    function
+        What it calls: `package.module:function`.
+    arguments
+        Of the function, as JSON can carry them.
+    descriptors
+        Of open files: their numbers over there are the function's last arguments.
+    environment
+        Its environment variables.
+
+    Raises
+    ------
+    OSError
+        If the fork server has gone.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(
+        self,
+        name: str,
+        function: str,
+        arguments: Sequence[Any],
+        descriptors: Sequence[int],
+        environment: dict[str, str],
+    ) -> None:
+        self.returncode: int | None = None
+        self._guard = _socket()
+        called = {"name": name, "function": function, "arguments": arguments}
+        surroundings = {"environment": environment, "folder": os.getcwd(), "path": search_path().split(os.pathsep)}
+        try:
+            self._guard.connect(os.environ[ADDRESS])
+            socket.send_fds(self._guard, [json.dumps(called | surroundings).encode()], [1, 2, *descriptors])
+            self.pid = int(self._guard.recv(64) or 0)
+            if not self.pid:
+                raise ConnectionError("the process that starts kernels and workers has died; run the command again.")
+        except BaseException:
+            self._guard.close()
+            raise
+
+    def poll(self) -> int | None:
+        """Its exit status, as `subprocess.Popen.poll` has it."""
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, once it has ended; raises subprocess.TimeoutExpired."""
+        if self.returncode is None:
+            if not select.select([self._guard], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("forked process", timeout)
+            self.returncode = int(self._guard.recv(64) or -signal.SIGKILL)  # nothing, if its guard was killed
+            self._guard.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Tell it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+
+def search_path() -> str:
+    """Where this process finds modules, also the user's own."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
+
+
+def _socket(number: int | None = None) -> socket.socket:
+    """A socket that keeps messages apart."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=number)

@@ -1,0 +1,53 @@
+"""Jupyter kernels that are ready at once: forks of a process that has imported the library."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from jupyter_client import KernelManager
+from jupyter_client.provisioning import LocalProvisioner
+
+from datawall import forkserver
+
+
+class Provisioner(LocalProvisioner):
+    """Starts kernels by the fork server, where jupyter_client would start Python."""
+
+    async def launch_kernel(self, cmd: list[str], **options: Any) -> dict[str, Any]:
+        """Start the kernel whose command is `python -m ipykernel_launcher`, followed by its arguments."""
+        arguments = [*cmd[cmd.index("ipykernel_launcher") + 1 :], f"--IPKernelApp.parent_handle={os.getpid()}"]
+        function = "ipykernel.kernelapp:launch_new_instance"
+        self.process = forkserver.Forked("datawall kernel", function, [arguments], [], dict(options["env"]))
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
+
+
+@contextmanager
+def forked() -> Iterator[KernelManager]:
+    """A Jupyter kernel for papermill to execute a notebook in; it ends with the block."""
+    with ExitStack() as exits:
+
+        class Kernel(KernelManager):
+            def client(self, **options: Any) -> Any:
+                """A client that is closed with the kernel: papermill leaves that of a kernel it is given open."""
+                client = super().client(**options)
+                exits.callback(client.stop_channels)
+                return client
+
+        # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
+        sockets = exits.enter_context(tempfile.TemporaryDirectory(prefix="datawall-"))
+        kernel = Kernel(
+            kernel_name="python3",
+            transport="ipc",
+            ip=f"{sockets}/kernel",
+            # papermill waits for messages and watches over the kernel at once; the default client cannot.
+            client_class="jupyter_client.asynchronous.AsyncKernelClient",
+        )
+        kernel.provisioner = Provisioner(kernel_spec=kernel.kernel_spec, parent=kernel, connection_info={})
+        kernel.start_kernel()
+        exits.callback(kernel.shutdown_kernel, now=True)
+        yield kernel

@@ -1,0 +1,95 @@
+"""Forks of a process that has imported the library: like `subprocess.Popen`, and gone with who asked for them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from datawall import forkserver
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def server():
+    with forkserver.server():
+        yield
+
+
+def fork(function, *arguments, descriptors=(), **environment):
+    return forkserver.Forked("some name", f"forked:{function}", arguments, descriptors, {**os.environ, **environment})
+
+
+def test_server_that_died_is_named(monkeypatch):
+    with forkserver.server():
+        server = next(child for child in psutil.Process().children() if "forkserver.serve" in " ".join(child.cmdline()))
+        server.kill()
+        server.wait(60)
+        with pytest.raises(OSError, match="refused"):
+            fork("leave")
+
+
+def test_fork_has_the_surroundings_of_who_asked_and_the_library_imported(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(TESTS))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = fork("tell", "word", descriptors=[theirs.fileno()], DATAWALL_TEST="value")
+        theirs.close()
+        told = json.loads(ours.recv(10_000))
+    assert process.wait(60) == 0
+    assert told == {
+        "argument": "word",
+        "folder": str(tmp_path),
+        "variable": "value",
+        "pid": process.pid,
+        "session": process.pid,
+        "torch": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "status"), [("leave", 3), ("fail", 1), ("ends_itself", -signal.SIGKILL)], ids=["exit", "raise", "kill"]
+)
+def test_exit_status_is_that_of_popen(server, monkeypatch, function, status):
+    monkeypatch.syspath_prepend(str(TESTS))
+    process = fork(function)
+    assert process.wait(60) == process.poll() == status
+    process.kill()  # of one that has ended: nothing
+
+
+def test_terminating_and_killing(server, monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+    for end, status in ((forkserver.Forked.terminate, -signal.SIGTERM), (forkserver.Forked.kill, -signal.SIGKILL)):
+        process = fork("hang")
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.01)
+        end(process)
+        assert process.wait(60) == status
+
+
+def test_fork_and_its_children_end_when_who_asked_is_killed(tmp_path):
+    asks = textwrap.dedent("""
+        import os, time
+        from datawall import forkserver
+        with forkserver.server():
+            process = forkserver.Forked("some name", "forked:hang_with_child", [], [1], dict(os.environ))
+            time.sleep(1000)
+    """)
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    with subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE, env=environment) as asked:
+        pids = [int(pid) for pid in asked.stdout.readline().split()]
+        processes = [psutil.Process(pid) for pid in pids]
+        server = psutil.Process(asked.pid).children()
+        assert [process.name() for process in processes[:1]] == ["some name"]
+        asked.kill()
+    assert len(processes) == 2
+    assert not psutil.wait_procs([*processes, *server], timeout=60)[1]
