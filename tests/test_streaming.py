@@ -116,7 +116,7 @@ def test_batches_of_many_cells_are_mixed():
     """Of 100 donors, one after the other in the corpus, a batch holds nearly as many as one drawn at random."""
     rows = np.stack(list(training.minibatches(100_000, 256, 390, seed=0)))
     n_donors = [len(np.unique(batch // 1000)) for batch in rows]
-    assert np.mean(n_donors) > 0.97 * 100 * (1 - 0.99**256)
+    assert np.mean(n_donors) > 0.94 * 100 * (1 - 0.99**256)
     neighbours = np.mean([(np.diff(np.sort(batch)) == 1).mean() for batch in rows])
     assert neighbours < 0.03  # against 0.0026 at random
 

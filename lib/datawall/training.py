@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints
 LOSSES_AT_ONCE = 20  # steps a GPU runs ahead before their losses are looked at
-NEIGHBOURS = 16  # cells that a pass over many draws together: what a disk gives in one go
+NEIGHBOURS = 32  # cells that a pass over many draws together: what a disk gives in one go
 MIXED = 16_384  # cells whose order is fully random
 
 type Forward = Callable[..., Any]
