@@ -70,13 +70,13 @@ def test_a_plateau_begins_after_the_last_size_that_is_off():
 
 
 def test_rules_that_ask_for_evidence_find_what_is_planted_and_the_published_one_does_not(results):
-    rates = known_answer.rates(results, (3, 10), n_draws=6, seed=1)
+    rates = known_answer.rates(results, (3, 10), n_draws=8)
     honest = [f"equivalence, margin {MARGIN:g}", "predicted gain"]
     few, more = (rates[rates["seeds"] == number].set_index("rule") for number in (3, 10))
     for each in (few, more):
         assert each.loc["published", "false plateau"] > 0.7
         assert each.loc["published", "missed plateau"] == 0
-        assert each.loc[honest, "false plateau"].max() < 0.2  # at most one of six
+        assert each.loc[honest, "false plateau"].max() < 0.2  # at most one draw of eight
     assert more.loc[honest, "missed plateau"].max() <= 0.1
-    assert few.loc[honest[1], "missed plateau"] <= 0.1
+    assert few.loc[honest[1], "missed plateau"] < 0.2
     assert few.loc[honest[0], "missed plateau"] > 0.3  # three corpora are few
