@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import effects, published, saturation, scaling, tasks
+from datawall import effects, known_answer, published, saturation, scaling, tasks
 from datawall import plots_published as figures
 from datawall.plots import plt
 from datawall.results import select
@@ -105,6 +105,18 @@ def test_fitted_curves_are_solid_within_the_corpus_and_dashed_beyond(classificat
     assert lines["fitted curve"].get_xdata().max() <= 100 * published.CELLS_PER_PERCENT
     assert lines["beyond the corpus"].get_xdata().min() >= 100 * published.CELLS_PER_PERCENT
     assert written(figure) == ["power law"] * 4
+
+
+def test_pairs_of_the_known_answer_are_named_and_their_plateaus_ringed():
+    known = known_answer.results()
+    begins = known_answer.plateaus(known)
+    figure = figures.known_answer(known, begins, known_answer.percentage_needed(), "a title")
+    assert sorted(written(figure)) == ["B cells", "T cells", "monocytes"]
+    rings = [
+        line.get_xdata()[0] for line in figure.axes[0].lines if line.get_fillstyle() == "none" and len(line.get_xdata())
+    ]
+    assert sorted(rings) == sorted(begins[np.isfinite(begins)])
+    assert legend(figure) == ["plateau begins", "cells needed, as planted"]
 
 
 def test_rules_and_costs_have_a_dot_for_each_rule(classification):

@@ -18,10 +18,10 @@ FORMS = {
 }
 
 
-def results(error, *, noise=0.002, n_seeds=5, seed=0, **common):
+def results(error, *, noise=0.002, n_seeds=5, seed=0, sizes=SCORES, **common):
     """Runs with a known error at each size, in units of the largest."""
     rng = np.random.default_rng(seed)
-    scores = {p: 1 - error(p / 100) + noise * rng.standard_normal(n_seeds) for p in SCORES}
+    scores = {p: 1 - error(p / 100) + noise * rng.standard_normal(n_seeds) for p in sizes}
     return table(*(row | {"n_cells": int(1000 * row["percentage"])} for row in curve(scores, **common)))
 
 
@@ -109,6 +109,26 @@ def test_intervals_of_the_gain_cover_the_truth():
         row = scaling.scaling_curves(each, "micro_f1", n_resamples=100).iloc[0]
         covered += row["gain_low"] <= 0.05 * (1 - 2**-0.4) <= row["gain_high"]
     assert 54 <= covered <= 60  # 57 are expected
+
+
+@pytest.mark.parametrize(
+    ("error", "gain"),
+    [
+        (lambda n: 0.2, 0),
+        (lambda n: 0.2 + 0.03 * n**-0.15, 0.03 * (1 - 2**-0.15)),
+        (lambda n: 0.2 + 0.05 * np.exp(-n), 0.05 * (np.exp(-1) - np.exp(-2))),
+    ],
+)
+def test_intervals_cover_the_truth_where_few_runs_look_constant(error, gain):
+    few = {"noise": 0.02, "n_seeds": 2, "sizes": (1.0, 10.0, 25.0, 100.0)}
+    shown = pd.concat([results(error, seed=seed, dataset=f"{seed}", **few) for seed in range(100)])
+    table = scaling.scaling_curves(shown, "micro_f1", margin=0.01, n_resamples=100)
+    assert (table["curve"] == scaling.CONSTANT).mean() > 0.7  # AICc of eight runs
+    assert (table["gain_high"] - table["gain_low"]).median() > 0.01
+    covered = (table["gain_low"] <= gain) & (gain <= table["gain_high"])
+    assert 90 <= covered.sum() <= 100  # 95 are expected
+    if gain > 0.01:
+        assert (table["verdict"] == "plateau").sum() <= 8  # at most 5 are expected
 
 
 def test_noise_leaves_it_undecided_and_the_margin_decides():

@@ -270,6 +270,32 @@ def cost_saved(points: pd.DataFrame) -> Figure:
     return figure
 
 
+def known_answer(results: pd.DataFrame, begins: pd.Series, planted: pd.Series, title: str) -> Figure:
+    """Learning curves of the pairs of `known_answer`: means over seeds, and where nine in ten seeds lie.
+
+    A ring is where a plateau begins in truth (`known_answer.plateaus`), a triangle the size that is planted as needed.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.75, 3.6), layout="constrained")
+    colours = dict(zip(planted.sort_values().index, sns.color_palette("colorblind", 3), strict=True))
+    bottom = results["value"].min()
+    for pair, colour in colours.items():
+        seeds = select(results, dataset=pair).pivot_table(index="percentage", columns="seed", values="value")
+        mean = seeds.mean(axis=1)
+        axis.fill_between(mean.index, *seeds.quantile([0.05, 0.95], axis=1).to_numpy(), color=colour, alpha=0.2, lw=0)
+        axis.plot(mean, "o-", color=colour, markersize=4)
+        axis.plot(planted[pair], bottom, "^", color=colour, markersize=7, clip_on=False)
+        axis.annotate(pair, (100, mean[100]), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
+        if np.isfinite(begins[pair]):
+            axis.plot(begins[pair], mean[begins[pair]], "o", color=colour, markersize=13, fillstyle="none")
+    axis.plot([], [], "ko", markersize=13, fillstyle="none", label="plateau begins")
+    axis.plot([], [], "k^", markersize=7, label="cells needed, as planted")
+    _size_axis(axis, results["percentage"])
+    axis.set(ylabel=label("micro_f1"))
+    figure.suptitle(title)
+    plots._legend(figure, axis)
+    return figure
+
+
 def effects(table: pd.DataFrame, title: str) -> Figure:
     """Effects of strategies over random subsets (`effects.mixed_effects`): a panel per task, a row per model.
 

@@ -10,7 +10,7 @@ import pandas as pd
 from datawall import published
 from datawall.adaptive import Plan, settle
 from datawall.results import select
-from datawall.saturation import PLATEAU, curves_of, saturation_points
+from datawall.saturation import KEY, PLATEAU, curves_of, saturation_points
 from datawall.scaling import scaling_curves
 
 SIZES = np.array([1.0, 10, 25, 50, 75, 100])  # per cent, as published
@@ -58,38 +58,42 @@ def rates(n_curves: int = 250, n_seeds: Sequence[int] = (3, 5, 10), *, seed: int
     """
     rows = []
     for number in n_seeds:
-        results = simulated_curves(n_curves, number, seed=seed)
-        points = {
-            "published": saturation_points(results, "score", n_resamples=0),
-            "mean": saturation_points(results, "score", rule="mean", n_resamples=0),
-            "error": saturation_points(results, "score", rule="error", n_resamples=0),
-            "equivalence, margin 2 SD": saturation_points(results, "score", rule="equivalence", n_resamples=0),
-            f"equivalence, margin {MARGIN:g}": saturation_points(
-                results, "score", rule="equivalence", margin=MARGIN, n_resamples=0
-            ),
-            "predicted gain": scaling_curves(results, "score", margin=MARGIN, n_resamples=100),
-            "adaptive": _adaptive(results, number, seed),
-        }
-        for rule, found in points.items():
-            rows.append({"rule": rule, "seeds": number, **_summary(found)})
+        for rule, found in answers(simulated_curves(n_curves, number, seed=seed), "score", MARGIN, seed=seed).items():
+            rows.append({"rule": rule, "seeds": number, **summary(found, found["task"].map(TRUTHS))})
     return pd.DataFrame(rows)
 
 
-def _adaptive(results: pd.DataFrame, n_seeds: int, seed: int) -> pd.DataFrame:
+def answers(results: pd.DataFrame, metric: str, margin: float, *, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """What each rule says of each curve, by rule: tables with the curves' keys and a percentage or a verdict."""
+
+    def points(rule: str, **more: float) -> pd.DataFrame:
+        return saturation_points(results, metric, rule=rule, n_resamples=0, **more)
+
+    return {
+        "published": points("published"),
+        "mean": points("mean"),
+        "error": points("error"),
+        "equivalence, margin 2 SD": points("equivalence"),
+        f"equivalence, margin {margin:g}": points("equivalence", margin=margin),
+        "predicted gain": scaling_curves(results, metric, margin=margin, n_resamples=100),
+        "adaptive": _adaptive(results, metric, margin, seed),
+    }
+
+
+def _adaptive(results: pd.DataFrame, metric: str, margin: float, seed: int) -> pd.DataFrame:
     """What `adaptive.settle` makes of each curve."""
-    plan = Plan(margin=MARGIN, percentages=tuple(SIZES.tolist()), seeds=tuple(range(n_seeds)))
     rows = []
-    for curve in curves_of(results, "score"):
+    for curve in curves_of(results, metric):
         rng = np.random.default_rng(seed)
         scores = {size: rng.permutation(runs) for size, runs in zip(curve.percentages, curve.runs, strict=True)}
+        plan = Plan(margin=margin, percentages=tuple(scores), seeds=tuple(range(len(curve.runs[0]))))
         found = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], plan)
-        rows.append((curve.key[2], found.percentage, found.share))
-    return pd.DataFrame(rows, columns=["task", "percentage", "runs"])
+        rows.append((*curve.key, found.percentage, found.share))
+    return pd.DataFrame(rows, columns=[*KEY, "percentage", "runs"])
 
 
-def _summary(found: pd.DataFrame) -> dict[str, float]:
-    """Rates of one rule."""
-    end = found["task"].map(TRUTHS)
+def summary(found: pd.DataFrame, end: pd.Series) -> dict[str, float]:
+    """Rates of one rule (see `rates`), given where the plateau of each of its rows begins in truth."""
     real = np.isfinite(end)
     shares = {"runs": found["runs"].mean() if "runs" in found else 1.0}
     if "percentage" not in found:

@@ -20,7 +20,8 @@ from datawall.saturation import (
 )
 
 CONSTANT, POWER, EXPONENTIAL = "constant", "power law", "exponential"
-FAMILIES = (CONSTANT, POWER, EXPONENTIAL)
+CHANGING = (POWER, EXPONENTIAL)
+FAMILIES = (CONSTANT, *CHANGING)
 SHAPES = {POWER: (0.02, 3.0), EXPONENTIAL: (0.003, 3.0)}  # exponents, and decays in units of the largest size
 COARSE, FINE, ROUNDS = 24, 7, 5  # shapes tried at first, and in each of the later rounds
 N_PARAMETERS = {CONSTANT: 1, POWER: 3, EXPONENTIAL: 3}
@@ -126,19 +127,19 @@ def left_out(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) 
 
 @dataclass(frozen=True)
 class Scaling:
-    """All families fitted to a curve's runs, and to resamples of them."""
+    """All families fitted to a curve's runs, and those that can change to resamples of them."""
 
     n: np.ndarray  # sizes in units of the largest
     criteria: dict[str, float]  # AICc by family
     left_out: dict[str, float]
     fits: dict[str, Fit]
-    drawn: dict[str, Fit]  # of the resamples
+    drawn: dict[str, Fit]  # of the resamples, by family of `CHANGING`
     best: str  # lowest AICc
-    best_drawn: np.ndarray  # position in FAMILIES, of each resample
+    best_drawn: np.ndarray  # position in CHANGING, of each resample
 
     def predict(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Errors at sizes in units of the largest, (n_sizes,), and those of the resamples, each by its best family."""
-        drawn = np.stack([self.drawn[family].predict(n) for family in FAMILIES], axis=1)
+        drawn = np.stack([self.drawn[family].predict(n) for family in CHANGING], axis=1)
         return self.fits[self.best].predict(n), drawn[np.arange(len(drawn)), self.best_drawn]
 
     def gain(self) -> tuple[float, np.ndarray]:
@@ -154,6 +155,12 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
     few runs tell a variance badly. With that variance the means of the resamples are drawn, from a Student distribution
     of twice as many degrees of freedom as the runs of a size have: a parametric bootstrap. Resampling five runs instead
     gives intervals that are too narrow.
+
+    Each resample chooses its curve anew, between the power law and the exponential, by the better fit. The constant is
+    no candidate: it is either of them without an excess, and they come to that by themselves. As a candidate, AICc
+    would prefer it wherever runs are few, whatever the error does, and each resample would repeat the preference, with
+    an interval of no width: no interval after such a choice can be relied on (Leeb and Pötscher 2005, Econometric
+    Theory 21:21). As it is, the interval tells what the runs leave possible, also where a constant describes them best.
     """
     n = curve.n_cells / curve.n_cells.max()
     n_runs = np.array([len(runs) for runs in curve.runs])
@@ -166,9 +173,9 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
     deviations = stats.multivariate_t(shape=np.diag(1 / weight), df=2 * (n_runs.min() - 1)).rvs(n_resamples, 0)
     errors = error + spread * deviations
     fits = {family: fit(family, n, error, weight) for family in FAMILIES}
-    drawn = {family: fit(family, n, errors, weight) for family in FAMILIES}
+    drawn = {family: fit(family, n, errors, weight) for family in CHANGING}
     criteria = {family: float(aicc(fits[family], within, n_runs.sum())) for family in FAMILIES}
-    best_drawn = np.stack([aicc(drawn[family], within, n_runs.sum()) for family in FAMILIES], axis=-1).argmin(axis=-1)
+    best_drawn = np.stack([drawn[family].loss for family in CHANGING], axis=-1).argmin(axis=-1)
     outside = {family: left_out(family, n, error, weight) for family in FAMILIES}
     return Scaling(n, criteria, outside, fits, drawn, min(criteria, key=criteria.get), best_drawn)
 
@@ -185,7 +192,8 @@ def scaling_curves(
 
     Three curves are fitted to the error (1 - score, or the value itself where lower is better) against the number of
     cells: a constant, a power law with an offset, and an exponential. The one with the lowest AICc predicts what the
-    next doubling gains. The intervals are of a bootstrap (see `scale`) that chooses the curve anew each time.
+    next doubling gains. The intervals are of a bootstrap (see `scale`) that chooses anew each time, among the
+    curves that can change: runs that merely show no trend have a wide interval, and no plateau.
 
     Parameters
     ----------
@@ -258,6 +266,7 @@ def predictions(
         n = np.geomspace(scaling.n[0], beyond, 60)
         point, drawn = scaling.predict(n)
         low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+        low, high = np.minimum(low, point), np.maximum(high, point)
         of = dict(zip(KEY, curve.key, strict=True)) | {"curve": scaling.best, "n_cells": n * curve.n_cells.max()}
         tables.append(pd.DataFrame(of | {"error": point, "low": low, "high": high}))
     return pd.concat(tables, ignore_index=True)
