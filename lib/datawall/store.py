@@ -42,7 +42,10 @@ RECORDED_PACKAGES = (
 )
 
 # Modules that no notebook uses: around a run, not in it.
-ASIDE = ("forkserver", "kernels", "report", "notebooks", "verdicts", "provenance", "starter", "preflight", "inspection", "verify")
+ASIDE = (
+    *("forkserver", "kernels", "report", "notebooks", "verdicts", "provenance"),
+    *("starter", "preflight", "inspection", "verify"),
+)
 
 type Record = dict[str, Any]
 
