@@ -76,7 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"\n{error}. What is finished is kept; the same command goes on once this is mended.", file=sys.stderr)
+        where = "" if error.filename else f"{study.folder}: "
+        print(
+            f"\n{where}{error}. What is finished is kept; the same command goes on once this is mended.",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -104,6 +108,7 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
 
     parameters = study.params
     study.write_params()
+    _write_notebooks_whole()
     for number in stages:
         if number in TASKS and TASKS[number] not in parameters.tasks:
             name = STAGES[number]
@@ -226,6 +231,19 @@ def _overrides(given: list[str]) -> dict[str, Any]:
     return overrides
 
 
+def _write_notebooks_whole() -> None:
+    """Let papermill write a notebook, which it does after each cell, as all else is written: all of it, or nothing."""
+    from papermill.iorw import LocalHandler, papermill_io
+
+    from datawall import store
+
+    class Whole(LocalHandler):
+        def write(self, text: str, path: str) -> None:
+            store.write_atomically(Path(path), lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+    papermill_io.register("/", Whole())  # of absolute paths
+
+
 def _start_kernel(exits: ExitStack, number: int) -> Any:
     """A Jupyter kernel that begins by importing what the notebook of a stage will; it ends with `exits`."""
     from jupyter_client import KernelManager
@@ -248,7 +266,10 @@ def _start_kernel(exits: ExitStack, number: int) -> Any:
     )
     modules = ["datawall.evaluation", "datawall.models", "datawall.plots", SLOW_IMPORTS.get(number, "torch")]
     imports = [f"__import__({module!r})" for module in modules]
-    kernel.start_kernel(extra_arguments=[f"--IPKernelApp.exec_lines={imports}"])
+    # What it prints is in its notebook; what is printed past it, say when it crashes, waits in a file.
+    kernel.printed = Path(sockets, "printed")
+    with kernel.printed.open("w") as file:
+        kernel.start_kernel(extra_arguments=[f"--IPKernelApp.exec_lines={imports}"], stdout=file, stderr=file)
     exits.callback(kernel.shutdown_kernel, now=True)
     return kernel
 
@@ -288,6 +309,7 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dic
         print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
         return False
     except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
+        print(kernel.printed.read_text(), end="", file=sys.stderr)
         print(
             f"\n{name} failed: {error}; perhaps memory ran out. What is finished is kept; the same command goes on.",
             file=sys.stderr,

@@ -7,6 +7,7 @@ is never read, and which the next run removes.
 from __future__ import annotations
 
 import ast
+import errno
 import fcntl
 import hashlib
 import json
@@ -43,6 +44,9 @@ RECORDED_PACKAGES = (
 
 # Modules that no notebook uses: around a run, not in it.
 ASIDE = ("report", "notebooks", "verdicts", "provenance", "starter", "preflight", "inspection", "verify")
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+FULL = 2**20  # bytes free of a disk that counts as full when a unit fails
 
 type Record = dict[str, Any]
 
@@ -131,7 +135,7 @@ class Store:
             return found
         folder = self._folder(unit)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder.parent) as scratch:
+        with temporary_folder(folder.parent) as scratch, naming(folder):
             begin = time.perf_counter()
             more = make(scratch) or {}
             made = {"seconds": round(time.perf_counter() - begin, 3), "device": "cpu", **_circumstances(), **more}
@@ -211,6 +215,19 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk name what was to be written: not all libraries do, and some do not say "full" either."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            error.filename = error.filename or str(path)
+        elif "No space left" in str(error) or shutil.disk_usage(path.parent).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+@contextmanager
 def held(path: Path) -> Iterator[None]:
     """Mark a file or folder as in use, until this process ends, however it ends; not on a file system without locks."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -248,7 +265,7 @@ def reserved(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {_now()},")
         file.flush()
-        for left in [*folder.glob("store/*/.making-*"), *folder.glob("checkpoints/.*"), *folder.glob(".*.*")]:
+        for left in [*folder.glob("store/*/.making-*"), *folder.glob(".*.*"), *folder.glob("*/.*.*")]:
             _remove_unless_held(left)
         yield
 
@@ -303,7 +320,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         scratch.touch()
-        with held(scratch):
+        with naming(path), held(scratch):
             write(scratch)
             os.replace(scratch, path)
     finally:

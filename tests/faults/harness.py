@@ -26,6 +26,7 @@ PART = [
 SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
 STAGES = [] if FULL else ["--stages", "2,3"]
 STUDY = ["run_all.py", "params/tiny.yaml", *SETTINGS]
+HALF_MADE = "store/*/.*", "checkpoints/*", ".*.*", "*/.*.*"  # files and folders
 SECONDS = 900  # for one command, on a busy machine
 
 
@@ -99,7 +100,7 @@ def made(before, after):
 def same_results(folder, undisturbed):
     """Whether a run has the results of another, to the bit, and nothing half-made beside its artifacts."""
     ours, theirs = (dw.read_results(each) for each in (folder, undisturbed))
-    left = [*folder.glob("store/*/.making-*"), *folder.glob("checkpoints/*"), *folder.glob(".*.*")]
+    left = [found for pattern in HALF_MADE for found in folder.glob(pattern)]
     return ours.equals(theirs) and artifacts(folder).keys() == artifacts(undisturbed).keys() and not left
 
 
