@@ -10,6 +10,7 @@ python run_all.py --check params/mine.yaml         what it would do with the dat
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -308,6 +309,9 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dic
         print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
         print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
         return False
+    except KeyboardInterrupt:
+        logging.disable()  # of what nbclient and asyncio have to say when their kernel is taken from them
+        raise
     except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
         print(kernel.printed.read_text(), end="", file=sys.stderr)
         print(

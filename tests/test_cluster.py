@@ -229,11 +229,14 @@ def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, mo
     with pytest.raises(UnitsFailedError, match="another version of datawall"):
         run_units(given, units.succeed, FIVE[:1], "test")
     monkeypatch.undo()
-    unmarked = cluster.contextmanager(lambda folder: iter([folder / "nowhere"]))
+    unmarked = cluster.contextmanager(lambda study: iter([study.folder / "nowhere"]))
     monkeypatch.setattr(cluster, "_mark", unmarked)
     with pytest.raises(UnitsFailedError, match="storage that all workers share"):
         run_units(given, units.succeed, FIVE[:1], "test")
     assert not lines(tmp_path, FIVE[0])
+    monkeypatch.undo()
+    with cluster._mark(study(storage=tmp_path.as_uri())) as mark:
+        assert mark is None
 
 
 def written_keys(folder):

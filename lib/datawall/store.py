@@ -28,6 +28,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from datawall.shared import Shared
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -96,10 +98,13 @@ class Store:
     ----------
     folder
         Made when the first artifact is written.
+    url
+        Of an object store (see `shared`), if artifacts are taken from one and put there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str | None = None) -> None:
         self.folder = folder
+        self.shared = Shared(url) if url else None
         self._checked: dict[str, Artifact] = {}  # found and verified by this process already
 
     def find(self, unit: Unit) -> Artifact | None:
@@ -110,7 +115,7 @@ class Store:
         if unit.key in self._checked:
             return self._checked[unit.key]
         folder = self._folder(unit)
-        if not folder.is_dir():
+        if not folder.is_dir() and not self._taken(unit, folder):
             return None
         if wrong := damage(folder):
             log.warning("%s %s is damaged (%s) and will be made again.", unit.kind, unit.key, "; ".join(wrong))
@@ -148,7 +153,28 @@ class Store:
             with suppress(FileExistsError):
                 _move(scratch, folder)
         self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
+        if self.shared:
+            self.shared.put(f"{unit.kind}/{unit.key}", folder)
         return self._checked[unit.key]
+
+    def _taken(self, unit: Unit, folder: Path) -> bool:
+        """Whether the object store has a unit's artifact, which is then in its place here."""
+        if not self.shared:
+            return False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder.parent) as scratch, naming(folder):
+            if not self.shared.take(f"{unit.kind}/{unit.key}", scratch):
+                return False
+            wrong = damage(scratch)
+            if not wrong and read_manifest(scratch)["key"] != unit.key:
+                wrong = ["it is another"]
+            if wrong:
+                at = f"{self.shared.url}: {unit.kind} {unit.key}"
+                log.warning("%s is damaged (%s) and will be made again.", at, "; ".join(wrong))
+                return False
+            with suppress(FileExistsError):
+                _move(scratch, folder)
+        return True
 
     def _folder(self, unit: Unit) -> Path:
         return self.folder / unit.kind / unit.key

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import psutil
+import pytest
 
 import datawall as dw
 
@@ -25,8 +26,8 @@ PART = [
 ]
 SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
 STAGES = [] if FULL else ["--stages", "2,3"]
+IN_FULL = pytest.mark.skipif(not FULL, reason="of the full form: make faults")
 STUDY = ["run_all.py", "params/tiny.yaml", *SETTINGS]
-HALF_MADE = "store/*/.*", "checkpoints/*", ".*.*", "*/.*.*"  # files and folders
 SECONDS = 900  # for one command, on a busy machine
 
 
@@ -57,9 +58,7 @@ def processes(of):
             command = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        parts["kernel" if "ipykernel" in command else "worker" if "processes.serve" in command else "other"].append(
-            process
-        )
+        parts["kernel" if "ipykernel" in command else "worker" if ".serve(" in command else "other"].append(process)
     return parts
 
 
@@ -100,8 +99,12 @@ def made(before, after):
 def same_results(folder, undisturbed):
     """Whether a run has the results of another, to the bit, and nothing half-made beside its artifacts."""
     ours, theirs = (dw.read_results(each) for each in (folder, undisturbed))
-    left = [found for pattern in HALF_MADE for found in folder.glob(pattern)]
-    return ours.equals(theirs) and artifacts(folder).keys() == artifacts(undisturbed).keys() and not left
+    return ours.equals(theirs) and artifacts(folder).keys() == artifacts(undisturbed).keys() and not half_made(folder)
+
+
+def half_made(folder):
+    """Files and folders that a run has not finished."""
+    return [found for pattern in ("store/*/.*", "checkpoints/*", ".*.*", "*/.*.*") for found in folder.glob(pattern)]
 
 
 def told(folder):
