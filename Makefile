@@ -5,7 +5,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: run report lab test faults notebooks lint lock
+.PHONY: run report lab test faults notebooks lint lock audit
 
 run: .venv/ready
 	$(BIN)/python run_all.py params/quick.yaml
@@ -34,6 +34,12 @@ lint: .venv/ready
 
 lock: .venv/ready  # after a change of dependencies
 	$(BIN)/python -m pip freeze --all --exclude-editable > requirements.lock
+	$(BIN)/python tests/licences.py
+
+audit:  # known weaknesses of the locked versions, asked of PyPI; in an environment of its own
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.venv/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement requirements.lock
 
 .venv/ready: pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "datawall needs Python 3.12 or later; install it, or name it: make run PYTHON=/path/to/python3.12" >&2; exit 1; }

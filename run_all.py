@@ -10,6 +10,7 @@ python run_all.py --check params/mine.yaml         what it would do with the dat
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from contextlib import nullcontext
@@ -82,7 +83,11 @@ def _follow(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"\n{error}. What is finished is kept; the same command goes on once this is mended.", file=sys.stderr)
+        where = "" if error.filename else f"{study.folder}: "
+        print(
+            f"\n{where}{error}. What is finished is kept; the same command goes on once this is mended.",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -110,6 +115,7 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
 
     parameters = study.params
     study.write_params()
+    _write_notebooks_whole()
     for number in stages:
         if number in TASKS and TASKS[number] not in parameters.tasks:
             name = STAGES[number]
@@ -227,6 +233,19 @@ def _overrides(given: list[str]) -> dict[str, Any]:
     return overrides
 
 
+def _write_notebooks_whole() -> None:
+    """Let papermill write a notebook, which it does after each cell, as all else is written: all of it, or nothing."""
+    from papermill.iorw import LocalHandler, papermill_io
+
+    from datawall import store
+
+    class Whole(LocalHandler):
+        def write(self, text: str, path: str) -> None:
+            store.write_atomically(Path(path), lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+    papermill_io.register("/", Whole())  # of absolute paths
+
+
 def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]) -> bool:
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
@@ -243,8 +262,8 @@ def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]
     seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
     line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
-    try:
-        with kernels.forked() as kernel:
+    with kernels.forked() as kernel:
+        try:
             papermill.execute_notebook(
                 str(source),
                 str(executed),
@@ -258,16 +277,20 @@ def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]
                 start_timeout=600,
                 coalesce_streams=True,  # of a progress bar, keep what is left of it in the end
             )
-    except papermill.PapermillExecutionError as error:
-        print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
-        print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
-        return False
-    except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
-        print(
-            f"\n{name} failed: {error}; perhaps memory ran out. What is finished is kept; the same command goes on.",
-            file=sys.stderr,
-        )
-        return False
+        except papermill.PapermillExecutionError as error:
+            print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
+            print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
+            return False
+        except KeyboardInterrupt:
+            logging.disable()  # of what nbclient and asyncio have to say when their kernel is taken from them
+            raise
+        except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
+            print(kernel.printed.read_text(), end="", file=sys.stderr)
+            print(
+                f"\n{name} failed: {error}; perhaps memory ran out. What is finished is kept; the same command goes on.",
+                file=sys.stderr,
+            )
+            return False
     done = f"[{number}/{len(STAGES)}] {name} done in {time.perf_counter() - begin:.0f} s"
     print(f"\r{done:<{len(line)}}" if sys.stdout.isatty() else done, flush=True)
     return True

@@ -16,10 +16,10 @@ TESTS = Path(__file__).parent
 class DaskCluster:
     """Started in a folder, which takes the scheduler's address; `close` ends it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, protocol="tcp"):
         self.folder, file = folder, folder / "scheduler.json"
         file.unlink(missing_ok=True)
-        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0")
+        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--protocol", protocol)
         one_thread = "--nthreads", "1", "--host", "127.0.0.1"
         self.workers = [self._start("worker", *one_thread, "--name", str(i)) for i in range(2)]
         deadline = time.monotonic() + 120

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import units
+import yaml
+from dask import config
 from dask_cluster import DaskCluster
+from distributed.security import Security
 from units import Item, lines
 
 from datawall import cluster, params, processes
@@ -225,16 +229,45 @@ def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, mo
     with pytest.raises(UnitsFailedError, match="another version of datawall"):
         run_units(given, units.succeed, FIVE[:1], "test")
     monkeypatch.undo()
-    unmarked = cluster.contextmanager(lambda folder: iter([folder / "nowhere"]))
+    unmarked = cluster.contextmanager(lambda study: iter([study.folder / "nowhere"]))
     monkeypatch.setattr(cluster, "_mark", unmarked)
     with pytest.raises(UnitsFailedError, match="storage that all workers share"):
         run_units(given, units.succeed, FIVE[:1], "test")
     assert not lines(tmp_path, FIVE[0])
+    monkeypatch.undo()
+    with cluster._mark(study(storage=tmp_path.as_uri())) as mark:
+        assert mark is None
+
+
+def written_keys(folder):
+    """Dask's settings as the README has them, with certificates of an authority that is made for them."""
+    readme = (TESTS.parent / "README.md").read_text()
+    (text,) = re.findall(r"```yaml\n(distributed:.*?)```", readme, re.S)
+    keys = Security.temporary()
+    folder.mkdir()
+    for name, content in {"ca": keys.tls_ca_file, "cert": keys.tls_client_cert, "key": keys.tls_client_key}.items():
+        (folder / f"{name}.pem").write_text(content)
+        text = text.replace(f" {name}.pem", f" {folder / name}.pem")
+    (folder / "distributed.yaml").write_text(text)
+    return config.merge(config.config, yaml.safe_load(text))
+
+
+def test_dask_over_tls_turns_others_away(study, tmp_path, monkeypatch):
+    ours, theirs = written_keys(tmp_path / "ours"), written_keys(tmp_path / "theirs")
+    monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "ours"))
+    with config.set(ours):
+        started = DaskCluster(tmp_path, "tls")
+    try:
+        with config.set(ours):
+            run_units(study(executor=started.address), units.succeed, FIVE, "test")
+        assert [len(lines(tmp_path, item)) for item in FIVE] == [1] * 5
+        with config.set({**theirs, "distributed.comm.timeouts.connect": "3s"}), pytest.raises(ConnectionError):
+            run_units(study(executor=started.address), units.succeed, FIVE, "test")
+    finally:
+        started.close()
 
 
 def test_no_scheduler_is_said_so(study, monkeypatch):
-    from dask import config
-
     with config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(ConnectionError, match="no Dask"):
         run_units(study(executor="tcp://127.0.0.1:9"), units.succeed, FIVE, "test")
 
@@ -247,8 +280,6 @@ FAKE_SLURM = {"sbatch": SBATCH, "scancel": 'kill "$@"'}
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # dask-jobqueue leaves its keys open
 def test_slurm_jobs_do_each_unit_once(study, tmp_path, monkeypatch):
     """With programs of Slurm's names that run a job's script here."""
-    from dask import config
-
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *sys.path]))
     for name, script in FAKE_SLURM.items():

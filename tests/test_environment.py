@@ -1,8 +1,10 @@
 """What a user installs is what the project declares."""
 
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
+import licences
 import yaml
 from packaging.requirements import Requirement
 
@@ -32,3 +34,11 @@ def test_conda_environment_adds_nothing_to_the_project():
 
 def test_python_is_at_least_the_one_declared():
     assert PROJECT["requires-python"] == f">={(ROOT / '.python-version').read_text().strip()}"
+
+
+def test_licences_are_listed_as_packages_state_them():
+    rows = (ROOT / "LICENSES.md").read_text().partition("|---|---|\n")[2].splitlines()
+    listed = dict(row.strip("| ").split(" | ") for row in rows)
+    assert list(listed) == licences.locked()
+    installed = {each.name for each in metadata.distributions()} & listed.keys()  # some are of one system alone
+    assert {name: licences.licence(name) for name in installed} == {name: listed[name] for name in installed}

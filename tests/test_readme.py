@@ -39,7 +39,8 @@ def commands():
 
 def settings():
     """Every setting of a study file, from YAML blocks and from prose, as a mapping."""
-    texts = [text for kind, text in FENCES if kind == "yaml" and not text.startswith("jobqueue:")]  # dask-jobqueue's
+    of_dask = "jobqueue:", "distributed:"
+    texts = [text for kind, text in FENCES if kind == "yaml" and not text.startswith(of_dask)]
     texts += [text for text in INLINE if re.match(r"[a-z_]+: \S", text)]
     return list(dict.fromkeys(texts))
 

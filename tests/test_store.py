@@ -1,5 +1,8 @@
 import json
 import logging
+import resource
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -217,6 +220,34 @@ def test_writing_that_fails_leaves_the_old_content(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_that_the_disk_does_not_take_is_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^\[Errno 27\] File too large: '{tmp_path}/a\.json'$"):
+            write_json(tmp_path / "a.json", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [  # by libraries that have errors of their own, or count bytes
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 10**9),
+        (OSError("2000 requested and 1000 written"), 0),
+    ],
+)
+def test_full_disk_is_said_whoever_finds_it_so(error, free, tmp_path, monkeypatch):
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left on device: '{tmp_path}/subset/{UNIT.key}'$"):
+        Store(tmp_path).find_or_make(UNIT, fail)
+    assert not list((tmp_path / "subset").iterdir())
 
 
 def test_writing_replaces_the_content_at_the_end(tmp_path):

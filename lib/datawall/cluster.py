@@ -98,7 +98,7 @@ def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
     from dask.distributed import as_completed
 
     p = study.params
-    with _client(study, len(units)) as client, client.as_current(), _mark(study.folder) as mark:
+    with _client(study, len(units)) as client, client.as_current(), _mark(study) as mark:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         declared = {name for worker in workers for name in worker["resources"]}
         futures = {}
@@ -142,8 +142,12 @@ def _client(study: Study, n_units: int) -> Iterator[Client]:
 
 
 @contextmanager
-def _mark(folder: Path) -> Iterator[Path]:
-    """A file in the run folder, by which workers tell that the folder they see is the same."""
+def _mark(study: Study) -> Iterator[Path | None]:
+    """A file in the run folder, by which workers tell that they see the same one; None if they need not."""
+    if study.params.storage:
+        yield None
+        return
+    folder = study.folder
     mark = folder / f".shared.{uuid.uuid4().hex}"
     folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
@@ -157,10 +161,10 @@ def _mark(folder: Path) -> Iterator[Path]:
 _resting: list[Worker] = []  # of a Dask worker
 
 
-def _beside(unit: Unit, time_limit: float | None, mark: Path, sources: str) -> None:
+def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: str) -> None:
     """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies."""
     here = socket.gethostname()
-    if not mark.exists():
+    if mark and not mark.exists():
         raise RuntimeError(f"{here} does not see {unit.folder}; keep run folders on storage that all workers share.")
     if _sources() != sources:
         raise RuntimeError(f"{here} has another version of datawall in {Path(__file__).parent}; install the same.")

@@ -49,7 +49,7 @@ class Curated:
     def __init__(self, parameters: Params, folder: Path) -> None:
         self.params = parameters
         self.folder = folder
-        self.store = store.Store(folder / "store")
+        self.store = store.Store(folder / "store", parameters.storage)
 
     def subsets(self) -> list[Subset]:
         """Every subset of the corpus."""

@@ -138,7 +138,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
 class Forked:
     """A process that the fork server started, with the methods of `subprocess.Popen`.
 
-    It has a session of its own, the standard output and error of this one, and ends when this one does.
+    It has a session of its own, and ends when this process does.
 
     Parameters
     ----------
@@ -152,6 +152,8 @@ class Forked:
         Of open files: their numbers over there are the function's last arguments.
     environment
         Its environment variables.
+    output
+        Open file for its standard output and error; by default, they are those of this process.
 
     Raises
     ------
@@ -168,14 +170,16 @@ class Forked:
         arguments: Sequence[Any],
         descriptors: Sequence[int],
         environment: dict[str, str],
+        output: int | None = None,
     ) -> None:
         self.returncode: int | None = None
         self._guard = _socket()
         called = {"name": name, "function": function, "arguments": arguments}
         surroundings = {"environment": environment, "folder": os.getcwd(), "path": search_path().split(os.pathsep)}
+        printing = (1, 2) if output is None else (output, output)
         try:
             self._guard.connect(os.environ[ADDRESS])
-            socket.send_fds(self._guard, [json.dumps(called | surroundings).encode()], [1, 2, *descriptors])
+            socket.send_fds(self._guard, [json.dumps(called | surroundings).encode()], [*printing, *descriptors])
             self.pid = int(self._guard.recv(64) or 0)
             if not self.pid:
                 raise ConnectionError("the process that starts kernels and workers has died; run the command again.")

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from jupyter_client import KernelManager
@@ -21,7 +22,8 @@ class Provisioner(LocalProvisioner):
         """Start the kernel whose command is `python -m ipykernel_launcher`, followed by its arguments."""
         arguments = [*cmd[cmd.index("ipykernel_launcher") + 1 :], f"--IPKernelApp.parent_handle={os.getpid()}"]
         function = "ipykernel.kernelapp:launch_new_instance"
-        self.process = forkserver.Forked("datawall kernel", function, [arguments], [], dict(options["env"]))
+        output = options["stdout"].fileno()
+        self.process = forkserver.Forked("datawall kernel", function, [arguments], [], dict(options["env"]), output)
         self.pid = self.pgid = self.process.pid
         return self.connection_info
 
@@ -48,6 +50,9 @@ def forked() -> Iterator[KernelManager]:
             client_class="jupyter_client.asynchronous.AsyncKernelClient",
         )
         kernel.provisioner = Provisioner(kernel_spec=kernel.kernel_spec, parent=kernel, connection_info={})
-        kernel.start_kernel()
+        # What it prints is in its notebook; what is printed past it, say when it crashes, waits in a file.
+        kernel.printed = Path(sockets, "printed")
+        with kernel.printed.open("w") as file:
+            kernel.start_kernel(stdout=file)
         exits.callback(kernel.shutdown_kernel, now=True)
         yield kernel

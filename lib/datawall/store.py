@@ -7,6 +7,7 @@ is never read, and which the next run removes.
 from __future__ import annotations
 
 import ast
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from datawall.shared import Shared
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -46,6 +49,9 @@ ASIDE = (
     *("forkserver", "kernels", "report", "notebooks", "verdicts", "provenance"),
     *("starter", "preflight", "inspection", "verify"),
 )
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+FULL = 2**20  # bytes free of a disk that counts as full when a unit fails
 
 type Record = dict[str, Any]
 
@@ -95,10 +101,13 @@ class Store:
     ----------
     folder
         Made when the first artifact is written.
+    url
+        Of an object store (see `shared`), if artifacts are taken from one and put there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str | None = None) -> None:
         self.folder = folder
+        self.shared = Shared(url) if url else None
         self._checked: dict[str, Artifact] = {}  # found and verified by this process already
 
     def find(self, unit: Unit) -> Artifact | None:
@@ -109,7 +118,7 @@ class Store:
         if unit.key in self._checked:
             return self._checked[unit.key]
         folder = self._folder(unit)
-        if not folder.is_dir():
+        if not folder.is_dir() and not self._taken(unit, folder):
             return None
         if wrong := damage(folder):
             log.warning("%s %s is damaged (%s) and will be made again.", unit.kind, unit.key, "; ".join(wrong))
@@ -134,7 +143,7 @@ class Store:
             return found
         folder = self._folder(unit)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder.parent) as scratch:
+        with temporary_folder(folder.parent) as scratch, naming(folder):
             begin = time.perf_counter()
             more = make(scratch) or {}
             made = {"seconds": round(time.perf_counter() - begin, 3), "device": "cpu", **_circumstances(), **more}
@@ -147,7 +156,28 @@ class Store:
             with suppress(FileExistsError):
                 _move(scratch, folder)
         self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
+        if self.shared:
+            self.shared.put(f"{unit.kind}/{unit.key}", folder)
         return self._checked[unit.key]
+
+    def _taken(self, unit: Unit, folder: Path) -> bool:
+        """Whether the object store has a unit's artifact, which is then in its place here."""
+        if not self.shared:
+            return False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder.parent) as scratch, naming(folder):
+            if not self.shared.take(f"{unit.kind}/{unit.key}", scratch):
+                return False
+            wrong = damage(scratch)
+            if not wrong and read_manifest(scratch)["key"] != unit.key:
+                wrong = ["it is another"]
+            if wrong:
+                at = f"{self.shared.url}: {unit.kind} {unit.key}"
+                log.warning("%s is damaged (%s) and will be made again.", at, "; ".join(wrong))
+                return False
+            with suppress(FileExistsError):
+                _move(scratch, folder)
+        return True
 
     def _folder(self, unit: Unit) -> Path:
         return self.folder / unit.kind / unit.key
@@ -214,6 +244,19 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk name what was to be written: not all libraries do, and some do not say "full" either."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            error.filename = error.filename or str(path)
+        elif "No space left" in str(error) or shutil.disk_usage(path.parent).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+@contextmanager
 def held(path: Path) -> Iterator[None]:
     """Mark a file or folder as in use, until this process ends, however it ends; not on a file system without locks."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -251,7 +294,7 @@ def reserved(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {_now()},")
         file.flush()
-        for left in [*folder.glob("store/*/.making-*"), *folder.glob("checkpoints/.*"), *folder.glob(".*.*")]:
+        for left in [*folder.glob("store/*/.making-*"), *folder.glob(".*.*"), *folder.glob("*/.*.*")]:
             _remove_unless_held(left)
         yield
 
@@ -306,7 +349,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         scratch.touch()
-        with held(scratch):
+        with naming(path), held(scratch):
             write(scratch)
             os.replace(scratch, path)
     finally:

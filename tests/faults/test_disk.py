@@ -1,12 +1,16 @@
 """A disk that is full or cannot be written stops a run with one clear line, and costs nothing that was finished."""
 
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
-from harness import ROOT, SECONDS, STAGES, STUDY, artifacts, environment, redone, run, same_results
+from harness import FULL, ROOT, SECONDS, STAGES, STUDY, artifacts, environment, half_made, made, redone, same_results
+
+from datawall import verify
 
 # A mount that is this command's own: needs no privileges where the system lets users have name spaces.
 OWN_MOUNTS = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
@@ -38,6 +42,36 @@ def in_shell(script, **names):
     return done.stdout
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0] if FULL else [0.6])
+def test_full_disk(share, undisturbed, tmp_path, capsys):
+    """Full in the midst of a run; then there is room again."""
+    size = sum(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
+    (here := tmp_path / "here").mkdir()
+    (kept := tmp_path / "kept").mkdir()
+    script = """
+        mount -t tmpfs -o size=$small none "$here"
+        if run > "$kept/printed"; then echo "the disk is not full"; exit 1; fi
+        cp -a "$here/." "$kept/before"
+        mount -o remount,size=1g "$here"
+        run
+        cp -a "$here/." "$kept/after"
+    """
+    in_shell(script, here=here, kept=kept, small=int(size * share))
+    printed = (kept / "printed").read_text()
+    named = re.findall(rf"No space left on device: '{here}/(.+?)'", printed)
+    assert named, printed
+    assert "Traceback" not in printed
+    assert not [problem for problem in verify.problems(kept / "before") if problem.startswith("store")]
+    assert not half_made(kept / "before")
+    for notebook in kept.glob("before/notebooks/*"):
+        nbformat.read(notebook, as_version=4)
+    before, after = artifacts(kept / "before"), artifacts(kept / "after")
+    assert redone(before, after) == []
+    assert same_results(kept / "after", undisturbed)
+    with capsys.disabled():
+        print(f"\n  full at {named[-1]}; made once there was room: {made(before, after)}", end=" ")
+
+
 def test_folder_that_cannot_be_written(undisturbed, tmp_path):
     shutil.copytree(undisturbed, here := tmp_path / "here", copy_function=shutil.copy2)
     script = """
@@ -48,7 +82,5 @@ def test_folder_that_cannot_be_written(undisturbed, tmp_path):
     printed = in_shell(script, here=here)
     assert "Read-only file system" in printed
     assert "Traceback" not in printed
-    status, _, errors = run(here)
-    assert status == 0, errors
-    assert redone(artifacts(undisturbed), artifacts(here)) == []
+    assert artifacts(here) == artifacts(undisturbed)
     assert same_results(here, undisturbed)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from dask_cluster import DaskCluster
-from harness import FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, start
+from harness import FULL, IN_FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, start
 
 EACH = 5 if FULL else 1  # times that each part is killed: 25 kills in the full form
 MOMENTS = (3, 60) if FULL else (3, 25)  # seconds from a start, or from a kill that the run survived
@@ -70,9 +70,6 @@ def disturb(place, folder, to_kill, rng):
         assert process.returncode == -signal.SIGKILL or "failed: " in errors
     assert ended(family.values())  # with the run, whatever it started
     return process.returncode == 0, killed
-
-
-IN_FULL = pytest.mark.skipif(not FULL, reason="of the full form: make faults")
 
 
 @pytest.mark.parametrize("place", [Here, pytest.param(OnDask, marks=IN_FULL)], ids=["here", "on Dask"])

@@ -1,6 +1,13 @@
-"""Two runs at once on one folder."""
+"""Two runs at once, an interrupted run, a clock that goes backwards, units that hang or take all memory."""
 
-from harness import artifacts, run, same_results, start, wait_until
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from harness import IN_FULL, artifacts, ended, environment, processes, redone, run, same_results, start, wait_until
 
 
 def test_second_run_on_a_folder_is_refused(undisturbed, tmp_path):
@@ -14,4 +21,68 @@ def test_second_run_on_a_folder_is_refused(undisturbed, tmp_path):
     with first:
         assert first.communicate()[1] == ""
     assert first.returncode == 0
+    assert same_results(folder, undisturbed)
+
+
+BACKWARDS = """
+import time
+_clock, _begin = time.time, time.time()
+time.time = lambda: 2 * _begin - _clock() - 86_400  # a day ago, and going backwards
+time.time_ns = lambda: int(1e9 * time.time())
+"""
+
+
+def with_modules_of(folder):
+    """An environment in which the modules of a folder can be imported."""
+    return {**environment(), "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("subset", marks=IN_FULL), "model"])  # in the notebook, in its workers
+def test_interrupted_run_stops_and_resumes_by_whatever_clock(kind, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    # What a shell runs in the background ignores SIGINT, and so would this process.
+    process = start(folder, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert wait_until(lambda: any(name.startswith(kind) for name in artifacts(folder)))
+    family = [each for some in processes(process).values() for each in some]
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+    with process:
+        errors = process.communicate()[1]
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 130
+    assert "Stopped. What is finished is kept; the same command goes on from there." in errors
+    assert "Traceback" not in errors
+    assert ended(family)
+    assert (folder / "notebooks" / "02_pretraining.ipynb").is_file()
+
+    # Its artifacts are now of tomorrow, and while the run goes on the clock goes back.
+    for manifest in folder.glob("store/*/*/manifest.json"):
+        os.utime(manifest, (time.time() + 86_400,) * 2)
+    before = artifacts(folder)
+    (tmp_path / "sitecustomize.py").write_text(BACKWARDS)
+    status, _, errors = run(folder, env=with_modules_of(tmp_path))
+    assert status == 0, errors
+    assert redone(before, artifacts(folder)) == []
+    assert same_results(folder, undisturbed)
+
+
+@IN_FULL
+def test_units_that_hang_or_take_all_memory_are_named(undisturbed, tmp_path):
+    """Two attempts each; without such models, the study ends the same."""
+    folder, attempts = tmp_path / "run", tmp_path / "attempts"
+    models = "models=[PretrainedPCA,Geneformer,misbehaving:Hangs,misbehaving:Exhausts]"
+    settings = models, "strategies=[random]", "percentages=[100]", "time_limit=60", "workers=2"
+    words = [word for setting in settings for word in ("--set", setting)] + ["--stages", "2"]
+    status, _, errors = run(folder, *words, env={**with_modules_of(Path(__file__).parent), "ATTEMPTS": str(attempts)})
+    assert status == 1
+    assert "02_pretraining failed: UnitsFailedError" in errors
+    assert "misbehaving:Hangs random 100 0: stopped after 60 seconds, the time limit of a unit" in errors
+    assert "misbehaving:Exhausts random 100 0: its process died (signal SIGKILL); perhaps memory ran out" in errors
+    assert "The notebook as far as it ran" in errors
+    assert "Traceback" not in errors
+    before, tried = artifacts(folder), Counter(attempts.read_text().split())
+    assert tried == {"Hangs": 2, "Exhausts": 2}
+    status, _, errors = run(folder)
+    assert status == 0, errors
+    assert redone(before, artifacts(folder)) == []
     assert same_results(folder, undisturbed)

@@ -1,0 +1,56 @@
+"""Artifacts in an object store, from which machines that share no folder take them, and where they put theirs.
+
+An artifact is one object, `<url>/<kind>/<key>.tar`: it is there as a whole or not at all, and nobody appends to it.
+What is taken is checked like all that is read; of what is not sound there is a warning, and it is made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+import uuid
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class Shared:
+    """An object store.
+
+    Parameters
+    ----------
+    url
+        `s3://bucket/folder`, or another that `pyarrow.fs.FileSystem.from_uri` knows; keys are those of the environment.
+    """
+
+    def __init__(self, url: str) -> None:
+        from pyarrow import fs
+
+        self.url = url
+        self._files, self._root = fs.FileSystem.from_uri(url)
+        self._whole = not isinstance(self._files, fs.LocalFileSystem)  # an object appears when all of it is written
+
+    def take(self, name: str, folder: Path) -> bool:
+        """Unpack an artifact, `kind/key`, into an empty folder; says whether there was one that can be read."""
+        try:
+            with (
+                self._files.open_input_stream(f"{self._root}/{name}.tar") as stream,
+                tarfile.open(fileobj=stream, mode="r|") as tar,
+            ):
+                tar.extractall(folder, filter="data")  # nothing outside of the folder, no links, no devices
+        except FileNotFoundError:
+            return False
+        except tarfile.TarError as error:
+            log.warning("%s/%s.tar is damaged (%s) and will be made again.", self.url, name, error)
+            return False
+        return True
+
+    def put(self, name: str, folder: Path) -> None:
+        """Pack an artifact's folder, in place of an earlier one of that name."""
+        path = f"{self._root}/{name}.tar"
+        written = path if self._whole else f"{path}.{uuid.uuid4().hex}"
+        self._files.create_dir(path.rpartition("/")[0], recursive=True)
+        with self._files.open_output_stream(written) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+            tar.add(folder, ".")
+        if written != path:
+            self._files.move(written, path)

@@ -1,0 +1,137 @@
+"""Artifacts in an object store: taken where they are, put where they were made, checked on the way."""
+
+import io
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import tarfile
+import time
+
+import pyarrow.fs
+import pytest
+
+from datawall import params, processes
+from datawall.store import Store, Unit
+from datawall.study import Study
+
+UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("sampling",))
+MINIMAL = {
+    "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [50], "seeds": [0],
+    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 1,
+}  # fmt: skip
+
+
+def write_files(folder):
+    (folder / "inner").mkdir()
+    (folder / "inner" / "rows.bin").write_bytes(bytes(range(256)) * 20)
+    (folder / "note.txt").write_text("first\n")
+
+
+def refuse_to_make(folder):
+    raise AssertionError("made again")
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """URLs in a bucket on a server of moto, a program that is installed apart (`pipx install 'moto[server]'`)."""
+    if not (program := shutil.which("moto_server")):
+        pytest.skip("moto_server is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keys = {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
+    with pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as nowhere:
+        for name, value in keys.items():
+            patch.setenv(name, value)
+        command = [program, "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=nowhere, stderr=nowhere)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+        files, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket?{options}")
+        files.create_dir("bucket")
+        yield lambda name: f"s3://bucket/{name}/a?{options}"
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request, tmp_path):
+    return (tmp_path / "objects").as_uri() if request.param == "file" else request.getfixturevalue("s3")(tmp_path.name)
+
+
+def objects(url):
+    files, root = pyarrow.fs.FileSystem.from_uri(url)
+    found = files.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+    return files, [each.path for each in found if each.is_file]
+
+
+def test_what_one_machine_makes_another_takes(url, tmp_path):
+    made = Store(tmp_path / "one", url).find_or_make(UNIT, write_files)
+    taken = Store(tmp_path / "other", url).find_or_make(UNIT, refuse_to_make)
+    assert taken.folder == tmp_path / "other" / UNIT.kind / UNIT.key
+    assert taken.made == made.made
+    assert (taken.folder / "inner" / "rows.bin").read_bytes() == bytes(range(256)) * 20
+    (path,) = objects(url)[1]
+    assert path.endswith(f"/{UNIT.kind}/{UNIT.key}.tar")
+    assert Store(tmp_path / "third", url).find(Unit("model", {}, ())) is None
+    assert not list(tmp_path.rglob(".*"))
+
+
+def tar_of(name, content):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:700],
+        lambda content: content.replace(b"first", b"worst"),
+        lambda content: tar_of("../../escaped", b"no"),
+        lambda content: b"",
+    ],
+    ids=["cut", "changed", "escaping", "empty"],
+)
+def test_damaged_object_is_named_and_replaced(damage, url, tmp_path, caplog):
+    Store(tmp_path / "one", url).find_or_make(UNIT, write_files)
+    files, (path,) = objects(url)
+    with files.open_input_stream(path) as stream:
+        content = stream.read()
+    with files.open_output_stream(path) as stream:
+        stream.write(damage(content))
+    with caplog.at_level(logging.WARNING):
+        assert Store(tmp_path / "other", url).find(UNIT) is None
+    assert "is damaged" in caplog.text
+    assert UNIT.key in caplog.text
+    assert not list(tmp_path.rglob("*escaped*"))
+    Store(tmp_path / "other", url).find_or_make(UNIT, write_files)
+    Store(tmp_path / "third", url).find_or_make(UNIT, refuse_to_make)
+
+
+def test_artifact_under_the_name_of_another_is_not_used(url, tmp_path, caplog):
+    other = Unit("subset", {"seed": 1}, ())
+    one = Store(tmp_path / "one", url)
+    one.shared.put(f"{other.kind}/{other.key}", one.find_or_make(UNIT, write_files).folder)
+    assert Store(tmp_path / "other", url).find(other) is None
+    assert f"{other.key} is damaged (it is another)" in caplog.text
+
+
+def test_a_study_goes_on_where_there_is_only_its_storage(url, tmp_path, monkeypatch):
+    study = Study(params.check({**MINIMAL, "storage": url}, "test"), tmp_path / "one")
+    table = study.pretrain()
+    monkeypatch.setattr(processes, "on_this_machine", None)  # nothing is made again
+    elsewhere = Study(study.params, tmp_path / "other")
+    assert elsewhere.pretrain().equals(table)
+    there = {path.relative_to(study.folder) for path in study.folder.rglob("*.safetensors")}
+    assert there == {path.relative_to(elsewhere.folder) for path in elsewhere.folder.rglob("*.safetensors")}
