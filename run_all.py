@@ -286,10 +286,8 @@ def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]
             raise
         except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
             print(kernel.printed.read_text(), end="", file=sys.stderr)
-            print(
-                f"\n{name} failed: {error}; perhaps memory ran out. What is finished is kept; the same command goes on.",
-                file=sys.stderr,
-            )
+            print(f"\n{name} failed: {error}; perhaps memory ran out.", file=sys.stderr)
+            print("What is finished is kept; the same command goes on.", file=sys.stderr)
             return False
     done = f"[{number}/{len(STAGES)}] {name} done in {time.perf_counter() - begin:.0f} s"
     print(f"\r{done:<{len(line)}}" if sys.stdout.isatty() else done, flush=True)

@@ -32,7 +32,7 @@ def test_server_that_died_is_named(monkeypatch):
         server = next(child for child in psutil.Process().children() if "forkserver.serve" in " ".join(child.cmdline()))
         server.kill()
         server.wait(60)
-        with pytest.raises(OSError, match="refused"):
+        with pytest.raises(ConnectionError, match="has died"):
             fork("leave")
 
 

@@ -157,8 +157,8 @@ class Forked:
 
     Raises
     ------
-    OSError
-        If the fork server has gone.
+    ConnectionError
+        If the fork server has died.
     """
 
     stdin = stdout = stderr = None
@@ -180,12 +180,10 @@ class Forked:
         try:
             self._guard.connect(os.environ[ADDRESS])
             socket.send_fds(self._guard, [json.dumps(called | surroundings).encode()], [*printing, *descriptors])
-            self.pid = int(self._guard.recv(64) or 0)
-            if not self.pid:
-                raise ConnectionError("the process that starts kernels and workers has died; run the command again.")
-        except BaseException:
+            self.pid = int(self._guard.recv(64))
+        except (OSError, ValueError) as error:
             self._guard.close()
-            raise
+            raise ConnectionError("the process that starts kernels and workers has died") from error
 
     def poll(self) -> int | None:
         """Its exit status, as `subprocess.Popen.poll` has it."""

@@ -54,14 +54,16 @@ def run(folder, *words, **options):
 
 
 def processes(of):
-    """Living descendants of a process by their part: kernels, workers, and others."""
-    parts = {"kernel": [], "worker": [], "other": []}
+    """Living descendants of a process by their part: kernels, workers, the server they are forks of, and others."""
+    parts = {"kernel": [], "worker": [], "server": [], "other": []}
     for process in psutil.Process(of.pid).children(recursive=True) if psutil.pid_exists(of.pid) else ():
         try:
-            command = " ".join(process.cmdline())
-        except psutil.Error:
+            name, server = process.name(), process.ppid() == of.pid and "forkserver.serve(" in process.cmdline()[-1]
+        except (psutil.Error, IndexError):
             continue
-        parts["kernel" if "ipykernel" in command else "worker" if ".serve(" in command else "other"].append(process)
+        parts["server" if server else name.removeprefix("datawall ") if "datawall " in name else "other"].append(
+            process
+        )
     return parts
 
 
