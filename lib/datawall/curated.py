@@ -81,9 +81,9 @@ class Curated:
         """An evaluation data set, its genes in the corpus's order."""
         if name == self.held_out_name:
             return self.split_unit
-        p = self.params
+        p, one = self.params, self.params.evaluation_sets()[name]
         record = {
-            "dataset": datasets.identity(p.evaluation_sets()[name].file),
+            "dataset": datasets.identity(one.file, one.source),
             "corpus": self.corpus_unit.key,
             "min_matched_genes": p.min_matched_genes,
             "columns": assembly.dataset_columns(p, name),

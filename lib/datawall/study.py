@@ -95,11 +95,11 @@ class Study(Curated):
         store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
 
     def pretraining_runs(self) -> list[Run]:
-        """Every model on every subset, and its untrained controls; of an adaptive study, what it has chosen so far.
+        """Every model on every subset, its untrained controls, and the runs besides; of an adaptive study, what it has chosen so far.
 
         An adaptive study that has not begun has the whole grid: the most that it may come to.
         """
-        runs = [Run(model, Subset(*subset)) for model in self.params.models for subset in self.params.subsets()]
+        runs = [Run(model, Subset(*subset)) for model, subset in self.params.runs()]
         if not self.params.adaptive or not self.chosen_path.exists():
             return runs
         chosen = {
@@ -130,7 +130,7 @@ class Study(Curated):
         if run.subset.strategy == "untrained":
             record["corpus"] = self.corpus_unit.key
         else:
-            budget = {"steps": self.params.steps, "init_seed": self.params.init_seed}
+            budget = {"steps": self.params.steps_of(run.model), "init_seed": self.params.init_seed}
             record |= {"subset": self.subset_unit(run.subset).key, **budget}
         return Unit("model", record, _code(family))
 
@@ -241,7 +241,7 @@ class Study(Curated):
         history = model.fit(
             cells.within(p.memory_gib),
             cells.obs,
-            steps=p.steps,
+            steps=p.steps_of(run.model),
             seed=subset.seed,
             init_seed=p.init_seed,
             checkpoint=checkpoint,
