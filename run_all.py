@@ -42,7 +42,7 @@ SLOW_IMPORTS = {2: "torch._dynamo", 4: "umap", 5: "torch._dynamo", 6: "torch._dy
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a stage failed, 2 the request is wrong, 130 interrupted."""
     options = _options(arguments)
-    from datawall import evaluation, params, paths, preflight, provenance, store
+    from datawall import params, paths, planning, store
     from datawall.study import Study
 
     try:
@@ -55,17 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
         parameters = params.read(path, _overrides(options.set))
         folder = Path(options.out).resolve() if options.out else paths.run_folder(path, parameters.study)
         study = Study(parameters, folder)
-        left = {} if parameters.census else preflight.seconds_left(study)
+        if options.calibrate:
+            return _calibrate(study)
+        if options.plan:
+            return _plan(study)
+        left = {} if parameters.census else planning.seconds_left(study)
     except (FileNotFoundError, FileExistsError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.verify or options.why:
         return _look_into(study.folder, options.why)
-    plan = ", ".join(f"{count} {what}" for what, count in evaluation.plan(study).items())
-    about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
-    print(f"{parameters.study}: {plan}; into {_shown(study.folder, paths.repository())}{about}")
-    if options.plan:
-        return 0
+    about = f"; about {planning.duration(sum(left.values()))} of computing" if any(left.values()) else ""
+    print(f"{_counts(study)}; into {_shown(study.folder, paths.repository())}{about}")
     try:
         with store.reserved(study.folder):
             return _run(study, stages, left)
@@ -78,6 +79,34 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"\n{error}. What is finished is kept; the same command goes on once this is mended.", file=sys.stderr)
         return 1
+
+
+def _counts(study: Any) -> str:
+    """How many subsets, models and experiments a study has, and what it has besides, a line each."""
+    from datawall import planning
+
+    (name, grid), *besides = (
+        (name, ", ".join(f"{count:,} {what}" for what, count in of.items() if count))
+        for name, of in planning.counts(study)
+    )
+    return "\n".join([f"{name}: {grid}", *(f"  besides, {name}: {of}" for name, of in besides)])
+
+
+def _plan(study: Any) -> int:
+    """Say what a study would do and what each stage would cost; reads no data but the sizes of files."""
+    from datawall import planning
+
+    print(_counts(study))
+    print(planning.table(study, study.costs))
+    return 0
+
+
+def _calibrate(study: Any) -> int:
+    """Measure what the units of a study cost on this machine."""
+    from datawall import calibration
+
+    print(f"written: {calibration.calibrate(study.params)}; --plan now counts with it")
+    return 0
 
 
 def _look_into(folder: Path, key: str | None) -> int:
@@ -187,7 +216,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     look = parser.add_mutually_exclusive_group()
     look.add_argument("--verify", action="store_true", help="hash all of the run folder, and name what is damaged")
     look.add_argument("--why", metavar="KEY", help="tell what made an artifact, and what would be made again with it")
-    parser.add_argument("--plan", action="store_true", help="show what would be done, and stop")
+    parser.add_argument("--plan", action="store_true", help="show what would be done and what it would cost, and stop")
+    parser.add_argument("--calibrate", action="store_true", help="measure for --plan what units cost on this machine")
     parser.add_argument("--check", action="store_true", help="open the data, say what would be done, and stop")
     new = parser.add_argument_group("a study of your own")
     new.add_argument("--new", metavar="NAME", help="write params/NAME.yaml after a look into the corpus, and stop")
@@ -257,7 +287,7 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dic
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
 
-    from datawall import provenance
+    from datawall import planning
 
     name = STAGES[number]
     source = repository / "notebooks" / f"{name}.ipynb"
@@ -267,7 +297,7 @@ def _run_stage(number: int, study: Any, repository: Path, kernel: Any, left: dic
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
     seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
-    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
+    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {planning.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     try:
         papermill.execute_notebook(

@@ -64,6 +64,10 @@ class Curated:
         """Name of the data set made of the corpus's held-out cells."""
         return self.params.held_out_name
 
+    def first_dataset(self, task: str) -> str:
+        """The data set by which a task is told: the held-out cells or, if they do not join it, the first that does."""
+        return next(name for name, one in self.params.evaluation_sets().items() if one.joins(task))
+
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""

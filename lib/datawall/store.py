@@ -132,11 +132,9 @@ class Store:
         folder = self._folder(unit)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(folder.parent) as scratch:
-            begin, processor = time.perf_counter(), time.process_time()
+            begin = time.perf_counter()
             more = make(scratch) or {}
-            spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - processor}
-            made = {name: round(value, 3) for name, value in spent.items()}
-            made |= {"device": "cpu", **_circumstances(), **more}
+            made = {"seconds": round(time.perf_counter() - begin, 3), "device": "cpu", **_circumstances(), **more}
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             write_json(scratch / MANIFEST, {**manifest, "sha256": _sha256(manifest)})

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import pandas as pd
 import yaml
 
 from datawall import baselines, cluster, external, hyperparameters, params, paths, store
+from datawall.costs import Costs
 from datawall.curated import Curated, Subset
 from datawall.params import Embedding
 from datawall.store import Artifact, Unit
@@ -94,8 +95,13 @@ class Study(Curated):
         text = yaml.safe_dump(self.params.model_dump(), sort_keys=False)
         store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
 
+    @cached_property
+    def costs(self) -> Costs:
+        """What its units cost, about."""
+        return Costs(self.params)
+
     def pretraining_runs(self) -> list[Run]:
-        """Every model on every subset, its untrained controls, and the runs besides; of an adaptive study, what it has chosen so far.
+        """Every model on every subset, and the runs of `also`; of an adaptive study, what it has chosen so far.
 
         An adaptive study that has not begun has the whole grid: the most that it may come to.
         """
@@ -206,7 +212,7 @@ class Study(Curated):
         missing = [run for run in self.pretraining_runs() if not self.store.find(self.model_unit(run))]
         for run in missing:
             self.rows(run.subset)  # once, here, rather than by every process that needs it
-        cluster.run_units(self, Study.model_artifact, missing, "pretraining")
+        cluster.run_units(self, Study.model_artifact, missing, "pretraining", lambda study, run: study.costs.run(run))
         table = []
         for run in self.pretraining_runs():
             made = self.model_artifact(run).made

@@ -26,7 +26,7 @@ PART = [
 SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
 STAGES = [] if FULL else ["--stages", "2,3"]
 STUDY = ["run_all.py", "params/tiny.yaml", *SETTINGS]
-SECONDS = 1800  # for one command, on a busy machine
+SECONDS = 900  # for one command, on a busy machine
 
 
 def start(folder, *words, **options):
