@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.calibrate:
             return _calibrate(study)
         if options.plan:
-            return _plan(study)
+            print(_counts(study), planning.table(study, study.costs), sep="\n")
+            return 0
         left = {} if parameters.census else planning.seconds_left(study)
     except (FileNotFoundError, FileExistsError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verify or options.why:
         return _look_into(study.folder, options.why)
     about = f"; about {planning.duration(sum(left.values()))} of computing" if any(left.values()) else ""
-    print(f"{_counts(study)}; into {_shown(study.folder, paths.repository())}{about}")
+    print(_counts(study), f"into {_shown(study.folder, paths.repository())}{about}", sep="\n")
     try:
         with store.reserved(study.folder):
             return _run(study, stages, left)
@@ -90,15 +91,6 @@ def _counts(study: Any) -> str:
         for name, of in planning.counts(study)
     )
     return "\n".join([f"{name}: {grid}", *(f"  besides, {name}: {of}" for name, of in besides)])
-
-
-def _plan(study: Any) -> int:
-    """Say what a study would do and what each stage would cost; reads no data but the sizes of files."""
-    from datawall import planning
-
-    print(_counts(study))
-    print(planning.table(study, study.costs))
-    return 0
 
 
 def _calibrate(study: Any) -> int:

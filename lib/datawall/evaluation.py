@@ -55,6 +55,18 @@ def reconstructs(model: str) -> bool:
     return not external.is_external(model) or hasattr(external.model_class(model), "heldout_loss")
 
 
+def plan(study: Study) -> dict[str, int]:
+    """How many subsets, models, experiments (model x task x data set) and baselines a study has, all of `also` too."""
+    every = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
+    n_baselines = sum(isinstance(evaluation.source, str) for evaluation in every)
+    return {
+        "subsets": len(study.subsets()),
+        "models": len(study.pretraining_runs()),
+        "experiments": len(every) - n_baselines,
+        "baselines": n_baselines,
+    }
+
+
 def evaluate(study: Study, task: str) -> pd.DataFrame:
     """Make, or find, every evaluation of a task, and write the study's tables.
 

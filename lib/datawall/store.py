@@ -42,7 +42,10 @@ RECORDED_PACKAGES = (
 )
 
 # Modules that no notebook uses: around a run, not in it.
-ASIDE = ("report", "notebooks", "verdicts", "provenance", "starter", "preflight", "inspection", "verify")
+ASIDE = (
+    "report", "notebooks", "verdicts", "provenance", "planning", "calibration", "starter", "preflight", "inspection",
+    "verify",
+)  # fmt: skip
 
 type Record = dict[str, Any]
 
