@@ -272,7 +272,7 @@ def test_a_users_calibration_goes_before_that_which_comes_along(tmp_path, monkey
 def test_calibrations_that_come_along_are_of_studies_as_they_are(path):
     known, p = json.loads(path.read_text()), shipped(path.stem).params
     assert known["study"] == path.stem
-    works = [costs.work(p, name, *costs.size_of(p)) for name in p.every_model()]
+    works = [costs.work(p, name, *costs.size_of(p)) for name in p.models]
     assert [each["work"] for each in known["models"]] == pytest.approx(works)
     assert set(known["tasks"]) == set(p.tasks) - {"reconstruction"}
     assert re.search(r"core of|GPU", known["machine"])
@@ -287,7 +287,7 @@ def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
     study = study_of(tasks=["zeroshot_classification", "perturbation_response", "reconstruction"])
     known = json.loads(calibration.calibrate(study.params).read_text())
     assert costs.calibration_of("mine") == known
-    assert [each["family"] for each in known["models"]] == study.params.every_model()
+    assert [each["family"] for each in known["models"]] == study.params.models
     assert {task: set(of) for task, of in known["tasks"].items()} == {
         "zeroshot_classification": {"HVG", "PCA", "model"},
         "perturbation_response": {"NoChange", "MeanShift", "TreatedMean", "Oracle", "model"},

@@ -31,6 +31,7 @@ from datawall.study import Run, Study
 from datawall.tasks import reconstruction as reconstructed
 
 CELLS = 800, 3200  # of the miniature's corpora, of which 70 % are pretrained on
+CONTEXTS = 2  # of perturbation response
 EVALUATED = 1000, 4000  # cells of the data sets that tasks are timed on
 TYPES = [
     "classical monocyte", "non-classical monocyte", "conventional dendritic cell", "CD4-positive, alpha-beta T cell",
@@ -71,7 +72,7 @@ def _measure(p: Params, folder: Path) -> Record:
         Study(_miniature(p, n_cells, n_genes, genes_per_cell), folder / str(i)) for i, n_cells in enumerate(sizes)
     )
     tasks = [task for task in p.tasks if task != "reconstruction"]
-    with tqdm(total=3 + len(p.every_model()) + len(tasks), desc="calibration", leave=False) as bar:
+    with tqdm(total=3 + len(p.models) + len(tasks), desc="calibration", leave=False) as bar:
 
         def done[Made](what: str, made: Made) -> Made:
             bar.set_postfix_str(what)
@@ -83,9 +84,10 @@ def _measure(p: Params, folder: Path) -> Record:
             name: _timed(lambda name=name: datasets.load(name))[0] for name in set(p.sources()) & set(datasets.DATASETS)
         }
         done("data sets", None)
-        models = [done(name, _model(many, name, work(p, name, n_genes, genes_per_cell))) for name in p.every_model()]
-        quick = [name for name, of in zip(p.every_model(), models, strict=True) if of["work"] < LARGE]
-        costs = {task: done(task, _task(many, task, quick)) for task in tasks}
+        models = [done(name, _model(many, name, work(p, name, n_genes, genes_per_cell))) for name in p.models]
+        embedders = {of["family"]: name for name, of in zip(p.models, models, strict=True) if of["work"] < LARGE}
+        by = list(embedders.values()) or p.models[:1]
+        costs = {task: done(task, _task(many, task, by)) for task in tasks}
     return {
         "machine": machine(),
         "study": p.study,
@@ -101,20 +103,23 @@ def _measure(p: Params, folder: Path) -> Record:
 
 def _miniature(p: Params, n_cells: int, n_genes: int, genes_per_cell: float) -> Params:
     """The study with few simulated cells, of as many genes each, and one subset of each strategy that costs."""
-    atlas = {"n_genes": n_genes, "composition": dict.fromkeys(TYPES, 1.0), "n_cells": n_cells}
+    atlas = {"n_genes": n_genes, "composition": dict.fromkeys(TYPES, 1.0)}
     if p.simulation is None:
         atlas["counts_per_cell"] = _counts_for(atlas, genes_per_cell)
     else:
-        atlas = {**p.simulation.model_dump(), "n_cells": n_cells}
+        given = p.simulation.model_dump()
+        atlas = {**given, "composition": given["composition"] or atlas["composition"]}
+    atlas["n_cells"], contexts = n_cells, list(atlas["composition"])[:CONTEXTS]
     columns = {"batch_key": "dataset_id", "perturbation_key": "condition", "control": simulate.CONTROL}
+    columns["held_out_contexts"] = contexts
     ends = np.cumsum([n_cells, *EVALUATED]).tolist()
     sets = [{"file": f"simulated:{a}-{b}", "name": str(b - a), **columns} for a, b in pairwise(ends)]
     changes = {
         "corpus": "simulated", "simulation": atlas, "census": None, "spike_in": None, "min_genes": 0, "min_counts": 0,
         "max_mito": 1.0, **columns, "cell_type_key": "cell_type", "donor_key": None, "split_by": "cell",
-        "held_out": 0.3, "held_out_tasks": None, "held_out_contexts": None, "evaluation": sets, "embeddings": [],
+        "held_out": 0.3, "held_out_tasks": None, "evaluation": sets, "embeddings": [],
         "drop_contaminated": False, "also": [], "strategies": ["random", "geometric_sketching"],
-        "percentages": [25.0, 100.0], "seeds": [0], "models": p.every_model(),
+        "percentages": [25.0, 100.0], "seeds": [0], "models": p.models,
         "steps_by_model": {}, "adaptive": False, "gpus": {}, "workers": 1,
     }  # fmt: skip
     return Params(**{**p.model_dump(), **changes})

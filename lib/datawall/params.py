@@ -365,10 +365,6 @@ class Params(BaseModel):
         """Model and subset of every pretraining run, once each: those of the study's grid, then those of `also`."""
         return list(dict.fromkeys(run for grid in (self, *self.also) for run in self.runs_of(grid)))
 
-    def every_model(self) -> list[str]:
-        """Names of all models that the study pretrains."""
-        return list(dict.fromkeys(model for model, _ in self.runs()))
-
     def runs_of(self, grid: Params | Grid) -> list[tuple[str, tuple[str, float, int]]]:
         """Model and subset of every run of a grid; of the whole corpus only `random` and spike-ins make a choice."""
         strategies, percentages = grid.strategies or self.strategies, grid.percentages or self.percentages
