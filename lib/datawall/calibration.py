@@ -193,7 +193,7 @@ def _model(study: Study, name: str, millions: float) -> Record:
         values = {"steps": steps, "hyperparameters": {**study.params.hyperparameters, **changed}}
         variant, run = Study(study.params.model_copy(update=values), study.folder), _run(name, percentage, seed)
         n_cells = len(variant.rows(run.subset))
-        took, artifact = _timed(lambda variant=variant, run=run: variant.model_artifact(run))
+        took, _ = _timed(lambda variant=variant, run=run: variant.model_artifact(run))
         terms.append([1, n_cells, steps * bool(batch), steps * size])
         seconds.append(took)
     relative = 1 / np.array(seconds[1:])  # so that a long run's error counts no more than a short one's
@@ -213,7 +213,6 @@ def _model(study: Study, name: str, millions: float) -> Record:
         "embedding": _line(sizes, embedding),
         "reconstruction": _line(sizes, reconstruction),
         "n_latent": n_latent,
-        "bytes": _bytes(artifact),
     }
 
 

@@ -67,9 +67,27 @@ def work(p: Params, model: str, n_genes: int, genes_per_cell: float) -> float:
         return length * per_token / 1e6
     if not hasattr(h, "n_hidden"):
         return genes_per_cell / 1e6
-    widths = h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
-    inner = sum(a * b for a, b in zip(widths, [*widths[1:], h.n_latent], strict=True))
-    return (widths[0] * (genes_per_cell + n_genes) + 2 * inner) / 1e6  # there and back
+    return (_widths(h)[0] * (genes_per_cell + n_genes) + 2 * _inner(h)) / 1e6  # there and back
+
+
+def n_weights(p: Params, model: str, n_genes: int) -> int:
+    """Weights of a model, about; none of one of the user's own."""
+    h = p.hyperparameters_of(model)
+    if hasattr(h, "max_length"):
+        return (8 * h.n_layers + 1) * h.n_embd**2 + (min(h.n_genes or n_genes, n_genes) + h.max_length) * h.n_embd
+    if hasattr(h, "n_hidden"):
+        return 2 * (_widths(h)[0] * n_genes + _inner(h))
+    return getattr(h, "n_components", 0) * n_genes
+
+
+def _widths(h: hyperparameters.Hyperparameters) -> list[int]:
+    """Of an encoder's hidden layers."""
+    return h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
+
+
+def _inner(h: hyperparameters.Hyperparameters) -> int:
+    """Weights of an encoder, the first layer's apart."""
+    return sum(a * b for a, b in zip(_widths(h), [*_widths(h)[1:], h.n_latent], strict=True))
 
 
 class Costs:
@@ -128,7 +146,9 @@ class Costs:
         seconds = cost["once"] + cost["cell"] * self.density * n_cells
         seconds += steps * (cost["step"] * scale + per_cell * self.batch_size(run.model))
         counts = 2 * n_cells * self.size[1] * BYTES_PER_COUNT / 2**30
-        memory = BASE_GIB + min(counts, self.p.memory_gib) + 4 * cost["bytes"] * scale / 2**30
+        memory = (
+            BASE_GIB + min(counts, self.p.memory_gib) + 4 * self.model_bytes(run.model) / 2**30
+        )  # and an optimiser's
         return Need(self.p.gpus.get(run.model, 1) if steps else 0, memory, seconds)
 
     def evaluation(self, one: Evaluation, *, embedded: bool = False) -> Need:
@@ -183,11 +203,15 @@ class Costs:
         """The calibrated model of the family that is most alike, and how many times its work this one is."""
         family = hyperparameters.family(name)
         if not (of_family := [each for each in self.known["models"] if each["family"] == family]):
-            costs = dict.fromkeys(("once", "cell", "step", "step_cell", "n_latent", "bytes"), 0)
+            costs = dict.fromkeys(("once", "cell", "step", "step_cell", "n_latent"), 0)
             return {**costs, "embedding": [0, 0], "reconstruction": [0, 0]}, 1.0  # of the user's own
         millions = work(self.p, name, *self.size)
         nearest = min(of_family, key=lambda each: abs(np.log(each["work"] / millions)))
         return nearest, millions / nearest["work"]
+
+    def model_bytes(self, name: str) -> int:
+        """A model on disk."""
+        return 4 * n_weights(self.p, name, self.size[0])
 
     def cells_of_run(self, run: Run) -> float:
         """Cells of its subset."""

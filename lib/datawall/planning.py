@@ -117,10 +117,10 @@ def _curation(study: Study, costs: Costs) -> Stage:
 def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> Stage:
     stage = Stage("pretraining", costs.known["start"])
     for run in filter(missing, study.pretraining_runs()):
-        need, steps, (cost, scale) = costs.run(run), costs.steps(run), costs.model(run.model)
+        need, steps = costs.run(run), costs.steps(run)
         assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
         of_gpu = need.gpus * need.seconds if costs.on_gpu else assumed
-        stage.add(need, of_gpu, cost["bytes"] * scale + BYTES_PER_STEP * steps)
+        stage.add(need, of_gpu, costs.model_bytes(run.model) + BYTES_PER_STEP * steps)
     return stage
 
 
