@@ -5,7 +5,8 @@
 Units do nothing, in 2 processes, whose start is counted; memory is that of this process before and after them. Then
 as many empty artifacts are stored and found again, in this process. On 2 cores of an AMD EPYC that others kept busy:
 
-    1,000 units: 4.0 ms each, of which the start was all but 0.3; memory 244 MiB before and after
+    6,400 units: handed out in 0.8 ms each, stored in 8.6 ms, found again in 0.9 ms; memory 244 MiB, then 246 MiB
+    1,000 units on a Dask cluster of 2 workers: 2.7 ms each
 """
 
 import sys
