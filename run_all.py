@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     from datawall import forkserver
 
-    only_looks = options.new or options.check or options.plan or options.verify or options.why
+    only_looks = options.new or options.check or options.plan or options.calibrate or options.verify or options.why
     # Before all else, as it has much to import, which takes as long as what comes before the first stage.
     with nullcontext() if only_looks else forkserver.server():
         return _follow(options)
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
-    from datawall import evaluation, params, paths, preflight, provenance, store
+    from datawall import params, paths, planning, store
     from datawall.study import Study
 
     try:
@@ -62,17 +62,19 @@ def _follow(options: argparse.Namespace) -> int:
         parameters = params.read(path, _overrides(options.set))
         folder = Path(options.out).resolve() if options.out else paths.run_folder(path, parameters.study)
         study = Study(parameters, folder)
-        left = {} if parameters.census else preflight.seconds_left(study)
+        if options.calibrate:
+            return _calibrate(study)
+        if options.plan:
+            print(_counts(study), planning.table(study, study.costs), sep="\n")
+            return 0
+        left = {} if parameters.census else planning.seconds_left(study)
     except (FileNotFoundError, FileExistsError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.verify or options.why:
         return _look_into(study.folder, options.why)
-    plan = ", ".join(f"{count} {what}" for what, count in evaluation.plan(study).items())
-    about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
-    print(f"{parameters.study}: {plan}; into {_shown(study.folder, paths.repository())}{about}")
-    if options.plan:
-        return 0
+    about = f"; about {planning.duration(sum(left.values()))} of computing" if any(left.values()) else ""
+    print(_counts(study), f"into {_shown(study.folder, paths.repository())}{about}", sep="\n")
     try:
         with store.reserved(study.folder):
             return _run(study, stages, left)
@@ -89,6 +91,25 @@ def _follow(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _counts(study: Any) -> str:
+    """How many subsets, models and experiments a study has, and what it has besides, a line each."""
+    from datawall import planning
+
+    (name, grid), *besides = (
+        (name, ", ".join(f"{count:,} {what}" for what, count in of.items() if count))
+        for name, of in planning.counts(study)
+    )
+    return "\n".join([f"{name}: {grid}", *(f"  besides, {name}: {of}" for name, of in besides)])
+
+
+def _calibrate(study: Any) -> int:
+    """Measure what the units of a study cost on this machine."""
+    from datawall import calibration
+
+    print(f"written: {calibration.calibrate(study.params)}; --plan now counts with it")
+    return 0
 
 
 def _look_into(folder: Path, key: str | None) -> int:
@@ -194,7 +215,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     look = parser.add_mutually_exclusive_group()
     look.add_argument("--verify", action="store_true", help="hash all of the run folder, and name what is damaged")
     look.add_argument("--why", metavar="KEY", help="tell what made an artifact, and what would be made again with it")
-    parser.add_argument("--plan", action="store_true", help="show what would be done, and stop")
+    parser.add_argument("--plan", action="store_true", help="show what would be done and what it would cost, and stop")
+    parser.add_argument("--calibrate", action="store_true", help="measure for --plan what units cost on this machine")
     parser.add_argument("--check", action="store_true", help="open the data, say what would be done, and stop")
     new = parser.add_argument_group("a study of your own")
     new.add_argument("--new", metavar="NAME", help="write params/NAME.yaml after a look into the corpus, and stop")
@@ -250,7 +272,7 @@ def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
 
-    from datawall import kernels, provenance
+    from datawall import kernels, planning
 
     name = STAGES[number]
     source = repository / "notebooks" / f"{name}.ipynb"
@@ -260,7 +282,7 @@ def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
     seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
-    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
+    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {planning.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     with kernels.forked() as kernel:
         try:

@@ -51,6 +51,13 @@ def test_minimal_study_is_filled_with_defaults():
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
+        ({"also": [{"name": "more", "sedes": [1]}]}, ["also.0.sedes", "no such key", "did you mean 'seeds'?"]),
+        ({"also": [{"seeds": [1]}]}, ["also.0.name", "missing"]),
+        ({"also": [{"name": "more", "models": ["GPT"]}]}, ["also: 'GPT'", "PretrainedPCA"]),
+        ({"also": [{"name": "more", "strategies": ["spikein_10"]}]}, ["spike_in", "leave the strategy out"]),
+        ({"steps_by_model": {"GPT": 5}}, ["steps_by_model: 'GPT'", "PretrainedPCA"]),
+        ({"steps_by_model": {"SSL": 0}}, ["steps_by_model.SSL: 0 ", "greater than or equal to 1"]),
+        ({"evaluation": ["simulated:9-12"]}, ["simulated:9-12", "simulated corpus"]),
         ({"sedes": [1]}, ["sedes", "no such key", "did you mean 'seeds'?"]),
         ({"zzz": 1}, ["zzz", "no such key", "strategies, percentages, seeds"]),
         ({"percentages": [0, 10]}, ["percentages.0: 0 ", "greater than 0", "change it"]),

@@ -69,7 +69,9 @@ def check_run_all(words, tmp_path, capsys):
     placeholders = [word for word in words if word == "DIR" or re.fullmatch(r"params/(my|your)\w*\.yaml", word)]
     if any(word.startswith("params/") for word in placeholders):
         return
-    words = [str(tmp_path / "run") if word == "DIR" else word for word in words if word not in ("--check", "--verify")]
+    words = [
+        str(tmp_path / "run") if word == "DIR" else word for word in words if word not in ("--check", "--calibrate")
+    ]
     assert run_all.main([*words, "--plan"]) == 0, capsys.readouterr().err
 
 

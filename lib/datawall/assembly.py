@@ -228,7 +228,11 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
         If it breaks a rule, or shares no gene with the corpus.
     """
     one, wanted = p.evaluation_sets()[name], dataset_columns(p, name)
-    source = datasets.load(one.file)
+    simulated = simulate.cells_named(one.file)
+    if simulated:
+        source = simulate.Cells(simulate.truth(p.simulation)).block(simulated.start, simulated.stop)
+    else:
+        source = datasets.load(one.file)
     if one.donor_key is None and wanted.get("donor_id") not in source.obs:
         wanted.pop("donor_id", None)  # the study's column, which not every data set has
     aligned, match = corpus.align(source, one.file, min_matched=p.min_matched_genes)

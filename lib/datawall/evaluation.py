@@ -56,7 +56,7 @@ def reconstructs(model: str) -> bool:
 
 
 def plan(study: Study) -> dict[str, int]:
-    """How many subsets, models, experiments (model x task x data set) and baselines the study has."""
+    """How many subsets, models, experiments (model x task x data set) and baselines a study has, all of `also` too."""
     every = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
     n_baselines = sum(isinstance(evaluation.source, str) for evaluation in every)
     return {
@@ -79,7 +79,7 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
         for name in study.evaluation_datasets():
             study.dataset_artifact(name)
         study.pretrain()
-    cluster.run_units(study, make, missing, task)
+    cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
     return results.select(_tabulate(study), task=task)
 
 
@@ -146,14 +146,14 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
 
 
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
-    """The pretrained run with the best and the worst score on held-out cells, and the best one's untrained control.
+    """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
 
     Parameters
     ----------
     study
         Whose runs they are.
     table
-        Its results, or those of a task.
+        Its results of a task.
     metric
         The score; of several seeds' runs each stands for itself.
 
@@ -161,7 +161,8 @@ def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     -------
     runs by title, for pictures of their embeddings.
     """
-    means = results.mean_over_splits(results.select(table, metric=metric, dataset=study.held_out_name))
+    first = study.first_dataset(table["task"].iloc[0])
+    means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
     of_run = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
     runs = {(run.model, *asdict(run.subset).values()): run for run in study.pretraining_runs()}
     scores = of_run[of_run.index.isin([key for key in runs if key[1] != "untrained"])]

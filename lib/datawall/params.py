@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from datawall import external, hyperparameters, tasks
+from datawall import external, hyperparameters, simulate, tasks
 from datawall.backed import SUFFIXES
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
@@ -28,6 +28,7 @@ NEEDED = {  # columns that a task needs beside the cell type
     "zeroshot_integration": ("batch_key",),
     "perturbation_response": ("perturbation_key", "control"),
 }
+SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
@@ -35,6 +36,7 @@ Column = Annotated[str, Field(min_length=1)]  # of obs
 Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Steps = Annotated[int, Field(ge=1)]
 
 
 def _known_task(name: str) -> str:
@@ -50,12 +52,25 @@ class ParamsError(ValueError):
     """A study file breaks a rule; each line of the message names file, key, value, rule and remedy."""
 
 
+class Grid(BaseModel):
+    """Runs besides those of the study's grid: a grid of their own, in which what is not given is as in the study."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(min_length=1)]  # in the plan
+    strategies: Annotated[list[Strategy], Field(min_length=1)] | None = None
+    percentages: Annotated[list[Percentage], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    models: Annotated[list[str], Field(min_length=1)] | None = None
+
+
 class EvaluationSet(BaseModel):
     """A data set to evaluate on, and its columns. It joins the tasks whose columns it names itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    file: str  # path of an .h5ad or .zarr file, or a named data set
+    # Path of an .h5ad or .zarr file, a named data set, or cells of the simulated atlas beyond the corpus: simulated:6-9
+    file: str
     name: Annotated[str, Field(min_length=1)] | None = None  # in results; by default that of the file
     cell_type_key: Column | None = None  # by default the study's
     donor_key: Column | None = None  # by default the study's, if the data set has it
@@ -64,6 +79,8 @@ class EvaluationSet(BaseModel):
     control: str | None = None  # its value that means untreated
     held_out_contexts: list[str] | None = None  # as in the study
     tasks: list[Task] | None = None  # of the study's, those it joins; by default all that its columns allow
+    source: str | None = None  # where to get the file, for people
+    n_cells: Annotated[int, Field(ge=1)] | None = None  # of a file that is not there yet, for the plan
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +159,7 @@ class Params(BaseModel):
     max_mito: Annotated[float, Field(ge=0, le=1)] = 1.0  # and their greatest share in mitochondrial genes
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.3  # share of the corpus kept for evaluation
     split_by: Literal["cell", "donor_id"] = "cell"  # whether whole donors are held out
+    held_out_tasks: list[Task] | None = None  # that the cells held out join; by default all that their columns allow
     evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
@@ -154,10 +172,12 @@ class Params(BaseModel):
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
     models: Annotated[list[str], Field(min_length=1)]
-    steps: Annotated[int, Field(ge=1)]  # optimiser steps of every pretraining run, whatever its subset's size
+    steps: Steps  # optimiser steps of every pretraining run, whatever its subset's size,
+    steps_by_model: dict[str, Steps] = {}  # but for these models or families
     budget: Schedule = "steps"  # how schedules are counted; "epochs" is the original's confounded way
     init_seed: Seed | None = None  # of every model's initial weights; by default the subset's seed
     hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
+    also: list[Grid] = []  # more runs, which the plan counts apart
     embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets
 
     tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
@@ -172,9 +192,7 @@ class Params(BaseModel):
     perturbation_genes: Annotated[int, Field(ge=1)] = 2000  # most variable genes whose response is predicted
 
     memory_gib: Annotated[float, Field(ge=0)] = 4.0  # a subset that takes more is streamed from the disk in training
-    executor: Annotated[str, Field(pattern=r"^(local|slurm|(tcp|tls)://\S+)$")] = (
-        "local"  # where units run: `cluster.py`
-    )
+    executor: Annotated[str, Field(pattern=r"^(local|slurm|(tcp|tls)://\S+)$")] = "local"  # see `cluster`
     storage: Annotated[str, Field(pattern=r"^(s3|gs|hdfs|file)://\S+$")] | None = None  # artifacts too: `shared.py`
     workers: Annotated[int, Field(ge=1)] | None = None  # processes side by side, or Slurm jobs; one per core, or GPU
     gpus: dict[str, Annotated[int, Field(ge=1)]] = {}  # by model: how many GPUs pretrain one together, if not one
@@ -200,16 +218,18 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Params:
-        for key in ("models", "hyperparameters", "gpus"):
+        named = {key: list(getattr(self, key)) for key in ("models", "hyperparameters", "steps_by_model", "gpus")}
+        named["also"] = [name for grid in self.also for name in grid.models or ()]
+        for key, names in named.items():
             try:
-                for name in getattr(self, key):
+                for name in names:
                     hyperparameters.family(name)
                     if external.is_external(name):
                         external.source_file(name)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
         try:
-            for name in [*self.models, *self.hyperparameters]:
+            for name in {model for model, _ in self.runs()}.union(self.hyperparameters):
                 self.hyperparameters_of(name)
         except ValueError as error:
             raise ValueError(f"hyperparameters: {error}") from None
@@ -238,12 +258,20 @@ class Params(BaseModel):
             raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
         if self.split_by == "donor_id" and self.donor_key is None:
             raise ValueError("split_by: donor_id needs donor_key: name the column, or split by cell")
-        if self.spike_in is None and any(strategy.startswith("spikein") for strategy in self.strategies):
+        if self.spike_in is None and any(strategy.startswith("spikein") for strategy, _, _ in self.subsets()):
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
 
     def _check_evaluation(self) -> None:
         """Refuse evaluation data sets of one name, and tasks that none of them can join."""
         sets = self.evaluation_sets()
+        for one in self.evaluation:
+            if (cells := simulate.cells_named(one.file)) is None:
+                continue
+            if self.simulation is None or cells.start < self.simulation.n_cells:
+                raise ValueError(
+                    f"evaluation: {one.file}: these are cells of a simulated corpus, counted beyond its own; set "
+                    "`corpus: simulated`, and begin at its n_cells or above"
+                )
         if len(sets) <= len(self.evaluation):
             names = [self.held_out_name, *(one.dataset for one in self.evaluation)]
             raise ValueError(f"evaluation: the data sets are named {names}; give those that are alike a `name` each")
@@ -291,6 +319,7 @@ class Params(BaseModel):
             perturbation_key=None if self.perturbation_key is None else "perturbation",
             control=self.control,
             held_out_contexts=self.held_out_contexts,
+            tasks=self.held_out_tasks,
         )
         return {one.dataset: one for one in (held_out, *self.evaluation)}
 
@@ -328,15 +357,30 @@ class Params(BaseModel):
         given = self.hyperparameters
         return hyperparameters.check(model, {**schedule, **given.get(family, {}), **variant, **given.get(model, {})})
 
-    def subsets(self) -> list[tuple[str, float, int]]:
-        """Strategy, percentage and seed of every subset; the whole corpus is drawn by `random` alone."""
-        return [
+    def steps_of(self, model: str) -> int:
+        """Optimiser steps of a model's runs: its own, its family's or the study's."""
+        of_family = self.steps_by_model.get(hyperparameters.family(model), self.steps)
+        return self.steps_by_model.get(model, of_family)
+
+    def runs(self) -> list[tuple[str, tuple[str, float, int]]]:
+        """Model and subset of every pretraining run, once each: those of the study's grid, then those of `also`."""
+        return list(dict.fromkeys(run for grid in (self, *self.also) for run in self.runs_of(grid)))
+
+    def runs_of(self, grid: Params | Grid) -> list[tuple[str, tuple[str, float, int]]]:
+        """Model and subset of every run of a grid; of the whole corpus only `random` and spike-ins make a choice."""
+        strategies, percentages = grid.strategies or self.strategies, grid.percentages or self.percentages
+        subsets = [
             (strategy, percentage, seed)
-            for strategy in self.strategies
-            for percentage in ([0.0] if strategy == "untrained" else sorted(self.percentages))
-            for seed in self.seeds
-            if percentage < 100 or strategy in ("random", "untrained")
+            for strategy in strategies
+            for percentage in ([0.0] if strategy == "untrained" else sorted(percentages))
+            for seed in grid.seeds or self.seeds
+            if percentage < 100 or strategy not in ("celltype_reweighted", "geometric_sketching")
         ]
+        return [(model, subset) for model in grid.models or self.models for subset in subsets]
+
+    def subsets(self) -> list[tuple[str, float, int]]:
+        """Strategy, percentage and seed of every subset that a run takes."""
+        return list(dict.fromkeys(subset for _, subset in self.runs()))
 
 
 def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
@@ -408,7 +452,8 @@ def _nearest(key: str) -> str:
     from difflib import get_close_matches
 
     within, _, name = key.rpartition(".")
-    records = {"simulation": Atlas, "census": Recipe, "evaluation": EvaluationSet, "embeddings": Embedding}
+    records = {"simulation": Atlas, "census": Recipe, "also": Grid}
+    records |= {"evaluation": EvaluationSet, "embeddings": Embedding}
     keys = records.get(within.partition(".")[0], Params).model_fields
     if near := get_close_matches(name, keys, n=1):
         return f"did you mean {near[0]!r}?"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,29 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from datawall import assembly, evaluation, hyperparameters, inspection, params, provenance, sampling, tasks
+from datawall import assembly, inspection, params, planning, sampling, tasks
 from datawall.corpus import CorpusError
 from datawall.datasets import DatasetError
 from datawall.inspection import Looked
 from datawall.params import Params
 from datawall.starter import FEW
-from datawall.store import Unit
 from datawall.study import Study
 
-# Seconds of a unit in the default study, on one core of an AMD EPYC: until the run folder has units of the kind.
-PACE = {
-    "model: PretrainedPCA": 1.5,
-    "model: scVI": 2.4,
-    "model: SSL": 3.1,
-    "model: Geneformer": 7.1,
-    "model: SCimilarity": 3.4,
-    "evaluation: zeroshot_classification": 0.8,
-    "evaluation: zeroshot_integration": 1.5,
-    "evaluation: finetuned_classification": 0.8,
-    "evaluation: perturbation_response": 1.7,
-    "evaluation: reconstruction": 0.5,
-}
-PACE_STEPS = 150  # of its models
 RARE = 10  # held-out cells; on fewer, a type or context is judged by chance
 
 
@@ -81,8 +65,9 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     for task in (task for task in tasks.TASKS if task not in p.tasks):
         lacking = [key for key in params.NEEDED.get(task, ()) if getattr(p, key) is None]
         found.facts.append(f"left out: {task}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
-    plan = evaluation.plan(Study(p, Path()))
-    found.facts.append("work: " + ", ".join(f"{count:,} {what}" for what, count in plan.items()))
+    for name, of in planning.counts(Study(p, Path())):
+        besides = "" if name == p.study else f", besides: {name}"
+        found.facts.append(f"work{besides}: " + ", ".join(f"{count:,} {what}" for what, count in of.items()))
     return found
 
 
@@ -162,31 +147,3 @@ def _few(n_held_out: pd.Series, what: str, found: Findings) -> None:
             f"{len(few)} of {len(n_held_out)} {what} have under {RARE} held-out cells, on which scores are chance: "
             f"{', '.join(few[:5])}{', …' if len(few) > 5 else ''}."
         )
-
-
-def seconds_left(study: Study) -> dict[str, float]:
-    """About how long each stage will take: `pretraining`, and each task by name.
-
-    What is made already takes no time. A unit takes as long as those of its kind in the run folder did, else as long
-    as in the default study, and as many run side by side as there are cores.
-    """
-    artifacts = provenance.read(study.store.folder)
-    table = provenance.costs(artifacts.values())
-    measured = dict(zip(table["what"], table["seconds"] / table["n"], strict=True))
-    steps = study.params.steps / PACE_STEPS
-
-    def seconds(unit: Unit, label: str) -> float:
-        if unit.key in artifacts:
-            return 0.0
-        return measured.get(label, PACE.get(label, 5.0) * (steps if unit.kind == "model" else 1))
-
-    left = {"pretraining": 0.0}
-    for run in study.pretraining_runs():
-        left["pretraining"] += seconds(study.model_unit(run), f"model: {hyperparameters.family(run.model)}")
-    for task in study.params.tasks:
-        left[task] = sum(
-            seconds(evaluation.evaluation_unit(study, one), f"evaluation: {task}")
-            for one in evaluation.evaluations(study, task)
-        )
-    workers = study.params.workers or os.cpu_count() or 1
-    return {stage: value / workers for stage, value in left.items()}

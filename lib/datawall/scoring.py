@@ -10,11 +10,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from datawall import baselines, corpus, expression, sampling, tasks
-from datawall.params import Embedding
+from datawall.params import SMALL, Embedding
 from datawall.study import Run, Source, Study
 from datawall.tasks.uncertainty import Metrics
 
-SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
 RECONSTRUCTED = 1_000  # cells at most
 EMBEDDING_BASELINES = ("HVG", "PCA")  # fitted to the evaluation cells themselves
 

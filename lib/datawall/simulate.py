@@ -10,6 +10,7 @@ its genes: a burst's gene is looked up in a table of its programme, and a techni
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -328,6 +329,13 @@ def identity(atlas: Atlas) -> store.Record:
 def load(atlas: Atlas) -> ad.AnnData:
     """A whole atlas in memory."""
     return Cells(truth(atlas)).block(0, atlas.n_cells)
+
+
+def cells_named(name: str) -> range | None:
+    """Which cells of an atlas a name such as `simulated:6000-7000` means, the last one not; None for other names."""
+    if not (match := re.fullmatch(r"simulated:(\d{1,12})-(\d{1,12})", name)) or int(match[1]) >= int(match[2]):
+        return None
+    return range(int(match[1]), int(match[2]))
 
 
 class Cells:

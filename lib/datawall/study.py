@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import pandas as pd
 import yaml
 
 from datawall import baselines, cluster, external, hyperparameters, params, paths, store
+from datawall.costs import Costs
 from datawall.curated import Curated, Subset
 from datawall.params import Embedding
 from datawall.store import Artifact, Unit
@@ -96,12 +97,17 @@ class Study(Curated):
         text = yaml.safe_dump(self.params.model_dump(), sort_keys=False)
         store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
 
+    @cached_property
+    def costs(self) -> Costs:
+        """What its units cost, about."""
+        return Costs(self.params)
+
     def pretraining_runs(self) -> list[Run]:
-        """Every model on every subset, and its untrained controls; of an adaptive study, what it has chosen so far.
+        """Every model on every subset, and the runs of `also`; of an adaptive study, what it has chosen so far.
 
         An adaptive study that has not begun has the whole grid: the most that it may come to.
         """
-        runs = [Run(model, Subset(*subset)) for model in self.params.models for subset in self.params.subsets()]
+        runs = [Run(model, Subset(*subset)) for model, subset in self.params.runs()]
         if not self.params.adaptive or not self.chosen_path.exists():
             return runs
         chosen = {
@@ -132,7 +138,7 @@ class Study(Curated):
         if run.subset.strategy == "untrained":
             record["corpus"] = self.corpus_unit.key
         else:
-            budget = {"steps": self.params.steps, "init_seed": self.params.init_seed}
+            budget = {"steps": self.params.steps_of(run.model), "init_seed": self.params.init_seed}
             record |= {"subset": self.subset_unit(run.subset).key, **budget}
         return Unit("model", record, _code(family))
 
@@ -208,7 +214,7 @@ class Study(Curated):
         missing = [run for run in self.pretraining_runs() if not self.store.find(self.model_unit(run))]
         for run in missing:
             self.rows(run.subset)  # once, here, rather than by every process that needs it
-        cluster.run_units(self, Study.model_artifact, missing, "pretraining")
+        cluster.run_units(self, Study.model_artifact, missing, "pretraining", lambda study, run: study.costs.run(run))
         table = []
         for run in self.pretraining_runs():
             made = self.model_artifact(run).made
@@ -243,7 +249,7 @@ class Study(Curated):
         history = model.fit(
             cells.within(p.memory_gib),
             cells.obs,
-            steps=p.steps,
+            steps=p.steps_of(run.model),
             seed=subset.seed,
             init_seed=p.init_seed,
             checkpoint=checkpoint,

@@ -1,0 +1,193 @@
+"""What a study will cost: units, time, memory and disk of every stage, before anything is done and without a network.
+
+`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, the longest first; before
+them the notebook and its workers start, and after them each unit's result is read.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from dask.system import CPU_COUNT
+
+from datawall import evaluation, processes, provenance
+from datawall.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs
+from datawall.curated import Subset
+from datawall.processes import Need
+from datawall.scoring import Evaluation
+from datawall.study import Run, Study
+
+NOTEBOOK = 3.0  # starts of a process that a notebook costs: its own, and its tables and figures
+SECONDS_PER_UNIT = 0.02  # to hand one out, write it, hash it and read it again
+BYTES_PER_EVALUATION = 6_000
+BYTES_PER_ROW = 200  # of the labels of a cell, and of its principal components
+
+
+@dataclass
+class Stage:
+    """What a stage costs."""
+
+    name: str
+    start: float  # seconds of a process, before it does anything
+    needs: list[Need] = field(default_factory=list)  # of each unit
+    in_turn: float = 0.0  # seconds of units that the notebook makes itself
+    gpu_seconds: float = 0.0
+    memory_gib: float = BASE_GIB  # of a process at most
+    n_bytes: float = 0.0  # stored
+
+    def add(self, need: Need, gpu_seconds: float, n_bytes: float) -> None:
+        """Count a unit."""
+        self.needs.append(need)
+        self.gpu_seconds += gpu_seconds
+        self.memory_gib = max(self.memory_gib, need.memory_gib)
+        self.n_bytes += n_bytes
+
+    def computing_seconds(self, n_workers: int) -> float:
+        """Time by the clock in which units are made, so many side by side."""
+        started = self.start if self.needs and n_workers > 1 else 0.0
+        return self.in_turn + started + makespan((need.seconds for need in self.needs), n_workers)
+
+    def wall_seconds(self, n_workers: int) -> float:
+        """Time by the clock, all in all."""
+        return NOTEBOOK * self.start + SECONDS_PER_UNIT * len(self.needs) + self.computing_seconds(n_workers)
+
+
+def makespan(seconds: Iterable[float], n_workers: int) -> float:
+    """When the last of several units ends that begin in order of their length, the longest first."""
+    ends = [0.0] * n_workers
+    for each in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def workers(study: Study) -> int:
+    """How many units run side by side."""
+    return study.params.workers or len(processes.visible_gpus()) or CPU_COUNT
+
+
+def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
+    """Subsets, models and experiments (model x task x data set) of the study's grid, then of each grid in `also`.
+
+    The study's name and counts come first, with embeddings of others among the experiments, and the baselines.
+    """
+    p, counted, subsets, runs = study.params, [], set(), set()
+    of_source = Counter(one.source for task in p.tasks for one in evaluation.evaluations(study, task))
+    for name, grid in [(p.study, p), *((grid.name, grid) for grid in p.also)]:
+        new = {Run(model, Subset(*subset)) for model, subset in p.runs_of(grid)} - runs
+        new &= set(study.pretraining_runs())
+        drawn = {run.subset for run in new if run.subset.strategy != "untrained"} - subsets
+        experiments = sum(of_source[run] for run in new)
+        counted.append((name, {"subsets": len(drawn), "models": len(new), "experiments": experiments}))
+        runs, subsets = runs | new, subsets | drawn
+    baselines = sum(n for source, n in of_source.items() if isinstance(source, str))
+    counted[0][1]["experiments"] += of_source.total() - baselines - sum(of["experiments"] for _, of in counted)
+    counted[0][1]["baselines"] = baselines
+    return counted
+
+
+def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
+    """Every stage of the study with its cost, of the units that are missing; without one, all are."""
+    tasks, embedded = study.params.tasks, set()
+    return [
+        _curation(study, costs),
+        _pretraining(study, costs, missing),
+        *(_task(study, costs, task, missing, embedded) for task in tasks),
+        Stage("figures", costs.known["start"]),
+    ]
+
+
+def _curation(study: Study, costs: Costs) -> Stage:
+    p, n_cells, known = study.params, costs.n_cells, costs.known["data"]
+    stage = Stage("curation", costs.known["start"], memory_gib=BASE_GIB + 0.5 + 100 * n_cells / 2**30)
+    sets = [costs.cells_of_set[one.dataset] for one in p.evaluation]
+    drawn = Counter(subset.strategy for subset in study.subsets())
+    stage.in_turn = sum(costs.known["named"].get(name, 0.0) for name in p.sources())
+    stage.in_turn += sum(costs.line(what, n_cells) for what in ("corpus", "split", "sketch", "tables"))
+    stage.in_turn += drawn["geometric_sketching"] * costs.line("geometric_sketching", n_cells)
+    stage.in_turn += sum(costs.line("dataset", n) for n in sets)
+    rows = sum(subset.percentage / 100 * costs.n_pretraining for subset in study.subsets())
+    of_counts = n_cells * known["bytes"]["corpus"] + sum(sets) * known["bytes"]["dataset"]
+    stage.n_bytes = costs.density * of_counts + BYTES_PER_ROW * costs.n_pretraining + 8 * rows
+    return stage
+
+
+def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> Stage:
+    stage = Stage("pretraining", costs.known["start"])
+    for run in filter(missing, study.pretraining_runs()):
+        need, steps = costs.run(run), costs.steps(run)
+        assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
+        of_gpu = need.gpus * need.seconds if costs.on_gpu else assumed
+        stage.add(need, of_gpu, costs.model_bytes(run.model) + BYTES_PER_STEP * steps)
+    return stage
+
+
+def _task(
+    study: Study, costs: Costs, task: str, missing: Callable[[Evaluation], bool], embedded: set[tuple[Run, str]]
+) -> Stage:
+    """A task, with the embeddings that no task before it needed."""
+    stage = Stage(task, costs.known["start"])
+    for one in filter(missing, evaluation.evaluations(study, task)):
+        which = one.source, one.dataset
+        need, n_bytes, assumed = costs.evaluation(one, embedded=which in embedded), BYTES_PER_EVALUATION, 0.0
+        if isinstance(one.source, Run) and task != "reconstruction" and which not in embedded:
+            embedded.add(which)
+            n_cells = costs.cells_of_set[one.dataset]
+            n_bytes += 4 * n_cells * costs.model(one.source.model)[0]["n_latent"]
+            assumed = n_cells * costs.gpu_seconds_per_cell(one.source.model)
+        stage.add(need, need.gpus * need.seconds if costs.on_gpu else assumed, n_bytes)
+    return stage
+
+
+def seconds_left(study: Study) -> dict[str, float]:
+    """About how long each stage will compute, but for what is made already: `pretraining`, and each task by name."""
+    made = provenance.read(study.store.folder)
+
+    def missing(item: Run | Evaluation) -> bool:
+        unit = study.model_unit(item) if isinstance(item, Run) else evaluation.evaluation_unit(study, item)
+        return unit.key not in made
+
+    return {
+        stage.name: stage.computing_seconds(workers(study))
+        for stage in stages(study, study.costs, missing)
+        if stage.needs
+    }
+
+
+def table(study: Study, costs: Costs) -> str:
+    """A study's stages and their costs, as text."""
+    n_workers, known = workers(study), costs.known
+    rows = [
+        (
+            stage.name,
+            len(stage.needs),
+            stage.wall_seconds(n_workers),
+            stage.wall_seconds(1) / 3600,
+            stage.gpu_seconds / 3600,
+            stage.memory_gib,
+            stage.n_bytes / 2**30,
+        )
+        for stage in stages(study, costs)
+    ]
+    _, *columns = zip(*rows, strict=True)
+    rows.append(("all", *(sum(column) for column in columns[:4]), max(columns[4]), sum(columns[5])))
+    head = f"{'stage':26}{'units':>8}{'time':>14}{'core-hours':>14}{'GPU-hours':>14}{'memory':>12}{'disk':>14}"
+    lines = [
+        f"{name:26}{units:>8,}{duration(wall):>14}{cores:>14,.2f}{gpus:>14,.2f}{memory:>8.1f} GiB{disk:>10,.2f} GiB"
+        for name, units, wall, cores, gpus, memory, disk in rows
+    ]
+    notes = [f"time: {n_workers} side by side; costs as calibrated for {known['study']} on {known['machine']}"]
+    if not costs.on_gpu:
+        notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
+    notes.append("memory: of one process at most; what comes over a network is not counted")
+    return "\n".join([head, *lines, *notes])
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:,.0f} days"

@@ -1,0 +1,75 @@
+"""The plan of a study beside what its run folder says was measured, by stage and by kind of unit.
+
+    python run_all.py params/quick.yaml --calibrate
+    python tests/benchmarks/plan.py runs/quick
+
+A stage's measured time is that by the clock from the begin of its first unit to the end of its last, so the folder must
+have been made in one go, by as many workers as this machine has. What is told of units is their sum: each unit's time
+by the clock, with the first of a process importing what it needs. What notebooks do beside is in neither column.
+
+On 2 cores of an AMD EPYC, calibrated while others used them (`data/calibration/quick.json`), for params/quick.yaml:
+600 s predicted, 624 s measured; by stage -36 % (zero-shot classification) to +19 % (fine-tuned classification).
+"""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import datawall as dw
+from datawall import costs, hyperparameters, planning, provenance
+from datawall.study import Run
+
+CURATION = ("corpus", "dataset", "contamination", "split", "subset", "sketch")
+MARGIN = 0.3
+
+study = dw.open_study(sys.argv[1])
+known = costs.calibration_of(study.params.study)
+made = provenance.read(Path(sys.argv[1]) / "store").values()
+n_workers = planning.workers(study)
+print(f"calibrated for {known['study']} on {known['machine']}; {n_workers} workers")
+
+
+def stage_of(one: provenance.Made) -> str | None:
+    """The stage in which an artifact is made, if it is a unit of one."""
+    if one.kind == "evaluation":
+        return one.record["task"]
+    return {"model": "pretraining", **dict.fromkeys(CURATION, "curation")}.get(one.kind)
+
+
+def line(what: str, predicted: float, measured: float) -> None:
+    """Print both, and how far the one is from the other."""
+    off = predicted / measured - 1
+    print(
+        f"{what:40}{predicted:>10.0f} s{measured:>10.0f} s{off:>+9.0%}{'' if abs(off) <= MARGIN else '  beyond 30 %'}"
+    )
+
+
+print(f"\n{'stage, by the clock':40}{'predicted':>12}{'measured':>12}")
+totals = [0.0, 0.0]
+for stage in planning.stages(study, study.costs):
+    ends = {
+        one.key: datetime.fromisoformat(one.made["ended"]).timestamp() for one in made if stage_of(one) == stage.name
+    }
+    if ends:
+        begins = [ends[one.key] - one.made["seconds"] for one in made if one.key in ends]
+        both = stage.computing_seconds(n_workers), max(ends.values()) - min(begins)
+        line(stage.name, *both)
+        totals = [total + each for total, each in zip(totals, both, strict=True)]
+line("all", *totals)
+
+print(f"\n{'units, one after the other':40}{'predicted':>12}{'measured':>12}")
+predicted: dict[str, float] = {}
+embedded = set()
+for run in study.pretraining_runs():
+    label = f"model: {hyperparameters.family(run.model)}"
+    predicted[label] = predicted.get(label, 0.0) + study.costs.run(run).seconds
+for task in study.params.tasks:
+    for one in dw.evaluation.evaluations(study, task):
+        which = one.source, one.dataset
+        seconds = study.costs.evaluation(one, embedded=which in embedded).seconds
+        predicted[f"evaluation: {task}"] = predicted.get(f"evaluation: {task}", 0.0) + seconds
+        if isinstance(one.source, Run) and task != "reconstruction":
+            embedded.add(which)
+measured = provenance.costs(made).set_index("what")["seconds"]
+for label, seconds in predicted.items():
+    line(label, seconds, measured[label])

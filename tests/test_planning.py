@@ -1,0 +1,370 @@
+"""What studies come to: counts, and costs against closed forms, from calibrations made up here."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datawall import calibration, costs, evaluation, models, params, planning, simulate
+from datawall.curated import Subset
+from datawall.processes import Need
+from datawall.scoring import Evaluation
+from datawall.study import Run, Study
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = {"once": 1.0, "cell": 0.01, "step": 0.5, "step_cell": 0.002, "n_latent": 8}
+KNOWN = {
+    "machine": "an abacus", "study": "made up", "genes_per_cell": 100.0, "start": 3.0, "evaluated": 100,
+    "data": {name: [1.0, 0.1] for name in ("corpus", "split", "sketch", "geometric_sketching", "tables", "dataset")}
+    | {"read": [0.0, 0.25], "bytes": {"corpus": 50.0, "dataset": 70.0}},
+    "named": {},
+    "models": [{**MODEL, "family": name, "work": 1.0, "embedding": [0.5, 0.02], "reconstruction": [0.25, 0.001]}
+               for name in ("SSL", "Geneformer")]
+    + [{**MODEL, "family": "PretrainedPCA", "work": 1.0, "step": 0, "step_cell": 0, "embedding": [0.5, 0.02],
+        "reconstruction": [0.25, 0.001]}],
+    "tasks": {
+        "zeroshot_classification": {"HVG": [8.0, 2.0], "PCA": [2.0, 1.0], "model": [1.0, 0.5]},
+        "perturbation_response": {"NoChange": [0.5, 0.0], "model": [1.0, 1.0]},
+    },
+}  # fmt: skip
+GIVEN = {
+    "study": "mine",
+    "corpus": "simulated",
+    "simulation": {"n_cells": 1000, "n_genes": 60, "composition": {"naive B cell": 2, "classical monocyte": 1}},
+    "held_out": 0.2,
+    "perturbation_key": "condition",
+    "control": "ctrl",
+    "strategies": ["random", "untrained"],
+    "percentages": [10, 100],
+    "seeds": [0],
+    "models": ["SSL", "PretrainedPCA"],
+    "steps": 40,
+    "hyperparameters": {"SSL": {"n_hidden": [16], "n_latent": 4, "batch_size": 32}},
+    "tasks": ["zeroshot_classification", "perturbation_response"],
+    "splits": 3,
+    "workers": 2,
+}
+
+
+def study_of(folder=Path(), **changes):
+    return Study(params.check(GIVEN | changes, "mine.yaml"), folder)
+
+
+def costs_of(study, *, work=None):
+    """Costs by a calibration of just this study's cells and, without `work`, of just its models."""
+    n_genes, genes_per_cell = costs.size_of(study.params)
+    known = {**KNOWN, "genes_per_cell": genes_per_cell}
+    known["models"] = [
+        {**each, "work": work or costs.work(study.params, each["family"], n_genes, genes_per_cell)}
+        for each in KNOWN["models"]
+    ]
+    return costs.Costs(study.params, known)
+
+
+def shipped(name):
+    return Study(params.read(ROOT / "params" / f"{name}.yaml"), Path())
+
+
+# Counts
+
+
+def test_the_published_study_is_80_subsets_400_models_and_6400_experiments():
+    grid, *besides = planning.counts(shipped("paper"))
+    subsets = (6 + 5 + 5) * 5  # sizes of the three strategies, seeds
+    experiments = 80 * 5 * 4 * 4  # subsets, families, tasks, data sets
+    assert grid == ("paper", {"subsets": subsets, "models": 400, "experiments": experiments, "baselines": 36})
+    assert (subsets, experiments) == (80, 6400)
+    counted = {name: (of["subsets"], of["models"]) for name, of in besides}
+    assert counted == {
+        "untrained controls": (0, 5 * 5),
+        "spike-ins of 10 %": (6 * 5, 6 * 5 * 3),
+        "spike-ins of 50 %": (3 * 5, 3 * 5 * 3),
+        "model sizes": (0, 6 * 5 * 6),  # on random subsets, which are there already
+        "weight decay": (0, 6 * 5 * 2),
+        "loss of a variational autoencoder": (0, 6 * 5),
+    }
+    assert all(of["experiments"] == 16 * of["models"] for _, of in besides)
+
+
+def test_the_rehearsal_has_the_published_grid():
+    grids = {
+        name: [
+            (run.model, *vars(run.subset).values())
+            for run in shipped(name).pretraining_runs()
+            if run.model in models.FAMILIES and not run.subset.strategy.startswith("spikein")
+        ]
+        for name in ("paper", "paper_rehearsal")
+    }
+    assert grids["paper"] == grids["paper_rehearsal"]
+    (_, paper), (_, rehearsal) = (planning.counts(shipped(name))[0] for name in grids)
+    assert paper == rehearsal
+
+
+@pytest.mark.parametrize("name", ["quick", "tiny", "model_size"])
+def test_counts_add_up_to_the_whole_study(name):
+    study = shipped(name)
+    ((of, counts),) = planning.counts(study)
+    assert (of, counts) == (name, evaluation.plan(study))
+
+
+def test_a_run_of_two_grids_is_counted_once():
+    also = [{"name": "more", "percentages": [1, 10]}, {"name": "again", "percentages": [10]}]
+    (_, grid), (_, more), (_, again) = planning.counts(study_of(also=also))
+    assert (grid["subsets"], grid["models"], grid["experiments"]) == (2, 6, 12)
+    assert more == {"subsets": 1, "models": 2, "experiments": 4}
+    assert again == {"subsets": 0, "models": 0, "experiments": 0}
+
+
+# Costs of units
+
+
+def test_a_run_costs_once_each_cell_each_step_and_each_cell_of_a_step():
+    of = costs_of(study_of())
+    need = of.run(Run("SSL", Subset("random", 10.0, 0)))
+    assert need.seconds == pytest.approx(1.0 + 0.01 * 80 + 40 * (0.5 + 0.002 * 32))
+    assert need.gpus == 1
+    assert of.run(Run("PretrainedPCA", Subset("random", 10.0, 0))).seconds == pytest.approx(1.0 + 0.01 * 80)
+    assert of.run(Run("SSL", Subset("untrained", 0.0, 0))) == Need(
+        0, pytest.approx(costs.BASE_GIB + 16 * 2 * (60 * 16 + 16 * 4) / 2**30), 1.0
+    )
+
+
+def test_a_subset_that_is_streamed_is_read_in_every_step():
+    run = Run("SSL", Subset("random", 100.0, 0))
+    in_memory, streamed = (costs_of(study_of(memory_gib=gib)).run(run) for gib in (4.0, 0.0))
+    assert streamed.seconds - in_memory.seconds == pytest.approx(40 * 32 * 0.25)
+    assert streamed.memory_gib < in_memory.memory_gib
+
+
+def test_steps_cost_in_proportion_to_a_models_work():
+    study = study_of()
+    run, work = Run("SSL", Subset("random", 10.0, 0)), costs.work(study.params, "SSL", *costs.size_of(study.params))
+    seconds = costs_of(study, work=work / 3).run(run).seconds
+    assert seconds == pytest.approx(1.0 + 0.01 * 80 + 3 * 40 * (0.5 + 0.002 * 32))
+
+
+def test_steps_are_a_models_own_its_familys_or_the_studys():
+    p = study_of(
+        models=["scVI", "scvi_2x", "scvi_4x", "SSL"], steps_by_model={"scVI": 7, "scvi_2x": 9}, hyperparameters={}
+    ).params
+    assert [p.steps_of(name) for name in p.models] == [7, 9, 7, 40]
+
+
+def test_an_evaluation_costs_a_power_of_its_cells_each_split_and_its_embedding():
+    of, run = costs_of(study_of()), Run("SSL", Subset("random", 10.0, 0))
+    embedding = 0.5 + 0.02 * 200
+    one = Evaluation("zeroshot_classification", "simulated_held_out", run)
+    assert of.evaluation(one).seconds == pytest.approx(3 * 2**0.5 + embedding)
+    assert of.evaluation(one, embedded=True).seconds == pytest.approx(3 * 2**0.5)
+    baseline = Evaluation("zeroshot_classification", "simulated_held_out", "HVG")
+    assert of.evaluation(baseline) == Need(0, of.evaluation(one).memory_gib, pytest.approx(3 * 8.0 * 2**2))
+    by_donor = costs_of(study_of(donor_key="donor_id"))
+    assert by_donor.evaluation(baseline).seconds == pytest.approx(2 * 3 * 8.0 * 2**2)
+
+
+def test_perturbation_response_costs_each_context():
+    one = Evaluation("perturbation_response", "simulated_held_out", "NoChange")
+    assert costs_of(study_of(held_out_contexts=["naive B cell"])).evaluation(one).seconds == pytest.approx(0.5)
+    assert costs_of(study_of()).evaluation(one).seconds == pytest.approx(0.5 * costs.CONTEXTS)
+
+
+def test_reconstruction_is_of_a_thousand_cells_at_most():
+    study = study_of(tasks=["reconstruction"], simulation={"n_cells": 9000, "n_genes": 60})
+    one = Evaluation("reconstruction", "simulated_held_out", Run("SSL", Subset("random", 10.0, 0)))
+    assert costs_of(study).evaluation(one).seconds == pytest.approx(0.25 + 0.001 * 1000)
+
+
+def test_work_is_the_weights_that_a_cell_meets():
+    p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
+    ssl = models.create("SSL").untrained(n_genes, seed=0).module
+    weights = sum(each.numel() for each in ssl.parameters() if each.ndim == 2)
+    assert costs.work(p, "SSL", n_genes, n_genes) * 1e6 == pytest.approx(weights)  # a cell that has all genes
+    geneformer = models.create("Geneformer").untrained(n_genes, seed=0).encoder
+    layers = sum(
+        each.numel() for name, each in geneformer.named_parameters() if each.ndim == 2 and name.startswith("layers")
+    )
+    attention, output = 6 * 2 * 100 * 256, 0.15 * n_genes * 256
+    assert costs.work(p, "Geneformer", n_genes, 100) * 1e6 == pytest.approx(100 * (layers + attention + output))
+
+
+def test_weights_are_a_models_size():
+    p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
+    for name, part in (("SSL", "module"), ("Geneformer", "encoder")):
+        module = getattr(models.create(name).untrained(n_genes, seed=0), part)
+        n_matrices = sum(each.numel() for each in module.parameters() if each.ndim == 2)
+        assert costs.n_weights(p, name, n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
+
+
+# Stages
+
+
+def test_makespan_of_one_worker_is_the_sum_and_of_many_the_longest():
+    seconds = [3.0, 1.0, 2.0]
+    assert planning.makespan(seconds, 1) == 6
+    assert planning.makespan(seconds, 5) == 3
+    assert planning.makespan([], 2) == 0
+
+
+def test_makespan_is_that_of_the_longest_first():
+    rng = np.random.default_rng(0)
+    for seconds in rng.integers(1, 10, size=(20, 6)):
+        ends = [0, 0]
+        for each in sorted(seconds, reverse=True):
+            ends[ends.index(min(ends))] += each
+        best = min(
+            max(sum(part), sum(seconds) - sum(part)) for n in range(4) for part in itertools.combinations(seconds, n)
+        )
+        assert planning.makespan(seconds, 2) == max(ends) <= 7 / 6 * best  # Graham's bound for two
+
+
+def test_stages_take_their_units_and_what_is_around_them():
+    study = study_of()
+    of = costs_of(study)
+    curation, pretraining, *tasks, figures = planning.stages(study, of)
+    assert curation.computing_seconds(2) == pytest.approx(sum(1.0 + 0.1 * 1000 for _ in range(4)))
+    assert [len(stage.needs) for stage in (pretraining, *tasks)] == [6, 6 + 2, 6 + 4]
+    assert pretraining.computing_seconds(1) == pytest.approx(
+        sum(of.run(run).seconds for run in study.pretraining_runs())
+    )
+    # The first task embeds, so that the second finds the embeddings there.
+    embedded = 6 * (0.5 + 0.02 * 200)
+    assert tasks[0].computing_seconds(1) == pytest.approx(3 * 2**0.5 * 6 + embedded + 3 * 8.0 * 4 + 3 * 2.0 * 2)
+    assert tasks[1].computing_seconds(1) == pytest.approx(costs.CONTEXTS * (6 * 1.0 * 2 + 4 * 0.5), rel=0.5)
+    assert figures.wall_seconds(2) == pytest.approx(planning.NOTEBOOK * 3.0)
+
+
+def test_what_is_made_is_not_left_to_do(tmp_path):
+    study = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"])
+    before = planning.seconds_left(study)
+    assert set(before) == {"pretraining", "zeroshot_classification"}
+    study.pretrain()
+    assert set(planning.seconds_left(study)) == {"zeroshot_classification"}
+    evaluation.evaluate(study, "zeroshot_classification")
+    assert planning.seconds_left(study) == {}
+
+
+def test_units_declare_what_they_need(tmp_path, monkeypatch):
+    study, declared = study_of(tmp_path, models=["PretrainedPCA"], workers=1), {}
+
+    def run_units(study, make, items, name, need_of):
+        declared[name] = [need_of(study, item) for item in items]
+        for item in items:
+            make(study, item)
+
+    monkeypatch.setattr("datawall.cluster.run_units", run_units)
+    evaluation.evaluate(study, "zeroshot_classification")
+    assert {name: len(needs) for name, needs in declared.items()} == {"pretraining": 3, "zeroshot_classification": 5}
+    assert min(sum(need.seconds for need in needs) for needs in declared.values()) > 0
+    for need in itertools.chain(*declared.values()):
+        assert costs.BASE_GIB < need.memory_gib < costs.BASE_GIB + 0.1
+        assert need.gpus == 0  # principal components take none
+
+
+# Calibrations
+
+
+def test_a_users_calibration_goes_before_that_which_comes_along(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATAWALL_CACHE", str(tmp_path))
+    assert costs.calibration_of("quick")["study"] == costs.calibration_of("nothing like it")["study"] == "quick"
+    path = costs.calibration_file("quick")
+    path.parent.mkdir()
+    path.write_text(json.dumps(KNOWN))
+    assert costs.calibration_of("quick")["machine"] == "an abacus"
+    assert costs.calibration_of("paper")["machine"] != "an abacus"
+
+
+@pytest.mark.parametrize("path", sorted(costs.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_calibrations_that_come_along_are_of_studies_as_they_are(path):
+    known, p = json.loads(path.read_text()), shipped(path.stem).params
+    assert known["study"] == path.stem
+    works = [costs.work(p, name, *costs.size_of(p)) for name in p.models]
+    assert [each["work"] for each in known["models"]] == pytest.approx(works)
+    assert set(known["tasks"]) == set(p.tasks) - {"reconstruction"}
+    assert re.search(r"core of|GPU", known["machine"])
+
+
+def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATAWALL_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "CELLS", (200, 400))
+    monkeypatch.setattr(calibration, "EVALUATED", (100, 200))
+    monkeypatch.setattr(calibration, "EMBEDDED", ((100, 200), (2, 4)))
+    monkeypatch.setattr(calibration, "STEPS", ((1, 3), (1, 3)))
+    study = study_of(tasks=["zeroshot_classification", "perturbation_response", "reconstruction"])
+    known = json.loads(calibration.calibrate(study.params).read_text())
+    assert costs.calibration_of("mine") == known
+    assert [each["family"] for each in known["models"]] == study.params.models
+    assert {task: set(of) for task, of in known["tasks"].items()} == {
+        "zeroshot_classification": {"HVG", "PCA", "model"},
+        "perturbation_response": {"NoChange", "MeanShift", "TreatedMean", "Oracle", "model"},
+    }
+    for each in known["models"]:
+        parts = [each[name] for name in ("once", "cell", "step", "step_cell")]
+        assert min(parts) >= 0 < max(parts)
+    assert "an evaluation" not in planning.table(study, costs.Costs(study.params))
+
+
+def test_a_line_through_two_measurements_never_falls():
+    assert calibration._line((100, 300), [1.0, 2.0]) == pytest.approx([0.5, 0.005])
+    assert calibration._line((100, 300), [2.0, 1.0]) == [1.0, 0.0]
+
+
+# The command
+
+PLAN = """
+import socket, sys
+def refuse(*_): raise OSError("no network here")
+socket.socket.connect = refuse
+import run_all
+sys.exit(run_all.main([sys.argv[1], "--plan", *sys.argv[2:]]))
+"""
+
+
+def plan(*words, **environment):
+    command = [sys.executable, "-c", PLAN, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_plan_of_the_published_study_needs_no_network():
+    shown = plan("params/paper.yaml", "--set", "workers=8")
+    assert "paper: 80 subsets, 400 models, 6,400 experiments, 36 baselines\n" in shown
+    assert "besides, spike-ins of 50 %: 15 subsets, 45 models, 720 experiments\n" in shown
+    stages = ["curation", "pretraining", *shipped("paper").params.tasks, "figures", "all"]
+    amounts = r" +[\d,]+ +[\d,]+ (s|min|h|days) +[\d,]+\.\d\d +[\d,]+\.\d\d +[\d.]+ GiB +[\d,.]+ GiB"
+    for stage in stages:
+        assert re.search(rf"^{stage}{amounts}$", shown, re.M), stage
+    assert "8 side by side" in shown
+    assert costs.calibration_of("paper")["machine"] in shown
+    assert not (ROOT / "runs" / "paper").exists()
+
+
+def test_plan_says_what_the_rehearsal_comes_to():
+    assert "paper_rehearsal: 80 subsets, 400 models, 6,400 experiments, 36 baselines\n" in plan("paper_rehearsal")
+
+
+# Evaluation on cells beyond the simulated corpus
+
+
+def test_simulated_cells_beyond_the_corpus_are_a_data_set(tmp_path):
+    study = study_of(
+        tmp_path,
+        evaluation=[{"file": "simulated:1000-1150", "name": "beyond"}],
+        held_out_tasks=[],
+        tasks=["zeroshot_classification"],
+    )
+    cells = simulate.Cells(simulate.truth(study.params.simulation)).block(1000, 1150)
+    dataset = study.dataset("beyond")
+    assert (dataset.X != cells[:, dataset.var_names].X).nnz == 0
+    assert dataset.obs["cell_type"].tolist() == cells.obs["cell_type"].tolist()
+    assert {one.dataset for one in evaluation.evaluations(study, "zeroshot_classification")} == {"beyond"}
+    assert study.first_dataset("zeroshot_classification") == "beyond"
+
+
+@pytest.mark.parametrize("file", ["simulated:900-1100", "simulated:1200-1100", "simulated:1000"])
+def test_simulated_cells_of_the_corpus_or_of_none_are_refused(file, tmp_path):
+    with pytest.raises((params.ParamsError, RuntimeError), match="simulated:"):
+        study_of(tmp_path, evaluation=[{"file": file, "name": "beyond"}]).dataset("beyond")
