@@ -1,8 +1,12 @@
-"""Every figure, a function each: takes a table, returns a matplotlib figure. Colour-blind safe, units on axes."""
+"""Every figure, a function each: takes a table, returns a matplotlib figure. Colour-blind safe, units on axes.
+
+The title says what the table shows (`messages`).
+"""
 
 from __future__ import annotations
 
 import itertools
+import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,56 +16,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure, SubFigure
 
-from datawall import store
+from datawall import messages, store
 from datawall.hyperparameters import family
+from datawall.labels import label
 from datawall.results import BASELINE, CHANCE, CHECKPOINT, ORACLE, mean_over_splits, select
 
 WIDTH = 9.0  # inches: a page of text
+TITLE = 120  # letters in a line of it
 STRATEGY_COLOURS = dict(
     zip(("random", "celltype_reweighted", "geometric_sketching"), sns.color_palette("colorblind", 3), strict=True)
 )
 STRATEGY_MARKERS = {"random": "o", "celltype_reweighted": "s", "geometric_sketching": "^"}
-LABELS = {
-    "cell_type": "cell type",
-    "celltype_reweighted": "cell-type reweighted",
-    "geometric_sketching": "geometric sketch",
-    "micro_f1": "micro-F1",
-    "macro_f1": "macro-F1",
-    "error_rate": "share of cells wrong",
-    "probe_micro_f1": "micro-F1 of a linear probe",
-    "probe_macro_f1": "macro-F1 of a linear probe",
-    "full_micro_f1": "micro-F1, whole network trained",
-    "full_macro_f1": "macro-F1, whole network trained",
-    "avg_bio": "AvgBIO",
-    "total": "scIB total",
-    "ilisi": "iLISI",
-    "kbet": "kBET acceptance",
-    "asw_batch": "batch ASW",
-    "pearson_r": "Pearson r of means",
-    "pearson_delta": "Pearson r of changes",
-    "mse": "mean squared error",
-    "pearson_delta_top50": "Pearson r of changes, 50 genes",
-    "energy_distance": "energy distance",
-    "loss": "loss of held-out cells",
-    "inverse_simpson": "inverse Simpson (types)",
-    "shannon": "Shannon (bits)",
-    "vendi": "Vendi (cells)",
-    "kang2018_held_out": "Kang, held out",
-    "pbmc68k": "PBMC 68k",
-    "zeroshot_classification": "zero-shot classification",
-    "zeroshot_integration": "zero-shot integration",
-    "finetuned_classification": "fine-tuned classification",
-    "perturbation_response": "perturbation response",
-    "kim_lung": "lung",
-    "homoharringtonine": "homohar-\nringtonine",
-    "ph797804": "PH-797804",
-    "tak901": "TAK-901",
-    "spikein_10": "10 % perturbed cells",
-    "spikein_50": "50 % perturbed cells",
-    "LogisticRegression": "logistic regression",
-    "NoChange": "no change",
-    "reconstruction": "reconstruction",
-}
 # The unit of each family's training loss.
 LOSSES = {
     "scVI": "negative ELBO (nats per cell)",
@@ -72,11 +37,6 @@ LOSSES = {
 
 mpl.rcParams.update({"svg.hashsalt": "datawall", "svg.fonttype": "none", "figure.dpi": 100, "savefig.dpi": 150})
 sns.set_theme(context="notebook", style="ticks", font_scale=0.8)
-
-
-def label(name: str) -> str:
-    """A name as a reader should see it; of a model named `module:Class`, the class."""
-    return LABELS.get(name, name.rpartition(":")[2])
 
 
 def save(figure: Figure, name: str, table: pd.DataFrame, folder: Path) -> None:
@@ -100,33 +60,34 @@ def composition(table: pd.DataFrame) -> Figure:
     groups = share.columns.get_level_values("strategy").unique()
     widths = [share[group].shape[1] for group in groups]
     figure, axes = plt.subplots(
-        1, len(groups), figsize=(WIDTH, 0.35 * len(share) + 1.2), sharey=True, width_ratios=widths, layout="constrained"
+        1, len(groups), figsize=(WIDTH, 0.35 * len(share) + 1.5), sharey=True, width_ratios=widths, layout="constrained"
     )
     for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
         block = share[group].rename(columns=lambda percentage: f"{percentage:g}")
         sns.heatmap(block, ax=axis, cmap="cividis", vmin=0, vmax=share.max().max(), annot=True, fmt=".0f", cbar=False)
         axis.set(title=label(group), xlabel="subset (% of corpus)", ylabel="")
         axis.tick_params(axis="y", rotation=0)
-    figure.suptitle("Share of each cell type (% of the subset's cells)")
+    _say(figure, f"Cells of each type, per cent of a subset. {messages.composition(share)}")
     return figure
 
 
 def diversity(table: pd.DataFrame) -> Figure:
     """Diversity of subsets against size (`curation.subset_diversity`): a panel per measure, a line per strategy."""
     measures = ["shannon", "inverse_simpson", "vendi"]
-    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 2.9), layout="constrained")
+    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 3.2), layout="constrained")
     for axis, measure in zip(axes, measures, strict=True):
         for strategy, rows in table.dropna(subset=measure).groupby("strategy", sort=False):
             _curve(axis, rows, measure, strategy)
         _percentage_axis(axis, table["percentage"])
         axis.set(ylabel=label(measure))
+    _say(figure, messages.diversity(table))
     _legend(figure, axes[0])
     return figure
 
 
 def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     """Simulated cells over real ones (`curation.realism`): variance and zeros against the mean, and two histograms."""
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.2), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.5), layout="constrained")
     names = genes["dataset"].unique()
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
     means = np.geomspace(genes["mean"].min(), genes["mean"].max(), 200)
@@ -150,17 +111,19 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     sns.despine(figure)
+    _say(figure, messages.realism(genes, cells))
     _legend(figure, axes[0, 0])
     return figure
 
 
 def markers(table: pd.DataFrame) -> Figure:
     """Mean marker expression of each cell type: rows are types, columns genes, values z-scores over types."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.32 * len(table) + 1.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.32 * len(table) + 1.6), layout="constrained")
     sns.heatmap(
         table, ax=axis, cmap="cividis", xticklabels=True, cbar_kws={"label": "mean expression (z-score over types)"}
     )
     axis.set(xlabel="", ylabel="")
+    _say(figure, messages.markers(table))
     return figure
 
 
@@ -175,7 +138,7 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
         return _nothing("no model of this study takes steps")
     colours = dict(zip(percentages, sns.color_palette("cividis", len(percentages)), strict=True))
     n_rows = -(-len(models) // 2)
-    figure, axes = plt.subplots(n_rows, 2, figsize=(WIDTH, 2.6 * n_rows + 0.3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(n_rows, 2, figsize=(WIDTH, 2.6 * n_rows + 0.5), squeeze=False, layout="constrained")
     for axis, model in zip(axes.flat, models, strict=False):
         for percentage, run in select(shown, model=model).groupby("percentage"):
             loss = run["loss"].rolling(smooth, min_periods=1).mean()
@@ -184,6 +147,7 @@ def loss_curves(histories: pd.DataFrame, *, smooth: int = 25) -> Figure:
     for axis in axes.flat[len(models) :]:
         axis.set_axis_off()
     sns.despine(figure)
+    _say(figure, messages.loss_curves(shown))
     _legend(figure, axes[0, 0])
     return figure
 
@@ -203,7 +167,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     if not models:
         return _nothing("the study has no such results")
     figure, axes = plt.subplots(
-        len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.5), squeeze=False, layout="constrained",
+        len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.9), squeeze=False, layout="constrained",
         sharey="none" if metric == "loss" else "row",  # a family's pretraining loss has units of its own
     )  # fmt: skip
     contenders = sorted(set(runs.loc[reference, "model"]) - {ORACLE})
@@ -230,6 +194,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             )
             if row < len(names) - 1:
                 axis.set(xlabel="")
+    _say(figure, messages.learning_curves(results, metric))
     _legend(figure, *axes[:, 0])
     return figure
 
@@ -250,11 +215,14 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
     shown = mean_over_splits(per_class.assign(metric=per_class["cell_type"], value=per_class["f1"]))
     shown = shown[shown["strategy"].isin(["random", "untrained"])]
     names, models = shown["dataset"].unique(), shown["model"].unique()
-    figure = plt.figure(figsize=(WIDTH, 3.2 * len(names)), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 3.2 * len(names) + 0.4), layout="constrained")
+    ends: dict[str, list[tuple[str, str]]] = {"commonest": [], "rarest": []}
     for part, dataset in zip(figure.subfigures(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         axes = part.subplots(1, len(models), sharey=True, squeeze=False)[0]
         support = select(per_class, dataset=dataset).groupby("cell_type")["support"].mean().sort_values(ascending=False)
         common, rare = support.index[:n_types], support.index[n_types:][-n_types:]
+        ends["commonest"] += [(dataset, name) for name in common]
+        ends["rarest"] += [(dataset, name) for name in rare]
         colours = sns.color_palette("viridis", len(common) + len(rare))
         for axis, model in zip(axes, models, strict=True):
             of_model = select(shown, dataset=dataset, model=model)
@@ -267,6 +235,7 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
             axis.set(title=label(model), ylim=(-0.03, 1.03))
         axes[0].set(ylabel=f"{label(dataset)}\nF1 of a cell type")
         _legend(part, axes[0])
+    _say(figure, messages.per_class_curves(shown, ends))
     return figure
 
 
@@ -278,7 +247,7 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
     runs = mean_over_splits(select(results, metric=metric, strategy="random"))
     names, models = runs["dataset"].unique(), runs["model"].unique()
     colours = dict(zip(models, sns.color_palette("cividis", len(models)), strict=True))
-    figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 3.4), squeeze=False, layout="constrained")
     for axis, dataset in zip(axes[0], names, strict=True):
         for model in models:
             shown = select(runs, dataset=dataset, model=model)
@@ -287,15 +256,19 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
             axis.plot(mean.index, mean, "-o", color=colours[model], markersize=5, label=model)
         _percentage_axis(axis, runs["percentage"])
         axis.set(title=label(dataset), ylabel=label(metric))
+    _say(figure, messages.variants(runs, metric))
     _legend(figure, axes[0, 0])
     return figure
 
 
-def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str]) -> Figure:
-    """UMAPs (`Study.layout`), a panel per embedding, three in a row; the whole once for each label to colour by."""
+def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: str) -> Figure:
+    """UMAPs (`Study.layout`), a panel per embedding, three in a row; the whole once for each label to colour by.
+
+    Nothing is measured on them, so the title is given.
+    """
     n_columns = min(3, len(layouts))
     n_rows = -(-len(layouts) // n_columns)
-    figure = plt.figure(figsize=(WIDTH, 2.3 * n_rows * len(colour_by)), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 2.3 * n_rows * len(colour_by) + 0.3), layout="constrained")
     for part, key in zip(figure.subfigures(len(colour_by), 1, squeeze=False)[:, 0], colour_by, strict=True):
         axes = part.subplots(n_rows, n_columns, squeeze=False)
         categories = sorted(next(iter(layouts.values()))[key].astype(str).unique())
@@ -310,6 +283,7 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str]) -> Figure
         handles, names = axes[0, 0].get_legend_handles_labels()
         part.legend(handles, names, loc="outside right center", frameon=False, markerscale=4, title=label(key))
     sns.despine(figure)
+    _say(figure, title)
     return figure
 
 
@@ -330,16 +304,20 @@ def saturation(points: pd.DataFrame) -> Figure:
         axis.set(title=label(task).replace(" ", "\n"), xlabel="", ylabel="")
         axis.tick_params(axis="x", rotation=30)
         axis.tick_params(axis="y", rotation=0, left=task == tasks[0])
-    figure.suptitle("Learning saturation point (% of the corpus)")
+    _say(figure, f"Learning saturation points (% of the corpus). {messages.saturation(points, 'the published rule')}")
     return figure
 
 
 def _nothing(why: str) -> Figure:
     """A figure that says why there is nothing to see."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.6))
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, why, ha="center", va="center")
+    figure = plt.figure(figsize=(WIDTH, 0.6))
+    _say(figure, f"Nothing to show: {why}")
     return figure
+
+
+def _say(figure: Figure, message: str) -> None:
+    """The message of a figure as its title, in lines that fit the page."""
+    figure.suptitle("\n".join(textwrap.fill(line, TITLE) for line in message.split("\n")), fontsize="medium")
 
 
 def _curve(axis: plt.Axes, rows: pd.DataFrame, value: str, strategy: str) -> None:

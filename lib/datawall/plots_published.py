@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from datawall import plots
+from datawall import messages, plots
 from datawall.plots import WIDTH, label
 from datawall.results import BASELINE, mean_over_splits, select
 from datawall.saturation import IMPROVING, PLATEAU, UNDECIDED, as_error, curves_of
@@ -33,10 +33,10 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     return figure
 
 
-def saturation_map(points: pd.DataFrame, title: str) -> Figure:
+def saturation_map(points: pd.DataFrame, rule: str) -> Figure:
     """Saturation points (`saturation.saturation_points`), a panel per task: models and strategies by data sets.
 
-    A dash stands where none is established.
+    A dash stands where none is established; `rule` is the rule in words.
     """
     points = _in_order(points)
     tasks = points["task"].unique()
@@ -51,12 +51,12 @@ def saturation_map(points: pd.DataFrame, title: str) -> Figure:
         sns.heatmap(grid, ax=axis, cmap="cividis_r", norm=norm, annot=names, fmt="", cbar=False, linewidths=1)
         _dashes(axis, grid)
         _map_axis(axis, task, first=task == tasks[0])
-    figure.suptitle(f"Saturation point (% of the corpus): {title}")
+    plots._say(figure, f"Saturation points (% of the corpus). {messages.saturation(points, rule)}")
     return figure
 
 
-def verdict_map(verdicts: pd.DataFrame, title: str) -> Figure:
-    """Verdicts (of `saturation_points` by equivalence, or of `scaling_curves`), a panel per task."""
+def verdict_map(verdicts: pd.DataFrame, question: str) -> Figure:
+    """Verdicts (of `saturation_points` by equivalence, or of `scaling_curves`) on a question, a panel per task."""
     verdicts = _in_order(verdicts).assign(
         code=lambda of: of["verdict"].map({name: i for i, name in enumerate(VERDICTS)})
     )
@@ -86,7 +86,7 @@ def verdict_map(verdicts: pd.DataFrame, title: str) -> Figure:
         for (name, colour), sign in zip(VERDICTS.items(), signs.values(), strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(title)
+    plots._say(figure, messages.verdict_map(verdicts, question))
     return figure
 
 
@@ -98,7 +98,7 @@ def spike_ins(results: pd.DataFrame, metric: str) -> Figure:
     spiked = runs[runs["strategy"] != "random"]
     models, names = spiked["model"].unique(), spiked["dataset"].unique()
     figure, axes = plt.subplots(
-        len(names), len(models), figsize=(WIDTH, 1.9 * len(names) + 0.6), sharey="row", sharex=True, squeeze=False,
+        len(names), len(models), figsize=(WIDTH, 1.9 * len(names) + 0.8), sharey="row", sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for row, dataset in enumerate(names):
@@ -108,6 +108,7 @@ def spike_ins(results: pd.DataFrame, metric: str) -> Figure:
                 _line(axis, select(shown, strategy=strategy), "value", strategy)
             _size_axis(axis, runs["percentage"], last=row == len(names) - 1)
             axis.set(title=model if row == 0 else "", ylabel=_two_lines(dataset, metric) if column == 0 else "")
+    plots._say(figure, messages.spike_ins(runs, metric))
     plots._legend(figure, axes[0, 0])
     return figure
 
@@ -115,12 +116,13 @@ def spike_ins(results: pd.DataFrame, metric: str) -> Figure:
 def diversity(table: pd.DataFrame) -> Figure:
     """Diversity of subsets against size (`published.diversity`): a panel per measure, a line per strategy."""
     measures = ["shannon", "inverse_simpson", "vendi"]
-    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 3.1), layout="constrained")
+    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 3.4), layout="constrained")
     for axis, measure in zip(axes, measures, strict=True):
         for strategy in COLOURS:
             _line(axis, select(table, strategy=strategy).dropna(subset=measure), measure, strategy)
         _size_axis(axis, table["percentage"])
         axis.set(ylabel=label(measure))
+    plots._say(figure, messages.diversity(table))
     plots._legend(figure, axes[-1])
     return figure
 
@@ -131,7 +133,7 @@ def untrained(results: pd.DataFrame, metrics: dict[str, str]) -> Figure:
     Random subsets, means over seeds; rows are tasks (with the metric of each), columns their data sets.
     """
     figure, axes = plt.subplots(
-        len(metrics), 4, figsize=(WIDTH, 1.75 * len(metrics) + 0.5), sharey=True, squeeze=False, layout="constrained"
+        len(metrics), 4, figsize=(WIDTH, 1.75 * len(metrics) + 0.9), sharey=True, squeeze=False, layout="constrained"
     )
     for row, (task, metric) in enumerate(metrics.items()):
         runs = mean_over_splits(select(results, task=task, metric=metric))
@@ -156,6 +158,7 @@ def untrained(results: pd.DataFrame, metrics: dict[str, str]) -> Figure:
             axis.set_xlabel(label(metric) if len(label(metric)) < 12 else label(metric).replace(" of", "\nof"))
         axes[row, 0].set_ylabel(label(task).replace(" ", "\n"))
     sns.despine(figure)
+    plots._say(figure, messages.untrained(results, metrics))
     plots._legend(figure, axes[0, 0])
     return figure
 
@@ -163,7 +166,7 @@ def untrained(results: pd.DataFrame, metrics: dict[str, str]) -> Figure:
 def embedding_seconds(table: pd.DataFrame) -> Figure:
     """Seconds to embed 10,000 cells (`published.embedding_seconds`)."""
     shown = table.sort_values("seconds")
-    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.9), layout="constrained")
     axis.plot(shown["seconds"], shown["model"], "o", color="#0072b2", markersize=7)
     for seconds, model in zip(shown["seconds"], shown["model"], strict=True):
         axis.annotate(f"{seconds:.3g}", (seconds, model), xytext=(8, 0), textcoords="offset points", va="center")
@@ -173,6 +176,7 @@ def embedding_seconds(table: pd.DataFrame) -> Figure:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="y", color="0.9")
     sns.despine(figure, left=True)
+    plots._say(figure, messages.embedding_seconds(table))
     return figure
 
 
@@ -186,7 +190,7 @@ def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Fi
     names = sorted({dataset for dataset, _ in by_key})
     models = [model for model in MODELS if any(model == of for _, of in by_key)]
     figure, axes = plt.subplots(
-        len(names), len(models), figsize=(WIDTH, 2.0 * len(names) + 0.4), sharex=True, sharey="row", squeeze=False,
+        len(names), len(models), figsize=(WIDTH, 2.0 * len(names) + 0.6), sharex=True, sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for row, dataset in enumerate(names):
@@ -211,6 +215,7 @@ def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Fi
     for axis in axes[-1]:
         axis.set_xlabel("pretraining cells")
     sns.despine(figure)
+    plots._say(figure, messages.scaling(select(predictions, strategy="random")))
     plots._legend(figure, axes[0, 0])
     return figure
 
@@ -240,7 +245,7 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
         axis.minorticks_off()
         _model_axis(axis, models, first=axis is axes[0, 0])
     sns.despine(figure, left=True)
-    figure.suptitle(title)
+    plots._say(figure, messages.rules(points, title))
     plots._legend(figure, axes[0, 0])
     return figure
 
@@ -254,7 +259,7 @@ def cost_saved(points: pd.DataFrame) -> Figure:
     points = _in_order(points).assign(saved=lambda of: 100 - of["percentage"].fillna(100))
     tasks, models = points["task"].unique(), list(points["model"].unique())
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(WIDTH, 0.5 * len(models) + 1.5), sharey=True, squeeze=False, layout="constrained"
+        1, len(tasks), figsize=(WIDTH, 0.5 * len(models) + 1.8), sharey=True, squeeze=False, layout="constrained"
     )
     colours = dict(zip(RULES, ("black", *sns.color_palette("colorblind", 3)), strict=True))
     for axis, task in zip(axes[0], tasks, strict=True):
@@ -266,6 +271,7 @@ def cost_saved(points: pd.DataFrame) -> Figure:
         axis.set(xlim=(-3, 103), title=label(task).replace(" ", "\n"), xlabel="cost saved (%)")
         _model_axis(axis, models, first=axis is axes[0, 0])
     sns.despine(figure, left=True)
+    plots._say(figure, messages.cost_saved(points))
     plots._legend(figure, axes[0, 0])
     return figure
 
@@ -304,7 +310,7 @@ def effects(table: pd.DataFrame, title: str) -> Figure:
     table = _in_order(table)
     tasks, models = table["task"].unique(), list(table["model"].unique())
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(WIDTH, 0.5 * len(models) + 1.6), sharey=True, squeeze=False, layout="constrained"
+        1, len(tasks), figsize=(WIDTH, 0.5 * len(models) + 1.9), sharey=True, squeeze=False, layout="constrained"
     )
     strategies = [name for name in COLOURS if name in set(table["strategy"])]
     for axis, task in zip(axes[0], tasks, strict=True):
@@ -318,7 +324,7 @@ def effects(table: pd.DataFrame, title: str) -> Figure:
         axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
         _model_axis(axis, models, first=axis is axes[0, 0])
     sns.despine(figure)
-    figure.suptitle(title)
+    plots._say(figure, messages.effects(table, title))
     plots._legend(figure, axes[0, 0])
     return figure
 
