@@ -103,8 +103,8 @@ def variants(runs: pd.DataFrame, metric: str) -> str:
     """Which model is best at the largest size, by data set."""
     end, sign = runs["percentage"].max(), -1 if lower_is_better(metric) else 1
     means = sign * select(runs, percentage=end).groupby(["dataset", "model"])["value"].mean()
-    best = {dataset: of_data.idxmax()[1] for dataset, of_data in means.groupby("dataset")}
-    return f"Best {label(metric)} at {end:g} % of the corpus: {_listed(best)}"
+    best = (f"{label(of_data.idxmax()[1])} ({label(dataset)})" for dataset, of_data in means.groupby("dataset"))
+    return f"Best {label(metric)} at {end:g} % of the corpus: {', '.join(best)}"
 
 
 def embeddings(scores: pd.Series, metric: str) -> str:

@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure, SubFigure
 
 from datawall import messages, store
-from datawall.hyperparameters import family
+from datawall.hyperparameters import FAMILIES, VARIANTS, family
 from datawall.labels import label
 from datawall.results import BASELINE, CHANCE, CHECKPOINT, ORACLE, mean_over_splits, select
 
@@ -242,11 +242,15 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
 def variants(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size, a line per model and a panel per data set: models that differ in one thing.
 
-    Random subsets; small marks are seeds, lines their means.
+    Random subsets; small marks are seeds, lines their means. A family has one colour, darker from variant to variant.
     """
     runs = mean_over_splits(select(results, metric=metric, strategy="random"))
-    names, models = runs["dataset"].unique(), runs["model"].unique()
-    colours = dict(zip(models, sns.color_palette("cividis", len(models)), strict=True))
+    names, order = runs["dataset"].unique(), [*FAMILIES, *VARIANTS, *runs["model"].unique()]
+    models = sorted(runs["model"].unique(), key=order.index)
+    colours = {}
+    for of_family, hue in zip(dict.fromkeys(map(family, models)), itertools.cycle(["Blues", "Oranges", "Greys"])):
+        variants = [name for name in models if family(name) == of_family]
+        colours |= dict(zip(variants, sns.color_palette(hue, len(variants) + 2)[2:], strict=True))
     figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 3.4), squeeze=False, layout="constrained")
     for axis, dataset in zip(axes[0], names, strict=True):
         for model in models:

@@ -282,7 +282,7 @@ def known_answer(results: pd.DataFrame, begins: pd.Series, planted: pd.Series, t
     A ring is where a plateau begins in truth (`known_answer.plateaus`), a triangle the size that is planted as needed.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.75, 3.6), layout="constrained")
-    colours = dict(zip(planted.sort_values().index, sns.color_palette("colorblind", 3), strict=True))
+    colours = dict(zip(planted.sort_values().index, sns.color_palette("colorblind"), strict=False))
     bottom = results["value"].min()
     for pair, colour in colours.items():
         seeds = select(results, dataset=pair).pivot_table(index="percentage", columns="seed", values="value")
@@ -297,7 +297,7 @@ def known_answer(results: pd.DataFrame, begins: pd.Series, planted: pd.Series, t
     axis.plot([], [], "k^", markersize=7, label="cells needed, as planted")
     _size_axis(axis, results["percentage"])
     axis.set(ylabel=label("micro_f1"))
-    figure.suptitle(title)
+    plots._say(figure, title)
     plots._legend(figure, axis)
     return figure
 
