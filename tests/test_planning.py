@@ -201,6 +201,15 @@ def test_weights_are_a_models_size():
         assert costs.n_weights(p, name, n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
 
 
+def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, **given): ...\n")
+    strange = {"mine:Mine": {"max_length": "long", "n_hidden": None, "batch_size": "auto"}}
+    study = study_of(models=["mine:Mine"], hyperparameters=strange)
+    need = costs.Costs(study.params, KNOWN).run(Run("mine:Mine", Subset("random", 10.0, 0)))
+    assert (need.gpus, need.seconds) == (0, 0)
+
+
 # Stages
 
 
