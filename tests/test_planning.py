@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -200,6 +201,15 @@ def test_weights_are_a_models_size():
         assert costs.n_weights(p, name, n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
 
 
+def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, **given): ...\n")
+    strange = {"mine:Mine": {"max_length": "long", "n_hidden": None, "batch_size": "auto"}}
+    study = study_of(models=["mine:Mine"], hyperparameters=strange)
+    need = costs.Costs(study.params, KNOWN).run(Run("mine:Mine", Subset("random", 10.0, 0)))
+    assert (need.gpus, need.seconds) == (0, 0)
+
+
 # Stages
 
 
@@ -305,7 +315,9 @@ def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
     for each in known["models"]:
         parts = [each[name] for name in ("once", "cell", "step", "step_cell")]
         assert min(parts) >= 0 < max(parts)
-    assert "an evaluation" not in planning.table(study, costs.Costs(study.params))
+    shown = planning.table(study, costs.Costs(study.params))
+    assert f"calibrated for mine on {calibration.machine()}" in shown
+    assert "--calibrate" not in shown
 
 
 def test_a_line_through_two_measurements_never_falls():
@@ -326,11 +338,12 @@ sys.exit(run_all.main([sys.argv[1], "--plan", *sys.argv[2:]]))
 
 def plan(*words, **environment):
     command = [sys.executable, "-c", PLAN, *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
 
 
-def test_plan_of_the_published_study_needs_no_network():
-    shown = plan("params/paper.yaml", "--set", "workers=8")
+def test_plan_of_the_published_study_needs_no_network(tmp_path):
+    shown = plan("params/paper.yaml", "--set", "workers=8", DATAWALL_CACHE=str(tmp_path))
     assert "paper: 80 subsets, 400 models, 6,400 experiments, 36 baselines\n" in shown
     assert "besides, spike-ins of 50 %: 15 subsets, 45 models, 720 experiments\n" in shown
     stages = ["curation", "pretraining", *shipped("paper").params.tasks, "figures", "all"]
@@ -338,7 +351,8 @@ def test_plan_of_the_published_study_needs_no_network():
     for stage in stages:
         assert re.search(rf"^{stage}{amounts}$", shown, re.M), stage
     assert "8 side by side" in shown
-    assert costs.calibration_of("paper")["machine"] in shown
+    assert "one core of AMD EPYC" in shown
+    assert "--calibrate" in shown
     assert not (ROOT / "runs" / "paper").exists()
 
 

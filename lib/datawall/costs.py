@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datawall import backed, corpus, datasets, hyperparameters, paths, simulate
+from datawall import backed, corpus, datasets, external, hyperparameters, paths, simulate
 from datawall.params import SMALL, Embedding, Params
 from datawall.processes import Need
 from datawall.store import Record
@@ -59,7 +59,7 @@ def size_of(p: Params) -> tuple[int, float]:
 
 def work(p: Params, model: str, n_genes: int, genes_per_cell: float) -> float:
     """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
-    h = p.hyperparameters_of(model)
+    h = _described(p, model)
     if hasattr(h, "max_length"):  # a transformer; it predicts the 15 % of genes that are masked
         share = 1.0 if h.n_genes is None else min(1.0, h.n_genes / n_genes)
         length = min(h.max_length, genes_per_cell * share)
@@ -72,12 +72,17 @@ def work(p: Params, model: str, n_genes: int, genes_per_cell: float) -> float:
 
 def n_weights(p: Params, model: str, n_genes: int) -> int:
     """Weights of a model, about; none of one of the user's own."""
-    h = p.hyperparameters_of(model)
+    h = _described(p, model)
     if hasattr(h, "max_length"):
         return (8 * h.n_layers + 1) * h.n_embd**2 + (min(h.n_genes or n_genes, n_genes) + h.max_length) * h.n_embd
     if hasattr(h, "n_hidden"):
         return 2 * (_widths(h)[0] * n_genes + _inner(h))
     return getattr(h, "n_components", 0) * n_genes
+
+
+def _described(p: Params, model: str) -> hyperparameters.Hyperparameters:
+    """Hyper-parameters that tell what a model looks like: those of one of the user's own may mean anything."""
+    return hyperparameters.Hyperparameters() if external.is_external(model) else p.hyperparameters_of(model)
 
 
 def _widths(h: hyperparameters.Hyperparameters) -> list[int]:
@@ -225,7 +230,7 @@ class Costs:
     @cache  # noqa: B019
     def batch_size(self, model: str) -> int:
         """Cells a step; 0 for a model that takes no steps."""
-        return getattr(self.p.hyperparameters_of(model), "batch_size", 0)
+        return getattr(_described(self.p, model), "batch_size", 0)
 
     @cache  # noqa: B019
     def gpu_seconds_per_cell(self, model: str) -> float:

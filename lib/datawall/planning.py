@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from dask.system import CPU_COUNT
 
 from datawall import evaluation, processes, provenance
-from datawall.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs
+from datawall.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
 from datawall.curated import Subset
 from datawall.processes import Need
 from datawall.scoring import Evaluation
@@ -179,6 +179,8 @@ def table(study: Study, costs: Costs) -> str:
         for name, units, wall, cores, gpus, memory, disk in rows
     ]
     notes = [f"time: {n_workers} side by side; costs as calibrated for {known['study']} on {known['machine']}"]
+    if not calibration_file(study.params.study).exists():
+        notes.append("that came along; --calibrate in place of --plan measures this study's costs on this machine")
     if not costs.on_gpu:
         notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
     notes.append("memory: of one process at most; what comes over a network is not counted")
