@@ -128,10 +128,16 @@ def test_artifact_under_the_name_of_another_is_not_used(url, tmp_path, caplog):
 
 
 def test_a_study_goes_on_where_there_is_only_its_storage(url, tmp_path, monkeypatch):
-    study = Study(params.check({**MINIMAL, "storage": url}, "test"), tmp_path / "one")
+    study = Study(params.check(MINIMAL, "test").model_copy(update={"storage": url}), tmp_path / "one")
     table = study.pretrain()
     monkeypatch.setattr(processes, "on_this_machine", None)  # nothing is made again
     elsewhere = Study(study.params, tmp_path / "other")
     assert elsewhere.pretrain().equals(table)
     there = {path.relative_to(study.folder) for path in study.folder.rglob("*.safetensors")}
     assert there == {path.relative_to(elsewhere.folder) for path in elsewhere.folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/a", "/tmp/a", "s3:", "http://a/b"])
+def test_study_file_sends_artifacts_to_no_other_place_of_this_machine(url):
+    with pytest.raises(params.ParamsError, match="storage"):
+        params.check({**MINIMAL, "storage": url}, "test")

@@ -193,7 +193,7 @@ class Params(BaseModel):
 
     memory_gib: Annotated[float, Field(ge=0)] = 4.0  # a subset that takes more is streamed from the disk in training
     executor: Annotated[str, Field(pattern=r"^(local|slurm|(tcp|tls)://\S+)$")] = "local"  # see `cluster`
-    storage: Annotated[str, Field(pattern=r"^(s3|gs|hdfs|file)://\S+$")] | None = None  # artifacts too: `shared.py`
+    storage: Annotated[str, Field(pattern=r"^(s3|gs|hdfs)://\S+$")] | None = None  # artifacts too: `shared.py`
     workers: Annotated[int, Field(ge=1)] | None = None  # processes side by side, or Slurm jobs; one per core, or GPU
     gpus: dict[str, Annotated[int, Field(ge=1)]] = {}  # by model: how many GPUs pretrain one together, if not one
     retries: Annotated[int, Field(ge=0)] = 1  # how often a unit that fails is begun again
