@@ -51,6 +51,18 @@ def test_checked_cells_print_facts_that_hold_elsewhere(path):
         assert not [output for output in cell.outputs if output.get("name") == "stderr"]
 
 
+@each_notebook
+def test_every_section_with_code_prints_a_fact_that_is_compared(path):
+    checked, section = {}, ""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and (heading := re.search(r"^## (.+)", cell.source, re.M)):
+            section = heading[1]
+        elif cell.cell_type == "code":
+            checked[section] = checked.get(section, False) or CHECKED in tags(cell)
+    del checked["Session"]  # versions; `test_trust` holds its key against the code
+    assert [section for section, is_checked in checked.items() if not is_checked] == []
+
+
 def declared(path):
     (cell,) = [cell for cell in cells_of(path, "code") if "parameters" in tags(cell)]
     return {target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body for target in line.targets}

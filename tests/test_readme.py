@@ -98,8 +98,15 @@ def check_torchrun(words):
 
 
 def check_pip(words):
-    for extra in re.findall(r"datawall\[(\w+)\]", " ".join(words)):
-        assert extra in PROJECT["optional-dependencies"]
+    assert words[:2] == ["install", "-e"]  # from the clone: the name on PyPI may be another's
+    assert re.fullmatch(r"\.\[(\w+)\]", words[2])[1] in PROJECT["optional-dependencies"]
+
+
+def check_conda(words):
+    if words[0] == "activate":
+        assert words[1:] == [yaml.safe_load((ROOT / "environment.yml").read_text())["name"]]
+    else:
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
 
 
 @pytest.mark.parametrize("command", commands())
@@ -117,7 +124,7 @@ def test_command_can_be_given(command, tmp_path, capsys, monkeypatch):
     elif program == "pip":
         check_pip(words)
     elif program == "conda":
-        assert (ROOT / words[words.index("-f") + 1]).is_file()
+        check_conda(words)
     else:
         assert program in ("dask", "apt-get"), f"no test for {program}"
 
@@ -154,6 +161,13 @@ def test_links_lead_somewhere():
     for target in targets:
         if not target.startswith(("https://", "../../actions/", "#")):
             assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_badges_say_what_the_project_says():
+    badges = dict(re.findall(r"^\[!\[(.*?)\]\((.*?)\)\]", README, re.M))
+    assert (ROOT / ".github" / re.search(r"workflows/\w+\.yml", badges["tests"])[0]).is_file()
+    assert f"licence: {PROJECT['license']}" in badges
+    assert f"Python {PROJECT['requires-python'].removeprefix('>=')} or later" in badges
 
 
 def test_study_files_that_are_named_exist():

@@ -68,7 +68,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> str:
     begin, end = sizes.columns[0].removesuffix(" %"), sizes.columns[-1]
     says = f"Models pretrained on {end} of the corpus: {name}"
     if begin != end.removesuffix(" %"):
-        says = f"From {begin} to {end} of the corpus, {name} "
+        says = f"From {begin} to {end} of the corpus, drawn at random, {name} "
         if lower_is_better(metric):
             says += f"falls in {_of((last < first).sum(), len(sizes))} curves"
         else:
@@ -83,7 +83,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> str:
     return f"{says};\nbeside the best baseline, at the best of their sizes: {places}"
 
 
-def per_class_curves(means: pd.DataFrame, ends: dict[str, list[tuple[str, str]]]) -> str:
+def per_class_curves(means: pd.DataFrame, ends: dict[str, dict[str, list[str]]]) -> str:
     """What cell types gain from the smallest to the largest size, mean over models.
 
     Parameters
@@ -91,12 +91,19 @@ def per_class_curves(means: pd.DataFrame, ends: dict[str, list[tuple[str, str]]]
     means
         F1 by dataset, metric (the type), model, seed and percentage, in the column value.
     ends
-        Pairs of data set and type, by the word for them.
+        By data set, and by the word for them, some types.
     """
     table = means[means["percentage"] > 0].pivot_table("value", ["dataset", "metric"], "percentage")
-    gain = table.iloc[:, -1] - table.iloc[:, 0]
-    changes = [f"{gain.reindex(types).mean():+.2f} for the {word} types" for word, types in ends.items() if types]
-    return f"F1 from {table.columns[0]:g} to {table.columns[-1]:g} % of the corpus, mean change: {', '.join(changes)}"
+    grown, end = table.shape[1] > 1, f"{table.columns[-1]:g} % of the corpus"
+    value = table.iloc[:, -1] - table.iloc[:, 0] if grown else table.iloc[:, -1]
+    parts = [
+        f"{label(dataset)}, {word}: {format(value.loc[dataset].reindex(names).mean(), '+.2f' if grown else '.2f')}"
+        for dataset, types in ends.items()
+        for word, names in types.items()
+        if len(names)
+    ]
+    what = f"Mean change of F1 from {table.columns[0]:g} to {end}" if grown else f"Mean F1 at {end}"
+    return f"{what}\n{'; '.join(parts)}"
 
 
 def variants(runs: pd.DataFrame, metric: str) -> str:

@@ -216,13 +216,12 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
     shown = shown[shown["strategy"].isin(["random", "untrained"])]
     names, models = shown["dataset"].unique(), shown["model"].unique()
     figure = plt.figure(figsize=(WIDTH, 3.2 * len(names) + 0.4), layout="constrained")
-    ends: dict[str, list[tuple[str, str]]] = {"commonest": [], "rarest": []}
+    ends = {}
     for part, dataset in zip(figure.subfigures(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         axes = part.subplots(1, len(models), sharey=True, squeeze=False)[0]
         support = select(per_class, dataset=dataset).groupby("cell_type")["support"].mean().sort_values(ascending=False)
         common, rare = support.index[:n_types], support.index[n_types:][-n_types:]
-        ends["commonest"] += [(dataset, name) for name in common]
-        ends["rarest"] += [(dataset, name) for name in rare]
+        ends[dataset] = {"commonest types": list(common), "rarest types": list(rare)}
         colours = sns.color_palette("viridis", len(common) + len(rare))
         for axis, model in zip(axes, models, strict=True):
             of_model = select(shown, dataset=dataset, model=model)
