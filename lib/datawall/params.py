@@ -374,7 +374,7 @@ class Params(BaseModel):
             for strategy in strategies
             for percentage in ([0.0] if strategy == "untrained" else sorted(percentages))
             for seed in grid.seeds or self.seeds
-            if percentage < 100 or strategy not in ("celltype_reweighted", "geometric_sketching")
+            if percentage < 100 or strategy.startswith(("random", "untrained", "spikein"))
         ]
         return [(model, subset) for model in grid.models or self.models for subset in subsets]
 
