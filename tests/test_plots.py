@@ -104,7 +104,7 @@ def figures(runs, points):
         ),
         "plots_published.embedding_seconds": (
             plots_published.embedding_seconds(seconds),
-            "scVI takes 15 times as long as SSL",
+            "15 times as long as SSL: scVI",
         ),
         "plots_published.scaling": (
             plots_published.scaling(results.select(runs, model="SSL"), predictions, "micro_f1"),
@@ -123,7 +123,7 @@ def figures(runs, points):
         ),
         "plots_published.effects": (
             plots_published.effects(effects, "Worth?"),
-            "in 1 of 2 comparisons: 1 gains, 0 losses",
+            "in 1 of 2 comparisons: 1 better, 0 worse",
         ),
     }
 
@@ -174,6 +174,11 @@ def test_an_error_falls_and_is_beside_no_baseline(runs):
 def test_embeddings_are_named_with_their_scores():
     scores = pd.Series([0.5, 0.7, 0.2], ["SSL", "mine:Model", "SSL"])
     assert messages.embeddings(scores, "avg_bio") == "AvgBIO is highest in Model (0.70) and lowest in SSL (0.20)"
+
+
+def test_only_known_diversity_is_told():
+    table = pd.DataFrame({"strategy": ["random", "spikein_10"], "percentage": 1, "inverse_simpson": [31.2, np.nan]})
+    assert messages.diversity(table) == "Effective number of cell types at 1 % of the corpus: random 31"
 
 
 def test_a_study_without_random_subsets_says_so(runs):

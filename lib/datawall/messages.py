@@ -31,7 +31,7 @@ def composition(share: pd.DataFrame) -> str:
 def diversity(table: pd.DataFrame) -> str:
     """How many types the smallest subsets are worth, by strategy."""
     smallest = select(table, percentage=table["percentage"].min())
-    types = smallest.groupby("strategy", sort=False)["inverse_simpson"].mean().map("{:.0f}".format)
+    types = smallest.groupby("strategy", sort=False)["inverse_simpson"].mean().dropna().map("{:.0f}".format)
     return f"Effective number of cell types at {table['percentage'].min():g} % of the corpus: {_listed(types)}"
 
 
@@ -166,7 +166,7 @@ def embedding_seconds(table: pd.DataFrame) -> str:
     """How many times as long the slowest takes as the fastest."""
     by_model = table.set_index("model")["seconds"]
     slow, fast = by_model.idxmax(), by_model.idxmin()
-    return f"{slow} takes {by_model[slow] / by_model[fast]:.0f} times as long as {fast}"
+    return f"{by_model[slow] / by_model[fast]:.0f} times as long as {fast}: {slow}"
 
 
 def scaling(predictions: pd.DataFrame) -> str:
@@ -185,7 +185,7 @@ def effects(table: pd.DataFrame, what: str) -> str:
     """How many effects are certain, in either direction."""
     certain = table[table["p_adjusted"] < 0.05]
     up, down = (certain["difference"] > 0).sum(), (certain["difference"] < 0).sum()
-    return f"{what}\nCertain (adjusted p < 0.05) in {_of(up + down, len(table))} comparisons: {up} gains, {down} losses"
+    return f"{what}\nCertain (adjusted p < 0.05) in {_of(up + down, len(table))} comparisons: {up} better, {down} worse"
 
 
 def _of(count: int, total: int) -> str:
