@@ -24,10 +24,11 @@ from typing import Any, NoReturn
 
 ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens
 FIRST = (
-    *("datawall.evaluation", "datawall.models", "datawall.plots", "matplotlib_inline.backend_inline"),
-    *("torch._dynamo", "annbatch", "ipykernel.kernelapp"),
+    *("datawall.evaluation", "datawall.models", "datawall.plots"),
+    *("matplotlib_inline.backend_inline", "ipykernel.kernelapp"),
 )
-WHEN_IDLE = ("sklearn.neighbors", "scanpy", "umap", "statsmodels.api")  # of use to some stages only
+# Of use to some stages only, none of them the first.
+WHEN_IDLE = ("torch._dynamo", "annbatch", "sklearn.neighbors", "scanpy", "umap", "statsmodels.api")
 GRACE = 5.0  # seconds in which a process that is told to end may end by itself
 _LARGEST = 2**17  # bytes of a request: mostly the environment
 

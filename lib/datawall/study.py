@@ -54,6 +54,15 @@ class Run:
 type Source = Run | Embedding | str  # of an embedding; a string names a baseline
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A picture of an embedding: some cells of a data set in two dimensions."""
+
+    source: Source
+    dataset: str
+    n_cells: int
+
+
 def _code(family: str) -> tuple[str, ...]:
     """The modules whose code decides the content of a family's models and embeddings."""
     return CODE["external" if external.is_external(family) else family]
@@ -341,22 +350,33 @@ class Study(Curated):
             table.append({"model": name, **measured, "device": artifact.made["device"]})
         return pd.DataFrame(table)
 
-    def layout(self, source: Source, dataset: str, *, n_cells: int = 2000) -> pd.DataFrame:
-        """UMAP of at most `n_cells` cells of an embedding: x, y, and the labels of the cells."""
+    def layouts(self, sources: dict[str, Source], dataset: str, *, n_cells: int = 2000) -> dict[str, pd.DataFrame]:
+        """UMAPs of at most `n_cells` cells of embeddings, by title: x, y, and the labels of the cells."""
+        titled = {title: Layout(source, dataset, n_cells) for title, source in sources.items()}
+        missing = [one for one in titled.values() if not self.store.find(self._layout_unit(one))]
+        cluster.run_units(self, Study.layout_artifact, missing, "layouts")
+        return {title: self._layout(one) for title, one in titled.items()}
+
+    def layout_artifact(self, one: Layout) -> Artifact:
+        """A layout on disk: the rows of its cells, and their places."""
 
         def make(folder: Path) -> None:
             import scanpy as sc
 
-            embedding = self.embedding(source, dataset)
-            rows = np.sort(np.random.default_rng(0).permutation(len(embedding))[:n_cells])
+            embedding = self.embedding(one.source, one.dataset)
+            rows = np.sort(np.random.default_rng(0).permutation(len(embedding))[: one.n_cells])
             cells = ad.AnnData(embedding[rows])
             sc.pp.neighbors(cells, use_rep="X", random_state=0)
             sc.tl.umap(cells, random_state=0)
             np.savez(folder / "layout.npz", rows=rows, xy=cells.obsm["X_umap"])
 
-        unit = Unit(
-            "layout", {"embedding": self.embedding_unit(source, dataset).key, "n_cells": n_cells}, CODE["layout"]
-        )
-        with np.load(self.store.find_or_make(unit, make).folder / "layout.npz", allow_pickle=False) as layout:
-            obs = self.dataset(dataset).obs.iloc[layout["rows"]]
+        return self.store.find_or_make(self._layout_unit(one), make)
+
+    def _layout_unit(self, one: Layout) -> Unit:
+        record = {"embedding": self.embedding_unit(one.source, one.dataset).key, "n_cells": one.n_cells}
+        return Unit("layout", record, CODE["layout"])
+
+    def _layout(self, one: Layout) -> pd.DataFrame:
+        with np.load(self.layout_artifact(one).folder / "layout.npz", allow_pickle=False) as layout:
+            obs = self.dataset(one.dataset).obs.iloc[layout["rows"]]
             return obs.assign(x=layout["xy"][:, 0], y=layout["xy"][:, 1]).reset_index(drop=True)
