@@ -67,7 +67,7 @@ def composition(table: pd.DataFrame) -> Figure:
         sns.heatmap(block, ax=axis, cmap="cividis", vmin=0, vmax=share.max().max(), annot=True, fmt=".0f", cbar=False)
         axis.set(title=label(group), xlabel="subset (% of corpus)", ylabel="")
         axis.tick_params(axis="y", rotation=0)
-    _say(figure, f"Cells of each type, per cent of a subset. {messages.composition(share)}")
+    _say(figure, f"Cells of each type, per cent of a subset\n{messages.composition(share)}")
     return figure
 
 
@@ -320,7 +320,9 @@ def _nothing(why: str) -> Figure:
 
 def _say(figure: Figure, message: str) -> None:
     """The message of a figure as its title, in lines that fit the page."""
-    figure.suptitle("\n".join(textwrap.fill(line, TITLE) for line in message.split("\n")), fontsize="medium")
+    figure.suptitle(
+        "\n".join(textwrap.fill(line, TITLE, break_on_hyphens=False) for line in message.split("\n")), fontsize="medium"
+    )
 
 
 def _curve(axis: plt.Axes, rows: pd.DataFrame, value: str, strategy: str) -> None:
