@@ -46,7 +46,7 @@ RECORDED_PACKAGES = (
 
 # Modules that no notebook uses: around a run, not in it.
 ASIDE = (
-    *("forkserver", "kernels", "report", "notebooks", "verdicts", "provenance"),
+    *("kernels", "report", "notebooks", "verdicts", "provenance"),
     *("planning", "calibration"),
     *("starter", "preflight", "inspection", "verify"),
 )
