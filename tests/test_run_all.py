@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import anndata as ad
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -146,11 +148,23 @@ def test_unknown_study_lists_those_that_exist(capsys):
 
 
 def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys):
-    (tmp_path / "broken.h5ad").write_text("not a data set")
-    words = ["--set", f"corpus={tmp_path / 'broken.h5ad'}", "--set", "simulation=null", "--out", str(tmp_path / "run")]
+    obs = pd.DataFrame(
+        {"cell_type": list("ab") * 20, "dataset_id": "one", "condition": "ctrl"}, index=map(str, range(40))
+    )
+    genes = pd.read_csv(ROOT / "lib" / "datawall" / "data" / "sctab_genes.csv").iloc[:200, 0]
+    ad.AnnData(np.full((40, 200), 0.5, np.float32), obs, pd.DataFrame(index=genes)).write_h5ad(tmp_path / "shares.h5ad")
+    words = ["--set", f"corpus={tmp_path / 'shares.h5ad'}", "--set", "simulation=null", "--out", str(tmp_path / "run")]
     assert run_all.main([TINY, *words]) == 1
     printed = capsys.readouterr()
-    assert "broken.h5ad: not readable" in printed.err
+    assert "shares.h5ad: no raw counts" in printed.err
     assert "01_curation.ipynb" in printed.err
     assert "02_pretraining" not in printed.out
     assert not list((tmp_path / "run" / "store").rglob("*.*"))
+
+
+def test_unreadable_corpus_is_refused_before_the_first_stage(tmp_path, capsys):
+    (tmp_path / "broken.h5ad").write_text("not a data set")
+    words = ["--set", f"corpus={tmp_path / 'broken.h5ad'}", "--set", "simulation=null", "--out", str(tmp_path / "run")]
+    assert run_all.main([TINY, *words]) == 2
+    assert "broken.h5ad: not readable" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -7,8 +7,7 @@ A stage's measured time is that by the clock from the begin of its first unit to
 have been made in one go, by as many workers as this machine has. What is told of units is their sum: each unit's time
 by the clock, with the first of a process importing what it needs. What notebooks do beside is in neither column.
 
-On 2 cores of an AMD EPYC, calibrated while others used them (`data/calibration/quick.json`), for params/quick.yaml:
-600 s predicted, 624 s measured; by stage -36 % (zero-shot classification) to +19 % (fine-tuned classification).
+On 2 cores of an AMD EPYC, for params/quick.yaml: -27 % (zero-shot classification) to +40 % (reconstruction) by stage.
 """
 
 import sys
