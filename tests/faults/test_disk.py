@@ -8,7 +8,7 @@ import sys
 
 import nbformat
 import pytest
-from harness import FULL, ROOT, SECONDS, STAGES, STUDY, artifacts, environment, half_made, made, redone, same_results
+from harness import IN_FULL, ROOT, SECONDS, STAGES, STUDY, artifacts, environment, half_made, made, redone, same_results
 
 from datawall import verify
 
@@ -42,7 +42,8 @@ def in_shell(script, **names):
     return done.stdout
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0] if FULL else [0.6])
+@IN_FULL
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
 def test_full_disk(share, undisturbed, tmp_path, capsys):
     """Full in the midst of a run; then there is room again."""
     size = sum(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
