@@ -67,8 +67,9 @@ def _follow(options: argparse.Namespace) -> int:
         if options.plan:
             print(_counts(study), planning.table(study, study.costs), sep="\n")
             return 0
+        store.check_run_folder(study.folder)
         left = {} if parameters.census else planning.seconds_left(study)
-    except (FileNotFoundError, FileExistsError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.verify or options.why:

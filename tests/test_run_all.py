@@ -142,6 +142,13 @@ def test_wrong_request_is_refused_before_anything_is_done(words, named, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_folder_of_other_things_is_left_alone(tmp_path, capsys):
+    (tmp_path / ".zenodo.json").touch()
+    assert run_all.main([TINY, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path}: neither empty nor the folder of a run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".zenodo.json"]
+
+
 def test_unknown_study_lists_those_that_exist(capsys):
     assert run_all.main(["nosuch"]) == 2
     assert "quick" in capsys.readouterr().err

@@ -267,3 +267,54 @@ def test_json_keeps_key_order_and_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"z": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text())["z"] == 1
+
+
+LEFT = (
+    *(f".making-{32 * 'a'}", f".study.yaml.{32 * 'a'}", f".shared.{32 * 'a'}", f"notebooks/.01_curation.ipynb.{32 * 'a'}"),
+    *(f"store/model/.making-{32 * 'a'}", f"store/model/.making-{32 * 'a'}-damaged", f"checkpoints/.a.npz.{32 * 'a'}"),
+)
+OF_OTHERS = (
+    *(".zenodo.json", ".pre-commit-config.yaml", ".github/workflows/.a.yml", "docs/.a.b", f"docs/.a.{32 * 'a'}"),
+    *("study.yaml", ".making-plans", ".env.local", "notebooks/.ipynb_checkpoints/a", f"store/model/{16 * 'b'}/.zattrs.b"),
+)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    for name in (*LEFT, *OF_OTHERS):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if ".making-a" in name else path.touch()
+    with store.reserved(tmp_path):
+        there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert not there & set(LEFT)
+    assert there >= set(OF_OTHERS)
+
+
+def test_what_is_in_use_or_finished_is_not_removed(tmp_path):
+    with store.temporary_folder(tmp_path) as scratch, store.reserved(tmp_path):
+        assert store.half_made(tmp_path) == [scratch]
+    write_json(tmp_path / "a.json", {})
+    Store(tmp_path / "store").find_or_make(UNIT, write_two_files)
+    assert store.half_made(tmp_path) == []
+
+
+@pytest.mark.parametrize("names", [[], [".lock"], [".lock", LEFT[1]], ["study.yaml", "more"], [f"store/a/b/{MANIFEST}"]])
+def test_folder_of_a_run_is_taken_however_early_it_was_killed(names, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    store.check_run_folder(tmp_path)
+    store.check_run_folder(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["a.txt", ".git", "store/b"])
+def test_folder_of_other_things_is_refused(name, tmp_path):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=rf"^{tmp_path}: neither empty nor the folder of a run .* --out"):
+        store.check_run_folder(tmp_path)
+
+
+def test_file_is_no_run_folder(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(FileExistsError, match="/a: neither"):
+        store.check_run_folder(tmp_path / "a")

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -50,6 +51,10 @@ ASIDE = (
     *("planning", "calibration"),
     *("starter", "preflight", "inspection", "verify"),
 )
+
+HALF_MADE = re.compile(r"\.making-[0-9a-f]{32}(-damaged)?|\..+\.[0-9a-f]{32}")  # of `temporary_folder`, `write_atomically`
+PLACES = (".", "notebooks", "figures", "checkpoints", "store/*")  # of a run folder, where such are
+LOCK = ".lock"
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 FULL = 2**20  # bytes free of a disk that counts as full when a unit fails
@@ -269,6 +274,36 @@ def held(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder holds a study, or artifacts of one."""
+    return (folder / "study.yaml").is_file() or any(folder.glob(f"store/*/*/{MANIFEST}"))
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse a folder of other things: a run would strew its files among them.
+
+    What a run writes before it has a study file is its lock and that file half-made.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something in it, or it is no folder at all.
+    """
+    if not folder.exists() or is_run_folder(folder):
+        return
+    if not folder.is_dir() or any(path.name != LOCK and not HALF_MADE.fullmatch(path.name) for path in folder.iterdir()):
+        raise FileExistsError(
+            f"{folder}: neither empty nor the folder of a run (no study.yaml, no artifacts in store/); give a new or "
+            "an empty folder with --out."
+        )
+
+
+def half_made(folder: Path) -> list[Path]:
+    """Files and folders that killed processes left in a run folder, or living ones have not finished: none but ours."""
+    every = (path for place in PLACES for path in folder.glob(f"{place}/.*"))
+    return [path for path in every if HALF_MADE.fullmatch(path.name)]
+
+
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
     """Keep a run folder for this process, and remove what killed ones left half-made in it.
@@ -281,7 +316,7 @@ def reserved(folder: Path) -> Iterator[None]:
         If it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    with (folder / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -295,7 +330,7 @@ def reserved(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {_now()},")
         file.flush()
-        for left in [*folder.glob("store/*/.making-*"), *folder.glob(".*.*"), *folder.glob("*/.*.*")]:
+        for left in half_made(folder):
             _remove_unless_held(left)
         yield
 

@@ -109,7 +109,8 @@ def same_results(folder, undisturbed):
 
 def half_made(folder):
     """Files and folders that a run has not finished."""
-    return [found for pattern in ("store/*/.*", "checkpoints/*", ".*.*", "*/.*.*") for found in folder.glob(pattern)]
+    patterns = ("store/*/.*", "checkpoints/*", ".*", "*/.*")
+    return [found for pattern in patterns for found in folder.glob(pattern) if found.name != ".lock"]
 
 
 def told(folder):
