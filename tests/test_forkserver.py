@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from datawall import forkserver
+from datawall import curated, evaluation, forkserver, study, tasks
 
 TESTS = Path(__file__).parent
 
@@ -93,3 +93,13 @@ def test_fork_and_its_children_end_when_who_asked_is_killed(tmp_path):
         asked.kill()
     assert len(processes) == 2
     assert not psutil.wait_procs([*processes, *server], timeout=60)[1]
+
+
+def test_server_imports_all_modules_that_keys_name():
+    """So that no fork imports one that was edited since the server began, whose version it has from then."""
+    named = {name for of in (curated.CODE, study.CODE, evaluation.CODE) for modules in of.values() for name in modules}
+    named |= {"scoring", "tasks/uncertainty", *(f"tasks/{module}" for module in tasks.TASKS.values())}
+    lists = "import sys; from importlib import import_module; from datawall import forkserver; "
+    lists += "[import_module(name) for name in forkserver.FIRST]; print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", lists], capture_output=True, text=True, check=True).stdout
+    assert {f"datawall.{name.replace('/', '.')}" for name in named} <= set(printed.split())

@@ -1,7 +1,11 @@
 import json
 import logging
+import os
 import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -91,7 +95,7 @@ class Adder:
 
 def version_of(code, folder, monkeypatch):
     (folder / "adder.py").write_text(code)
-    monkeypatch.setattr(store, "__file__", str(folder / "store.py"))
+    monkeypatch.setattr(store, "SOURCES", store.read_sources(folder))
     return store.code_version.__wrapped__("adder")  # past the cache
 
 
@@ -122,6 +126,28 @@ def test_code_changes_the_code_version(old, new, tmp_path, monkeypatch):
 def test_a_function_that_is_only_a_docstring_has_a_version(tmp_path, monkeypatch):
     code = 'def nothing():\n    """Later."""\n'
     assert version_of(code, tmp_path, monkeypatch) == version_of("def nothing():\n    pass\n", tmp_path, monkeypatch)
+
+
+def test_module_edited_after_import_keeps_the_version_of_the_code_that_runs(tmp_path):
+    """Also in a fork, which has neither imported nor hashed the module itself before the edit."""
+    shutil.copytree(Path(store.__file__).parent, tmp_path / "datawall", ignore=shutil.ignore_patterns("__pycache__"))
+    edit_and_fork = f"""
+import os
+from datawall import store
+path = {str(tmp_path / "datawall" / "diversity.py")!r}
+with open(path, "a") as file:
+    file.write("EDITED = True\\n")
+if os.fork() == 0:
+    print(store.code_version("diversity"), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", edit_and_fork]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == store.code_version("diversity")
+    edited = store.read_sources(tmp_path / "datawall")["diversity"]
+    assert edited == store.SOURCES["diversity"] + "EDITED = True\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -269,13 +295,14 @@ def test_json_keeps_key_order_and_refuses_nan(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["z"] == 1
 
 
+A, B = 32 * "a", 16 * "b"
 LEFT = (
-    *(f".making-{32 * 'a'}", f".study.yaml.{32 * 'a'}", f".shared.{32 * 'a'}", f"notebooks/.01_curation.ipynb.{32 * 'a'}"),
-    *(f"store/model/.making-{32 * 'a'}", f"store/model/.making-{32 * 'a'}-damaged", f"checkpoints/.a.npz.{32 * 'a'}"),
+    *(f".making-{A}", f".study.yaml.{A}", f".shared.{A}", f"notebooks/.01_curation.ipynb.{A}"),
+    *(f"store/model/.making-{A}", f"store/model/.making-{A}-damaged", f"checkpoints/.a.npz.{A}"),
 )
 OF_OTHERS = (
-    *(".zenodo.json", ".pre-commit-config.yaml", ".github/workflows/.a.yml", "docs/.a.b", f"docs/.a.{32 * 'a'}"),
-    *("study.yaml", ".making-plans", ".env.local", "notebooks/.ipynb_checkpoints/a", f"store/model/{16 * 'b'}/.zattrs.b"),
+    *(".zenodo.json", ".pre-commit-config.yaml", ".github/workflows/.a.yml", "docs/.a.b", f"docs/.a.{A}"),
+    *("study.yaml", ".making-plans", ".env.local", "notebooks/.ipynb_checkpoints/a", f"store/model/{B}/.zattrs.{A}"),
 )
 
 
@@ -298,7 +325,9 @@ def test_what_is_in_use_or_finished_is_not_removed(tmp_path):
     assert store.half_made(tmp_path) == []
 
 
-@pytest.mark.parametrize("names", [[], [".lock"], [".lock", LEFT[1]], ["study.yaml", "more"], [f"store/a/b/{MANIFEST}"]])
+@pytest.mark.parametrize(
+    "names", [[], [".lock"], [".lock", LEFT[1]], ["study.yaml", "more"], [f"store/a/b/{MANIFEST}"]]
+)
 def test_folder_of_a_run_is_taken_however_early_it_was_killed(names, tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

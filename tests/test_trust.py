@@ -108,11 +108,11 @@ def test_modules_aside_are_used_by_no_notebook_and_no_other_module():
 def test_code_key_sees_code_and_not_comments(tmp_path, monkeypatch):
     library = tmp_path / "datawall"
     (library / "models").mkdir(parents=True)
-    monkeypatch.setattr(store, "__file__", str(library / "store.py"))
 
     def key(**modules):
         for name, text in modules.items():
             (library / f"{name.replace('__', '/')}.py").write_text(text)
+        monkeypatch.setattr(store, "SOURCES", store.read_sources(library))
         store.code_version.cache_clear()
         return store.code_key()
 

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens
+# Among them all of the library that is named in keys of artifacts: see `store.SOURCES`.
 FIRST = (
     *("datawall.evaluation", "datawall.models", "datawall.plots"),
+    *("datawall.tasks.finetuning", "datawall.tasks.integration", "datawall.tasks.perturbation"),
     *("matplotlib_inline.backend_inline", "ipykernel.kernelapp"),
 )
 # Of use to some stages only, none of them the first.

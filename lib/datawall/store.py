@@ -52,8 +52,9 @@ ASIDE = (
     *("starter", "preflight", "inspection", "verify"),
 )
 
-HALF_MADE = re.compile(r"\.making-[0-9a-f]{32}(-damaged)?|\..+\.[0-9a-f]{32}")  # of `temporary_folder`, `write_atomically`
-PLACES = (".", "notebooks", "figures", "checkpoints", "store/*")  # of a run folder, where such are
+# Names of what `temporary_folder` and `write_atomically` have not finished, and where in a run folder these are used.
+HALF_MADE = re.compile(r"\.making-[0-9a-f]{32}(-damaged)?|\..+\.[0-9a-f]{32}")
+PLACES = (".", "notebooks", "figures", "checkpoints", "store/*")
 LOCK = ".lock"
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -291,7 +292,8 @@ def check_run_folder(folder: Path) -> None:
     """
     if not folder.exists() or is_run_folder(folder):
         return
-    if not folder.is_dir() or any(path.name != LOCK and not HALF_MADE.fullmatch(path.name) for path in folder.iterdir()):
+    ours = folder.is_dir() and all(path.name == LOCK or HALF_MADE.fullmatch(path.name) for path in folder.iterdir())
+    if not ours:
         raise FileExistsError(
             f"{folder}: neither empty nor the folder of a run (no study.yaml, no artifacts in store/); give a new or "
             "an empty folder with --out."
@@ -346,10 +348,22 @@ def _remove_unless_held(path: Path) -> None:
             os.close(descriptor)
 
 
+def read_sources(library: Path) -> dict[str, str]:
+    """Text of every module of a library, by file name without `.py`."""
+    return {path.relative_to(library).with_suffix("").as_posix(): path.read_text() for path in library.rglob("*.py")}
+
+
+# As they are when a process, or the one that it is a fork of, imports the library: the code that it has. Read when a
+# key is asked for, they would be those of a file edited meanwhile, and what old code made would be stored under the
+# key of the new. Modules that are first needed later could still be newer than this, so a run's fork server imports
+# all that are named in a key at once (`forkserver.FIRST`).
+SOURCES = read_sources(Path(__file__).parent)
+
+
 @cache
 def code_version(module: str) -> str:
-    """Hash of a library module's code, blind to comments, docstrings and layout."""
-    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
+    """Hash of a library module's code, as this process has it; blind to comments, docstrings and layout."""
+    tree = ast.parse(SOURCES[module])
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -404,9 +418,7 @@ def versions() -> dict[str, str]:
 
 def code_key() -> str:
     """Key of all the code that a notebook can run: the library's, but for `ASIDE`, blind as `code_version` is."""
-    library = Path(__file__).parent
-    names = (path.relative_to(library).with_suffix("").as_posix() for path in library.rglob("*.py"))
-    return _sha256({name: code_version(name) for name in names if name not in ASIDE})[:16]
+    return _sha256({name: code_version(name) for name in SOURCES if name not in ASIDE})[:16]
 
 
 def session() -> dict[str, str]:

@@ -120,14 +120,8 @@ def _fate(made: dict[str, Record], key: str) -> list[str]:
 
 def _changed(manifest: Record) -> list[str]:
     """Modules whose code is no longer what made an artifact."""
-
-    def version(module: str) -> str | None:
-        try:
-            return store.code_version(module)
-        except OSError:
-            return None
-
-    return [module for module, before in manifest["code"].items() if version(module) != before]
+    code = manifest["code"].items()
+    return [module for module, before in code if module not in store.SOURCES or store.code_version(module) != before]
 
 
 def _with_inputs(made: dict[str, Record], key: str) -> set[str]:
