@@ -39,17 +39,21 @@ TASKS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a stage failed, 2 the request is wrong, 130 interrupted."""
     options = _options(arguments)
-    from datawall import forkserver
-
     only_looks = options.new or options.check or options.plan or options.calibrate or options.verify or options.why
-    # Before all else, as it has much to import, which takes as long as what comes before the first stage.
-    with nullcontext() if only_looks else forkserver.server():
-        return _follow(options)
+    try:
+        from datawall import forkserver
+
+        # Before all else, as it has much to import, which takes as long as what comes before the first stage.
+        with nullcontext() if only_looks else forkserver.server():
+            return _follow(options)
+    except KeyboardInterrupt:
+        print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
 
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
-    from datawall import params, paths, planning, store
+    from datawall import params, paths, planning, provenance, store
     from datawall.study import Study
 
     try:
@@ -62,26 +66,23 @@ def _follow(options: argparse.Namespace) -> int:
         parameters = params.read(path, _overrides(options.set))
         folder = Path(options.out).resolve() if options.out else paths.run_folder(path, parameters.study)
         study = Study(parameters, folder)
+        if options.verify or options.why:
+            return _look_into(folder, options.why)
         if options.calibrate:
             return _calibrate(study)
         if options.plan:
-            print(_counts(study), planning.table(study, study.costs), sep="\n")
+            print(_work(study), planning.table(study, study.costs), sep="\n")
             return 0
         store.check_run_folder(study.folder)
         left = {} if parameters.census else planning.seconds_left(study)
     except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.verify or options.why:
-        return _look_into(study.folder, options.why)
-    about = f"; about {planning.duration(sum(left.values()))} of computing" if any(left.values()) else ""
-    print(_counts(study), f"into {_shown(study.folder, paths.repository())}{about}", sep="\n")
+    about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
+    print(_work(study), f"into {_shown(study.folder)}{about}", sep="\n")
     try:
         with store.reserved(study.folder):
             return _run(study, stages, left)
-    except KeyboardInterrupt:
-        print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)
-        return 130
     except BlockingIOError as error:
         print(error, file=sys.stderr)
         return 1
@@ -94,15 +95,11 @@ def _follow(options: argparse.Namespace) -> int:
         return 1
 
 
-def _counts(study: Any) -> str:
+def _work(study: Any) -> str:
     """How many subsets, models and experiments a study has, and what it has besides, a line each."""
     from datawall import planning
 
-    (name, grid), *besides = (
-        (name, ", ".join(f"{count:,} {what}" for what, count in of.items() if count))
-        for name, of in planning.counts(study)
-    )
-    return "\n".join([f"{name}: {grid}", *(f"  besides, {name}: {of}" for name, of in besides)])
+    return f"{study.params.study}: " + "\n  ".join(planning.work(study))
 
 
 def _calibrate(study: Any) -> int:
@@ -115,17 +112,17 @@ def _calibrate(study: Any) -> int:
 
 def _look_into(folder: Path, key: str | None) -> int:
     """Say where an artifact of a run folder comes from or, without a key, what in the folder is damaged."""
-    from datawall import verify
+    from datawall import store, verify
 
+    if not store.is_run_folder(folder):
+        raise FileNotFoundError(f"{folder}: no folder of a run (no study.yaml, no artifacts in store/); see --out.")
     if key:
-        try:
-            print(verify.why(folder, key))
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
+        print(verify.why(folder, key))
         return 0
     problems = verify.problems(folder)
     print("\n".join(problems) or f"{folder}: {verify.count(folder)} artifacts, all as they were written")
+    for line in verify.absent(folder):
+        print(line)
     if problems:
         print("The same command without --verify makes again what is damaged and needed.", file=sys.stderr)
     return 1 if problems else 0
@@ -133,41 +130,42 @@ def _look_into(folder: Path, key: str | None) -> int:
 
 def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
     """Execute the notebooks of stages in turn, then write the report; returns the command's exit status."""
-    from datawall import paths
-
-    parameters = study.params
     study.write_params()
     _write_notebooks_whole()
-    for number in stages:
-        if number in TASKS and TASKS[number] not in parameters.tasks:
-            name = STAGES[number]
-            print(f"[{number}/{len(STAGES)}] {name}: left out, {TASKS[number]} is not among the study's tasks")
-    stages = [number for number in stages if number not in TASKS or TASKS[number] in parameters.tasks]
+    left_out = [number for number in stages if number in TASKS and TASKS[number] not in study.params.tasks]
+    for number in left_out:
+        about = f"left out, {TASKS[number]} is not among the study's tasks"
+        print(f"[{number}/{len(STAGES)}] {STAGES[number]}: {about}")
     failed = None
     for number in stages:
-        if not _run_stage(number, study, paths.repository(), left):
+        if number not in left_out and not _run_stage(number, study, left):
             failed = STAGES[number]
             break
-    _conclude(study, failed, paths.repository())
+    try:
+        _conclude(study, failed)
+    except ValueError as error:  # of damaged results
+        print(f"no report: {error}", file=sys.stderr)
+        return 1
     return 1 if failed else 0
 
 
-def _conclude(study: Any, failed: str | None, repository: Path) -> None:
-    """Write the report and say where it is, what the study found and what failed."""
-    from datawall import report, results, verdicts
+def _conclude(study: Any, failed: str | None) -> None:
+    """Write the report and say where it is, what failed or else what the study found."""
+    from datawall import report
 
-    page = report.write(study.folder)
-    print(f"report: {_shown(page, repository)}")
-    if (study.folder / "intervals.parquet").is_file():
-        print(f"numbers: {_shown(study.folder / 'results.csv', repository)}")
-        for sentence in verdicts.sentences(verdicts.verdicts(results.read_results(study.folder, "intervals"))):
-            print(sentence)
-    print(f"failed: {failed}" if failed else "nothing failed")
+    site = report.Site(study)
+    print(f"report: {_shown(site.write())}")
+    if failed:
+        print(f"failed: {failed}")
+        return
+    if len(site.intervals):
+        print(f"numbers: {_shown(study.folder / 'results.csv')}", *site.sentences, sep="\n")
+    print("nothing failed")
 
 
 def _new(options: argparse.Namespace) -> int:
     """Write a study file for cells of the user's own; asks on a terminal, takes what it proposes elsewhere."""
-    from datawall import paths, starter
+    from datawall import starter
 
     if not options.corpus:
         raise ValueError("--new needs --corpus: the path of an .h5ad or .zarr file with raw counts, or several.")
@@ -177,7 +175,7 @@ def _new(options: argparse.Namespace) -> int:
 
     given = {role: getattr(options, role) for role in starter.QUESTIONS}
     asked = {"ask": ask if sys.stdin.isatty() else None, "say": print}
-    path = _shown(starter.new(options.new, options.corpus, given, **asked), paths.repository())
+    path = _shown(starter.new(options.new, options.corpus, given, **asked))
     print(f"written: {path}; look into it, then: python run_all.py --check {path}")
     return 0
 
@@ -269,21 +267,21 @@ def _write_notebooks_whole() -> None:
     papermill_io.register("/", Whole())  # of absolute paths
 
 
-def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]) -> bool:
+def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
 
-    from datawall import kernels, planning
+    from datawall import kernels, paths, provenance
 
     name = STAGES[number]
-    source = repository / "notebooks" / f"{name}.ipynb"
+    source = paths.repository() / "notebooks" / f"{name}.ipynb"
     executed = study.folder / "notebooks" / f"{name}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    values = {**study.params.model_dump(), "study": _shown(study.folder, repository)}
+    values = {**study.params.model_dump(), "study": _shown(study.folder)}
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
     seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
-    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {planning.duration(seconds)}" if seconds else "")
+    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     with kernels.forked() as kernel:
         try:
@@ -302,7 +300,7 @@ def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]
             )
         except papermill.PapermillExecutionError as error:
             print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
-            print(f"The notebook as far as it ran: {_shown(executed, repository)}", file=sys.stderr)
+            print(f"The notebook as far as it ran: {_shown(executed)}", file=sys.stderr)
             return False
         except KeyboardInterrupt:
             logging.disable()  # of what nbclient and asyncio have to say when their kernel is taken from them
@@ -317,8 +315,11 @@ def _run_stage(number: int, study: Any, repository: Path, left: dict[str, float]
     return True
 
 
-def _shown(path: Path, repository: Path) -> str:
+def _shown(path: Path) -> str:
     """A path as a reader wants it: relative to the repository where it lies within."""
+    from datawall import paths
+
+    repository = paths.repository()
     return str(path.relative_to(repository)) if path.is_relative_to(repository) else str(path)
 
 

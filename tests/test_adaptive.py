@@ -180,7 +180,7 @@ def full(tmp_path_factory):
 @pytest.mark.parametrize("margin", [0.001, 0.3])
 def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full, tmp_path):
     study = Study(params.check({**GROWN, "adaptive": True, "margin": margin}, "test"), tmp_path)
-    assert evaluation.plan(study)["models"] == 3 * 4 + 3 * 3 + 3  # at most
+    assert len(study.pretraining_runs()) == 3 * 4 + 3 * 3 + 3  # at most
     grown = evaluation.grow(study)
     runs = mean_over_splits(select(full, metric="micro_f1", strategy="random")).set_index(["percentage", "seed"])
     found = settle(
@@ -197,7 +197,7 @@ def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full
     }.items():
         rows = select(made, strategy=strategy)
         assert set(zip(rows["percentage"], rows["seed"], strict=True)) == expected
-    assert evaluation.plan(study)["models"] == len(study.pretrain()) < 24 or margin < 0.1
+    assert len(study.pretraining_runs()) == len(study.pretrain()) < 24 or margin < 0.1
     artifacts = sorted(tmp_path.glob("store/*/*"))
     pd.testing.assert_frame_equal(evaluation.grow(study), grown)
     assert sorted(tmp_path.glob("store/*/*")) == artifacts

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import datawall as dw
-from datawall import evaluation, params, plots, results, scoring, simulate
+from datawall import evaluation, params, planning, plots, results, scoring, simulate
 from datawall.scoring import Evaluation
 from datawall.study import Study
 
@@ -190,7 +190,7 @@ def test_each_class_has_its_score_and_support(study, tables):
 
 
 def test_what_is_evaluated(study):
-    assert evaluation.plan(study) == {"subsets": 2, "models": 6, "experiments": 30, "baselines": 9}
+    assert planning.work(study) == ["2 subsets, 6 models, 30 experiments, 9 baselines"]
     assert {one.source.model for one in evaluation.evaluations(study, "reconstruction")} == {"PretrainedPCA", "SSL"}
     assert evaluation.evaluations(study_of(study.folder.parent, tasks=[TASKS[0]]), TASKS[1]) == []
 
@@ -300,7 +300,7 @@ def test_splits_by_donor_are_not_averaged_with_those_by_cell():
     rows = [("A", "random", 1, 0, split, value, value - 0.1, value + 0.2) for split, value in SPLITS.items()]
     [mean] = results.mean_over_splits(table_of(rows)).to_dict("records")
     assert (mean["value"], mean["low"], mean["high"]) == pytest.approx((0.7, 0.6, 0.9))
-    [donors] = results.mean_over_splits(results.by_donor(table_of(rows))).to_dict("records")
+    [donors] = results.mean_over_splits(results.select(table_of(rows), split="donors 0")).to_dict("records")
     assert donors["value"] == 0.2
 
 

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
@@ -65,7 +68,8 @@ def run(tmp_path_factory):
         rows += [[*of, "micro_f1", value, f"cells {split}", key] for split in (0, 1)]
     table = pd.DataFrame(rows, columns=results.COLUMNS)
     intervals = table.assign(low=table["value"] - 0.01, high=table["value"] + 0.01, chance=0.1, ceiling=np.nan)
-    results.write_tables({"results": table, "intervals": intervals.drop(columns="run_id")}, folder)
+    parameters = open_study(str(folder)).params.model_dump(mode="json")
+    results.write_tables({"results": table, "intervals": intervals.drop(columns="run_id")}, folder, parameters)
     write_figures(folder / "figures")
     write_notebooks(folder / "notebooks")
     report.write(folder)
@@ -214,7 +218,7 @@ def test_damaged_manifest_is_left_out(run, tmp_path):
 
 
 def test_verdicts_are_those_of_the_numbers(run):
-    found = verdicts.verdicts(results.read_results(run, "intervals"))
+    found = verdicts.table(results.read_results(run, "intervals"))
     by_model = found.set_index("model")
     assert by_model.loc["PretrainedPCA", "value"] == pytest.approx(0.905)
     assert by_model.loc["SSL", ["value", "size"]].tolist() == pytest.approx([0.705, 100])
@@ -236,9 +240,37 @@ def test_verdicts_turn_round_where_lower_is_better():
         for seed in (0, 1)
     ]
     table = pd.DataFrame(rows, columns=results.COLUMNS).assign(**dict.fromkeys(results.KNOWN, np.nan))
-    (found,) = verdicts.verdicts(table).to_dict("records")
+    (found,) = verdicts.table(table).to_dict("records")
     assert (found["size"], found["value"], found["percentage"]) == (10, pytest.approx(2.005), 10)
     assert found["baseline"] is None
+
+
+def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "study.yaml").write_text(STUDY.replace("steps: 20", "steps: 30") + "workers: 1\n")
+    (said,) = report.Site(open_study(str(folder))).sentences
+    assert said.startswith("The results are not those of study.yaml as it is now: they are of other steps. ")
+    (folder / "study.yaml").write_text(STUDY + "workers: 1\n")
+    assert len(report.Site(open_study(str(folder))).sentences) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("results.parquet", lambda path: path.write_bytes(b""), "results.parquet is missing, or not as it was written"),
+        ("results.sha256", lambda path: path.unlink(), "results.sha256 is missing"),
+    ],
+)
+def test_damaged_results_are_refused_in_one_line_with_the_remedy(name, harm, said, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    harm(folder / name)
+    with pytest.raises(ValueError, match=f"^{folder}: {said}; run the study again"):
+        report.write(folder)
+    ended = subprocess.run([sys.executable, "-m", "datawall.report", folder], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert said in ended.stderr
 
 
 def test_changes_are_what_a_study_has_otherwise():

@@ -1,10 +1,12 @@
 """The command, end to end on the tiny study: complete, repeatable, resumable, and clear when it fails."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import anndata as ad
@@ -12,9 +14,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 import datawall as dw
 import run_all
+from datawall import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "params" / "tiny.yaml")
@@ -48,7 +52,7 @@ def command(*words):
 
 def test_run_leaves_results_figures_and_executed_notebooks(tiny_run):
     study = dw.open_study(str(tiny_run))
-    plan = dw.evaluation.plan(study)
+    ((_, plan),) = dw.planning.counts(study)
     results = dw.read_results(tiny_run)
     assert results["run_id"].nunique() == plan["experiments"] + plan["baselines"]
     assert set(results["task"]) == set(study.params.tasks)
@@ -167,6 +171,85 @@ def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys):
     assert "01_curation.ipynb" in printed.err
     assert "02_pretraining" not in printed.out
     assert not list((tmp_path / "run" / "store").rglob("*.*"))
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """The command with stages that do nothing, or fail; returns the numbers of those begun."""
+    begun = []
+    monkeypatch.setattr(forkserver, "server", nullcontext)
+
+    def of(ends):
+        monkeypatch.setattr(run_all, "_run_stage", lambda number, *_: begun.append(number) or ends)
+        return begun
+
+    return of
+
+
+def test_results_of_other_parameters_or_a_failed_run_are_not_told_as_its_own(
+    tiny_run, tmp_path, capsys, without_kernels
+):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    command = [TINY, "--out", str(folder), "--stages", "1"]
+    without_kernels(True)
+    assert run_all.main(command) == 0
+    assert "curves, one for each model and data set" in capsys.readouterr().out
+    assert run_all.main([*command, "--set", "steps=7"]) == 0
+    printed = capsys.readouterr().out
+    assert "The results are not those of study.yaml as it is now: they are of other steps." in printed
+    assert "curves" not in printed
+    without_kernels(False)
+    assert run_all.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "failed: 01_curation" in printed
+    assert "numbers:" not in printed
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_damaged_results_end_a_run_in_one_line(succeeds, tiny_run, tmp_path, capsys, without_kernels):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    (folder / "results.parquet").write_bytes(b"")
+    without_kernels(succeeds)
+    assert run_all.main([TINY, "--out", str(folder), "--stages", "1"]) == 1
+    assert capsys.readouterr().err == (
+        f"no report: {folder}: results.parquet is missing, or not as it was written; run the study again, which makes "
+        "it from the store in no time.\n"
+    )
+
+
+def test_interrupted_before_anything_is_done(tmp_path, capsys, monkeypatch, without_kernels):
+    def interrupted(study):
+        raise KeyboardInterrupt
+
+    without_kernels(True)
+    monkeypatch.setattr(dw.planning, "seconds_left", interrupted)
+    assert run_all.main([TINY, "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err.strip().startswith("Stopped.")
+    assert not (tmp_path / "run").exists()
+
+
+def test_verify_and_why_need_no_data(tiny_run, tmp_path, capsys):
+    """The corpus of this run, a file, has been moved since."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    given = yaml.safe_load((folder / "study.yaml").read_text())
+    given |= {"corpus": str(tmp_path / "moved.h5ad"), "simulation": None}
+    (folder / "study.yaml").write_text(yaml.safe_dump(given))
+    assert run_all.main([str(folder), "--verify"]) == 0
+    assert "artifacts, all as they were written" in capsys.readouterr().out
+    key = dw.read_results(folder)["run_id"].iloc[0]
+    assert run_all.main([str(folder), "--why", key]) == 0
+    assert f"evaluation {key}" in capsys.readouterr().out
+    assert run_all.main([str(folder), "--why", "nosuch"]) == 2
+    assert "--why nosuch: no artifacts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--verify"], ["--why", "abc"]])
+def test_verify_of_no_run_folder_is_refused(words, tmp_path, capsys):
+    assert run_all.main([TINY, *words, "--out", str(tmp_path / "tyny")]) == 2
+    assert f"{tmp_path / 'tyny'}: no folder of a run" in capsys.readouterr().err
 
 
 def test_unreadable_corpus_is_refused_before_the_first_stage(tmp_path, capsys):

@@ -8,7 +8,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_ind
 
 import datawall as dw
-from datawall.results import COLUMNS, headline, mean_over_splits, select, write_results
+from datawall.results import ALL_COLUMNS, COLUMNS, headline, mean_over_splits, select, tables, write_tables
 from datawall.saturation import curves_of, mean_over_datasets, saturation_points
 
 
@@ -418,7 +418,7 @@ def test_a_wider_margin_never_saturates_later(scores):
 
 def test_results_are_read_as_written(tmp_path):
     results = table(*curve({10: [0.5, 0.6], 1: [0.4, 0.3]}), {"model": "SSL", "value": 0.123456789})
-    write_results(results, tmp_path)
+    write_tables(tables(results.reindex(columns=ALL_COLUMNS)), tmp_path, {})
     back = dw.read_results(tmp_path)
     assert list(back.columns) == COLUMNS
     assert sorted(back["value"]) == sorted(results["value"])
@@ -428,8 +428,9 @@ def test_results_are_read_as_written(tmp_path):
 
 def test_results_are_the_same_file_whatever_the_row_order(tmp_path):
     results = table(*curve({10: [0.5, 0.6], 1: [0.4, 0.3]}, model="SSL"), *curve({1: 0.2}))
-    write_results(results, tmp_path / "a")
-    write_results(results.sample(frac=1, random_state=1)[COLUMNS[::-1]], tmp_path / "b")
+    shuffled = results.sample(frac=1, random_state=1)[COLUMNS[::-1]]
+    for name, rows in {"a": results, "b": shuffled}.items():
+        write_tables(tables(rows.reindex(columns=ALL_COLUMNS)), tmp_path / name, {})
     for name in ("results.csv", "results.parquet"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -450,6 +451,18 @@ def test_mean_over_splits_keeps_runs_apart():
     results = table(*splits, {"seed": 1, "value": 0.9}, {"metric": "nmi", "value": 0.1})
     means = mean_over_splits(results).set_index(["metric", "seed"])["value"].to_dict()
     assert means == {("micro_f1", 0): pytest.approx(0.4), ("micro_f1", 1): 0.9, ("nmi", 0): 0.1}
+
+
+def test_a_model_without_an_untrained_control_is_not_told_to_be_level_with_it():
+    results = table(
+        *curve({1: 0.5, 100: 0.7}, model="scVI"),
+        *curve({1: 0.5, 100: 0.7}, model="scvi_2x"),
+        {"strategy": "untrained", "percentage": 0.0, "value": 0.69},
+        {"strategy": "baseline", "model": "PCA", "percentage": 0.0, "seed": -1, "value": 0.4},
+    )
+    words = dw.results.beside_controls(results, "micro_f1", margin=0.02).droplevel("dataset")
+    assert words["untrained"].to_dict() == {"scVI": "within", "scvi_2x": np.nan}
+    assert words["PCA"].tolist() == ["above", "above"]
 
 
 def test_headline_sets_each_size_beside_untrained_and_baselines():

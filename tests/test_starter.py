@@ -250,6 +250,23 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert [line for line in found.warnings if "1 of 3 cell types" in line and "rare" in line]
 
 
+def test_check_takes_the_columns_that_a_run_takes(compendium):
+    """Any number of donors, and labels that are numbers, as in large corpora; the run's own reader is asked too."""
+    donors = [f"donor {i}" for i in range(1_500)]
+    cells(compendium / "cells.h5ad", n_cells=3_000, cell_type=["B cell", "T cell"], person=donors, cluster=[0.0, 1.5])
+    path = study(compendium, cell_type_key="cluster", donor_key="person")
+    found = preflight.check(path)
+    assert found.errors == []
+    assert "donor: 1500 values; the rarest is 'donor 1499' with 2 cells" in found.facts
+    source = sources.open_source(["cells.h5ad"], {"cell_type": "cluster", "donor_id": "person"}, sources.Options())
+    obs = pd.concat([block.obs for block in source.blocks()])
+    assert obs["cell_type"].unique().tolist() == ["0.0", "1.5"]
+    assert obs["donor_id"].nunique() == 1_500
+    found = preflight.check(study(compendium, cell_type_key="person"))
+    assert found.errors == []
+    assert "'person' has 1,500 cell types; is it the column?" in found.warnings
+
+
 def test_check_says_when_no_context_is_left(compendium):
     treatment = ["ctrl", "stim"]
     cells(compendium / "cells.h5ad", cell_type=["B cell", "T cell"], condition=treatment)  # one treatment a type

@@ -55,18 +55,6 @@ def reconstructs(model: str) -> bool:
     return not external.is_external(model) or hasattr(external.model_class(model), "heldout_loss")
 
 
-def plan(study: Study) -> dict[str, int]:
-    """How many subsets, models, experiments (model x task x data set) and baselines a study has, all of `also` too."""
-    every = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
-    n_baselines = sum(isinstance(evaluation.source, str) for evaluation in every)
-    return {
-        "subsets": len(study.subsets()),
-        "models": len(study.pretraining_runs()),
-        "experiments": len(every) - n_baselines,
-        "baselines": n_baselines,
-    }
-
-
 def evaluate(study: Study, task: str) -> pd.DataFrame:
     """Make, or find, every evaluation of a task, and write the study's tables.
 
@@ -94,7 +82,7 @@ def _tabulate(study: Study) -> pd.DataFrame:
     if study.tabulated is None or study.tabulated[0] != keys:
         rows = [row for one, artifact in made for row in _rows(study, one, artifact)]
         tables = results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
-        results.write_tables(tables, study.folder)
+        results.write_tables(tables, study.folder, study.params.model_dump(mode="json"))
         study.tabulated = keys, tables["results"]
     return study.tabulated[1]
 

@@ -22,7 +22,9 @@ class Looked:
     n_cells: int
     match: GeneMatch
     columns: list[str]  # of obs, all of them
-    obs: pd.DataFrame  # of those looked at, the ones that could label cells; categorical, NaN where missing
+    obs: (
+        pd.DataFrame
+    )  # those asked for, or else the ones that are likely to label cells; categorical, NaN where missing
 
     def __str__(self) -> str:
         m = self.match
@@ -51,7 +53,8 @@ def look(name: str, keys: Iterable[str] | None = None, *, min_matched: float = 0
     name
         A named data set, or the path of an `.h5ad` or `.zarr` file.
     keys
-        Columns to look at, if they are there; by default all.
+        Columns to look at, if they are there, whatever is in them, as a run takes them; by default all that are likely
+        to label cells, with few values and no fractions.
     min_matched
         See `corpus.match_genes`.
 
@@ -69,21 +72,22 @@ def look(name: str, keys: Iterable[str] | None = None, *, min_matched: float = 0
     source = sources.open_source([path], {}, sources.Options(min_matched=min_matched))
     with CellFile(path) as cells:
         columns = cells.columns()
-        read = {key: _labels(cells, key) for key in columns if keys is None or key in keys}
+        most = MANY if keys is None else None
+        read = {key: _labels(cells, key, most) for key in columns if keys is None or key in keys}
     obs = pd.DataFrame({key: labels for key, labels in read.items() if labels is not None})
     return Looked(name, source.n_cells, source.matches[0], columns, obs)
 
 
-def _labels(cells: CellFile, key: str) -> pd.Categorical | None:
-    """A column as labels; None if it has too many values, or fractions."""
+def _labels(cells: CellFile, key: str, most: int | None) -> pd.Categorical | None:
+    """A column as labels; None if there is a limit, and it has more values, or fractions."""
     parts, seen = [], set()
     for start in range(0, cells.n_cells, sources.SCAN):
         values = cells.column(key, "label", start, start + sources.SCAN)
-        if values.dtype.kind == "f":
+        if most and values.dtype.kind == "f":
             return None
         codes, labels = corpus.label_codes(values)
         seen.update(labels)
-        if len(seen) > MANY:
+        if most and len(seen) > most:
             return None
         parts.append(pd.Categorical.from_codes(codes, labels))
     return pd.api.types.union_categoricals(parts)

@@ -88,6 +88,12 @@ def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
     return counted
 
 
+def work(study: Study) -> list[str]:
+    """The counts in words, a line for the study's grid and for each grid in `also`."""
+    words = {name: ", ".join(f"{n:,} {what}" for what, n in of.items() if n) for name, of in counts(study)}
+    return [of if name == study.params.study else f"besides, {name}: {of}" for name, of in words.items()]
+
+
 def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
     """Every stage of the study with its cost, of the units that are missing; without one, all are."""
     tasks, embedded = study.params.tasks, set()
@@ -173,6 +179,7 @@ def table(study: Study, costs: Costs) -> str:
     ]
     _, *columns = zip(*rows, strict=True)
     rows.append(("all", *(sum(column) for column in columns[:4]), max(columns[4]), sum(columns[5])))
+    duration = provenance.duration
     head = f"{'stage':26}{'units':>8}{'time':>14}{'core-hours':>14}{'GPU-hours':>14}{'memory':>12}{'disk':>14}"
     lines = [
         f"{name:26}{units:>8,}{duration(wall):>14}{cores:>14,.2f}{gpus:>14,.2f}{memory:>8.1f} GiB{disk:>10,.2f} GiB"
@@ -185,11 +192,3 @@ def table(study: Study, costs: Costs) -> str:
         notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
     notes.append("memory: of one process at most; what comes over a network is not counted")
     return "\n".join([head, *lines, *notes])
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86_400:,.0f} days"

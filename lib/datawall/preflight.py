@@ -65,9 +65,7 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     for task in (task for task in tasks.TASKS if task not in p.tasks):
         lacking = [key for key in params.NEEDED.get(task, ()) if getattr(p, key) is None]
         found.facts.append(f"left out: {task}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
-    for name, of in planning.counts(Study(p, Path())):
-        besides = "" if name == p.study else f", besides: {name}"
-        found.facts.append(f"work{besides}: " + ", ".join(f"{count:,} {what}" for what, count in of.items()))
+    found.facts += (f"work: {line}" for line in planning.work(Study(p, Path())))
     return found
 
 
@@ -102,6 +100,8 @@ def _labels(p: Params, obs: pd.DataFrame, found: Findings) -> None:
         counts = obs[role].value_counts()
         rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
         found.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
+        if role == "cell_type" and len(counts) > inspection.MANY:
+            found.warnings.append(f"{p.key(role, p.sources()[0])!r} has {len(counts):,} cell types; is it the column?")
         if role in ("batch", "donor_id") and len(counts) < 2:
             found.errors.append(f"{role}: {p.key(role, p.sources()[0])!r} has one value; name a column with more.")
     if "cell_type" in obs:

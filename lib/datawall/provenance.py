@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,14 @@ import pandas as pd
 from datawall import store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Made:
     """An artifact, as its manifest tells."""
 
     key: str
     kind: str
     record: dict[str, Any]  # what it was made from
+    code: dict[str, str]  # versions of the modules that made it
     made: dict[str, Any]  # and how: seconds, memory, device, versions
     files: dict[str, str]  # sha256 by name
     n_bytes: int
@@ -36,11 +36,11 @@ def read(folder: Path) -> dict[str, Made]:
     found = {}
     for path in sorted(folder.glob(f"*/[!.]*/{store.MANIFEST}")):
         try:
-            given = json.loads(path.read_text())
+            given = store.read_manifest(path.parent)
             n_bytes = path.stat().st_size + sum((path.parent / name).stat().st_size for name in given["files"])
-            parts = {name: given[name] for name in ("key", "kind", "record", "made", "files")}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             continue
+        parts = {name: given[name] for name in ("key", "kind", "record", "code", "made", "files")}
         found[given["key"]] = Made(**parts, n_bytes=n_bytes)
     return found
 
@@ -84,13 +84,13 @@ def costs(made: Iterable[Made]) -> pd.DataFrame:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a reader wants them."""
+    """A time in the unit that suits it; nothing if it is not known."""
     if seconds is None:
         return ""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds > 1.5 * size:
-            return f"{seconds / size:.{seconds < 10 * size:d}f}\u00a0{unit}"
-    return f"{seconds:.1f}\u00a0s"
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{seconds < 10 * unit:d}f}\u00a0{name}"
+    return f"{seconds / 86_400:,.0f}\u00a0days"
 
 
 def versions(made: Iterable[Made]) -> dict[str, list[str]]:

@@ -10,16 +10,17 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from datawall import evaluation, notebooks, params, paths, plots, provenance, results, store, tasks, verdicts
+from datawall import labels, notebooks, params, paths, planning, provenance, results, store, tasks, verdicts
 from datawall.provenance import Made
 from datawall.results import select
 from datawall.study import Study, open_study
@@ -31,6 +32,7 @@ SHOWN = (
     *("learning_curves_zeroshot_classification", "saturation_points", "scaling_curves"),
     *("learning_curves_perturbation_response", "learning_curves_finetuned_classification"),
 )
+ASIDE = {"study", "executor", "storage", "workers", "gpus", "retries", "time_limit", "memory_gib"}  # no number's matter
 KINDS = ("corpus", "dataset", "split", "contamination", "sketch", "subset", "model", "embedding", "evaluation")
 
 
@@ -67,22 +69,10 @@ def write(run_dir: str | Path) -> Path:
     ------
     FileNotFoundError
         If the folder holds no study.
+    ValueError
+        If its results are damaged.
     """
-    site = Site(open_study(str(run_dir)))
-    folder = site.study.folder / "report"
-    with store.temporary_folder(folder.parent) as scratch:
-        for name, page in site.pages():
-            (scratch / name).parent.mkdir(exist_ok=True)
-            (scratch / name).write_text(page, encoding="utf-8")
-        (scratch / "files").mkdir()
-        for path in site.downloads:
-            shutil.copy(path, scratch / "files")
-        shutil.copy(TEMPLATES / "tables.js", scratch)
-        (scratch / "style.css").write_text((TEMPLATES / "style.css").read_text() + notebooks.code_colours())
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    return folder / "index.html"
+    return Site(open_study(str(run_dir))).write()
 
 
 class Site:
@@ -122,6 +112,39 @@ class Site:
             *sorted(study.folder.glob("study.yaml")),
         ]
 
+    @cached_property
+    def verdicts(self) -> pd.DataFrame:
+        """What the results say (`verdicts.table`)."""
+        return verdicts.table(self.intervals)
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """The verdicts in words; of results of another study than that of the folder, what is other about it."""
+        of, now = results.parameters(self.study.folder), self.study.params.model_dump(mode="json")
+        if other := [key for key in now if key not in ASIDE and of and of.get(key) != now[key]]:
+            return [
+                f"The results are not those of study.yaml as it is now: they are of other {', '.join(other)}. Its own "
+                "come with the stages of its tasks."
+            ]
+        return verdicts.sentences(self.verdicts)
+
+    def write(self) -> Path:
+        """Write the pages into the folder of the run; returns the path of the first."""
+        folder = self.study.folder / "report"
+        with store.temporary_folder(folder.parent) as scratch:
+            for name, page in self.pages():
+                (scratch / name).parent.mkdir(exist_ok=True)
+                (scratch / name).write_text(page, encoding="utf-8")
+            (scratch / "files").mkdir()
+            for path in self.downloads:
+                shutil.copy(path, scratch / "files")
+            shutil.copy(TEMPLATES / "tables.js", scratch)
+            (scratch / "style.css").write_text((TEMPLATES / "style.css").read_text() + notebooks.code_colours())
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(scratch, folder)
+        return folder / "index.html"
+
     def pages(self) -> Iterator[tuple[str, str]]:
         """Name and content of every page."""
         yield "index.html", self._page("summary", "Summary", **self._summary())
@@ -148,12 +171,11 @@ class Site:
         return page.render(site=self, title=title, root=root, **content)
 
     def _summary(self) -> dict[str, Any]:
-        found = verdicts.verdicts(self.intervals)
+        found = self.verdicts
         cells = {(row["model"], row["task"], row["dataset"]): row for row in found.to_dict("records")}
-        plan = evaluation.plan(self.study)
         return {
-            "plan": plan,
-            "sentences": verdicts.sentences(found),
+            "plan": sum((Counter(of) for _, of in planning.counts(self.study)), Counter()),
+            "sentences": self.sentences,
             "columns": found.drop_duplicates(["task", "dataset"]).to_dict("records") if cells else [],
             "models": [model for model in self.study.params.models if model in {key[0] for key in cells}],
             "cells": cells,
@@ -197,16 +219,16 @@ class Site:
             rows.append(
                 [
                     Cell(of["model"], href=f"artifacts/{key}.html" if key in self.artifacts else None),
-                    Cell(plots.label(of["strategy"])),
+                    Cell(labels.label(of["strategy"])),
                     _number(of["percentage"], "{:g}"),
                     _number(of["seed"], "{:g}") if of["seed"] >= 0 else Cell("", sort=-1),
                     _number(of["n_cells"], "{:,.0f}"),
-                    Cell(plots.label(of["dataset"])),
+                    Cell(labels.label(of["dataset"])),
                     *(_number(values[metric], "{:.3f}") for metric in metrics),
                 ]
             )
-        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *map(plots.label, metrics)]
-        return Table(plots.label(task), head, rows)
+        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *map(labels.label, metrics)]
+        return Table(labels.label(task), head, rows)
 
     def _provenance(self) -> list[Table]:
         """A table per kind of artifact."""
@@ -235,7 +257,7 @@ class Site:
         values = self._values[one.key]
         splits = list(dict.fromkeys(split for by_split in values.values() for split in by_split))
         rows = [
-            [Cell(plots.label(metric)), *(_number(by_split.get(split), "{:.4f}") for split in splits)]
+            [Cell(labels.label(metric)), *(_number(by_split.get(split), "{:.4f}") for split in splits)]
             for metric, by_split in sorted(values.items())
         ]
         table = Table("Metrics by split", ["metric", *splits], rows)
@@ -263,7 +285,7 @@ def about(one: Made) -> str:
 
 def _what(label: str) -> str:
     """The label of an artifact as a reader should see it."""
-    return ": ".join(plots.label(part) for part in label.split(": "))
+    return ": ".join(labels.label(part) for part in label.split(": "))
 
 
 def _number(value: float | None, form: str) -> Cell:
@@ -298,7 +320,7 @@ def _environment() -> Any:
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
     made.filters |= {
-        "label": plots.label,
+        "label": labels.label,
         "duration": provenance.duration,
         "text": _text,
         "about": about,
@@ -312,5 +334,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m datawall.report RUN_FOLDER, say runs/quick")
     try:
         sys.stdout.write(f"{write(sys.argv[1])}\n")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

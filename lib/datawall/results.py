@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,7 @@ AGAINST = [
     *("low", "high", "verdict"),
 ]
 CHECKSUMS = "results.sha256"  # of the tables' files
+PARAMETERS = "results.json"  # of the study that the tables are of
 BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
 CHECKPOINT = "checkpoint"  # the strategy of models from elsewhere, pretrained on other cells; the rest as above
 CHANCE, ORACLE = "Chance", "Oracle"  # baselines that are no contenders: the floor and the ceiling
@@ -76,15 +79,31 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(list(table)[:-1], ignore_index=True)
 
 
-def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
-    """Write tables into a run folder, each as `<name>.parquet` and `<name>.csv`, each atomically."""
+def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict[str, Any]) -> None:
+    """Write tables into a run folder, each as `<name>.parquet` and `<name>.csv`, each atomically.
+
+    The parameters of the study that they are of come with them: a later run may begin with others, and fail.
+    """
     for name, table in tables.items():
         store.write_atomically(
             folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False)
         )
         store.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
+    store.write_json(folder / PARAMETERS, parameters)
     files = [f"{name}.{suffix}" for name in tables for suffix in ("parquet", "csv")]
-    store.write_checksums(folder / CHECKSUMS, files)
+    store.write_checksums(folder / CHECKSUMS, [*files, PARAMETERS])
+
+
+def parameters(folder: Path) -> dict[str, Any]:
+    """Parameters of the study that the tables of a run folder are of; nothing if there are no tables."""
+    path = folder / PARAMETERS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def run_ids(folder: Path) -> set[str]:
+    """Artifacts that the results of a run folder name; none if there are no results yet."""
+    path = folder / "results.parquet"
+    return set(pd.read_parquet(path, columns=["run_id"])["run_id"]) if path.is_file() else set()
 
 
 def damage(folder: Path) -> list[str]:
@@ -92,11 +111,6 @@ def damage(folder: Path) -> list[str]:
     if not (folder / CHECKSUMS).is_file():
         return [f"{CHECKSUMS} is missing"] * (folder / "results.parquet").is_file()
     return [f"{name} is missing, or not as it was written" for name in store.changed(folder / CHECKSUMS)]
-
-
-def write_results(results: pd.DataFrame, folder: Path) -> None:
-    """Write `results.parquet` and `results.csv` into a run folder, rows in a fixed order."""
-    write_tables({"results": _sorted(results[COLUMNS])}, folder)
 
 
 def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
@@ -132,14 +146,9 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     path = Path(run_dir) / f"{table}.parquet"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the study first: python run_all.py params/<study>.yaml")
-    if wrong := [line for line in damage(path.parent) if line.startswith(path.name)]:
+    if wrong := [line for line in damage(path.parent) if line.startswith((path.name, CHECKSUMS))]:
         raise ValueError(f"{path.parent}: {wrong[0]}; run the study again, which makes it from the store in no time.")
     return pd.read_parquet(path)
-
-
-def by_donor(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of splits by donor: test cells are of donors whose cells no classifier was fitted to."""
-    return table[table["split"].str.startswith(DONORS)]
 
 
 def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
@@ -151,7 +160,7 @@ def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
 def mean_over_splits(table: pd.DataFrame) -> pd.DataFrame:
     """One value per run and metric: the mean over its splits, of low and high too where the table has them.
 
-    Splits by donor ask another question; they do not count, unless the table has no others (`by_donor`). The mean of
+    Splits by donor ask another question; they do not count, unless the table has no others. The mean of
     intervals is no narrower than each: splits share their cells, and more of them are no more cells.
     """
     table = _by_cell(table)
@@ -186,17 +195,19 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(table.values(), index)
 
 
-def verdicts(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
+def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
     """In words, how each model at the best of its sizes compares with its untrained control and the baselines.
 
-    `above` or `below` by more than `margin`, in the metric's units, or else `within`. Rows and sizes are those of
-    `headline`.
+    `above` or `below` by more than `margin`, in the metric's units, or else `within`; NaN for a model without that
+    control. Rows and sizes are those of `headline`.
     """
     table = headline(results, metric)
     best = table.filter(like="%").max(axis=1)
     others = table[[name for name in table if not name.endswith("%")]]
     gap = -others.sub(best, axis=0)
-    return gap.map(lambda value: "above" if value > margin else "below" if value < -margin else "within")
+    return gap.map(
+        lambda value: "above" if value > margin else "below" if value < -margin else "within", na_action="ignore"
+    )
 
 
 def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -11,7 +11,7 @@ AGAINST = {"win": "above", "tie": "level with", "loss": "below", "unknown": "not
 NOTHING = {"baseline": None, "baseline_value": float("nan"), "difference": float("nan"), "against": None}
 
 
-def verdicts(intervals: pd.DataFrame) -> pd.DataFrame:
+def table(intervals: pd.DataFrame) -> pd.DataFrame:
     """What results on random subsets say of every model, task and data set.
 
     Parameters
@@ -54,7 +54,7 @@ def verdicts(intervals: pd.DataFrame) -> pd.DataFrame:
 
 
 def sentences(found: pd.DataFrame) -> list[str]:
-    """The verdicts (`verdicts`) in three sentences."""
+    """The verdicts (`table`) in three sentences."""
     if found.empty:
         return ["No task has been evaluated on random subsets yet."]
     n, early = len(found), int((found["percentage"] <= 10).sum())

@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from datawall import results, store
-from datawall.store import MANIFEST, Record
+from datawall import provenance, results, store
+from datawall.provenance import Made
 
 
 def problems(folder: Path) -> list[str]:
-    """All that is damaged in a run folder, a line each; every file of every artifact is read and hashed again."""
-    found = []
-    for manifest in sorted(_artifacts(folder)):
-        artifact = manifest.parent
-        wrong = store.damage(artifact)
-        if not wrong:
-            made = store.read_manifest(artifact)
-            if (artifact.parent.name, artifact.name) != (made["kind"], made["key"]):
-                wrong = [f"it is {made['kind']} {made['key']}, in the place of another"]
-            elif store.key_of(made["kind"], made["record"], made["code"]) != made["key"]:
-                wrong = ["its key is not that of its record"]
-        found += [f"{artifact.relative_to(folder)}: {what}" for what in wrong]
-    return found + results.damage(folder)
+    """All that is damaged in a run folder, or missing though results are made from it, a line each.
+
+    Every file of every artifact is read and hashed again.
+    """
+    places = _places(folder)
+    found = [f"{_shown(place)}: {what}" for place in places.values() for what in _wrong(place)]
+    of_tables = results.damage(folder)
+    if not of_tables:
+        lost = sorted(key for key in results.run_ids(folder) if key not in places)
+        found += [f"store/evaluation/{key}: is missing, and results.csv has numbers of it" for key in lost]
+    return found + of_tables
+
+
+def absent(folder: Path) -> list[str]:
+    """What others were made from and is not there, a line each: no damage, as what was made from it is whole."""
+    places, needed = _places(folder), {}
+    for one in provenance.read(folder / "store").values():
+        for name, value in one.record.items():
+            if re.fullmatch("[0-9a-f]{16}", str(value)) and value not in places:
+                needed.setdefault((name, value), []).append(one)
+    return [
+        f"not here: {name} {key}, from which {_counted(made)} {'was' if len(made) == 1 else 'were'} made; a run makes "
+        "it again if it needs it"
+        for (name, key), made in needed.items()
+    ]
 
 
 def count(folder: Path) -> int:
     """Artifacts of a run folder."""
-    return sum(1 for _ in _artifacts(folder))
+    return len(_places(folder))
 
 
-def _artifacts(folder: Path) -> Iterator[Path]:
-    """Where the manifests are, or would be."""
-    return (path / MANIFEST for path in (folder / "store").glob("*/[!.]*") if path.is_dir())
+def _places(folder: Path) -> dict[str, Path]:
+    """Folders of the artifacts, damaged ones too, by key."""
+    return {path.name: path for path in sorted((folder / "store").glob("*/[!.]*")) if path.is_dir()}
+
+
+def _shown(place: Path) -> str:
+    return "/".join(place.parts[-3:])
+
+
+def _wrong(place: Path) -> list[str]:
+    """What is wrong with an artifact, or with where it is."""
+    if damaged := store.damage(place):
+        return damaged
+    made = store.read_manifest(place)
+    if (place.parent.name, place.name) != (made["kind"], made["key"]):
+        return [f"it is {made['kind']} {made['key']}, in the place of another"]
+    if store.key_of(made["kind"], made["record"], made["code"]) != made["key"]:
+        return ["its key is not that of its record"]
+    return []
 
 
 def why(folder: Path, key: str) -> str:
@@ -52,91 +80,61 @@ def why(folder: Path, key: str) -> str:
     ValueError
         If no artifact has that key, or more than one.
     """
-    made = {path.parent.name: _sound(path.parent) for path in _artifacts(folder)}
-    matching = sorted(name for name in made if name.startswith(key))
+    places = _places(folder)
+    matching = [name for name in places if name.startswith(key)]
     if len(matching) != 1:
         raise ValueError(
             f"--why {key}: {len(matching) or 'no'} artifacts of {folder} have a key that begins so; give one of the "
             "folder names under store/, or a run_id of the results."
         )
-    key = matching[0]
-    if made[key] is None:
-        return f"{key} is damaged ({'; '.join(store.damage(_place(folder, key)))}), and will be made again."
-    sound = {name: manifest for name, manifest in made.items() if manifest}
-    return "\n".join([*_origin(sound, key), *_fate(sound, key)])
+    (key,) = matching
+    if wrong := _wrong(places[key]):
+        return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
+    artifacts = provenance.read(folder / "store")
+    return "\n".join([*_origin(artifacts[key], artifacts), *_fate(artifacts[key], artifacts)])
 
 
-def _sound(artifact: Path) -> Record | None:
-    try:
-        return store.read_manifest(artifact)
-    except (OSError, ValueError):
-        return None
-
-
-def _place(folder: Path, key: str) -> Path:
-    return next((folder / "store").glob(f"*/{key}"))
-
-
-def _origin(made: dict[str, Record], key: str) -> list[str]:
+def _origin(one: Made, artifacts: dict[str, Made]) -> list[str]:
     """Who made an artifact, and from what."""
-    manifest = made[key]
-    of, versions = manifest["made"], manifest["made"]["versions"]
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    of = one.made
     return [
-        f"{manifest['kind']} {key}",
+        f"{one.kind} {one.key}",
         f"made    {of['ended']} on {of['host']} ({of['device']}), {of['seconds']:g} s, {of['peak_memory_mib']} MiB",
-        f"with    {packages}",
-        f"files   {', '.join(manifest['files'])}",
+        f"with    {', '.join(f'{name} {version}' for name, version in of['versions'].items())}",
+        f"files   {', '.join(one.files)}",
         "from",
-        *_tree(made, key, "  "),
+        *_tree(one, artifacts, "  "),
     ]
 
 
-def _tree(made: dict[str, Record], key: str, indent: str) -> Iterator[str]:
+def _tree(one: Made, artifacts: dict[str, Made], indent: str) -> Iterator[str]:
     """The record of an artifact and, below it, those of what it was made from."""
-    for name, value in made[key]["record"].items():
-        if isinstance(value, str) and value in made:
-            yield f"{indent}{name}: {made[value]['kind']} {value}"
-            yield from _tree(made, value, indent + "  ")
+    for name, value in one.record.items():
+        if isinstance(value, str) and value in artifacts:
+            yield f"{indent}{name}: {artifacts[value].kind} {value}"
+            yield from _tree(artifacts[value], artifacts, indent + "  ")
         else:
             yield f"{indent}{name}: {value}"
 
 
-def _fate(made: dict[str, Record], key: str) -> list[str]:
+def _fate(one: Made, artifacts: dict[str, Made]) -> list[str]:
     """What has changed since, and what depends on an artifact."""
-    stale = {name: ", ".join(changed) for name in _with_inputs(made, key) if (changed := _changed(made[name]))}
-    dependent = Counter(
-        manifest["kind"] for name, manifest in made.items() if name != key and key in _with_inputs(made, name)
-    )
-    lines = [f"  the code of {modules}, which made {made[name]['kind']} {name}" for name, modules in stale.items()]
+    stale = {made: changed for made in [one, *provenance.upstream(one, artifacts)] if (changed := _changed(made))}
+    dependent = [other for other in artifacts.values() if one in provenance.upstream(other, artifacts)]
     if stale:
+        lines = [f"  the code of {', '.join(of)}, which made {made.kind} {made.key}" for made, of in stale.items()]
         begin = ["changed since, so that a run makes it again, under another key:", *lines]
     else:
         begin = ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
-    if not dependent:
-        return [*begin, "Nothing was made from it."]
-    return [*begin, f"Made from it: {', '.join(f'{n} {kind}' for kind, n in sorted(dependent.items()))}."]
+    return [*begin, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."]
 
 
-def _changed(manifest: Record) -> list[str]:
+def _changed(one: Made) -> list[str]:
     """Modules whose code is no longer what made an artifact."""
-    code = manifest["code"].items()
+    code = one.code.items()
     return [module for module, before in code if module not in store.SOURCES or store.code_version(module) != before]
 
 
-def _with_inputs(made: dict[str, Record], key: str) -> set[str]:
-    """Keys of an artifact and of all that it was made from."""
-    found, open_ = set(), [key]
-    while open_:
-        found.add(name := open_.pop())
-        open_ += [each for each in _strings(made[name]["record"]) if each in made and each not in found]
-    return found
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All texts among JSON values."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _strings(each)
+def _counted(made: list[Made]) -> str:
+    """How many artifacts of which kinds, in words."""
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(one.kind for one in made).items()))

@@ -42,7 +42,8 @@ def test_damaged_artifacts_are_named_and_made_again(undisturbed, tmp_path, capsy
 
     status, printed, _ = run(folder, "--verify")
     assert status == 1
-    assert len(printed.splitlines()) == len(damaged)
+    assert len(printed.splitlines()) == len(damaged) + 1
+    assert f"store/evaluation/{lost.name}: is missing, and results.csv has numbers of it" in printed
     assert all(f"store/{name.replace(' ', '/')}: " in printed for name in damaged)
 
     status, _, errors = run(folder)
