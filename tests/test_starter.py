@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import yaml
 
 import run_all
-from datawall import corpus, inspection, params, preflight, starter
+from datawall import corpus, inspection, params, preflight, sources, starter
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -253,12 +253,12 @@ def test_check_warns_of_what_is_too_small(compendium):
 def test_check_takes_the_columns_that_a_run_takes(compendium):
     """Any number of donors, and labels that are numbers, as in large corpora; the run's own reader is asked too."""
     donors = [f"donor {i}" for i in range(1_500)]
-    cells(compendium / "cells.h5ad", n_cells=3_000, cell_type=["B cell", "T cell"], person=donors, cluster=[0.0, 1.5])
-    path = study(compendium, cell_type_key="cluster", donor_key="person")
+    cells(compendium / "cells.h5ad", n_cells=3_000, cell_type=["B cell", "T cell"], person=donors, n_counts=[0.0, 1.5])
+    path = study(compendium, cell_type_key="n_counts", donor_key="person")
     found = preflight.check(path)
     assert found.errors == []
     assert "donor: 1500 values; the rarest is 'donor 1499' with 2 cells" in found.facts
-    source = sources.open_source(["cells.h5ad"], {"cell_type": "cluster", "donor_id": "person"}, sources.Options())
+    source = sources.open_source(["cells.h5ad"], {"cell_type": "n_counts", "donor_id": "person"}, sources.Options())
     obs = pd.concat([block.obs for block in source.blocks()])
     assert obs["cell_type"].unique().tolist() == ["0.0", "1.5"]
     assert obs["donor_id"].nunique() == 1_500
