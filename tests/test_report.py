@@ -259,6 +259,7 @@ def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(run
     ("name", "harm", "said"),
     [
         ("results.parquet", lambda path: path.write_bytes(b""), "results.parquet is missing, or not as it was written"),
+        ("results.json", lambda path: path.write_text("{}"), "results.json is missing, or not as it was written"),
         ("results.sha256", lambda path: path.unlink(), "results.sha256 is missing"),
     ],
 )

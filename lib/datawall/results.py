@@ -95,9 +95,18 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict
 
 
 def parameters(folder: Path) -> dict[str, Any]:
-    """Parameters of the study that the tables of a run folder are of; nothing if there are no tables."""
+    """Parameters of the study that the tables of a run folder are of; nothing if there are no tables.
+
+    Raises
+    ------
+    ValueError
+        If they are not as they were written.
+    """
     path = folder / PARAMETERS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    _refuse_damaged(path)
+    return json.loads(path.read_text())
 
 
 def run_ids(folder: Path) -> set[str]:
@@ -111,6 +120,12 @@ def damage(folder: Path) -> list[str]:
     if not (folder / CHECKSUMS).is_file():
         return [f"{CHECKSUMS} is missing"] * (folder / "results.parquet").is_file()
     return [f"{name} is missing, or not as it was written" for name in store.changed(folder / CHECKSUMS)]
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Refuse a file of the tables that is not as it was written, or cannot be known to be."""
+    if wrong := [line for line in damage(path.parent) if line.startswith((path.name, CHECKSUMS))]:
+        raise ValueError(f"{path.parent}: {wrong[0]}; run the study again, which makes it from the store in no time.")
 
 
 def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
@@ -146,8 +161,7 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     path = Path(run_dir) / f"{table}.parquet"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the study first: python run_all.py params/<study>.yaml")
-    if wrong := [line for line in damage(path.parent) if line.startswith((path.name, CHECKSUMS))]:
-        raise ValueError(f"{path.parent}: {wrong[0]}; run the study again, which makes it from the store in no time.")
+    _refuse_damaged(path)
     return pd.read_parquet(path)
 
 

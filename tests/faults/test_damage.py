@@ -38,7 +38,8 @@ def test_damaged_artifacts_are_named_and_made_again(undisturbed, tmp_path, capsy
         damaged.append(f"{kind} {artifact.name}")
     lost = sorted((folder / "store" / "evaluation").iterdir())[-1]
     shutil.rmtree(lost)
-    (folder / "store" / "model" / ".making-of-a-killed-process").mkdir()
+    for parent in (folder, folder / "store" / "model"):  # of a process that was killed
+        (parent / f".making-{32 * 'a'}").mkdir()
 
     status, printed, _ = run(folder, "--verify")
     assert status == 1
