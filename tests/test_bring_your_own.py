@@ -12,7 +12,7 @@ from sklearn.metrics import cohen_kappa_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 import datawall as dw
-from datawall import evaluation, external, params, results, scoring, simulate, tasks
+from datawall import datasets, evaluation, external, params, results, scoring, simulate, tasks
 from datawall.params import Embedding, EvaluationSet
 from datawall.scoring import Evaluation
 from datawall.study import Study
@@ -274,6 +274,22 @@ def test_a_data_set_joins_the_tasks_that_its_columns_allow(here):
     assert set(results.select(tables[0], dataset="corpus_held_out")["split"]) == {"cells 0", "cells 1"}
     response = results.select(tables[2], metric="pearson_delta", split="classical monocyte held out")
     assert set(response["dataset"]) == {"lung", "response"}
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_keys_of_a_whole_study_read_each_file_once(here, monkeypatch, suffix):
+    if suffix == "zarr":
+        ad.read_h5ad("other.h5ad").write_zarr("other.zarr")
+    hashed, looked_at = [], []
+    of_file, of_set = dw.store.file_sha256, datasets.identity
+    monkeypatch.setattr(dw.store, "file_sha256", lambda path: hashed.append(path) or of_file(path))
+    monkeypatch.setattr(datasets, "identity", lambda *of: looked_at.append(of) or of_set(*of))
+    study = study_of(here, evaluation=[{"file": f"other.{suffix}", "cell_type_key": "label"}])
+    for one in evaluation.evaluations(study, MINIMAL["tasks"][0]):
+        assert evaluation.evaluation_unit(study, one).key
+    assert len(hashed) == len(set(hashed))
+    assert {Path(path).parts[0] for path, *_ in looked_at} == {"corpus.h5ad", f"other.{suffix}"}
+    assert len(looked_at) == 2
 
 
 def test_a_data_set_that_is_only_named_is_written_back_as_a_name():

@@ -1,8 +1,10 @@
 """Named data sets: what comes, and what is said when it does not."""
 
 import hashlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import anndata as ad
@@ -179,6 +181,24 @@ def test_identity_is_the_name_or_the_content(tmp_path):
     assert datasets.identity(str(one)) == datasets.identity(str(other))
     other.write_bytes(b"other cells")
     assert datasets.identity(str(one)) != datasets.identity(str(other))
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_identity_reads_a_file_once_until_it_is_written_again(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"cells.{suffix}"
+    content = path if suffix == "h5ad" else path / "X"
+    content.parent.mkdir(exist_ok=True)
+    content.write_bytes(b"cells")
+    before, read = content.stat(), []
+    monkeypatch.setattr(store, "file_sha256", lambda path: read.append(path) or path.read_bytes().hex())
+    first = datasets.identity(str(path))
+    assert datasets.identity(str(path)) == first
+    assert read == [content]
+    time.sleep(0.05)  # clocks of file systems tick a hundred times a second
+    content.write_bytes(b"other")  # as many bytes, and as old as it says
+    os.utime(content, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert datasets.identity(str(path)) != first
+    assert read == [content] * 2
 
 
 @pytest.mark.parametrize("name", ["kang2081", "absent.h5ad"])

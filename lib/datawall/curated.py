@@ -81,6 +81,7 @@ class Curated:
         record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "drop": drop}
         return Unit("split", record, CODE["split"])
 
+    @cache  # noqa: B019 - every key asks for it, and a folder's files take long to look through
     def dataset_unit(self, name: str) -> Unit:
         """An evaluation data set, its genes in the corpus's order."""
         if name == self.held_out_name:

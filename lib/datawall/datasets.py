@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import anndata as ad
@@ -186,10 +187,21 @@ def identity(name: str, source: str | None = None) -> str:
         return name
     path = file(name, source)
     if path.is_file():
-        return f"sha256:{store.file_sha256(path)}"
+        return f"sha256:{_file_sha256(path)}"
     parts = sorted(part for part in path.rglob("*") if part.is_file())
-    listing = "\n".join(f"{part.relative_to(path).as_posix()} {store.file_sha256(part)}" for part in parts)
+    listing = "\n".join(f"{part.relative_to(path).as_posix()} {_file_sha256(part)}" for part in parts)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def _file_sha256(path: Path) -> str:
+    """Hash of a file; one that this process has read, and that has not been written since, is not read again."""
+    stat = path.stat()
+    return _hashed(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@cache
+def _hashed(path: Path, *_: int) -> str:
+    return store.file_sha256(path)
 
 
 def file(name: str, source: str | None = None) -> Path:
