@@ -145,6 +145,12 @@ def test_own_file_comes_back_as_written(tmp_path, suffix):
     assert np.array_equal(datasets.load(str(path)).X, [[0, 1, 2], [3, 4, 5]])
 
 
+def test_listing_says_of_each_where_it_is_from_and_under_which_licence():
+    lines = datasets.listing().splitlines()
+    for line, one in zip(lines, datasets.DATASETS.values(), strict=True):
+        assert all(part in line for part in (one.name, one.title, one.doi, one.licence, one.source))
+
+
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(datasets.DatasetError, match=r"^kang2081: .*kang2018, pbmc68k.*\.h5ad or \.zarr"):
         datasets.load("kang2081")

@@ -1,7 +1,7 @@
 """Named data sets of real cells: where they come from, their hashes, licences and columns.
 
 Every loader returns an AnnData with raw counts in `X`, as its source has them; `corpus.py` aligns and checks it.
-`python -m datawall.datasets` fetches all that need fetching.
+`python -m datawall.datasets` fetches all that need fetching, and lists them.
 """
 
 from __future__ import annotations
@@ -218,8 +218,15 @@ def file(name: str, source: str | None = None) -> Path:
     return path
 
 
+def listing() -> str:
+    """The named data sets, a line each: what they are, of whom, under which licence and where from."""
+    lines = (f"{of.name}: {of.title}, doi:{of.doi}; {of.licence}; {of.source}" for of in DATASETS.values())
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     try:
         fetch_kang2018()
     except DatasetError as error:
         sys.exit(str(error))
+    sys.stdout.write(f"{listing()}\n")
