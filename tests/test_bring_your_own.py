@@ -127,7 +127,9 @@ def test_what_a_model_imports_of_its_own_counts_as_its_source(here, monkeypatch)
         .replace("import", "import size\nimport", 1)
     )
     Path("mymodel.py").write_text(helped)
-    Path("size.py").write_text("import other\nOF_IT = 20\n")
+    Path("size.py").write_text("import other\nfrom beside.inner import OF_IT\n")
+    Path("beside").mkdir()
+    Path("beside/inner.py").write_text("OF_IT = 20\n")
     Path("other.py").write_text("import mymodel\n")
     Path("not_imported.py").touch()
     Path("own").mkdir()
@@ -142,7 +144,7 @@ def test_what_a_model_imports_of_its_own_counts_as_its_source(here, monkeypatch)
     assert external.version("own.inner:SVD") != packaged
     Path("other.py").write_text("")
     assert external.version("mymodel:SVD") != alone
-    Path("size.py").write_text("OF_IT = 7\n")
+    Path("beside/inner.py").write_text("OF_IT = 7\n")
     assert external.model_class("mymodel:SVD")().n_components == 7
 
 

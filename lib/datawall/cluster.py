@@ -148,7 +148,7 @@ def _resources(unit: Unit, declared: list[dict[str, float]]) -> dict[str, float]
     known = {name for resources in declared for name in resources}
     needs = {"GPU": unit.need.gpus, "MEMORY": unit.need.memory_gib * 2**30}
     wanted = {name: amount for name, amount in needs.items() if name in known and amount}
-    if not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in declared):
+    if wanted and not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in declared):
         asks = ", ".join(f"{name}={amount:.0f}" for name, amount in wanted.items())
         most = ", ".join(f"{name}={max(of.get(name, 0) for of in declared):.0f}" for name in wanted)
         raise ValueError(

@@ -67,35 +67,39 @@ def _spec(module: str) -> ModuleSpec | None:
 def version(model: str) -> str:
     """Hash of a model's source files: part of the key of all that the model makes.
 
-    They are every Python file of its package or, where it is in none, its own file and those beside it that this one
-    imports, and so on. Files that it finds by other means, and other packages, do not count.
+    They are every Python file of its package or, where it is in none, its own file and the modules and
+    packages beside it that this one imports, and so on. What is found by other means or installed does not count.
     """
-    file = source_file(model)
-    folder, files = _sources(model, file)
-    listing = "\n".join(f"{path.relative_to(folder).as_posix()} {store.file_sha256(path)}" for path in sorted(files))
+    root, files, _ = _sources(model)
+    listing = "\n".join(f"{path.relative_to(root).as_posix()} {store.file_sha256(path)}" for path in sorted(files))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _sources(model: str, file: Path) -> tuple[Path, set[Path]]:
-    """The folder of a model's source files, and they."""
+def _sources(model: str) -> tuple[Path, set[Path], bool]:
+    """Where a model is imported from, its source files, and whether it is the user's own, not an installed one."""
+    file = source_file(model)
     depth = len(model.partition(":")[0].split(".")) - (file.name != "__init__.py")
-    if depth == 0:
-        return file.parent, _imported(file, set())
-    return file.parents[depth - 1], set(file.parents[depth - 1].rglob("*.py"))
+    root = file.parents[depth]
+    own = root in (Path.cwd(), paths.repository())
+    if depth:
+        return root, set(file.parents[depth - 1].rglob("*.py")), own
+    return root, _imported(file, root, set()) if own else {file}, own
 
 
-def _imported(file: Path, known: set[Path]) -> set[Path]:
-    """A file, with those of its folder that it imports, beside those that are known already."""
+def _imported(file: Path, root: Path, known: set[Path]) -> set[Path]:
+    """A file, with the modules and packages in a folder that it imports, beside those that are known already."""
     known.add(file)
+    names: list[str] = []
     with suppress(SyntaxError):  # will be said when it is imported
         for node in ast.walk(ast.parse(file.read_bytes())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module]
-            for name in names:
-                beside = file.parent / f"{name}.py"
-                if beside not in known and beside.is_file():
-                    _imported(beside, known)
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.append(node.module)
+    for top in {name.partition(".")[0] for name in names}:
+        for path in (root / f"{top}.py", *(root / top).rglob("*.py")):
+            if path not in known and path.is_file():
+                _imported(path, root, known)
     return known
 
 
@@ -113,8 +117,9 @@ def model_class(model: str) -> type[Any]:
 @cache
 def _model_class(model: str, file: Path, sha256: str) -> type[Any]:
     module_name, _, class_name = model.partition(":")
-    if "site-packages" not in file.parts:  # what it imported before may have been edited since
-        sources = set(map(str, _sources(model, file)[1]))
+    _, files, own = _sources(model)
+    if own:  # what it imported before may have been edited since
+        sources = set(map(str, files))
         for name in [name for name, one in sys.modules.items() if getattr(one, "__file__", None) in sources]:
             del sys.modules[name]
     spec = importlib.util.spec_from_file_location(module_name, file)
