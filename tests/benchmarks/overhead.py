@@ -8,6 +8,7 @@ their keys. On 2 cores of an AMD EPYC that others kept busy:
 
     6,400 units: handed out in 0.8 ms each, stored in 8.6 ms, found again in 0.9 ms; memory 244 MiB, then 246 MiB
     1,000 units on a Dask cluster of 2 workers: 2.7 ms each
+    keys of 1,000 evaluations on the file: 3.1 ms each, the file's hash included
 """
 
 import sys
