@@ -1,4 +1,4 @@
-"""A Dask cluster on loopback for tests: a scheduler and two workers, processes of their own that can be killed."""
+"""A Dask cluster on loopback for tests: a scheduler and workers, processes of their own that can be killed."""
 
 import os
 import signal
@@ -16,17 +16,18 @@ TESTS = Path(__file__).parent
 class DaskCluster:
     """Started in a folder, which takes the scheduler's address; `close` ends it."""
 
-    def __init__(self, folder, protocol="tcp"):
+    def __init__(self, folder, protocol="tcp", n_workers=2):
         self.folder, file = folder, folder / "scheduler.json"
         file.unlink(missing_ok=True)
         self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--protocol", protocol)
-        one_thread = "--nthreads", "1", "--host", "127.0.0.1"
-        self.workers = [self._start("worker", *one_thread, "--name", str(i)) for i in range(2)]
+        self.workers = []
+        for _ in range(n_workers):
+            self.add_worker()
         deadline = time.monotonic() + 120
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         with Client(scheduler_file=str(file), set_as_default=False, timeout=60) as client:
-            client.wait_for_workers(2, timeout=120)
+            n_workers and client.wait_for_workers(n_workers, timeout=120)
             self.address = client.scheduler.address
 
     def _start(self, *words):
@@ -36,6 +37,12 @@ class DaskCluster:
         with (self.folder / "log.txt").open("a") as log:
             command = [sys.executable, "-m", "dask", *words, *here]
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, **own_group)
+
+    def add_worker(self, *words, threads=1):
+        """Start another, which comes in some seconds."""
+        name = str(len(self.workers))
+        loopback = "--nthreads", str(threads), "--host", "127.0.0.1", "--name", name
+        self.workers.append(self._start("worker", *loopback, *words))
 
     def worker_processes(self):
         """What works for each nanny, which starts another if it dies."""

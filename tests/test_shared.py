@@ -89,6 +89,26 @@ def test_what_one_machine_makes_another_takes(url, tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_what_could_not_be_put_is_put_when_it_is_found_again(url, tmp_path, monkeypatch):
+    alone, away = Unit("subset", {"seed": 1}, ()), Unit("subset", {"seed": 2}, ())
+    Store(tmp_path / "one").find_or_make(alone, write_files)  # before there was a store
+    one = Store(tmp_path / "one", url)
+    with monkeypatch.context() as patch:
+        patch.setattr(one.shared, "put", lambda *_: (_ for _ in ()).throw(OSError("no route to host")))
+        for _ in range(2):  # the same process tries again
+            with pytest.raises(OSError, match="no route"):
+                one.find_or_make(away, write_files)
+    one.find_or_make(away, refuse_to_make)
+    Store(tmp_path / "one", url).find(alone)
+    put = []
+    again = Store(tmp_path / "one", url)
+    monkeypatch.setattr(again.shared, "put", lambda *of: put.append(of))
+    for unit in (alone, away):
+        Store(tmp_path / "other", url).find_or_make(unit, refuse_to_make)
+        assert again.find(unit)
+    assert not put
+
+
 def tar_of(name, content):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:

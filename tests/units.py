@@ -66,6 +66,11 @@ def tell_gpus(study, item):
     note(study, item, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def tell_gpus_slowly(study, item):
+    tell_gpus(study, item)
+    time.sleep(2)
+
+
 def tell_circumstances(study, item):
     import torch
     from threadpoolctl import threadpool_info

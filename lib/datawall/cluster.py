@@ -12,25 +12,32 @@ cluster").
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from datawall import store
-from datawall.processes import Ended, Need, Unit, Worker, describe, on_this_machine
+from datawall.processes import Ended, Need, Unit, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
     from dask.distributed import Client
 
     from datawall.study import Study
 
+log = logging.getLogger(__name__)
+
 SHOWN = 20  # failed units that a message names
+WAIT = 300.0  # seconds for the first worker of a Dask cluster
+LOOK = 1.0  # seconds between looks for whether a unit is still wanted
 JOBS = 8  # of a Slurm cluster, where the study does not say
 
 
@@ -99,14 +106,15 @@ def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
 
     p = study.params
     with _client(study, len(units)) as client, client.as_current(), _mark(study) as mark:
+        _await_workers(client, p.executor)
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
-        declared = {name for worker in workers for name in worker["resources"]}
+        declared = [worker["resources"] for worker in workers]
+        wanted = [_resources(unit, declared) for unit in units]
         futures = {}
-        for unit in units:
-            wanted = {"GPU": unit.need.gpus, "MEMORY": unit.need.memory_gib * 2**30}
-            resources = {name: amount for name, amount in wanted.items() if name in declared and amount}
+        for unit, resources in zip(units, wanted, strict=True):
             options = {"resources": resources, "retries": p.retries, "priority": unit.need.seconds, "pure": False}
-            futures[client.submit(_beside, unit, p.time_limit, mark, _sources(), **options)] = unit
+            on_gpus = resources.get("GPU", 0) if any("GPU" in of for of in declared) else None
+            futures[client.submit(_beside, unit, p.time_limit, mark, _sources(), on_gpus, **options)] = unit
         for future in as_completed(list(futures)):
             if future.status not in ("finished", "error"):
                 raise ConnectionError(
@@ -114,6 +122,40 @@ def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
                 )
             raised = future.exception()
             yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+
+
+def _await_workers(client: Client, executor: str) -> None:
+    """Wait until there is a worker, of Slurm for as long as its queue takes; a cluster may start one only for work."""
+    if client.scheduler_info()["workers"]:
+        return
+    patience = None if executor == "slurm" else WAIT
+    until = "until Slurm starts the first job" if patience is None else f"{patience:g} seconds at most"
+    log.warning("%s: no worker is there yet; waiting for one, %s.", executor, until)
+    try:
+        client.submit(os.getpid, pure=False).result(patience)
+    except TimeoutError as error:
+        raise ConnectionError(f"executor {executor}: no Dask worker came; start some, and run again.") from error
+
+
+def _resources(unit: Unit, declared: list[dict[str, float]]) -> dict[str, float]:
+    """What a unit takes of a worker, of what the workers declare.
+
+    Raises
+    ------
+    ValueError
+        If no worker declares as much: Dask would wait for one for ever.
+    """
+    known = {name for resources in declared for name in resources}
+    needs = {"GPU": unit.need.gpus, "MEMORY": unit.need.memory_gib * 2**30}
+    wanted = {name: amount for name, amount in needs.items() if name in known and amount}
+    if wanted and not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in declared):
+        asks = ", ".join(f"{name}={amount:.0f}" for name, amount in wanted.items())
+        most = ", ".join(f"{name}={max(of.get(name, 0) for of in declared):.0f}" for name in wanted)
+        raise ValueError(
+            f"{describe(unit.item)} asks for {asks}, and no Dask worker declares as much (the most: {most}); start one "
+            "that does (`--resources`), or ask for less."
+        )
+    return wanted
 
 
 @contextmanager
@@ -137,7 +179,6 @@ def _client(study: Study, n_units: int) -> Iterator[Client]:
     loopback = {"dashboard_address": "127.0.0.1:0"}
     with SLURMCluster(**private, scheduler_options=loopback) as slurm, Client(slurm, set_as_default=False) as client:
         slurm.scale(jobs=min(n_units, p.workers or JOBS))
-        client.wait_for_workers(1)
         yield client
 
 
@@ -159,27 +200,76 @@ def _mark(study: Study) -> Iterator[Path | None]:
 
 
 _resting: list[Worker] = []  # of a Dask worker
+_taken: set[str] = set()  # GPUs of its units
+_dealing = Lock()
 
 
-def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: str) -> None:
-    """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies."""
+def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: str, n_gpus: int | None = None) -> None:
+    """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies.
+
+    It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
+    has gone, it ends.
+    """
     here = socket.gethostname()
     if mark and not mark.exists():
         raise RuntimeError(f"{here} does not see {unit.folder}; keep run folders on storage that all workers share.")
     if _sources() != sources:
         raise RuntimeError(f"{here} has another version of datawall in {Path(__file__).parent}; install the same.")
-    try:
-        worker = _resting.pop()
-    except IndexError:
-        worker = Worker()
-    worker.begin(unit, time_limit)
-    error = worker.outcome()
-    if worker.usable:
-        _resting.append(worker)
-    else:
-        worker.stop()
+    with _devices(n_gpus) as devices:
+        worker = _rested(devices) or Worker(devices)
+        worker.begin(unit, time_limit)
+        wanted = _still_wanted()
+        while not (ended := worker.wait(LOOK)) and wanted():
+            pass
+        error = worker.outcome() if ended else "nobody waits for it any more"
+        if ended and worker.usable:
+            _resting.append(worker)
+        else:
+            worker.stop()
     if error is not None:
         raise RuntimeError(error)
+
+
+@contextmanager
+def _devices(n_gpus: int | None) -> Iterator[str | None]:
+    """So many GPUs of this Dask worker, as CUDA_VISIBLE_DEVICES names them, that no other of its units has."""
+    if n_gpus is None:
+        yield None
+        return
+    with _dealing:
+        free = [gpu for gpu in visible_gpus() if gpu not in _taken]
+        if n_gpus > len(free):
+            raise RuntimeError(
+                f"a worker on {socket.gethostname()} declares more GPUs than it sees ({len(visible_gpus())})."
+            )
+        given = free[:n_gpus]
+        _taken.update(given)
+    try:
+        yield ",".join(given)
+    finally:
+        _taken.difference_update(given)
+
+
+def _rested(devices: str | None) -> Worker | None:
+    """A process that has done units on these GPUs; those on some of them leave their memory to it."""
+    mine = set((devices or "").split(",")) - {""}
+    with _dealing:
+        same = [worker for worker in _resting if worker.devices == devices]
+        others = [worker for worker in _resting if worker not in same and mine & set((worker.devices or "").split(","))]
+        for worker in [*same[:1], *others]:
+            _resting.remove(worker)
+    for worker in others:
+        worker.stop()
+    return same[0] if same else None
+
+
+def _still_wanted() -> Callable[[], bool]:
+    """Whether anybody waits for the task that this thread is at: Dask forgets those of a client that has gone."""
+    from dask.distributed import get_worker
+
+    dask_worker = get_worker()
+    task = dask_worker.state.tasks[dask_worker.get_current_task()]
+    return lambda: task.state != "cancelled"
 
 
 @cache

