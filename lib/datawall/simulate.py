@@ -28,6 +28,7 @@ from datawall import corpus, ontology, paths, store
 ONTOLOGY = paths.PACKAGE_DATA / "cell_types.obo"  # a tree over scTab's cell types, also for SCimilarity's `ontology`
 COMPOSITION = paths.PACKAGE_DATA / "sctab_cell_types.csv"  # cells of each type in scTab's test split
 CONTROL, TREATED = "ctrl", "treated"
+MIN_GENES = 50  # fewer could not hold programmes apart
 CHUNK = 128  # cells that share a random generator; fixed, so that no cell depends on how the atlas is cut into blocks
 GAMMA_SHAPE = 4.0  # of a programme's activity over the cells that carry it: a spread of half its mean
 PROGRAMME_GENES = 0.03  # share of the genes that make up a programme, the shared one apart
@@ -42,7 +43,7 @@ class Atlas(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
     n_cells: PositiveInt = 10_000  # the first cells of a larger atlas are those of a smaller one
-    n_genes: Annotated[int, Field(ge=50, le=19_331)] = 2000  # drawn from the gene table
+    n_genes: Annotated[int, Field(ge=MIN_GENES, le=19_331)] = 2000  # drawn from the gene table
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the truth and of the cells
     composition: dict[str, PositiveFloat] | None = None  # cell types by weight; by default scTab's 164, as common
     n_datasets: PositiveInt = 4  # a type is common in some and rare in others
