@@ -188,6 +188,7 @@ def marker_expression(study: Study) -> pd.DataFrame:
     columns = symbols.get_indexer(genes)
     sums = np.zeros((len(types.categories), len(genes)))
     for rows, counts in study.corpus.blocks():
-        np.add.at(sums, types.codes[rows], expression.lognormalise(counts)[:, columns].toarray())
+        of_type = sp.csr_array((np.ones(len(rows)), (types.codes[rows], np.arange(len(rows)))), (len(sums), len(rows)))
+        sums += (of_type @ expression.lognormalise(counts)[:, columns]).toarray()
     means = pd.DataFrame(sums / types.value_counts().to_numpy()[:, None], types.categories, genes).loc[order]
     return ((means - means.mean()) / means.std()).rename_axis(index="cell_type", columns="gene")
