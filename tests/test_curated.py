@@ -142,7 +142,7 @@ def test_files_become_one_corpus_that_reports_what_became_of_their_cells(own_cel
     assert reports["duplicates"].iloc[0].to_dict() == {"kept_in": "first", "dropped_from": "second", "n_cells": 10}
     assert reports["cells"]["kept"].tolist() == [60, 40]
     assert curation.gene_matches(study).index.tolist() == ["first", "second"]
-    assert study.evaluation_datasets() == ["first_held_out"]
+    assert list(study.params.evaluation_sets()) == ["first_held_out"]
 
 
 # Splits

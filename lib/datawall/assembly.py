@@ -204,7 +204,7 @@ def make_split(p: Params, cells: Cells, spike_in: np.ndarray, dropped: np.ndarra
         part = sampling.split_by_group(obs["donor_id"].array, shares, seed=p.split_seed)
     else:
         strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()
-        part = corpus.stratified_split(strata.to_numpy(), shares, seed=p.split_seed)
+        part = sampling.stratified_split(strata.to_numpy(), shares, seed=p.split_seed)
     pretraining = np.setdiff1d(rows[part == 0], dropped, assume_unique=True)
     if not len(pretraining):
         raise corpus.CorpusError(

@@ -19,7 +19,7 @@ _DATA = ("assembly", "datasets", "annotation", "corpus", "expression")
 CODE = {
     "corpus": (*_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology", "cellstore"),
     "dataset": _DATA,
-    "split": ("assembly", "corpus", "sampling"),
+    "split": ("assembly", "sampling"),
     "contamination": ("assembly", "duplicates"),
     "sketch": ("expression",),
     "subset": ("sampling",),
@@ -54,10 +54,6 @@ class Curated:
     def subsets(self) -> list[Subset]:
         """Every subset of the corpus."""
         return [Subset(*subset) for subset in self.params.subsets() if subset[0] != "untrained"]
-
-    def evaluation_datasets(self) -> list[str]:
-        """Names of all evaluation data sets, the corpus's held-out cells first."""
-        return list(self.params.evaluation_sets())
 
     @property
     def held_out_name(self) -> str:

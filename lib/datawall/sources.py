@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datawall import corpus
 from datawall.backed import CellFile, reading
+from datawall.cellstore import CELLS_AT_ONCE
 from datawall.corpus import CorpusError, GeneMatch
 from datawall.duplicates import SeenCells, cell_hashes
 
@@ -91,7 +92,7 @@ class Source:
         everywhere = [np.isin(np.arange(len(var)), file.position) for file in files]
         self.shared_genes = var.index[np.all(everywhere, axis=0)]
 
-    def blocks(self, block_size: int = 4096) -> Iterator[ad.AnnData]:
+    def blocks(self, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
         """The cells, file by file in order, as blocks that share `var` and the categories of `obs`.
 
         Cells without a count in any gene of `var` are dropped, then those that a filter refuses, then those whose
@@ -245,12 +246,10 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
             bar.update()
     if "dataset_id" not in columns:
         found["dataset_id"] = set(names)
-    present = np.unique(np.concatenate([file.position[file.position >= 0] for file in files]))
-    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
-    column_of[present] = np.arange(len(present))
-    files = [replace(file, position=column_of[file.position]) for file in files]
+    var, columns_of = corpus.compacted([file.position for file in files])
+    files = [replace(file, position=of_file) for file, of_file in zip(files, columns_of, strict=True)]
     labels = {role: sorted(values) for role, values in found.items()}
-    return Source(files, matches, labels, table.iloc[present][["feature_name"]], options)
+    return Source(files, matches, labels, var, options)
 
 
 def _file_names(paths: list[Path]) -> list[str]:
