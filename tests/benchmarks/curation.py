@@ -6,10 +6,10 @@ Each size is curated by a process of its own, which does what notebook 1 does: s
 with its held-out cells, its components taken, sampled by three strategies at 1, 10, 25 and 100 %, its tables computed,
 some cells set beside simulated ones, the cells of all subsets named. Prints
 a row for each step, and the ratios of the last size to the first. Peak memory is that of the process up to the end of
-the step, as the kernel counts it; the pages of files that it maps are among it. On 2 cores of an AMD EPYC:
+the step, as the kernel counts it; the pages of files that it maps are among it. On 2 cores of an AMD EPYC,
+which eight other processes shared:
 
-    200,000 cells   simulate and write 31 s, components 35 s, all  66 s, peak 1,425 MiB,   346 MiB on disk
-  1,000,000 cells   simulate and write 131 s, components 155 s, all 288 s, peak 1,448 MiB, 1,726 MiB on disk
+    200,000 cells   simulate and write 269 s, components 288 s, all 718 s, peak 1,565 MiB, 349 MiB on disk
 """
 
 import resource
