@@ -5,9 +5,9 @@
 Each size is curated by a process of its own, which does what notebook 1 does: simulated and written, split, compared
 with its held-out cells, its components taken, sampled by three strategies at 1, 10, 25 and 100 %, its tables computed,
 some cells set beside simulated ones, the cells of all subsets named.
-Prints a row for each step, and the ratios of the last size to the first. Peak memory is that of the process up to the end of
-the step, as the kernel counts it; the pages of files that it maps are among it. On 2 cores of an AMD EPYC,
-which eight other processes shared:
+Prints a row for each step, and the ratios of the last size to the first. Peak memory is that of the process up to the
+end of the step, as the kernel counts it; the pages of files that it maps are among it. On 2 cores of an AMD EPYC, which
+other processes shared:
 
     200,000 cells   simulate and write 269 s, components 288 s, all 718 s, peak 1,565 MiB, 349 MiB on disk
 """
