@@ -7,7 +7,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from datawall import baselines, corpus, expression, tasks, training
+from datawall import baselines, expression, sampling, tasks, training
 from datawall.tasks import classification, perturbation
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -26,7 +26,7 @@ def cells():
     """PBMC of three technologies: counts, principal components, types, batches, and each cell's part."""
     adata = read("pbmc_3_technologies.h5ad")
     labels, batches = (adata.obs[column].to_numpy().astype(str) for column in ("cell_type_broad", "batch"))
-    part = corpus.stratified_split(labels, [0.4, 0.2, 0.4], seed=0)
+    part = sampling.stratified_split(labels, [0.4, 0.2, 0.4], seed=0)
     return adata.X, baselines.pca_embedding(adata.X), labels, batches, part
 
 

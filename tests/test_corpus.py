@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datawall import corpus
+from datawall import corpus, sampling
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TABLE = corpus.gene_table()
@@ -327,16 +327,16 @@ LABELS = st.lists(st.integers(1, 60), min_size=1, max_size=8).map(lambda sizes: 
 @given(labels=LABELS, shares=SHARES, seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=200, deadline=None)
 def test_parts_have_exact_sizes_and_repeat(labels, shares, seed):
-    part = corpus.stratified_split(labels, shares, seed=seed)
+    part = sampling.stratified_split(labels, shares, seed=seed)
     ends = np.rint(np.cumsum(shares) * len(labels)).astype(int)
     assert np.array_equal(np.bincount(part, minlength=len(shares)), np.diff(ends, prepend=0))
-    assert np.array_equal(part, corpus.stratified_split(labels, shares, seed=seed))
+    assert np.array_equal(part, sampling.stratified_split(labels, shares, seed=seed))
 
 
 @given(labels=LABELS, shares=SHARES, seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=300, deadline=None)
 def test_parts_hold_every_label_in_proportion(labels, shares, seed):
-    part = corpus.stratified_split(labels, shares, seed=seed)
+    part = sampling.stratified_split(labels, shares, seed=seed)
     held = pd.crosstab(labels, part).reindex(columns=range(len(shares)), fill_value=0).to_numpy()
     off = np.abs(held - np.outer(np.bincount(labels), np.bincount(part, minlength=len(shares)) / len(labels)))
     assert off[:, 0].max() < 1 + 1e-9
@@ -345,7 +345,7 @@ def test_parts_hold_every_label_in_proportion(labels, shares, seed):
 
 def test_seeds_divide_differently_and_labels_need_no_order():
     labels = np.array(["a", "b", "c", "a"] * 25)
-    splits = [corpus.stratified_split(labels, [0.5, 0.5], seed=seed) for seed in range(5)]
+    splits = [sampling.stratified_split(labels, [0.5, 0.5], seed=seed) for seed in range(5)]
     assert len({tuple(part) for part in splits}) == 5
     assert 0.2 < np.mean([part[labels == "b"] for part in splits], axis=0).mean() < 0.8
 
@@ -353,7 +353,7 @@ def test_seeds_divide_differently_and_labels_need_no_order():
 @pytest.mark.parametrize("shares", [[0.5, 0.4], [0.7, 0.7], [1.5, -0.5]])
 def test_bad_shares_are_refused(shares):
     with pytest.raises(ValueError, match="add up to 1"):
-        corpus.stratified_split(np.array([0, 1]), shares, seed=0)
+        sampling.stratified_split(np.array([0, 1]), shares, seed=0)
 
 
 # A user's own file, through a study

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import corpus, curation, datasets, params, simulate
+from datawall import cellstore, corpus, curation, datasets, params, simulate
 from datawall.curated import Curated, Subset
 
 ATLAS = simulate.Atlas(
@@ -142,7 +142,7 @@ def test_files_become_one_corpus_that_reports_what_became_of_their_cells(own_cel
     assert reports["duplicates"].iloc[0].to_dict() == {"kept_in": "first", "dropped_from": "second", "n_cells": 10}
     assert reports["cells"]["kept"].tolist() == [60, 40]
     assert curation.gene_matches(study).index.tolist() == ["first", "second"]
-    assert study.evaluation_datasets() == ["first_held_out"]
+    assert list(study.params.evaluation_sets()) == ["first_held_out"]
 
 
 # Splits
@@ -201,7 +201,78 @@ def test_counts_of_an_evaluation_set_may_lie_in_a_layer(own_cells, tmp_path):
     assert curation.gene_matches(study)["counts_from"].tolist() == ["X", "layers['counts']"]
 
 
+def test_what_lies_on_disk_is_compared_in_blocks(own_cells, tmp_path, monkeypatch):
+    study = study_of(with_donors(own_cells), tmp_path, donor_key="patient", held_out=0.2)
+    monkeypatch.setattr(cellstore.Cells, "counts", None)  # what would load cells
+    found = curation.contamination(study).loc["mine_held_out"]
+    assert found[["n_cells", "duplicates", "donor_cells", "donor_rows"]].tolist() == [20, 0, 20, 80]
+
+
+def test_split_follows_its_seed(own_cells, tmp_path):
+    drawn = [study_of(own_cells, tmp_path, split_seed=seed).split_rows("held_out").tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# What notebook 1 shows
+
+
+def test_quality_has_the_quantiles_of_all_cells(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path)
+    X, mitochondrial = study.corpus.counts().toarray(), study.corpus.var["feature_name"].str.startswith("MT-")
+    totals = X.sum(axis=1)
+    values = [(X > 0).sum(axis=1), totals, X[:, mitochondrial].sum(axis=1) / totals]
+    expected = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1).T
+    np.testing.assert_allclose(curation.quality(study), expected, rtol=1e-6)
+
+
+def test_held_out_cells_are_set_beside_simulated_ones(own_cells, tmp_path, monkeypatch):
+    study = study_of(own_cells, tmp_path, held_out=0.25)
+    held_out = study.dataset("mine_held_out").X.toarray()
+    counts = curation.beside_simulated(study)
+    assert list(counts) == ["mine_held_out", "simulated"]
+    assert np.array_equal(counts["mine_held_out"].toarray(), held_out)
+    assert counts["simulated"].shape == held_out.shape
+    monkeypatch.setattr(curation, "COMPARED", 10)
+    some, simulated = curation.beside_simulated(study).values()
+    assert some.shape == simulated.shape == (10, 600)
+    assert {row.tobytes() for row in some.toarray()} < {row.tobytes() for row in held_out}
+
+
+def test_simulated_cells_and_a_single_gene_are_set_beside_nothing(own_cells, tmp_path):
+    simulation = ATLAS.model_dump()
+    assert not curation.beside_simulated(study_of(own_cells, tmp_path, corpus="simulated", simulation=simulation))
+    everywhere = np.asarray((own_cells.X > 0).sum(axis=0)).ravel().argmax()
+    study = study_of(own_cells[:, [everywhere]], tmp_path)
+    assert study.corpus.n_vars == 1
+    assert not curation.beside_simulated(study)
+
+
+def test_cells_that_a_named_data_set_loses_are_reported(own_cells, tmp_path, monkeypatch):
+    cells = own_cells.copy()
+    cells.X.data[: cells.X.indptr[3]] = 0
+    monkeypatch.setattr(datasets, "load", lambda name: cells)
+    table = curation.reports(study_of(own_cells, tmp_path, corpus="kang2018"))["cells"]
+    assert table.to_dict("list") == {"dataset": ["kang2018"], "read": [100], "empty": [3], "kept": [97]}
+
+
+def test_cell_ids_of_subsets_are_written(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path, percentages=[10, 100], held_out=0.2)
+    table = curation.write_cell_ids(study, tmp_path / "ids")
+    assert pd.read_csv(tmp_path / "ids" / "subsets.csv").equals(table)
+    assert table["n_cells"].tolist() == [8, 80]
+    for name, subset in zip(table["file"], study.subsets(), strict=True):
+        names = (tmp_path / "ids" / name).read_text().splitlines()
+        assert names == own_cells.obs_names[study.rows(subset)].tolist()
+
+
 # Subsets
+
+
+def test_rows_stay_in_their_files(own_cells, tmp_path):
+    study = study_of(own_cells, tmp_path)
+    for rows in (study.rows(Subset("random", 100, 0)), study.split_rows("pretraining"), study.split_rows("spike_in")):
+        assert isinstance(rows, np.memmap)
+        assert not rows.flags.writeable
 
 
 def test_nested_subsets_lie_within_each_other_and_others_do_not(own_cells, tmp_path):
@@ -216,13 +287,15 @@ def test_nested_subsets_lie_within_each_other_and_others_do_not(own_cells, tmp_p
     assert large <= set(apart.split_rows("pretraining"))
 
 
-def test_spiked_in_cells_replace_a_share_of_a_random_subset(own_cells, tmp_path):
+def test_spiked_in_cells_replace_a_share_of_a_random_subset(own_cells, tmp_path, monkeypatch):
     perturbed = own_cells[:30].copy()
     perturbed.obs = perturbed.obs[[]]
     perturbed.write_h5ad(tmp_path / "perturbed.h5ad")
+    monkeypatch.setattr(datasets, "load", None)  # files are read in blocks
     values = {"strategies": ["random", "spikein_10", "spikein_50"], "percentages": [50, 100]}
     study = study_of(own_cells, tmp_path, spike_in=str(tmp_path / "perturbed.h5ad"), held_out=0.2, **values)
     spike_in = study.split_rows("spike_in")
+    assert curation.gene_matches(study).loc["perturbed", ["matched", "in_corpus"]].tolist() == [600, 600]
     assert np.array_equal(spike_in, np.arange(100, 130))
     assert (study.corpus.obs["cell_type"].iloc[spike_in] == "spike-in").all()
     assert np.array_equal(study.corpus.counts(spike_in).toarray(), study.corpus.counts(np.arange(30)).toarray())

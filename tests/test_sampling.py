@@ -169,6 +169,7 @@ def sctab_cell_type():
         ("random", 1, 5.898, 30.7, 0.10),
         ("random", 10, 5.902, 30.8, 0.10),
         ("random", 25, 5.903, 30.9, 0.10),
+        ("random", 50, 5.903, 30.9, 0.10),
         ("random", 75, 5.903, 30.9, 0.10),
     ],
 )
@@ -352,7 +353,7 @@ def test_spike_in_takes_every_cell_equally_often():
 
 
 def test_spike_in_of_the_atlas_names_what_the_original_could_not_do():
-    # FACTS B18: 2,547,877 perturbed cells cannot replace half of 17,751,245 cells.
+    # DenAdel et al. 2026 have 2,547,877 perturbed cells, which cannot replace half of 17,751,245 cells.
     with pytest.raises(ValueError, match=r"needs 8,875,622 perturbed cells, and there are 2,547,877; at most 14\.35 %"):
         sampling.spike_in(17_751_245, 2_547_877, 50, seed=0)
     assert len(sampling.spike_in(177_512, 25_478, 14.35, seed=0)[1]) == 25_473

@@ -5,13 +5,16 @@ import tracemalloc
 from pathlib import Path
 
 import anndata as ad
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import run_all
 from datawall import corpus, curation, params, plots, simulate, study
 from datawall.models.scimilarity import kinship
 from datawall.simulate import Atlas, Cells
@@ -323,3 +326,14 @@ def test_planted_markers_stand_out_in_their_type(tmp_path):
 def test_block_of_no_cells_is_refused():
     with pytest.raises(ValueError, match="block_size 0 must be at least 1"):
         next(simulate.blocks(SMALL, 0))
+
+
+def test_first_stage_of_the_study_that_comes_along_runs_on_few_cells(tmp_path):
+    values = yaml.safe_load((Path(run_all.__file__).parent / "params" / "simulated.yaml").read_text())
+    values["simulation"]["n_cells"] = 600
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(values))
+    assert run_all.main([str(tmp_path / "few.yaml"), "--stages", "1", "--out", str(tmp_path / "run")]) == 0
+    executed = nbformat.read(tmp_path / "run" / "notebooks" / "01_curation.ipynb", 4)
+    said = [output.get("text", "") for cell in executed.cells for output in cell.get("outputs", ())]
+    assert any(text.startswith("420 cells to pretrain on, 180 held out") for text in said)
+    assert any(text.startswith("left out: the corpus is simulated itself") for text in said)

@@ -343,16 +343,6 @@ def test_quality_is_measured_and_filters_are_off_by_default(tmp_path):
     assert 20 < good.sum() < full.sum()
     assert read_all(source, 64).obs_names.tolist() == adata.obs_names[good].tolist()
     assert source.report.cells.iloc[0].tolist() == ["a", 500, (~full).sum(), (full & ~good).sum(), 0, good.sum()]
-    table = source.report.quality.set_index(["stage", "metric", "quantile"])["value"]
-    for stage, rows in (("read", np.full(500, True)), ("kept", good)):
-        for metric, values, resolution in (
-            ("n_genes", n_genes, 0),
-            ("n_counts", n_counts, 0.01),
-            ("mito_share", mito, 0.001),
-        ):
-            for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
-                exact = np.quantile(values[rows], quantile, method="inverted_cdf")
-                assert exact - resolution * max(1, exact) - 1e-6 <= table[stage, metric, quantile] <= exact
 
 
 def test_filter_that_cannot_work_is_told(tmp_path, caplog):

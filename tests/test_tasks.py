@@ -10,7 +10,7 @@ from sklearn.metrics import cohen_kappa_score, silhouette_score
 from sklearn.neighbors import KNeighborsClassifier, kneighbors_graph
 from sklearn.utils.class_weight import compute_class_weight
 
-from datawall import baselines, corpus, tasks, training
+from datawall import baselines, sampling, tasks, training
 from datawall.tasks import classification, finetuning, perturbation
 
 
@@ -200,7 +200,7 @@ def test_balanced_classes_find_the_rare_type():
     rng = np.random.default_rng(0)
     y = np.where(rng.random(2000) < 0.05, "rare", "common")
     X = rng.normal(size=(2000, 4)) + 1.0 * (y == "rare")[:, None]
-    part = corpus.stratified_split(y, [0.6, 0.2, 0.2], seed=0)
+    part = sampling.stratified_split(y, [0.6, 0.2, 0.2], seed=0)
     plain, balanced = (
         tasks.finetuned_classification(X, y, part, seed=0, recipe=SHORT, class_weight=weight)
         for weight in (None, "balanced")
@@ -222,7 +222,7 @@ def test_balanced_weights_are_scikit_learns():
 
 def test_head_learns_separable_types_and_repeats():
     X, y = blobs(n_each=100)
-    part = corpus.stratified_split(y, [0.8, 0.1, 0.1], seed=0)
+    part = sampling.stratified_split(y, [0.8, 0.1, 0.1], seed=0)
     metrics = tasks.finetuned_classification(X, y, part, seed=0, recipe=SHORT)
     assert metrics["macro_f1"] == metrics["f1[type 0]"] == 1
     assert metrics["error_rate"] == 0
@@ -232,7 +232,7 @@ def test_head_learns_separable_types_and_repeats():
 
 def test_same_seed_gives_the_same_head_and_another_seed_another():
     X, y = blobs(noise=8, n_each=300)
-    part = corpus.stratified_split(y, [0.4, 0.1, 0.5], seed=0)
+    part = sampling.stratified_split(y, [0.4, 0.1, 0.5], seed=0)
     scores = [tasks.finetuned_classification(X, y, part, seed=seed, recipe=SHORT) for seed in (0, 0, 1, 2, 3)]
     assert scores[0] == scores[1]
     assert len({score["micro_f1"] for score in scores}) > 1
@@ -240,7 +240,7 @@ def test_same_seed_gives_the_same_head_and_another_seed_another():
 
 def test_labels_of_test_cells_are_not_learnt():
     X, y = blobs(n_each=100)
-    part = corpus.stratified_split(y, [0.8, 0.1, 0.1], seed=0)
+    part = sampling.stratified_split(y, [0.8, 0.1, 0.1], seed=0)
     turned = {"type 0": "type 1", "type 1": "type 2", "type 2": "type 0"}
     y = np.where(part == 2, [turned[label] for label in y], y)
     assert tasks.finetuned_classification(X, y, part, seed=0, recipe=SHORT)["micro_f1"] == 0

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
-from datawall import corpus, expression, models, tasks, training
+from datawall import expression, models, sampling, tasks, training
 from datawall.tasks import finetuning
 
 FAMILIES = {
@@ -167,7 +167,7 @@ def test_geneformer_encodes_a_cell_without_tokens_as_zero(cells, fitted):
 def test_the_encoder_learns_and_the_model_stays(family, cells):
     counts, obs, _ = cells
     labels = obs["cell_type"].to_numpy()
-    part = corpus.stratified_split(labels, [0.6, 0.2, 0.2], seed=0)
+    part = sampling.stratified_split(labels, [0.6, 0.2, 0.2], seed=0)
     model = models.create(family, **FAMILIES[family]).untrained(N_GENES, seed=0)
     before = model.embed(counts[:50])
     options = {"seed": 0, "recipe": SHORT, "head_recipe": SHORT}
@@ -183,7 +183,7 @@ def test_the_encoder_learns_and_the_model_stays(family, cells):
 def test_labels_of_test_cells_are_not_learnt(cells, fitted):
     counts, obs, _ = cells
     labels = obs["cell_type"].to_numpy()
-    part = corpus.stratified_split(labels, [0.6, 0.2, 0.2], seed=0)
+    part = sampling.stratified_split(labels, [0.6, 0.2, 0.2], seed=0)
     turned = np.where(part == 2, [{"x": "y", "y": "z", "z": "x"}[label] for label in labels], labels)
     options = {"seed": 0, "recipe": SHORT, "head_recipe": SHORT}
     right = finetuning.fully_finetuned_classification(fitted["SSL"], counts, labels, part, **options)["full_micro_f1"]

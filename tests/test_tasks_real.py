@@ -6,7 +6,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from datawall import baselines, corpus, expression, tasks
+from datawall import baselines, expression, sampling, tasks
 from datawall.tasks import perturbation
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -33,7 +33,7 @@ def typed(request):
     """Principal components, types, and which cells test."""
     adata = read(request.param)
     labels = adata.obs["cell_type"].to_numpy().astype(str)
-    return baselines.pca_embedding(adata.X), labels, corpus.stratified_split(labels, [0.5, 0.5], seed=0) == 1
+    return baselines.pca_embedding(adata.X), labels, sampling.stratified_split(labels, [0.5, 0.5], seed=0) == 1
 
 
 def classified(X, labels, test, **options):

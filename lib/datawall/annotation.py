@@ -27,6 +27,7 @@ PBMC_MARKER_SOURCES = {
     "Villani et al. 2017, monocytes and dendritic cells": "10.1126/science.aah4573",
     "Zheng et al. 2017, 10x PBMC": "10.1038/ncomms14049",
 }
+COMPONENTS, NEIGHBOURS, RESOLUTION = 20, 30, 0.8  # of the graph that cells are clustered in
 # Types so alike that clusters mix them: within each group a cell's own neighbourhood decides.
 PBMC_SIBLINGS = (
     ("CD4 T cells", "CD8 T cells"),
@@ -40,12 +41,6 @@ def annotate(
     genes: pd.Index,
     batches: pd.Series,
     markers: dict[str, list[str]],
-    siblings: tuple[tuple[str, ...], ...] = PBMC_SIBLINGS,
-    *,
-    n_neighbors: int = 30,
-    n_components: int = 20,
-    resolution: float = 0.8,
-    seed: int = 0,
 ) -> tuple[pd.Categorical, pd.DataFrame]:
     """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
 
@@ -69,10 +64,6 @@ def annotate(
         (n_cells,) within which genes are centred and scaled: conditions, or samples.
     markers
         Marker symbols of each type; those absent from `genes` are passed over.
-    siblings
-        Groups of types to tell apart by neighbourhood.
-    n_neighbors, n_components, resolution, seed
-        Of the graph, the principal components and Leiden.
 
     Returns
     -------
@@ -94,8 +85,8 @@ def annotate(
     adata.obs["batch"] = pd.Categorical(batch)
     sc.pp.highly_variable_genes(adata, n_top_genes=min(2000, adata.n_vars), batch_key="batch")
     X = _scaled_within(adata[:, adata.var["highly_variable"]].X.toarray().astype(np.float64), batch)
-    axes, _ = expression.principal_axes(np.clip(X, -10, 10), n_components)
-    neighbours = kneighbors_graph(np.clip(X, -10, 10) @ axes.T, n_neighbors)
+    axes, _ = expression.principal_axes(np.clip(X, -10, 10), COMPONENTS)
+    neighbours = kneighbors_graph(np.clip(X, -10, 10) @ axes.T, NEIGHBOURS)
     neighbours = neighbours.maximum(neighbours.T).tocsr()
 
     every_marker = sorted({gene for given in found.values() for gene in given})
@@ -104,13 +95,13 @@ def annotate(
 
     sc.tl.leiden(
         adata,
-        resolution=resolution,
+        resolution=RESOLUTION,
         adjacency=neighbours,
         use_weights=False,
         flavor="igraph",
         directed=False,
         n_iterations=-1,
-        random_state=seed,
+        random_state=0,
     )
     cluster = adata.obs["leiden"].to_numpy()
     table = scores.groupby(cluster).mean()
@@ -120,7 +111,7 @@ def annotate(
     own_and_neighbours = neighbours + sp.eye_array(len(labels), format="csr")
     smooth = (own_and_neighbours @ scores.to_numpy()) / np.asarray(own_and_neighbours.sum(axis=1)).reshape(-1, 1)
     smooth = pd.DataFrame(smooth, columns=scores.columns)
-    for group in siblings:
+    for group in PBMC_SIBLINGS:
         among = np.isin(labels, group)
         labels[among] = smooth.loc[among, list(group)].idxmax(axis=1)
     table = table.assign(n_cells=pd.Series(cluster).value_counts(), cell_type=table.idxmax(axis=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from datawall import (
 )
 from datawall.cellstore import Cells
 from datawall.params import Params
-
-log = logging.getLogger(__name__)
 
 SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
 CLUSTERED = 20_000  # cells that clusters are found among; the others join that of their nearest neighbours
@@ -57,7 +54,8 @@ def make_corpus(p: Params, folder: Path) -> None:
     """Write the corpus into a folder, at constant memory.
 
     `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
-    genes were matched, and `report_<table>.parquet` what else became of the cells on the way.
+    genes were matched (`spike_in_genes.json` of those cells), and `report_<table>.parquet` what else became of the
+    cells on the way.
 
     Raises
     ------
@@ -72,7 +70,7 @@ def make_corpus(p: Params, folder: Path) -> None:
             n_cells += block.n_obs
             yield block
         if p.spike_in is not None:
-            yield from _spike_in(p, block)
+            yield from _spike_in(p, block, folder)
 
     cellstore.write(folder, tqdm(blocks(), desc="corpus", unit="block", leave=False, delay=5))
     cells = cellstore.open(folder / cellstore.NAME)
@@ -90,9 +88,9 @@ def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
         source = sources.open_source([datasets.file(path) for path in p.sources()], p.columns(), options)
         matches = source.matches
         for block in source.blocks():
-            block.obs = block.obs.drop(columns=list(sources.METRICS))
+            block.obs = block.obs.drop(columns=list(sources.QUALITY))
             yield block
-        reports = {table: getattr(source.report, table) for table in ("cells", "duplicates", "quality")}
+        reports = {table: getattr(source.report, table) for table in ("cells", "duplicates")}
     else:
         if p.simulation is not None:
             simulate.truth(p.simulation).write(folder)
@@ -103,11 +101,15 @@ def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
             blocks = census.blocks(p.census, selection)
         else:
             blocks = [datasets.load(name)]
+        n_read = n_kept = 0
         for block in blocks:
             aligned, match = corpus.align(block, name, min_matched=p.min_matched_genes)
+            n_read, n_kept = n_read + block.n_obs, n_kept + aligned.n_obs
             aligned.obs = _roles(aligned, {role: p.key(role, name) for role in p.columns()}, name)
             yield from _in_blocks(aligned)
         matches = [match]
+        became = {"dataset": [name], "read": [n_read], "empty": [n_read - n_kept], "kept": [n_kept]}
+        reports = reports or {"cells": pd.DataFrame(became)}
     store.write_json(folder / "genes.json", [match.row() for match in matches])
     for table, rows in reports.items():
         rows.to_parquet(folder / f"report_{table}.parquet", index=False)
@@ -124,24 +126,32 @@ def _roles(cells: ad.AnnData, columns: dict[str, str], dataset: str) -> pd.DataF
 
 
 def _in_blocks(cells: ad.AnnData) -> Iterator[ad.AnnData]:
-    if cells.n_obs <= cellstore.CELLS_AT_ONCE:
-        yield cells
-        return
     for first in range(0, cells.n_obs, cellstore.CELLS_AT_ONCE):
         yield cells[first : first + cellstore.CELLS_AT_ONCE].copy()
 
 
-def _spike_in(p: Params, like: ad.AnnData) -> Iterator[ad.AnnData]:
+def _spike_in(p: Params, like: ad.AnnData, folder: Path) -> Iterator[ad.AnnData]:
     """Cells to spike in, with the genes and columns of a block of the corpus."""
-    source, match = corpus.align(datasets.load(p.spike_in), p.spike_in, min_matched=p.min_matched_genes)
     keys = {role: p.key(role, p.spike_in) for role in like.obs}
-    obs = {
-        role: source.obs[key].astype(str).to_numpy() if key in source.obs else SPIKE_IN for role, key in keys.items()
-    }
-    names = [f"{SPIKE_IN}_{name}" for name in source.obs_names]
-    counts = corpus.to_genes(source, like.var_names)
-    log.info("%s: %d genes matched, to be spiked into the corpus.", p.spike_in, match.matched)
-    yield from _in_blocks(ad.AnnData(counts, obs=pd.DataFrame(obs, index=names), var=like.var))
+    if p.spike_in.endswith(backed.SUFFIXES):
+        path = datasets.file(p.spike_in)
+        with backed.CellFile(path) as file:
+            there = {role: key for role, key in keys.items() if key in file.columns()}
+        options = sources.Options(min_matched=p.min_matched_genes, drop_duplicates=False)
+        source = sources.open_source([path], there, options)
+        match, blocks = source.matches[0], source.blocks()
+    else:
+        aligned, match = corpus.align(datasets.load(p.spike_in), p.spike_in, min_matched=p.min_matched_genes)
+        there = {role: key for role, key in keys.items() if key in aligned.obs}
+        aligned.obs = pd.DataFrame({role: aligned.obs[key] for role, key in there.items()}, aligned.obs_names)
+        blocks = _in_blocks(aligned)
+    for block in blocks:
+        obs = {role: block.obs[role].astype(str).to_numpy() if role in there else SPIKE_IN for role in keys}
+        names = [f"{SPIKE_IN}_{name}" for name in block.obs_names]
+        counts, genes = corpus.to_genes(block, like.var_names), block.var_names
+        yield ad.AnnData(counts, obs=pd.DataFrame(obs, index=names), var=like.var)
+    in_corpus = int(like.var_names.isin(genes).sum())
+    store.write_json(folder / "spike_in_genes.json", {**match.row(), "in_corpus": in_corpus})
 
 
 def clusters(cells: Cells) -> pd.Categorical:
@@ -174,7 +184,7 @@ def make_split(p: Params, cells: Cells, spike_in: np.ndarray, dropped: np.ndarra
     Parameters
     ----------
     p
-        The study: the share held out, and whether whole donors are.
+        The study: the share held out, whether whole donors are, and the seed of the draw.
     cells
         The corpus.
     spike_in, dropped
@@ -191,10 +201,10 @@ def make_split(p: Params, cells: Cells, spike_in: np.ndarray, dropped: np.ndarra
     obs = cells.obs.iloc[rows]
     shares = [1 - p.held_out, p.held_out]
     if p.split_by == "donor_id":
-        part = sampling.split_by_group(obs["donor_id"].array, shares, seed=0)
+        part = sampling.split_by_group(obs["donor_id"].array, shares, seed=p.split_seed)
     else:
         strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()
-        part = corpus.stratified_split(strata.to_numpy(), shares, seed=0)
+        part = sampling.stratified_split(strata.to_numpy(), shares, seed=p.split_seed)
     pretraining = np.setdiff1d(rows[part == 0], dropped, assume_unique=True)
     if not len(pretraining):
         raise corpus.CorpusError(
@@ -246,8 +256,10 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
     store.write_json(folder / "genes.json", {**match.row(), "dataset": name, "in_corpus": int(measured.sum())})
 
 
-def contamination(dataset: ad.AnnData, measured: np.ndarray, cells: Cells) -> duplicates.Contamination:
+def contamination(dataset: ad.AnnData | Cells, measured: np.ndarray, cells: Cells) -> duplicates.Contamination:
     """What an evaluation set shares with cells of the corpus: equal cells, and donors of the same name.
+
+    What lies on disk is read in blocks; in memory are 36 bytes for each cell of the evaluation set.
 
     Parameters
     ----------
@@ -259,7 +271,10 @@ def contamination(dataset: ad.AnnData, measured: np.ndarray, cells: Cells) -> du
         Of the corpus; rows of the result count among them.
     """
     genes = cells.var.index
-    of_corpus = [duplicates.cell_hashes(counts, genes, genes[measured]) for _, counts in cells.blocks()]
-    of_dataset = duplicates.cell_hashes(dataset.X, genes, genes[measured])
+
+    def hashes(of: ad.AnnData | Cells) -> Iterator[np.ndarray]:
+        blocks = of.count_blocks() if isinstance(of, Cells) else [of.X]
+        return (duplicates.cell_hashes(counts, genes, genes[measured]) for counts in blocks)
+
     donors = (obs["donor_id"].array if "donor_id" in obs else None for obs in (dataset.obs, cells.obs))
-    return duplicates.contamination(of_dataset, np.concatenate(of_corpus), *donors)
+    return duplicates.contamination(np.concatenate([*hashes(dataset)]), hashes(cells), *donors)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall.corpus import CorpusError, check_shape
+from datawall.corpus import CorpusError, check_shape, no_column
 
 log = logging.getLogger(__name__)
 
@@ -133,11 +133,8 @@ class CellFile:
         """Values of a column of obs for some rows; None or NaN where missing."""
         with reading(self.name):
             if key not in self._obs:
-                names = ", ".join(map(repr, self.columns()))
-                raise CorpusError(
-                    f"{self.name}: no column {key!r} in obs for the {role}; it has {names or 'none'}. "
-                    "Name the right column in the study file."
-                )
+                missing = no_column(self.name, key, self.columns(), role)
+                raise CorpusError(f"{missing} Name the right column in the study file.")
             if (n_values := _length(self._obs[key])) != self.n_cells:
                 raise CorpusError(
                     f"{self.name}: column {key!r} of obs has {n_values} values for {self.n_cells} cells; "
@@ -178,7 +175,7 @@ class Dense:
 
     def __init__(self, array: Any, shape: tuple[int, int], name: str) -> None:
         self._array = _array(array)
-        _check_shape(self._array.shape, shape, name)
+        _check_fit(self._array.shape, shape, name)
         if self._array.dtype.kind not in "fiub":
             raise CorpusError(f"{name} holds {self._array.dtype} values, not numbers; store counts as numbers.")
         self._n_rows = max(1, PIECE // shape[1])
@@ -198,7 +195,7 @@ class _Compressed:
     def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
         self._name = name
         self._shape = shape
-        _check_shape(tuple(group.attrs.get("shape", ())), shape, name)
+        _check_fit(tuple(group.attrs.get("shape", ())), shape, name)
         with _every_chunk(shape[1 - self.major] > 1):
             self._data, self._indices = _array(group["data"]), _array(group["indices"])
         self._indptr = _array(group["indptr"])
@@ -331,7 +328,7 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32) if values.dtype == np.float16 else values.astype(values.dtype.newbyteorder("="))
 
 
-def _check_shape(found: tuple[int, ...], expected: tuple[int, int], name: str) -> None:
+def _check_fit(found: tuple[int, ...], expected: tuple[int, int], name: str) -> None:
     found = tuple(int(size) for size in found)
     if found != expected:
         raise CorpusError(

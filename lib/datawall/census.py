@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from tqdm import tqdm
 
 from datawall import corpus, ontology, paths, store
+from datawall.cellstore import CELLS_AT_ONCE
 from datawall.corpus import CorpusError
 from datawall.datasets import DatasetError
 
@@ -149,7 +150,7 @@ def judge_types(
     return types, table
 
 
-def blocks(recipe: Recipe, selection: Selection, *, block_size: int = 4096) -> Iterator[ad.AnnData]:
+def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
     """The selected cells, in order, a block at a time: memory is that of a few blocks, however many cells there are.
 
     Parameters

@@ -197,6 +197,21 @@ def match_genes(
     return position, match
 
 
+def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarray]]:
+    """The genes of the gene table that any of some data sets has, and the columns of each among them.
+
+    Parameters
+    ----------
+    positions
+        For each data set, the row of each of its genes in the gene table, or -1 (see `match_genes`).
+    """
+    table = gene_table()
+    present = np.unique(np.concatenate([position[position >= 0] for position in positions]))
+    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
+    column_of[present] = np.arange(len(present))
+    return table.iloc[present][["feature_name"]], [column_of[position] for position in positions]
+
+
 def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> sp.csr_matrix:
     """Counts in other columns; those with the same position are summed, those with -1 left out.
 
@@ -252,11 +267,8 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
     if adata.obs_names.has_duplicates:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise CorpusError(f"{dataset}: cell name {twice} occurs more than once; make obs_names unique.")
-    table = gene_table()
-    present = np.unique(position[position >= 0])
-    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
-    column_of[present] = np.arange(len(present))
-    moved = place_columns(counts, column_of[position], len(present))
+    var, (column,) = compacted([position])
+    moved = place_columns(counts, column, len(var))
     full = np.flatnonzero(moved.getnnz(axis=1))
     if not len(full):
         raise CorpusError(f"{dataset}: no cell has a count in any matched gene; give it cells that were sequenced.")
@@ -267,7 +279,7 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
             adata.n_obs - len(full),
             adata.n_obs,
         )
-    return ad.AnnData(moved[full], obs=adata.obs.iloc[full].copy(), var=table.iloc[present][["feature_name"]]), match
+    return ad.AnnData(moved[full], obs=adata.obs.iloc[full].copy(), var=var), match
 
 
 def label_codes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -276,6 +288,12 @@ def label_codes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels = np.array([str(label) for label in labels], dtype=object)
     blank = np.array([not label.strip() for label in labels] + [True])
     return np.where(blank[codes], -1, codes), labels
+
+
+def no_column(dataset: str, key: str, columns: Iterable[str], role: str = "") -> str:
+    """What to say of a column that a data set lacks; `role` is what it was wanted for."""
+    there = ", ".join(map(repr, columns)) or "none"
+    return f"{dataset}: no column {key!r} in obs{role and f' for the {role}'}; it has {there}."
 
 
 def column(adata: ad.AnnData, dataset: str, key: str, role: str) -> pd.Categorical:
@@ -287,10 +305,7 @@ def column(adata: ad.AnnData, dataset: str, key: str, role: str) -> pd.Categoric
         If the column is absent, or has missing or blank values.
     """
     if key not in adata.obs:
-        raise CorpusError(
-            f"{dataset}: no column {key!r} in obs for the {role}; it has {', '.join(map(repr, adata.obs)) or 'none'}. "
-            f"Name the right column in the study file."
-        )
+        raise CorpusError(f"{no_column(dataset, key, adata.obs, role)} Name the right column in the study file.")
     codes, labels = label_codes(adata.obs[key].to_numpy(dtype=object))
     check_labels(int((codes < 0).sum()), dataset, key, role)
     return pd.Categorical(labels[codes])
@@ -317,41 +332,3 @@ def to_genes(adata: ad.AnnData, genes: pd.Index) -> sp.csr_matrix:
     (n_cells, len(genes)) float32 CSR.
     """
     return place_columns(adata.X, pd.Index(genes).get_indexer(adata.var_names), len(genes))
-
-
-def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> np.ndarray:
-    """Divide cells into parts of exact size that each hold every label in proportion.
-
-    Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it
-    has each label in proportion to within one cell. The next part takes from what is left, so with more than two
-    parts it is two cells. Rare labels are no obstacle: where there are fewer cells than parts, chance decides.
-
-    Parameters
-    ----------
-    labels
-        (n_cells,) the label of each cell.
-    shares
-        Sizes of the parts; they must add up to 1.
-    seed
-        Of the order and of where each part begins to count.
-
-    Returns
-    -------
-    (n_cells,) int64, the part of each cell.
-
-    Raises
-    ------
-    ValueError
-        If the shares are negative or do not add up to 1.
-    """
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-        raise ValueError(f"shares {shares} must be positive and add up to 1.")
-    rng = np.random.default_rng(seed)
-    part = np.full(len(labels), len(shares) - 1, dtype=np.int64)
-    left = np.lexsort((rng.permutation(len(labels)), np.asarray(labels)))
-    sizes = np.diff(np.rint(np.cumsum([0, *shares]) * len(labels)).astype(int))
-    for number, size in enumerate(sizes[:-1]):
-        chosen = np.floor((np.arange(size) + rng.random()) * len(left) / max(1, size)).astype(int)
-        part[left[chosen]] = number
-        left = np.delete(left, chosen)
-    return part

@@ -20,7 +20,7 @@ _DATA = ("assembly", "datasets", "annotation", "corpus", "expression")
 CODE = {
     "corpus": (*_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology", "cellstore"),
     "dataset": _DATA,
-    "split": ("assembly", "corpus", "sampling"),
+    "split": ("assembly", "sampling"),
     "contamination": ("assembly", "duplicates"),
     "sketch": ("expression",),
     "subset": ("sampling",),
@@ -58,10 +58,6 @@ class Curated:
         """Every subset of the corpus."""
         return [Subset(*subset) for subset in self.params.subsets() if subset[0] != "untrained"]
 
-    def evaluation_datasets(self) -> list[str]:
-        """Names of all evaluation data sets, the corpus's held-out cells first."""
-        return list(self.params.evaluation_sets())
-
     @property
     def held_out_name(self) -> str:
         """Name of the data set made of the corpus's held-out cells."""
@@ -81,7 +77,8 @@ class Curated:
         """Which cells of the corpus are pretrained on, and which are held out."""
         p = self.params
         drop = [self.contamination_unit(one.dataset).key for one in p.evaluation] if p.drop_contaminated else []
-        record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "drop": drop}
+        drawn = {"held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
+        record = {"corpus": self.corpus_unit.key, **drawn, "drop": drop}
         return Unit("split", record, CODE["split"])
 
     @cache  # noqa: B019 - every key asks for it, and a folder's files take long to look through
@@ -130,13 +127,18 @@ class Curated:
     def split_rows(self, part: str) -> np.ndarray:
         """Sorted rows of the corpus of a part: `pretraining`, `held_out`, or `spike_in`."""
         if part == "spike_in":
-            return np.load(self.corpus_artifact.folder / "spike_in.npy")
-        return np.load(self.dataset_artifact(self.held_out_name).folder / f"{part}.npy")
+            return _mapped(self.corpus_artifact.folder / "spike_in.npy")
+        return _mapped(self.dataset_artifact(self.held_out_name).folder / f"{part}.npy")
 
     @cached_property
     def pretraining_cells(self) -> Cells:
         """The cells that models may be pretrained on, spiked-in ones apart."""
         return self.corpus.take(self.split_rows("pretraining"))
+
+    @property
+    def held_out_cells(self) -> Cells:
+        """The corpus's held-out cells, on disk; `dataset` has them in memory."""
+        return self.corpus.take(self.split_rows("held_out"))
 
     def dataset(self, name: str) -> ad.AnnData:
         """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known.
@@ -153,7 +155,7 @@ class Curated:
 
     def _read_dataset(self, name: str) -> ad.AnnData:
         if name == self.held_out_name:
-            return self.corpus.take(self.split_rows("held_out")).to_memory()
+            return self.held_out_cells.to_memory()
         return ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")
 
     def dataset_artifact(self, name: str) -> Artifact:
@@ -169,11 +171,13 @@ class Curated:
         """What an evaluation data set shares with the corpus; rows count in the corpus."""
 
         def make(folder: Path) -> None:
-            held_out = name == self.held_out_name
-            cells = self.pretraining_cells if held_out else self.corpus
-            everything = np.ones(cells.n_vars, bool)
-            measured = everything if held_out else np.load(self.dataset_artifact(name).folder / "measured.npy")
-            assembly.contamination(self.dataset(name), measured, cells).write(folder)
+            if name == self.held_out_name:
+                everything = np.ones(self.corpus.n_vars, bool)
+                found = assembly.contamination(self.held_out_cells, everything, self.pretraining_cells)
+            else:
+                measured = np.load(self.dataset_artifact(name).folder / "measured.npy")
+                found = assembly.contamination(self.dataset(name), measured, self.corpus)
+            found.write(folder)
 
         return duplicates.Contamination.read(self.store.find_or_make(self.contamination_unit(name), make).folder)
 
@@ -239,7 +243,7 @@ class Curated:
         if subset.strategy == "untrained":
             return np.empty(0, np.int64)
         artifact = self.store.find_or_make(self.subset_unit(subset), lambda folder: self._make_subset(subset, folder))
-        return np.load(artifact.folder / "rows.npy")
+        return _mapped(artifact.folder / "rows.npy")
 
     def _make_subset(self, subset: Subset, folder: Path) -> None:
         percentage, seed = subset.percentage, subset.seed
@@ -259,3 +263,8 @@ class Curated:
             kept, spiked = sampling.spike_in(len(rows), len(perturbed), share, seed=seed)
             rows = np.union1d(rows[kept], perturbed[spiked])
         np.save(folder / "rows.npy", rows)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """Rows that stay in their file: those of every subset of an atlas would take gigabytes."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)

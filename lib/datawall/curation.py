@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall import annotation, diversity, expression, simulate, sources
+from datawall import annotation, cellstore, diversity, expression, simulate, sources
 from datawall.study import Study
+
+VENDI_CELLS = 500  # drawn of each subset
+COMPARED = 5000  # held-out cells that simulated ones are set beside
 
 
 def gene_matches(study: Study) -> pd.DataFrame:
     """How the genes of each data set met the gene table, a row each (see `corpus.GeneMatch`).
 
+    Columns of the same gene are summed, and counted as `duplicated`.
     `in_corpus` is the number of genes shared with the corpus, which is all that a model can see of a data set.
     """
     of_corpus = json.loads((study.corpus_artifact.folder / "genes.json").read_text())
     rows = [{**match, "in_corpus": match["matched"]} for match in of_corpus]
+    if study.params.spike_in is not None:
+        rows.append(json.loads((study.corpus_artifact.folder / "spike_in_genes.json").read_text()))
     for one in study.params.evaluation:
         rows.append(json.loads((study.dataset_artifact(one.dataset).folder / "genes.json").read_text()))
     return pd.DataFrame(rows).set_index("dataset")
@@ -28,8 +35,9 @@ def gene_matches(study: Study) -> pd.DataFrame:
 def reports(study: Study) -> dict[str, pd.DataFrame]:
     """What became of the corpus's cells on the way to it, by name of the table.
 
-    For files: `cells` (read, empty, filtered, duplicate and kept, a row per file), `duplicates` and `quality` (see
-    `sources.Report`). For the Census: `census` and `types` (see `census.Selection`). Else none.
+    For files: `cells` (read, empty, filtered, duplicate and kept, a row per file) and `duplicates` (see
+    `sources.Report`). For the Census: `census` and `types` (see `census.Selection`). For other data sets: `cells` with
+    read, empty and kept.
     """
     folder = study.corpus_artifact.folder
     return {path.stem.removeprefix("report_"): pd.read_parquet(path) for path in sorted(folder.glob("report_*"))}
@@ -38,8 +46,12 @@ def reports(study: Study) -> dict[str, pd.DataFrame]:
 def quality(study: Study) -> pd.DataFrame:
     """Genes, counts and mitochondrial share (0 to 1) of the corpus's cells, a row each: 5 to 95 % quantiles."""
     var = study.corpus.var
-    blocks = [pd.DataFrame(sources.quality(counts, var)) for _, counts in study.corpus.blocks()]
-    return pd.concat(blocks).quantile([0.05, 0.25, 0.5, 0.75, 0.95]).T.rename_axis(index="metric", columns="quantile")
+    values = np.empty((len(sources.QUALITY), study.corpus.n_obs), np.float32)  # 12 bytes a cell, and exact
+    for rows, counts in study.corpus.blocks():
+        values[:, rows] = [*sources.quality(counts, var).values()]
+    quantiles = pd.Index([0.05, 0.25, 0.5, 0.75, 0.95], name="quantile")
+    table = [np.quantile(of_cells, quantiles, overwrite_input=True).astype(float) for of_cells in values]
+    return pd.DataFrame(table, pd.Index(sources.QUALITY, name="metric"), quantiles)
 
 
 def contamination(study: Study) -> pd.DataFrame:
@@ -48,8 +60,21 @@ def contamination(study: Study) -> pd.DataFrame:
     Columns: see `duplicates.Contamination.row`. With `drop_contaminated` in the study, the rows counted here are left
     out of pretraining.
     """
-    rows = {name: study.contamination(name).row() for name in study.evaluation_datasets()}
+    rows = {name: study.contamination(name).row() for name in study.params.evaluation_sets()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
+
+
+def beside_simulated(study: Study) -> dict[str, sp.csr_matrix]:
+    """Counts of held-out cells, `COMPARED` at most, and of as many simulated ones with as many genes: for `realism`.
+
+    Nothing where there is nothing to compare: the corpus is simulated itself, or has too few genes for an atlas.
+    """
+    held_out = study.held_out_cells
+    if study.params.simulation is not None or held_out.n_vars < simulate.MIN_GENES:
+        return {}
+    rows = np.sort(np.random.default_rng(0).permutation(held_out.n_obs)[:COMPARED])
+    atlas = simulate.Atlas(n_cells=len(rows), n_genes=held_out.n_vars)
+    return {study.held_out_name: held_out.counts(rows), "simulated": simulate.load(atlas).X}
 
 
 def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -79,19 +104,51 @@ def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFram
 
 def composition(study: Study) -> pd.DataFrame:
     """Cells of each type in every subset: strategy, percentage, seed, cell_type, n_cells, share (0 to 1)."""
-    cell_type = study.corpus.obs["cell_type"]
+    cell_type = study.corpus.obs["cell_type"].array
     tables = []
     for subset in study.subsets():
-        counted = cell_type.iloc[study.rows(subset)].value_counts()
+        counted = pd.Series(cell_type[study.rows(subset)]).value_counts()
         n_cells = counted[counted > 0].rename("n_cells").rename_axis("cell_type").reset_index()
         tables.append(n_cells.assign(**asdict(subset), share=n_cells["n_cells"] / n_cells["n_cells"].sum()))
     return pd.concat(tables, ignore_index=True)
 
 
-def subset_diversity(study: Study, *, vendi_cells: int = 500) -> pd.DataFrame:
+def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
+    """Write the names of the cells of every subset, to publish them: a text file each, a cell a line.
+
+    Names are those of the sources, with the file's name before them where the corpus has several files; those of the
+    Census are `soma_joinid`. So they mean the same to anyone who has the sources.
+
+    Parameters
+    ----------
+    study
+        Whose subsets.
+    folder
+        Made if need be; files in it are replaced.
+
+    Returns
+    -------
+    table with the columns file, strategy, percentage, seed, n_cells, which is also written, as `subsets.csv`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = []
+    for subset in study.subsets():
+        rows = study.rows(subset)
+        name = f"{subset.strategy}_{subset.percentage:g}_{subset.seed}.txt"
+        with (folder / name).open("w", encoding="utf-8") as file:
+            for first in range(0, len(rows), cellstore.NAMES):
+                names = study.corpus.names(rows[first : first + cellstore.NAMES])
+                file.writelines(f"{one}\n" for one in names)
+        table.append({"file": name, **asdict(subset), "n_cells": len(rows)})
+    table = pd.DataFrame(table)
+    table.to_csv(folder / "subsets.csv", index=False)
+    return table
+
+
+def subset_diversity(study: Study) -> pd.DataFrame:
     """Diversity of every subset: n_cells, shannon (bits), inverse_simpson, vendi and vendi_sd.
 
-    Vendi grows with the number of cells, so it is the mean over ten draws of `vendi_cells` cells of each subset, and
+    Vendi grows with the number of cells, so it is the mean over ten draws of `VENDI_CELLS` cells of each subset, and
     `vendi_sd` their standard deviation; both are NaN where a subset has fewer, as the number would not compare.
     """
     cell_type = study.corpus.obs["cell_type"].array
@@ -105,10 +162,9 @@ def subset_diversity(study: Study, *, vendi_cells: int = 500) -> pd.DataFrame:
             "vendi": np.nan,
             "vendi_sd": np.nan,
         }
-        if len(rows) >= vendi_cells:
-            scores = study.pca_scores(rows)
+        if len(rows) >= VENDI_CELLS:
             measures["vendi"], measures["vendi_sd"] = diversity.at_equal_n(
-                diversity.vendi, scores, vendi_cells, seed=subset.seed
+                lambda drawn: diversity.vendi(study.pca_scores(drawn)), rows, VENDI_CELLS, seed=subset.seed
             )
         table.append({**asdict(subset), **measures})
     return pd.DataFrame(table)
@@ -132,6 +188,7 @@ def marker_expression(study: Study) -> pd.DataFrame:
     columns = symbols.get_indexer(genes)
     sums = np.zeros((len(types.categories), len(genes)))
     for rows, counts in study.corpus.blocks():
-        np.add.at(sums, types.codes[rows], expression.lognormalise(counts)[:, columns].toarray())
+        of_type = sp.csr_array((np.ones(len(rows)), (types.codes[rows], np.arange(len(rows)))), (len(sums), len(rows)))
+        sums += (of_type @ expression.lognormalise(counts)[:, columns]).toarray()
     means = pd.DataFrame(sums / types.value_counts().to_numpy()[:, None], types.categories, genes).loc[order]
     return ((means - means.mean()) / means.std()).rename_axis(index="cell_type", columns="gene")

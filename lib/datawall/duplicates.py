@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -128,14 +129,14 @@ class Contamination:
             values = {name: array if name.endswith("rows") else array.tolist() for name, array in file.items()}
         return cls(**{**values, "donors": tuple(values["donors"])})
 
-    def rows_to_drop(self, *, donors: bool = True) -> np.ndarray:
-        """Rows to leave out of pretraining: duplicates, and all cells of shared donors unless told otherwise."""
-        return np.union1d(self.duplicate_rows, self.donor_rows) if donors else self.duplicate_rows
+    def rows_to_drop(self) -> np.ndarray:
+        """Rows to leave out of pretraining: duplicates, and all cells of shared donors."""
+        return np.union1d(self.duplicate_rows, self.donor_rows)
 
 
 def contamination(
     evaluation_hashes: np.ndarray,
-    corpus_hashes: np.ndarray,
+    corpus_hashes: Iterable[np.ndarray],
     evaluation_donors: np.ndarray | None = None,
     corpus_donors: np.ndarray | None = None,
 ) -> Contamination:
@@ -144,7 +145,7 @@ def contamination(
     Parameters
     ----------
     evaluation_hashes, corpus_hashes
-        From `cell_hashes`, both among the genes that the two have in common.
+        From `cell_hashes`, both among the genes that the two have in common; those of the corpus in blocks.
     evaluation_donors, corpus_donors
         Donor of each cell, or None where unknown. Names are compared as they are: put the data set's before those that
         say nothing outside it, such as "1" or "patient A".
@@ -155,18 +156,28 @@ def contamination(
     """
     evaluated, pretrained = SeenCells(), SeenCells()
     evaluated.add(evaluation_hashes, 0)
-    duplicate_rows = np.flatnonzero(evaluated.find(corpus_hashes) >= 0).astype(np.int64)
-    pretrained.add(corpus_hashes[duplicate_rows], 0)
-    shared, in_evaluation, in_corpus = (), np.zeros(len(evaluation_hashes), bool), np.zeros(len(corpus_hashes), bool)
+    n_cells, duplicate_rows = 0, [np.empty(0, np.int64)]
+    for hashes in corpus_hashes:
+        again = np.flatnonzero(evaluated.find(hashes) >= 0)
+        pretrained.add(hashes[again], 0)
+        duplicate_rows.append(n_cells + again)
+        n_cells += len(hashes)
+    donors, donor_cells, donor_rows = (), 0, np.empty(0, np.int64)
     if evaluation_donors is not None and corpus_donors is not None:
-        shared = tuple(sorted(set(map(str, pd.unique(evaluation_donors))) & set(map(str, pd.unique(corpus_donors)))))
-        in_evaluation = pd.Series(evaluation_donors).astype(str).isin(shared).to_numpy()
-        in_corpus = pd.Series(corpus_donors).astype(str).isin(shared).to_numpy()
+        (of_cell, names), (of_row, corpus_names) = map(pd.factorize, (evaluation_donors, corpus_donors))
+        donors = tuple(sorted(set(map(str, names)) & set(map(str, corpus_names))))
+        donor_cells = int(np.isin(of_cell, _named(names, donors)).sum())
+        donor_rows = np.flatnonzero(np.isin(of_row, _named(corpus_names, donors)))
     return Contamination(
         n_cells=len(evaluation_hashes),
         duplicates=int((pretrained.find(evaluation_hashes) >= 0).sum()),
-        donors=shared,
-        donor_cells=int(in_evaluation.sum()),
-        duplicate_rows=duplicate_rows,
-        donor_rows=np.flatnonzero(in_corpus).astype(np.int64),
+        donors=donors,
+        donor_cells=donor_cells,
+        duplicate_rows=np.concatenate(duplicate_rows),
+        donor_rows=donor_rows,
     )
+
+
+def _named(names: Iterable[object], wanted: tuple[str, ...]) -> list[int]:
+    """Codes of names, read as text, that are wanted."""
+    return [code for code, name in enumerate(names) if str(name) in wanted]

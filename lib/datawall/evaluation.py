@@ -64,7 +64,7 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
     """
     missing = [one for one in evaluations(study, task) if not study.store.find(evaluation_unit(study, one))]
     if missing:
-        for name in study.evaluation_datasets():
+        for name in study.params.evaluation_sets():
             study.dataset_artifact(name)
         study.pretrain()
     cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))

@@ -20,6 +20,7 @@ from datawall import store
 type Blocks = Callable[[], Iterable[sp.csr_matrix]]
 
 TARGET_SUM = 1e4
+COMPONENTS = 50
 
 
 def lognormalise(counts: sp.csr_matrix) -> sp.csr_matrix:
@@ -156,13 +157,13 @@ def _with_fixed_signs(axes: np.ndarray) -> np.ndarray:
     return axes * np.sign(largest)
 
 
-def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = 50) -> np.ndarray:
+def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = COMPONENTS) -> np.ndarray:
     """Principal component scores of the cells themselves, (n_cells, n_components) float32."""
     axes, mean = principal_axes(X, n_components)
     return np.asarray(X @ axes.T - mean @ axes.T, dtype=np.float32)
 
 
-def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50, *, then: Blocks | None = None) -> np.ndarray:
+def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks | None = None) -> np.ndarray:
     """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file.
 
     They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over
@@ -176,14 +177,12 @@ def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50, *, then: Bl
         Raw counts.
     path
         Written atomically.
-    n_components
-        Fewer are written where there are fewer cells or variable genes.
     then
         Raw counts of more cells, scored after those of `blocks` on the components that those have without them.
 
     Returns
     -------
-    (n_cells, n_components) float32, a read-only memory map of the file.
+    (n_cells, 50) float32, a read-only memory map of the file; fewer columns where there are fewer cells or genes.
 
     Raises
     ------
@@ -191,7 +190,7 @@ def streamed_pca(blocks: Blocks, path: Path, n_components: int = 50, *, then: Bl
         From `streamed_variable_genes`.
     """
     genes = streamed_variable_genes(blocks)
-    axes, mean, n_cells = streamed_axes(blocks, genes, n_components)
+    axes, mean, n_cells = streamed_axes(blocks, genes, COMPONENTS)
     if then is not None:
         n_cells += sum(counts.shape[0] for counts in then())
 

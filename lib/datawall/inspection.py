@@ -36,8 +36,7 @@ class Looked:
         found = []
         for key in keys:
             if key not in self.columns:
-                there = ", ".join(map(repr, self.columns)) or "none"
-                found.append(f"{self.name}: no column {key!r} in obs; it has {there}.")
+                found.append(corpus.no_column(self.name, key, self.columns))
             elif key not in self.obs:
                 found.append(f"{self.name}: column {key!r} has over {MANY:,} values; labels have fewer.")
             elif missing := int(self.obs[key].isna().sum()):

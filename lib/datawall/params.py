@@ -159,6 +159,7 @@ class Params(BaseModel):
     max_mito: Annotated[float, Field(ge=0, le=1)] = 1.0  # and their greatest share in mitochondrial genes
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.3  # share of the corpus kept for evaluation
     split_by: Literal["cell", "donor_id"] = "cell"  # whether whole donors are held out
+    split_seed: Seed = 0  # of the cells or donors held out
     held_out_tasks: list[Task] | None = None  # that the cells held out join; by default all that their columns allow
     evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 type Seed = int | Sequence[int]
 
 BLOCK = 2048  # cells whose scores are gridded at a time, so that they stay in the processor's cache
+ORDERS = 32  # of groups, of which a split takes the best
 TRIES = 24  # of box lengths, at most: halved so often, single precision tells no finer boxes apart
 
 
@@ -168,14 +169,49 @@ def spike_in(n_train: int, n_perturbed: int, percentage: float, *, seed: Seed) -
     return np.sort(rng.permutation(n_train)[size:]), np.sort(perturbed)
 
 
-def split_by_group(
-    groups: np.ndarray | pd.Categorical, shares: list[float], *, seed: Seed, n_orders: int = 32
-) -> np.ndarray:
+def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> np.ndarray:
+    """Divide cells into parts of exact size that each hold every label in proportion.
+
+    Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it
+    has each label in proportion to within one cell. The next part takes from what is left, so with more than two
+    parts it is two cells. Rare labels are no obstacle: where there are fewer cells than parts, chance decides.
+
+    Parameters
+    ----------
+    labels
+        (n_cells,) the label of each cell.
+    shares
+        Sizes of the parts; they must add up to 1.
+    seed
+        Of the order and of where each part begins to count.
+
+    Returns
+    -------
+    (n_cells,) int64, the part of each cell.
+
+    Raises
+    ------
+    ValueError
+        If the shares are negative or do not add up to 1.
+    """
+    _check_shares(shares)
+    rng = np.random.default_rng(seed)
+    part = np.full(len(labels), len(shares) - 1, dtype=np.int64)
+    left = np.lexsort((rng.permutation(len(labels)), np.asarray(labels)))
+    sizes = np.diff(np.rint(np.cumsum([0, *shares]) * len(labels)).astype(int))
+    for number, size in enumerate(sizes[:-1]):
+        chosen = np.floor((np.arange(size) + rng.random()) * len(left) / max(1, size)).astype(int)
+        part[left[chosen]] = number
+        left = np.delete(left, chosen)
+    return part
+
+
+def split_by_group(groups: np.ndarray | pd.Categorical, shares: list[float], *, seed: Seed) -> np.ndarray:
     """Divide cells into parts by whole groups, such as donors, so that no group is in two parts.
 
-    Groups are dealt out in random order, each to the part that lacks most of its cells. Of `n_orders` orders the one
+    Groups are dealt out in random order, each to the part that lacks most of its cells. Of `ORDERS` orders the one
     counts that leaves the least largest gap between a part's size and its share. So sizes are near to the shares, and
-    in any case exceed them by less than one group; `corpus.stratified_split` meets them exactly, but parts donors.
+    in any case exceed them by less than one group; `stratified_split` meets them exactly, but parts donors.
 
     Parameters
     ----------
@@ -185,8 +221,6 @@ def split_by_group(
         Sizes of the parts; they must add up to 1.
     seed
         Of the orders.
-    n_orders
-        To choose from.
 
     Returns
     -------
@@ -197,8 +231,7 @@ def split_by_group(
     ValueError
         If the shares are negative or do not add up to 1, there are fewer groups than parts, or a cell has no group.
     """
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-        raise ValueError(f"shares {shares} must be positive and add up to 1.")
+    _check_shares(shares)
     group = _codes(groups, "group")
     sizes = np.bincount(group)
     present, wanted = np.flatnonzero(sizes), np.count_nonzero(shares)
@@ -206,9 +239,14 @@ def split_by_group(
         raise ValueError(f"{len(present)} groups cannot fill {wanted} parts; give fewer parts or split by cell.")
     rng = np.random.default_rng(seed)
     target = np.asarray(shares) * len(group)
-    dealt = (_deal(sizes, rng.permutation(present), target) for _ in range(n_orders))
+    dealt = (_deal(sizes, rng.permutation(present), target) for _ in range(ORDERS))
     part_of_group, _ = min(dealt, key=lambda deal: np.abs(deal[1]).max())
     return part_of_group[group]
+
+
+def _check_shares(shares: list[float]) -> None:
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares {shares} must be positive and add up to 1.")
 
 
 def _deal(sizes: np.ndarray, order: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -50,7 +50,7 @@ def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     labels = obs["cell_type"].to_numpy().astype(str)
     n_splits = study.params.splits if len(obs) < SMALL else 1
     for seed in range(n_splits):
-        yield f"cells {seed}", corpus.stratified_split(labels, [0.5, 0.5], seed=seed) == 1
+        yield f"cells {seed}", sampling.stratified_split(labels, [0.5, 0.5], seed=seed) == 1
     for seed, part in donor_splits(obs, [0.5, 0.5], n_splits):
         yield f"donors {seed}", part == 1
 
@@ -69,10 +69,10 @@ def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     labels = obs["cell_type"].to_numpy().astype(str)
     n_splits = (study.params.finetuned_splits or study.params.splits) if len(obs) < SMALL else 1
     for seed in range(n_splits):
-        yield f"cells {seed}", corpus.stratified_split(labels, [0.8, 0.1, 0.1], seed=seed)
+        yield f"cells {seed}", sampling.stratified_split(labels, [0.8, 0.1, 0.1], seed=seed)
     for seed, held_out in donor_splits(obs, [0.8, 0.2], n_splits):
         part = np.full(len(labels), 2)
-        part[held_out == 0] = corpus.stratified_split(labels[held_out == 0], [8 / 9, 1 / 9], seed=seed)
+        part[held_out == 0] = sampling.stratified_split(labels[held_out == 0], [8 / 9, 1 / 9], seed=seed)
         yield f"donors {seed}", part
 
 

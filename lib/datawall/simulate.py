@@ -24,10 +24,12 @@ import scipy.sparse as sp
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from datawall import corpus, ontology, paths, store
+from datawall.cellstore import CELLS_AT_ONCE
 
 ONTOLOGY = paths.PACKAGE_DATA / "cell_types.obo"  # a tree over scTab's cell types, also for SCimilarity's `ontology`
 COMPOSITION = paths.PACKAGE_DATA / "sctab_cell_types.csv"  # cells of each type in scTab's test split
 CONTROL, TREATED = "ctrl", "treated"
+MIN_GENES = 50  # fewer could not hold programmes apart
 CHUNK = 128  # cells that share a random generator; fixed, so that no cell depends on how the atlas is cut into blocks
 GAMMA_SHAPE = 4.0  # of a programme's activity over the cells that carry it: a spread of half its mean
 PROGRAMME_GENES = 0.03  # share of the genes that make up a programme, the shared one apart
@@ -42,7 +44,7 @@ class Atlas(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
     n_cells: PositiveInt = 10_000  # the first cells of a larger atlas are those of a smaller one
-    n_genes: Annotated[int, Field(ge=50, le=19_331)] = 2000  # drawn from the gene table
+    n_genes: Annotated[int, Field(ge=MIN_GENES, le=19_331)] = 2000  # drawn from the gene table
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the truth and of the cells
     composition: dict[str, PositiveFloat] | None = None  # cell types by weight; by default scTab's 164, as common
     n_datasets: PositiveInt = 4  # a type is common in some and rare in others
@@ -101,11 +103,11 @@ class Truth:
     donor_share: np.ndarray  # (n_types, n_donors) where the cells of a type come from; rows add up to 1
     capture: np.ndarray  # (n_donors, n_genes) uint8: a burst is kept with probability (capture + 1) / 256
 
-    def markers(self, n_genes: int = 4) -> dict[str, list[str]]:
-        """Symbols of the genes with the largest loadings in each type's own programme, by cell type."""
+    def markers(self) -> dict[str, list[str]]:
+        """Symbols of the four genes with the largest loadings in each type's own programme, by cell type."""
         own = [name if name in self.programmes.index else "shared" for name in self.types.index]
         loadings = self.loadings[self.programmes.index.get_indexer(own)]
-        best = np.argsort(-loadings, axis=1)[:, :n_genes]
+        best = np.argsort(-loadings, axis=1)[:, :4]
         symbols = self.genes["feature_name"].to_numpy()[best]
         return dict(zip(self.types.index, symbols.tolist(), strict=True))
 
@@ -290,7 +292,7 @@ def _donors(atlas: Atlas, n_types: int, rng: np.random.Generator) -> tuple[pd.Da
     return table, donor_share, np.clip(np.rint(capture), 0, 255).astype(np.uint8)
 
 
-def blocks(atlas: Atlas, block_size: int = 4096) -> Iterator[ad.AnnData]:
+def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
     """All cells of an atlas, a block at a time; memory does not grow with the number of cells.
 
     The cells come out the same however they are cut into blocks, since each run of `CHUNK` cells has a random generator

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datawall import corpus
 from datawall.backed import CellFile, reading
+from datawall.cellstore import CELLS_AT_ONCE
 from datawall.corpus import CorpusError, GeneMatch
 from datawall.duplicates import SeenCells, cell_hashes
 
@@ -23,11 +24,7 @@ log = logging.getLogger(__name__)
 
 SAMPLE = 2048  # rows at the beginning, middle and end of a matrix by which the place of the counts is chosen
 SCAN = 65_536  # rows of names and labels read at once
-METRICS = {  # edges of the histograms that quality is summarised from: exact, to 1 %, and to 0.001
-    "n_genes": np.arange(20_000.0),
-    "n_counts": np.concatenate([np.arange(100.0), np.geomspace(100, 1e8, 1400)]),
-    "mito_share": np.linspace(0, 1, 1001),
-}
+QUALITY = ("n_genes", "n_counts", "mito_share")  # of a cell, see `quality`
 
 type Columns = Mapping[str, str | Mapping[str, str]]
 
@@ -49,7 +46,6 @@ class Report:
 
     cells: pd.DataFrame  # a row per file: dataset, read, empty, filtered, duplicate, kept
     duplicates: pd.DataFrame  # kept_in, dropped_from, n_cells
-    quality: pd.DataFrame  # dataset, stage (read, kept), metric, quantile (0.05 to 0.95), value
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class Source:
         everywhere = [np.isin(np.arange(len(var)), file.position) for file in files]
         self.shared_genes = var.index[np.all(everywhere, axis=0)]
 
-    def blocks(self, block_size: int = 4096) -> Iterator[ad.AnnData]:
+    def blocks(self, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
         """The cells, file by file in order, as blocks that share `var` and the categories of `obs`.
 
         Cells without a count in any gene of `var` are dropped, then those that a filter refuses, then those whose
@@ -163,8 +159,6 @@ class Source:
         if o.drop_duplicates and len(rows):
             origin = seen.add(cell_hashes(block.X[rows], self.var.index, self.shared_genes), number)
         kept = rows[origin < 0]
-        tally.add(number, "read", obs)
-        tally.add(number, "kept", obs.iloc[kept])
         tally.cells[number] += len(obs), (~full).sum(), (full & ~good).sum(), (origin >= 0).sum(), len(kept)
         tally.duplicates.update((int(first), number) for first in origin[origin >= 0])
         return block if len(kept) == block.n_obs else block[kept].copy()
@@ -187,38 +181,19 @@ def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 class _Tally:
-    """Counts of cells and histograms of their quality, of a size that does not depend on the number of cells."""
+    """What became of the cells, in numbers."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.cells = np.zeros((len(names), 5), np.int64)
         self.duplicates: Counter[tuple[int, int]] = Counter()
-        self.histograms: dict[tuple[int, str, str], np.ndarray] = {}
-
-    def add(self, number: int, stage: str, obs: pd.DataFrame) -> None:
-        """Count the quality of some cells of a file."""
-        for metric, edges in METRICS.items():
-            at = np.searchsorted(edges, obs[metric].to_numpy(), side="right") - 1
-            held = self.histograms.setdefault((number, stage, metric), np.zeros(len(edges), np.int64))
-            held += np.bincount(at, minlength=len(edges))
 
     def report(self) -> Report:
         """The tables."""
         cells = pd.DataFrame(self.cells, columns=["read", "empty", "filtered", "duplicate", "kept"])
         cells.insert(0, "dataset", self.names)
         pairs = [(self.names[i], self.names[j], n) for (i, j), n in sorted(self.duplicates.items())]
-        quality = []
-        for (number, stage, metric), counts in self.histograms.items():
-            below = np.cumsum(counts)
-            for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
-                at = np.searchsorted(below, quantile * below[-1])
-                value = METRICS[metric][at] if below[-1] else np.nan
-                quality.append((self.names[number], stage, metric, quantile, value))
-        return Report(
-            cells=cells,
-            duplicates=pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"]),
-            quality=pd.DataFrame(quality, columns=["dataset", "stage", "metric", "quantile", "value"]),
-        )
+        return Report(cells, pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"]))
 
     def __str__(self) -> str:
         _, empty, filtered, duplicate, _ = self.cells.sum(axis=0)
@@ -271,12 +246,10 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
             bar.update()
     if "dataset_id" not in columns:
         found["dataset_id"] = set(names)
-    present = np.unique(np.concatenate([file.position[file.position >= 0] for file in files]))
-    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
-    column_of[present] = np.arange(len(present))
-    files = [replace(file, position=column_of[file.position]) for file in files]
+    var, columns_of = corpus.compacted([file.position for file in files])
+    files = [replace(file, position=of_file) for file, of_file in zip(files, columns_of, strict=True)]
     labels = {role: sorted(values) for role, values in found.items()}
-    return Source(files, matches, labels, table.iloc[present][["feature_name"]], options)
+    return Source(files, matches, labels, var, options)
 
 
 def _file_names(paths: list[Path]) -> list[str]:

@@ -2,13 +2,14 @@
 
     python tests/benchmarks/curation.py 200000 1000000
 
-Each size is curated by a process of its own: simulated and written, split, its components taken, sampled by three
-strategies at 1 and 10 %, its diversity computed. Prints a row for each step, and the ratios of the last size to the
-first. Peak memory is that of the process up to the end of the step, as the kernel counts it; the pages of files that
-it maps are among it. On 2 cores of an AMD EPYC:
+Each size is curated by a process of its own, which does what notebook 1 does: simulated and written, split, compared
+with its held-out cells, its components taken, sampled by three strategies at 1, 10, 25 and 100 %, its tables computed,
+some cells set beside simulated ones, the cells of all subsets named.
+Prints a row for each step, and the ratios of the last size to the first. Peak memory is that of the process up to the
+end of the step, as the kernel counts it; the pages of files that it maps are among it. On 2 cores of an AMD EPYC, which
+other processes shared:
 
-    200,000 cells   simulate and write 31 s, components 35 s, all  66 s, peak 1,425 MiB,   346 MiB on disk
-  1,000,000 cells   simulate and write 131 s, components 155 s, all 288 s, peak 1,448 MiB, 1,726 MiB on disk
+    200,000 cells   simulate and write 269 s, components 288 s, all 718 s, peak 1,565 MiB, 349 MiB on disk
 """
 
 import resource
@@ -18,16 +19,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 STUDY = {
     "study": "curation",
     "corpus": "simulated",
     "strategies": ["random", "celltype_reweighted", "geometric_sketching"],
-    "percentages": [1, 10],
+    "percentages": [1, 10, 25, 100],
     "seeds": [0],
     "models": ["PretrainedPCA"],
     "steps": 1,
     "tasks": ["zeroshot_classification"],
-    "held_out": 0.1,
+    "donor_key": "donor_id",
+    "held_out": 0.2,
 }
 
 
@@ -37,15 +41,24 @@ def curate(n_cells: int) -> None:
     from datawall.curated import Curated
 
     parameters = dw.params.check({**STUDY, "simulation": {"n_cells": n_cells, "n_genes": 19_331}}, "benchmark")
+    tables = dw.curation
     with tempfile.TemporaryDirectory() as folder:
         study = Curated(parameters, Path(folder))
         steps = {
             "simulate and write": lambda: study.corpus_artifact,
+            "genes, cells, quality": lambda: (
+                tables.gene_matches(study), tables.reports(study), tables.quality(study),
+            ),
+            "markers": lambda: tables.marker_expression(study),
             "split": lambda: study.split_rows("pretraining"),
+            "contamination": lambda: tables.contamination(study),
             "principal components": lambda: study.X_pca,
             "subsets": lambda: [study.rows(subset) for subset in study.subsets()],
-            "diversity": lambda: dw.curation.subset_diversity(study),
-        }
+            "composition": lambda: tables.composition(study),
+            "diversity": lambda: tables.subset_diversity(study),
+            "realism": lambda: tables.realism(beside(study)),
+            "names of cells": lambda: tables.write_cell_ids(study, Path(folder) / "ids"),
+        }  # fmt: skip
         begin = time.perf_counter()
         for name, step in steps.items():
             started = time.perf_counter()
@@ -55,6 +68,16 @@ def curate(n_cells: int) -> None:
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
         seconds = time.perf_counter() - begin
         print(f"{n_cells:>10,}  {'all':<22} {seconds:>8.1f} s {peak():>8,.0f} MiB, {size:,.0f} MiB on disk")
+
+
+def beside(study) -> dict:
+    """As `curation.beside_simulated`, which sets nothing beside a simulated corpus."""
+    from datawall import curation, simulate
+
+    held_out = study.held_out_cells
+    rows = np.sort(np.random.default_rng(0).permutation(held_out.n_obs)[: curation.COMPARED])
+    other = simulate.Atlas(n_cells=len(rows), n_genes=held_out.n_vars, seed=1)
+    return {"corpus": held_out.counts(rows), "simulated": simulate.load(other).X}
 
 
 def peak() -> float:
