@@ -33,7 +33,7 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints
-LOSSES_AT_ONCE = 20  # steps a GPU runs ahead before their losses are looked at
+LOSSES_AT_ONCE = {"cpu": 1, "cuda": 20}  # steps a device runs ahead before their losses are looked at
 NEIGHBOURS = 32  # cells that a pass over many draws together: what a disk gives in one go
 MIXED = 16_384  # cells whose order is fully random
 
@@ -246,8 +246,10 @@ def train(
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)
-            save = checkpoint and rank == 0 and time.monotonic() - saved >= CHECKPOINT_SECONDS
-            if where.type == "cpu" or look or save or last or len(pending) == LOSSES_AT_ONCE:
+            # All processes look together, so that clocks have no say in when: one alone would wait for the others.
+            settle = look or last or len(pending) == LOSSES_AT_ONCE[where.type]
+            save = settle and checkpoint and rank == 0 and time.monotonic() - saved >= CHECKPOINT_SECONDS
+            if settle:
                 _settle(pending, state, recipe, module, n_processes)
                 bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
             optimiser.zero_grad()
