@@ -66,6 +66,14 @@ def test_resumed_history_is_whole(tmp_path, monkeypatch):
     np.testing.assert_array_equal(resumed.loss, whole.loss)
     np.testing.assert_array_equal(resumed.validation_step, whole.validation_step)
     assert resumed.samples_seen == whole.samples_seen == 80
+    assert resumed.unique_cells == whole.unique_cells == 40
+
+
+def test_cells_of_before_and_after_a_kill_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        train_to(tmp_path / "a.npz", steps=4, stop_at=2)
+    assert train_to(tmp_path / "a.npz", steps=4)[1].unique_cells == 32
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):

@@ -186,7 +186,6 @@ class SCimilarity(base.Network):
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> training.History:
         """Train for a number of optimiser steps, on cells with a type in `obs["cell_type"]`.
 
@@ -211,7 +210,7 @@ class SCimilarity(base.Network):
 
         batches = weighted_batches(sampling_weights(labels, studies), h.batch_size, steps, seed=seed)
         load = streaming.loader(counts, expression.lognormalise, h.batch_size)
-        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint, "progress": progress}
+        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint}
         return training.train(module, loss_of, len(labels), recipe, **options)
 
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:

@@ -58,7 +58,6 @@ class ScVI(base.Network):
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> training.History:
         """Maximise the evidence lower bound for a number of optimiser steps; no column of `obs` is read.
 
@@ -77,7 +76,7 @@ class ScVI(base.Network):
 
         recipe = training.Recipe(steps, h.batch_size, h.learning_rate, weight_decay=h.weight_decay, **ADAM)
         load = streaming.loader(counts, lambda counts: counts, h.batch_size)
-        options = {"seed": seed, "load": load, "checkpoint": checkpoint, "progress": progress}
+        options = {"seed": seed, "load": load, "checkpoint": checkpoint}
         return training.train(module, loss_of, n_cells, recipe, **options)
 
     def kl_weight(self, step: int, steps: int, n_cells: int) -> float:

@@ -95,7 +95,6 @@ class SSL(base.Network):
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> training.History:
         """Train for a number of optimiser steps; no column of `obs` is read.
 
@@ -141,7 +140,6 @@ class SSL(base.Network):
             load=streaming.loader(counts, expression.lognormalise, h.batch_size),
             validation_loss=validation_loss if n_held else None,
             checkpoint=checkpoint,
-            progress=progress,
         )
 
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
