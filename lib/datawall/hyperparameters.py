@@ -20,7 +20,8 @@ from pydantic import (
 
 from datawall import external
 
-# How schedules are counted: in steps, so that they are the same for every subset, or in passes over it.
+# How schedules are counted: in steps, so that they are the same for every subset, or in passes over it. Passes give the
+# original's KL warm-up (scVI) and decay of the rate (SSL), not its early stopping (patience of 45 and 30 passes).
 type Schedule = Literal["steps", "epochs"]
 
 

@@ -177,8 +177,10 @@ class Params(BaseModel):
     models: Annotated[list[str], Field(min_length=1)]
     steps: Steps  # optimiser steps of every pretraining run, whatever its subset's size,
     steps_by_model: dict[str, Steps] = {}  # but for these models or families
-    budget: Schedule = "steps"  # how schedules are counted; "epochs" is the original's confounded way
-    init_seed: Seed | None = None  # of every model's initial weights; by default the subset's seed
+    # How schedules are counted; "epochs" is the original's confounded way, for scVI's KL warm-up and SSL's decay of the
+    # rate. Its early stopping, in epochs as well (patience 45 and 30), is not reproduced: all steps are taken.
+    budget: Schedule = "steps"
+    init_seed: Seed | None = None  # of initial weights, untrained controls' too; by default the subset's seed
     hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
     also: list[Grid] = []  # more runs, which the plan counts apart
     embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets

@@ -31,7 +31,7 @@ from datawall.store import Artifact, Unit
 _TRAINED = ("models/base", "training", "streaming")
 CODE = {
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
-    "scVI": ("models/scvi", *_TRAINED),
+    "scVI": ("models/scvi", "models/sparse", *_TRAINED, "expression"),
     "SSL": ("models/ssl", "models/sparse", *_TRAINED, "expression"),
     "Geneformer": ("models/geneformer", "tokenizer", "transformer", *_TRAINED, "expression"),
     "SCimilarity": ("models/scimilarity", "models/sparse", "ontology", *_TRAINED, "expression"),
