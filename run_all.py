@@ -242,13 +242,15 @@ def _stages(options: argparse.Namespace) -> list[int]:
 
 def _overrides(given: list[str]) -> dict[str, Any]:
     """Values of `--set key=value`, read as YAML."""
+    from datawall import params
+
     overrides = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: write it as key=value, say --set steps=100.")
         try:
-            overrides[key] = yaml.safe_load(value)
+            overrides[key] = params.from_yaml(value)
         except yaml.YAMLError:
             raise ValueError(f"--set {text}: {value!r} is not readable as YAML; write lists as [1, 10].") from None
     return overrides

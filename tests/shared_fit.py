@@ -1,31 +1,59 @@
-"""Train a small network in one process, or in several under torchrun: shared_fit.py FOLDER"""
+"""Train a network in one process, or in several under torchrun: shared_fit.py FILE head|SSL [STEPS_BETWEEN_LOOKS]
+
+With a third word, so many steps run ahead before their losses are looked at, as on a GPU, and checkpoints are always
+due.
+"""
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 
 from datawall import training
 
+
+def head(checkpoint):
+    rng = np.random.default_rng(0)
+    X = torch.from_numpy(rng.standard_normal((60, 5)).astype(np.float32))
+    y = X @ torch.arange(5.0)[:, None]
+    module = training.seeded(lambda: training.Head(5, 1, n_hidden=16, dropout=0), 0)
+    recipe = training.Recipe(steps=30, batch_size=16, learning_rate=1e-2, clip_norm=1.0)
+    history = training.train(
+        module,
+        lambda forward, rows, step: ((forward(X[rows]) - y[rows]) ** 2).mean(),
+        60,
+        recipe,
+        seed=0,
+        validation_loss=lambda: ((module(X) - y) ** 2).mean(),
+        checkpoint=checkpoint,
+    )
+    return module, history
+
+
+def ssl(checkpoint):
+    """As a variational autoencoder, whose loss is a mean over cells; its noise, which differs by process, is none."""
+    from datawall import models
+
+    torch.randn_like = torch.zeros_like
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(0.5, (60, 40)).astype(np.float32))
+    settings = {"n_hidden": [16, 12], "n_latent": 4, "loss": "vae", "keep": "last", "dropout": 0.0}
+    model = models.create("SSL", **settings, batch_size=16, learning_rate=0.01)
+    history = model.fit(counts, None, steps=30, seed=0, checkpoint=checkpoint)
+    return model.module, history
+
+
+file, what, *ahead = sys.argv[1:]
+if ahead:
+    training.LOSSES_AT_ONCE["cpu"], training.CHECKPOINT_SECONDS = int(ahead[0]), 0
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
-rng = np.random.default_rng(0)
-X = torch.from_numpy(rng.standard_normal((60, 5)).astype(np.float32))
-y = X @ torch.arange(5.0)[:, None]
-module = training.seeded(lambda: training.Head(5, 1, n_hidden=16, dropout=0), 0)
-recipe = training.Recipe(steps=30, batch_size=16, learning_rate=1e-2, clip_norm=1.0)
-history = training.train(
-    module,
-    lambda forward, rows, step: ((forward(X[rows]) - y[rows]) ** 2).mean(),
-    60,
-    recipe,
-    seed=0,
-    validation_loss=lambda: ((module(X) - y) ** 2).mean(),
-)
+module, history = {"head": head, "SSL": ssl}[what](Path(f"{file}.checkpoint.npz") if ahead else None)
 if not dist.is_initialized() or dist.get_rank() == 0:
     weights = {name: weight.numpy() for name, weight in module.state_dict().items()}
-    np.savez(sys.argv[1], loss=history.loss, **weights)
+    np.savez(file, loss=history.loss, **weights)
 if dist.is_initialized():
     dist.destroy_process_group()

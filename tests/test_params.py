@@ -138,6 +138,34 @@ def test_each_mistake_has_its_line(refused):
         assert sum(line.startswith(f"mine.yaml: {key}: ") for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("corpus", 5, "corpus: 5 is not allowed: input should be a valid string, or: input should be a valid list;"),
+        ("cell_type_key", 1, "cell_type_key: 1 is not allowed: input should be a valid string, or: input should"),
+        ("corpus", ["a.h5ad", 5], "corpus.1: 5 is not allowed: input should be a valid string;"),
+        ("batch_key", {"a": 1}, "batch_key.a: 1 is not allowed: input should be a valid string;"),
+    ],
+)
+def test_a_value_of_several_forms_is_one_line_without_names_of_the_code(refused, key, value, line):
+    [found] = refused(**{key: value})
+    assert found.startswith(f"mine.yaml: {line}")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".1e-2", "+10e-4"])
+def test_numbers_are_those_of_yaml_1_2(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + f"hyperparameters: {{Geneformer: {{learning_rate: {text}}}}}\n")
+    assert params.read(path).hyperparameters_of("Geneformer").learning_rate == 1e-3
+    given = params.read(path, {"hyperparameters": f"{{scVI: {{learning_rate: {text}}}}}"})
+    assert given.hyperparameters_of("scVI").learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("value", ["1e-3", "12e4", "e5", "1e", "0.1", "a1e3", 1e-3, 12, "12"])
+def test_what_is_written_is_read_as_it_was(value):
+    assert params.from_yaml(params.to_yaml({"control": value})) == {"control": value}
+
+
 def test_overrides_replace_and_are_checked(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))

@@ -159,7 +159,7 @@ def test_medians_are_over_the_cells_that_express_a_gene(case):
 
 def test_medians_by_hand():
     counts = sp.csr_matrix([[1, 3, 0, 0], [2, 0, 2, 0], [4, 1, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(gene_medians(counts, target_sum=100), [50, (75 + 20) / 2, 50, 1])
+    np.testing.assert_allclose(gene_medians(counts), [5000, (7500 + 2000) / 2, 5000, 1])
 
 
 @given(cells=st.lists(st.integers(0, 4), max_size=8))

@@ -1,8 +1,17 @@
+import os
+import re
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from datawall import training
 from datawall.training import Head, NonFiniteLossError, Recipe, minibatches, seeded, train
 
 
@@ -111,6 +120,46 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step(value):
 
     with pytest.raises(NonFiniteLossError, match=r"at step 4 of 10\b.*the weights are finite"):
         train(module, breaks_at_the_fourth, 40, Recipe(steps=10, batch_size=8, learning_rate=1e-3), seed=0)
+
+
+def test_cells_are_counted_that_were_drawn():
+    module, loss_of = noisy_problem()
+    batches = [np.array([3, 3, 39]), np.array([3, 1, 0])]
+    history = train(module, loss_of, 40, Recipe(2, 3, 1e-3), seed=0, batches=batches)
+    assert (history.samples_seen, history.unique_cells, history.passes) == (6, 4, 1.5)
+    assert train(module, loss_of, 40, Recipe(4, 8, 1e-3), seed=0).unique_cells == 32
+
+
+def test_a_loss_that_is_looked_at_late_leaves_its_cause_open(monkeypatch):
+    """Its gradients are in the weights by then, whatever was at fault."""
+    monkeypatch.setitem(training.LOSSES_AT_ONCE, "cpu", 5)
+    module, loss_of = noisy_problem()
+
+    def breaks_at_the_second(forward, rows, step):
+        return loss_of(forward, rows, step) * (float("nan") if step == 1 else 1)
+
+    late = r"at step 2 of 10\b.*seen 3 steps later: the cause is in these cells, or training diverged"
+    with pytest.raises(NonFiniteLossError, match=late):
+        train(module, breaks_at_the_second, 40, Recipe(steps=10, batch_size=8, learning_rate=1e-3), seed=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_with_loss_and_rate_is_shown_in_a_terminal(tmp_path, terminal):
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(ours, (24, 120))
+    command = [sys.executable, str(Path(__file__).with_name("shared_fit.py")), str(tmp_path / "a.npz"), "head"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"}  # after every step
+    shown = b""
+    with subprocess.Popen(command, env=environment, stderr=theirs if terminal else subprocess.PIPE) as process:
+        os.close(theirs)
+        with suppress(OSError):  # as the other end of a terminal is closed
+            while some := os.read(ours if terminal else process.stderr.fileno(), 4096):
+                shown += some
+    os.close(ours)
+    assert process.returncode == 0, shown
+    found = re.search(rb"training: .*30/30 .*(it/s|s/it), loss=\d", shown)
+    assert bool(found) is terminal, shown
 
 
 def scripted_validation(module, losses):

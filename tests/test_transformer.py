@@ -240,11 +240,6 @@ def test_initial_weights_have_the_configured_spread():
     assert not encoder.layers[0].widen.bias.any()
 
 
-def test_width_that_heads_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="n_embd 30 is not a multiple of n_heads 4"):
-        EncoderConfig(vocab_size=10, n_embd=30, n_heads=4)
-
-
 def within_five_sigma(n_hits, n, p):
     return abs(n_hits - n * p) < 5 * (n * p * (1 - p)) ** 0.5
 

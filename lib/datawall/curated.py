@@ -15,15 +15,18 @@ from datawall.cellstore import Cells
 from datawall.params import Params
 from datawall.store import Artifact, Unit
 
-# The modules whose code decides the content of each kind of unit.
+# The modules, and functions of this one, whose code decides the content of each kind of unit.
 _DATA = ("assembly", "datasets", "annotation", "corpus", "expression")
 CODE = {
-    "corpus": (*_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology", "cellstore"),
-    "dataset": _DATA,
-    "split": ("assembly", "sampling"),
-    "contamination": ("assembly", "duplicates"),
-    "sketch": ("expression",),
-    "subset": ("sampling",),
+    "corpus": (
+        *("curated:corpus_artifact", *_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology"),
+        "cellstore",
+    ),
+    "dataset": ("curated:dataset_artifact", *_DATA),
+    "split": ("curated:_make_split", "assembly", "sampling"),
+    "contamination": ("curated:contamination", "assembly", "duplicates"),
+    "sketch": ("curated:X_pca", "expression"),
+    "subset": ("curated:_make_subset", "sampling"),
 }
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 

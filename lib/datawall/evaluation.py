@@ -17,14 +17,14 @@ from datawall.scoring import BASELINES, EMBEDDING_BASELINES, Evaluation
 from datawall.store import Artifact, Unit
 from datawall.study import Run, Study
 
-# The modules whose code decides the metrics of each task, beside its own module and those of all tasks.
+# The modules whose code decides the metrics of each task, beside its own module and those of all tasks (`code`).
 CODE = {
-    "zeroshot_classification": ("corpus", "sampling"),
+    "zeroshot_classification": ("corpus",),
     "zeroshot_integration": ("tasks/classification", "tasks/neighbourhood"),
     "finetuned_classification": (
-        "tasks/classification", "training", "corpus", "sampling", "baselines", "expression", "models/base",
+        "tasks/classification", "training", "corpus", "expression", "models/base",
     ),
-    "perturbation_response": ("tasks/classification", "training", "baselines", "expression"),
+    "perturbation_response": ("curated:response_genes", "tasks/classification", "training", "expression"),
     "reconstruction": ("models/base",),
 }  # fmt: skip
 
@@ -186,8 +186,13 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
         one = p.evaluation_sets()[evaluation.dataset]
         contexts = {"control": one.control, "held_out_contexts": one.held_out_contexts}
         record |= {**contexts, "genes": p.perturbation_genes, "matching": p.matching}
-    own = f"tasks/{tasks.TASKS[task]}"
-    return Unit("evaluation", record, ("scoring", "tasks/uncertainty", own, *CODE.get(task, ())))
+    return Unit("evaluation", record, code(task))
+
+
+def code(task: str) -> tuple[str, ...]:
+    """The modules and functions whose code decides the metrics of a task."""
+    of_all = ("evaluation:make", "scoring", "baselines", "sampling", "tasks/uncertainty")
+    return *of_all, f"tasks/{tasks.TASKS[task]}", *CODE.get(task, ())
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:

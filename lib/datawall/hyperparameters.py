@@ -5,7 +5,7 @@ Apart from the models, so that a study file can be checked without loading torch
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,8 @@ from pydantic import (
 
 from datawall import external
 
-# How schedules are counted: in steps, so that they are the same for every subset, or in passes over it.
+# How schedules are counted: in steps, so that they are the same for every subset, or in passes over it. Passes give the
+# original's KL warm-up (scVI) and decay of the rate (SSL), not its early stopping (patience of 45 and 30 passes).
 type Schedule = Literal["steps", "epochs"]
 
 
@@ -28,10 +29,13 @@ class Hyperparameters(BaseModel):
     """Hyper-parameters of a family."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    takes_steps: ClassVar[bool] = True  # whether the number of steps and the initial weights decide what `fit` makes
 
 
 class PretrainedPCA(Hyperparameters):
     """Hyper-parameters of PretrainedPCA."""
+
+    takes_steps: ClassVar[bool] = False
 
     n_components: PositiveInt = 50  # axes kept; fewer where the pretraining cells or variable genes are fewer
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +31,7 @@ NEEDED = {  # columns that a task needs beside the cell type
     "perturbation_response": ("perturbation_key", "control"),
 }
 SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
+EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
@@ -175,8 +178,10 @@ class Params(BaseModel):
     models: Annotated[list[str], Field(min_length=1)]
     steps: Steps  # optimiser steps of every pretraining run, whatever its subset's size,
     steps_by_model: dict[str, Steps] = {}  # but for these models or families
-    budget: Schedule = "steps"  # how schedules are counted; "epochs" is the original's confounded way
-    init_seed: Seed | None = None  # of every model's initial weights; by default the subset's seed
+    # How schedules are counted; "epochs" is the original's confounded way, for scVI's KL warm-up and SSL's decay of the
+    # rate. Its early stopping, in epochs as well (patience 45 and 30), is not reproduced: all steps are taken.
+    budget: Schedule = "steps"
+    init_seed: Seed | None = None  # of initial weights, untrained controls' too; by default the subset's seed
     hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
     also: list[Grid] = []  # more runs, which the plan counts apart
     embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets
@@ -384,13 +389,45 @@ class Params(BaseModel):
         return list(dict.fromkeys(subset for _, subset in self.runs()))
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-3` as the number that it is in YAML 1.2; to PyYAML it is text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts a text that `_Loader` would take for a number in quotes."""
+
+
+for each in (_Loader, _Dumper):
+    each.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def from_yaml(text: str) -> Any:
+    """The value that a text spells.
+
+    Raises
+    ------
+    yaml.YAMLError
+        If it spells none.
+    """
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Text that `from_yaml` reads as these values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
 def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     """Read and check a study file.
 
     Parameters
     ----------
     path
-        A YAML file with one level of keys.
+        A YAML file, keys as in `Params`.
     overrides
         Values that replace those of the file, by key.
 
@@ -400,7 +437,7 @@ def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
         If the file is not a YAML mapping, or a key or value is not allowed; one line per mistake.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = from_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -414,7 +451,7 @@ def _from_text(value: Any) -> Any:
     """The list or mapping that a text spells: `papermill -p seeds "[0, 1]"` hands lists over as text."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return yaml.safe_load(value)
+            return from_yaml(value)
         except yaml.YAMLError:
             return value
     return value
@@ -428,23 +465,46 @@ def check(values: dict[str, Any], source: str) -> Params:
     ParamsError
         One line per mistake.
     """
+    values = {str(key): value for key, value in values.items()}
     try:
-        return Params(**{str(key): value for key, value in values.items()})
+        return Params(**values)
     except ValidationError as error:
-        raise ParamsError("\n".join(_line(source, mistake) for mistake in error.errors())) from None
+        raise ParamsError("\n".join(_lines(source, values, error.errors()))) from None
 
 
-def _line(source: str, mistake: dict[str, Any]) -> str:
+def _lines(source: str, values: dict[str, Any], mistakes: list[dict[str, Any]]) -> Iterator[str]:
+    """One line for each bad value, whichever of the forms that it may have it fails."""
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for mistake in mistakes:
+        by_key.setdefault(_key(values, mistake), []).append(mistake)
+    for key, of_key in by_key.items():
+        if key and any(other.startswith(f"{key}.") for other in by_key):
+            continue  # one of its forms was right, but for a value within
+        rules = dict.fromkeys(mistake["msg"].removeprefix("Value error, ") for mistake in of_key)
+        yield _line(source, key, of_key[0], list(rules))
+
+
+def _key(values: dict[str, Any], mistake: dict[str, Any]) -> str:
+    """Where in the study file a mistake is; pydantic puts its own names of the forms of a value between the keys."""
+    found, here = [], values
+    for part in mistake["loc"]:
+        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            here = here[part]
+            found.append(str(part))
+    if mistake["type"] == "missing":
+        found.append(str(mistake["loc"][-1]))
+    return ".".join(found)
+
+
+def _line(source: str, key: str, mistake: dict[str, Any], rules: list[str]) -> str:
     """One line that names file, key, value, rule and remedy."""
-    key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         return f"{source}: {key}: no such key; {_nearest(key)}"
     if mistake["type"] == "missing":
         return f"{source}: {key}: missing; every study needs it."
-    rule = mistake["msg"].removeprefix("Value error, ")
     if not key:
-        return f"{source}: {rule.rstrip('.')}."
-    rule = rule[0].lower() + rule[1:]
+        return f"{source}: {'; '.join(rules).rstrip('.')}."
+    rule = ", or: ".join(rule[0].lower() + rule[1:] for rule in rules)
     return f"{source}: {key}: {mistake['input']!r} is not allowed: {rule}; change it in the study file or with --set."
 
 

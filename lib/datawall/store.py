@@ -69,7 +69,7 @@ class Unit:
 
     kind: str  # `subset`, `model`, …: one folder of the store each
     record: Record  # all that it depends on, as JSON values: parameters, and the keys of other units
-    modules: tuple[str, ...]  # library modules (file names without `.py`) whose code decides the content
+    modules: tuple[str, ...]  # library modules (see `code_version`) whose code decides the content
 
     @cached_property
     def key(self) -> str:
@@ -364,9 +364,15 @@ SOURCES = read_sources(Path(__file__).parent)
 
 
 @cache
-def code_version(module: str) -> str:
-    """Hash of a library module's code, as this process has it; blind to comments, docstrings and layout."""
+def code_version(name: str) -> str:
+    """Hash of the code of a library module, as this process has it; blind to comments, docstrings and layout.
+
+    Of a module whose functions make things of several kinds, one of them can be named: `curated:_make_subset`.
+    """
+    module, _, function = name.partition(":")
     tree = ast.parse(SOURCES[module])
+    if function:
+        tree.body = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]

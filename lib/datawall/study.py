@@ -20,7 +20,6 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-import yaml
 
 from datawall import baselines, cluster, external, hyperparameters, params, paths, store
 from datawall.costs import Costs
@@ -28,18 +27,19 @@ from datawall.curated import Curated, Subset
 from datawall.params import Embedding
 from datawall.store import Artifact, Unit
 
-# The modules whose code decides the content of each kind of unit.
+# The modules whose code decides the content of each kind of unit, and of a module as large as this one the functions.
 _TRAINED = ("models/base", "training", "streaming")
 CODE = {
     "PretrainedPCA": ("models/pca", "models/base", "expression"),
-    "scVI": ("models/scvi", *_TRAINED),
+    "scVI": ("models/scvi", "models/sparse", *_TRAINED, "expression"),
     "SSL": ("models/ssl", "models/sparse", *_TRAINED, "expression"),
     "Geneformer": ("models/geneformer", "tokenizer", "transformer", *_TRAINED, "expression"),
     "SCimilarity": ("models/scimilarity", "models/sparse", "ontology", *_TRAINED, "expression"),
-    "external": ("external", "models/base", "training", "streaming"),
-    "embedding": ("external",),
-    "baseline": ("baselines", "expression"),
-    "layout": (),
+    "external": ("external", *_TRAINED),
+    "embedding": ("study:embedding", "external"),
+    "baseline": ("study:embedding", "baselines", "expression"),
+    "layout": ("study:layout_artifact",),
+    "timing": ("study:embedding_seconds",),
 }
 
 
@@ -103,7 +103,7 @@ class Study(Curated):
 
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
-        text = yaml.safe_dump(self.params.model_dump(), sort_keys=False)
+        text = params.to_yaml(self.params.model_dump())
         store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
 
     @cached_property
@@ -145,11 +145,18 @@ class Study(Curated):
         if external.is_external(run.model):
             record["source"] = external.version(run.model)
         if run.subset.strategy == "untrained":
-            record["corpus"] = self.corpus_unit.key
+            record |= {"seed": self._control_seed(run), "corpus": self.corpus_unit.key}
         else:
-            budget = {"steps": self.params.steps_of(run.model), "init_seed": self.params.init_seed}
-            record |= {"subset": self.subset_unit(run.subset).key, **budget}
-        return Unit("model", record, _code(family))
+            record["subset"] = self.subset_unit(run.subset).key
+            if hyperparameters.of_family(family).takes_steps:
+                record |= {"steps": self.params.steps_of(run.model), "init_seed": self.params.init_seed}
+        return Unit("model", record, ("study:_make_model", *_code(family)))
+
+    def _control_seed(self, run: Run) -> int:
+        """Seed of an untrained control: that of the weights which the runs of its own seed begin with."""
+        begins = hyperparameters.of_family(hyperparameters.family(run.model)).takes_steps
+        own = self.params.init_seed if begins else None
+        return run.subset.seed if own is None else own
 
     def model_artifact(self, run: Run) -> Artifact:
         """A pretrained model on disk, with its training history if it took steps.
@@ -179,7 +186,7 @@ class Study(Curated):
         n_processes, s = self.params.gpus[run.model], run.subset
         with tempfile.TemporaryDirectory() as scratch:
             given = Path(scratch) / "given.yaml"
-            given.write_text(yaml.safe_dump(self.params.model_dump()))
+            given.write_text(params.to_yaml(self.params.model_dump()))
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
             of_run = [run.model, s.strategy, str(s.percentage), str(s.seed), "--out", str(self.folder)]
             ended = subprocess.run(
@@ -252,7 +259,7 @@ class Study(Curated):
         p, subset = self.params, run.subset
         model = models.create(run.model, **p.hyperparameters_of(run.model).model_dump())
         if subset.strategy == "untrained":
-            model.untrained(self.corpus.n_vars, seed=subset.seed).save(folder)
+            model.untrained(self.corpus.n_vars, seed=self._control_seed(run)).save(folder)
             return {}
         cells = self.corpus.take(self.rows(subset))
         history = model.fit(
@@ -277,7 +284,7 @@ class Study(Curated):
         data = {"dataset": self.dataset_unit(dataset).key}
         if isinstance(source, Run):
             code = _code(hyperparameters.family(source.model))
-            return Unit("embedding", {"model": self.model_unit(source).key, **data}, code)
+            return Unit("embedding", {"model": self.model_unit(source).key, **data}, ("study:embedding", *code))
         if isinstance(source, Embedding):
             path = external.embeddings_file(source.file)
             file = {"file": _file_sha256(path, path.stat().st_mtime_ns), "key": source.obsm_key}
@@ -344,7 +351,7 @@ class Study(Curated):
             runs = [run for run in self.pretraining_runs() if run.model == name]
             run = max(runs, key=lambda run: run.subset.percentage)
             of = {"dataset": self.dataset_unit(self.held_out_name).key, "n_cells": n_cells, "n_repeats": n_repeats}
-            unit = Unit("timing", {"model": self.model_unit(run).key, **of}, ())
+            unit = Unit("timing", {"model": self.model_unit(run).key, **of}, CODE["timing"])
             artifact = self.store.find_or_make(unit, lambda folder, run=run: measure(run, folder))
             measured = json.loads((artifact.folder / "seconds.json").read_text())
             table.append({"model": name, **measured, "device": artifact.made["device"]})

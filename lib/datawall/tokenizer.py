@@ -13,6 +13,7 @@ import torch
 
 from datawall.transformer import N_SPECIAL
 
+TARGET_SUM = 1e4  # counts that a cell is scaled to
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
 ENTRIES_PER_BLOCK = 1 << 16  # detected genes encoded at once: what is made of them stays in a core's cache
@@ -32,16 +33,14 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[np.repeat(self.offsets[cells], lengths) + within], offsets)
 
 
-def gene_medians(counts: sp.csr_matrix, target_sum: float = 1e4) -> np.ndarray:
-    """Median of each gene's counts per `target_sum` over the cells that express it.
+def gene_medians(counts: sp.csr_matrix) -> np.ndarray:
+    """Median of each gene's counts per 10,000 over the cells that express it.
 
     Parameters
     ----------
     counts
-        (n_cells, n_genes) raw counts: the pretraining subset, never cells of an evaluation (FACTS B22: the
-        original took its medians from 30 million other cells).
-    target_sum
-        Counts per cell after scaling.
+        (n_cells, n_genes) raw counts: the pretraining subset, never cells of an evaluation. (The original took
+        its medians from 30 million other cells.)
 
     Returns
     -------
@@ -51,7 +50,7 @@ def gene_medians(counts: sp.csr_matrix, target_sum: float = 1e4) -> np.ndarray:
     # A copy, since the caller's matrix is not ours to prune: stored zeros would count as expressed.
     genes = sp.csc_matrix(counts, copy=True)
     genes.eliminate_zeros()
-    values = genes.data / totals[genes.indices] * target_sum
+    values = genes.data / totals[genes.indices] * TARGET_SUM
     for first, last in pairwise(genes.indptr.tolist()):
         values[first:last].sort()
     begin, n_cells = genes.indptr[:-1], np.diff(genes.indptr)
@@ -63,7 +62,7 @@ def gene_medians(counts: sp.csr_matrix, target_sum: float = 1e4) -> np.ndarray:
     return medians.astype(np.float32)
 
 
-def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]], target_sum: float = 1e4) -> np.ndarray:
+def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.ndarray:
     """`gene_medians` of a corpus in blocks: exactly those, in two passes.
 
     The first counts each gene's values in bins 0.4 to 0.8 % wide, and so finds the bins of its two middle values. The
@@ -73,16 +72,14 @@ def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]], target_
     ----------
     blocks
         Gives raw counts, (n_cells of the block, n_genes) CSR, anew at each call.
-    target_sum
-        Counts per cell after scaling.
     """
-    highest = int(np.float32(target_sum).view(np.uint32) >> 16)
+    highest = int(np.float32(TARGET_SUM).view(np.uint32) >> 16)
 
     def values() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Genes, values and bins of the entries of each block."""
         for counts in blocks():
             totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-            values = counts.data / np.repeat(totals, np.diff(counts.indptr)) * target_sum
+            values = counts.data / np.repeat(totals, np.diff(counts.indptr)) * TARGET_SUM
             genes, values = counts.indices[values > 0], values[values > 0]
             bits = values.astype(np.float32).view(np.uint32) >> 16  # the first 16 of a float32 rise with its value
             yield genes, values, np.maximum(bits.astype(np.int64) - highest + N_BINS - 1, 0)

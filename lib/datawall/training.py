@@ -33,7 +33,7 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints
-LOSSES_AT_ONCE = 20  # steps a GPU runs ahead before their losses are looked at
+LOSSES_AT_ONCE = {"cpu": 1, "cuda": 20}  # steps a device runs ahead before their losses are looked at
 NEIGHBOURS = 32  # cells that a pass over many draws together: what a disk gives in one go
 MIXED = 16_384  # cells whose order is fully random
 
@@ -81,7 +81,7 @@ class History:
     validation_step: np.ndarray  # (n_looks,) steps taken before each look
     validation_loss: np.ndarray  # (n_looks,)
     samples_seen: int  # cells drawn, repeats counted
-    unique_cells: int  # cells there were to draw
+    unique_cells: int  # different cells among them
 
     @property
     def passes(self) -> float:
@@ -102,7 +102,7 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
     """Rows of each step's batch: shuffled passes over the cells, laid end to end and cut into batches.
 
     No cell is dropped at the end of a pass, and a batch larger than the data holds repeats. A pass over more than
-    16,384 cells is shuffled so that it can be read from a disk: blocks of 16 neighbours in random order, and cells
+    16,384 cells is shuffled so that it can be read from a disk: blocks of 32 neighbours in random order, and cells
     within the 16,384 that come one after the other, which are those of `batches_together` batches.
 
     Parameters
@@ -167,9 +167,10 @@ def train(
     load: Load | None = None,
     validation_loss: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
-    progress: str | None = None,
 ) -> History:
     """Train a module in place.
+
+    Where stderr is a terminal, a bar shows steps, their rate and the loss.
 
     Under `torchrun` each process takes its share of every batch and gradients are averaged, so that the result is
     that of one process with the same recipe, up to rounding (and to the batch statistics of batch normalisation).
@@ -197,8 +198,6 @@ def train(
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
         File written about once a minute, and resumed from where it exists.
-    progress
-        Label of a progress bar; none is shown without.
 
     Returns
     -------
@@ -222,15 +221,19 @@ def train(
         batches = minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)
     taken: deque[tuple[int, np.ndarray]] = deque()  # by `load`, which may be ahead, and not used yet
 
+    seen = _Seen()
+
     def shares() -> Iterator[tuple[int, np.ndarray]]:
-        for step, rows in itertools.islice(enumerate(batches), len(state.losses), recipe.steps):
+        numbered = enumerate(itertools.islice(batches, recipe.steps))
+        for _, rows in itertools.islice(numbered, len(state.losses)):  # steps of before a run was resumed
+            seen.add(rows)
+        for step, rows in numbered:
             taken.append((step, rows))
             yield step, rows[rank::n_processes]
 
     module.train()
-    bar = tqdm(
-        total=recipe.steps, initial=len(state.losses), desc=progress, disable=progress is None or rank > 0, leave=False
-    )
+    shown = None if rank == 0 else True  # None: where stderr is a terminal
+    bar = tqdm(total=recipe.steps, initial=len(state.losses), desc="training", disable=shown, leave=False)
     # Not `torch.manual_seed`: it also queues a call for GPUs that are not there, with a traceback, at every step.
     generator = torch.cuda.default_generators[where.index or 0] if where.type == "cuda" else torch.default_generator
     pending: list[tuple[int, np.ndarray, Tensor]] = []
@@ -238,6 +241,7 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for cells in load(shares()) if load else (rows for _, rows in shares()):
             step, rows = taken.popleft()
+            seen.add(rows)
             generator.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
@@ -246,8 +250,10 @@ def train(
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)
-            save = checkpoint and rank == 0 and time.monotonic() - saved >= CHECKPOINT_SECONDS
-            if where.type == "cpu" or look or save or last or len(pending) == LOSSES_AT_ONCE:
+            # All processes look together, so that clocks have no say in when: one alone would wait for the others.
+            settle = look or last or len(pending) == LOSSES_AT_ONCE[where.type]
+            save = settle and checkpoint and rank == 0 and time.monotonic() - saved >= CHECKPOINT_SECONDS
+            if settle:
                 _settle(pending, state, recipe, module, n_processes)
                 bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
             optimiser.zero_grad()
@@ -272,7 +278,7 @@ def train(
         validation_step=np.array([step for step, _ in state.looks], dtype=np.int64),
         validation_loss=np.array([value for _, value in state.looks]),
         samples_seen=len(state.losses) * recipe.batch_size,
-        unique_cells=n_cells,
+        unique_cells=seen.count(),
     )
 
 
@@ -297,12 +303,14 @@ def _settle(
         dist.all_reduce(losses)
     for (step, rows, _), loss in zip(pending, (losses / n_processes).tolist(), strict=True):
         if not np.isfinite(loss):
-            diverged = not all(weight.isfinite().all() for weight in module.parameters())
-            cause = (
-                "the weights are no longer finite: training diverged. Lower the learning rate or lengthen the warm-up."
-                if diverged
-                else "the weights are finite, so the cause is in these cells, or the learning rate is too high."
-            )
+            later = pending[-1][0] - step
+            remedy = "Lower the learning rate or lengthen the warm-up."
+            if all(weight.isfinite().all() for weight in module.parameters()):
+                cause = "the weights are finite, so the cause is in these cells, or the learning rate is too high."
+            elif later:  # which have spoiled the weights, whatever the cause
+                cause = f"seen {later} steps later: the cause is in these cells, or training diverged. {remedy}"
+            else:
+                cause = f"the weights are no longer finite: training diverged. {remedy}"
             cells = ", ".join(str(row) for row in rows[:5])
             raise NonFiniteLossError(
                 f"the loss is {loss} at step {step + 1} of {recipe.steps}, learning rate {recipe.rate(step):.2g}, on "
@@ -310,6 +318,23 @@ def _settle(
             )
         state.losses.append(loss)
     pending.clear()
+
+
+class _Seen:
+    """Cells that were drawn: a byte for each of the corpus's, whatever the number of steps."""
+
+    def __init__(self) -> None:
+        self.drawn = np.zeros(0, bool)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Note the cells of a batch."""
+        if (more := int(rows.max()) + 1 - len(self.drawn)) > 0:
+            self.drawn = np.pad(self.drawn, (0, more))
+        self.drawn[rows] = True
+
+    def count(self) -> int:
+        """How many there are."""
+        return int(self.drawn.sum())
 
 
 class _State:

@@ -29,18 +29,11 @@ class EncoderConfig:
     max_length: int = 2048  # longest sequence: learned positions exist for this many tokens
     n_layers: int = 6
     n_heads: int = 4
-    n_embd: int = 256  # width of a token's vector
+    n_embd: int = 256  # width of a token's vector, a multiple of n_heads
     n_inner: int = 512  # width of the feed-forward layer
     dropout: float = 0.02  # on embeddings, attention weights and the two outputs of a layer
     init_std: float = 0.02  # standard deviation of the normal initial weights
     layer_norm_eps: float = 1e-12
-
-    def __post_init__(self) -> None:
-        if self.n_embd % self.n_heads:
-            raise ValueError(
-                f"n_embd {self.n_embd} is not a multiple of n_heads {self.n_heads}: "
-                "each head takes an equal share of the width; change one of the two."
-            )
 
 
 class Attention(nn.Module):

@@ -1,13 +1,12 @@
-"""The model families by name: create one, or load a saved one."""
+"""The model families by name."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from datawall import external
 from datawall.hyperparameters import check, family
-from datawall.models.base import Model, read_config
+from datawall.models.base import Model
 from datawall.models.geneformer import Geneformer
 from datawall.models.pca import PretrainedPCA
 from datawall.models.scimilarity import SCimilarity
@@ -44,14 +43,3 @@ def create(name: str, **hyperparameters: Any) -> Model:
         If there is no such model, or a hyper-parameter or its value is not allowed.
     """
     return model_class(name)(**check(name, hyperparameters).model_dump())
-
-
-def load(folder: str | Path) -> Model:
-    """A model of one of the families, saved with `save`; one of your own loads itself (`model_class(name).load`).
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no saved model.
-    """
-    return FAMILIES[read_config(Path(folder))["family"]].load(Path(folder))

@@ -33,7 +33,6 @@ class Model(Protocol):
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> History | None:
         """Pretrain on a subset; the history is None for a model that takes no optimiser steps.
 
@@ -45,7 +44,7 @@ class Model(Protocol):
             Optimiser steps: the budget.
         seed, init_seed
             Of the training, and of the initial weights; by default one and the same.
-        checkpoint, progress
+        checkpoint
             See `training.train`.
         """
 

@@ -55,7 +55,6 @@ class Geneformer:
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> training.History:
         """Choose the vocabulary, take the medians, and predict masked genes for a number of optimiser steps.
 
@@ -101,7 +100,7 @@ class Geneformer:
             counts, lambda cells: tokenizer.encode(cells[:, self.genes]), h.batch_size, take=Tokens.take
         )
         batches = training.minibatches(rows, h.batch_size, steps, seed=seed)
-        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint, "progress": progress}
+        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint}
         return training.train(self.encoder, loss_of, len(rows), recipe, **options)
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
@@ -139,7 +138,8 @@ class Geneformer:
             ids, offsets = _tensors(tokens.take(some), where)
             layout = Layout(offsets)
             of_some = layout.mean(encoder.hidden(ids, layout, n_layers).float())
-            return of_some.new_zeros(counts.shape[0], of_some.shape[1]).index_copy(0, torch.from_numpy(some), of_some)
+            rows = torch.from_numpy(some).to(where)
+            return of_some.new_zeros(counts.shape[0], of_some.shape[1]).index_copy(0, rows, of_some)
 
         return encoder, encode
 

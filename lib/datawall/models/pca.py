@@ -41,7 +41,6 @@ class PretrainedPCA:
         seed: int = 0,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> None:
         """Find the axes, exactly: there are no steps and no randomness, so the keyword arguments change nothing.
 

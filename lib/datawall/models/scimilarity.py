@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from datawall import cellstore, expression, hyperparameters, paths, streaming, training
 from datawall.models import base
-from datawall.models.sparse import Cells, Reconstruction, SparseLinear, bernoulli, embed
+from datawall.models.sparse import Cells, Reconstruction, SparseLinear, SparseNetwork, bernoulli
 from datawall.ontology import read as read_ontology
 
 LABEL = "cell_type"
@@ -148,7 +147,7 @@ def weighted_batches(weights: np.ndarray, batch_size: int, steps: int, *, seed: 
         yield np.searchsorted(cumulative, drawn, side="right")
 
 
-class SCimilarity(base.Network):
+class SCimilarity(SparseNetwork):
     """Reconstruct expression, and bring cells of one type in different studies together.
 
     Supervised: it learns from `obs["cell_type"]`, which no other family reads; compare it with them in that light.
@@ -186,7 +185,6 @@ class SCimilarity(base.Network):
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> training.History:
         """Train for a number of optimiser steps, on cells with a type in `obs["cell_type"]`.
 
@@ -211,17 +209,8 @@ class SCimilarity(base.Network):
 
         batches = weighted_batches(sampling_weights(labels, studies), h.batch_size, steps, seed=seed)
         load = streaming.loader(counts, expression.lognormalise, h.batch_size)
-        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint, "progress": progress}
+        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint}
         return training.train(module, loss_of, len(labels), recipe, **options)
-
-    def embed(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Output of the encoder, of unit length, (n_cells, n_latent) float32."""
-        return embed(self.ready(counts).encode, counts, self.hyperparameters.n_latent)
-
-    def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
-        """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
-        network = copy.deepcopy(self.module)
-        return network, lambda counts: network.encode(Cells.of(expression.lognormalise(counts)))
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:

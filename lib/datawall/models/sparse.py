@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple, Self
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datawall import expression, training
+from datawall.models import base
 
 CELLS_AT_ONCE = 1024  # when embedding: bounds memory
 ENTRIES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # of a block of the reconstruction; a processor keeps it in its cache
@@ -177,15 +179,24 @@ def bernoulli(n: int, share: float, where: torch.device) -> Tensor:
     return torch.from_numpy(np.unpackbits(words.numpy().view(np.uint8), count=n))
 
 
-@torch.no_grad()
-def embed(encode: Callable[[Cells], Tensor], counts: sp.csr_matrix, n_latent: int) -> np.ndarray:
-    """Cells through an encoder of log-normalised expression, (n_cells, n_latent) float32; zero for one without counts.
+class SparseNetwork(base.Network):
+    """A family whose module embeds `Cells` of log-normalised expression by its method `encode`."""
 
-    A block at a time, so that memory does not grow with the cells.
-    """
-    embedding = np.empty((counts.shape[0], n_latent), dtype=np.float32)
-    for first in range(0, len(embedding), CELLS_AT_ONCE):
-        block = slice(first, first + CELLS_AT_ONCE)
-        embedding[block] = encode(Cells.of(expression.lognormalise(counts[block]))).cpu().numpy()
-    embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
-    return embedding
+    @torch.no_grad()
+    def embed(self, counts: sp.csr_matrix) -> np.ndarray:
+        """Output of the encoder for whole cells, (n_cells, n_latent) float32; zero for a cell without counts.
+
+        A block at a time, so that memory does not grow with the cells.
+        """
+        module = self.ready(counts)
+        embedding = np.empty((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
+        for first in range(0, len(embedding), CELLS_AT_ONCE):
+            block = slice(first, first + CELLS_AT_ONCE)
+            embedding[block] = module.encode(Cells.of(expression.lognormalise(counts[block]))).cpu().numpy()
+        embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
+        return embedding
+
+    def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
+        """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
+        network = copy.deepcopy(self.module)
+        return network, lambda counts: network.encode(Cells.of(expression.lognormalise(counts)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,7 +55,7 @@ class Autoencoder(nn.Module):
         return self.encoder(cells)[:, : self.n_latent]
 
 
-class SSL(base.Network):
+class SSL(sparse.SparseNetwork):
     """Reconstruct hidden genes from the others.
 
     Defaults are the sizes and settings of DenAdel et al. 2026. Expression is log-normalised. Each entry of a cell is
@@ -95,7 +93,6 @@ class SSL(base.Network):
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-        progress: str | None = None,
     ) -> training.History:
         """Train for a number of optimiser steps; no column of `obs` is read.
 
@@ -141,17 +138,7 @@ class SSL(base.Network):
             load=streaming.loader(counts, expression.lognormalise, h.batch_size),
             validation_loss=validation_loss if n_held else None,
             checkpoint=checkpoint,
-            progress=progress,
         )
-
-    def embed(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Output of the encoder for whole cells, nothing hidden, (n_cells, n_latent) float32."""
-        return sparse.embed(self.ready(counts).encode, counts, self.hyperparameters.n_latent)
-
-    def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
-        """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
-        network = copy.deepcopy(self.module)
-        return network, lambda counts: network.encode(Cells.of(expression.lognormalise(counts)))
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
