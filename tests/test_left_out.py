@@ -30,7 +30,7 @@ def test_notebooks_run_to_the_end(overrides, left_out, tmp_path, capsys):
         names = {}
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code":
-                exec(cell.source, names)  # noqa: S102 - the project's own
+                exec(cell.source, names)
             if "parameters" in tags(cell):
                 names |= given
         plots.plt.close("all")

@@ -45,7 +45,7 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     names = [name for name, one in p.evaluation_sets().items() if one.joins(task)]
     runs, brought = study.pretraining_runs(), [one for one in p.embeddings if one.dataset in names]
     if task == "reconstruction":
-        names, brought = [study.held_out_name], []
+        names, brought = [name for name in names if name == study.held_out_name], []
         runs = [run for run in runs if reconstructs(run.model)]
     sources = [*BASELINES.get(task, EMBEDDING_BASELINES), *runs]
     return [

@@ -78,12 +78,12 @@ def saturation_points(
 
     Returns
     -------
-    table with the columns model, strategy, task, dataset, percentage, low, high; empty for results without rows. For `equivalence`, percentage is NaN
-    where none is established, and there are two more: the margin used, and the verdict `plateau`, `still improving`
-    (no plateau, and the full corpus is better than the largest subset of at most half of it, by a one-sided Welch test
-    corrected over the curves) or `undecided`. The interval is the bootstrap's, of runs resampled within each size with
-    their deviations scaled by √(n / (n - 1)), widened to hold the point; a bound is NaN where it is not established,
-    both where a size has a single run.
+    table with the columns model, strategy, task, dataset, percentage, low, high; empty for results without rows. For
+    `equivalence`, percentage is NaN where none is established, and there are two more: the margin used, and the verdict
+    `plateau`, `still improving` (no plateau, and the full corpus is better than the largest subset of at most half of
+    it, by a one-sided Welch test corrected over the curves) or `undecided`. The interval is the bootstrap's, of runs
+    resampled within each size with their deviations scaled by √(n / (n - 1)), widened to hold the point; a bound is NaN
+    where it is not established, both where a size has a single run.
 
     Raises
     ------
