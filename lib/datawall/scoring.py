@@ -163,7 +163,7 @@ def check_treatments(treatments: Iterable[str], control: str) -> None:
     CorpusError
         If they are not two, one of them the control.
     """
-    values = sorted(set(treatments))
+    values = sorted(set(map(str, treatments)))
     if control not in values or len(values) != 2:
         raise corpus.CorpusError(
             f"the treatments are {values}; perturbation response needs two, one of them the control {control!r}. Keep "
