@@ -286,6 +286,39 @@ def test_treatments_that_are_not_two_are_named(study):
         list(scoring.score(wrong, one))
 
 
+def test_rare_types_are_not_held_out_of_perturbation_response_unless_named():
+    n_cells = pd.Series({"many": 50, "ten": 10, "few": 9, "one": 1, "none": 0})
+    assert scoring.contexts_held_out(n_cells, None) == ["many", "ten"]
+    assert scoring.contexts_held_out(n_cells, ["few"]) == ["few"]
+    for named in (["one"], ["none"], ["unknown"]):
+        with pytest.raises(dw.corpus.CorpusError, match=f"{named[0]}.*fewer than two"):
+            scoring.contexts_held_out(n_cells, named)
+    with pytest.raises(dw.corpus.CorpusError, match="no cell type has 10"):
+        scoring.contexts_held_out(n_cells[2:4], None)
+    with pytest.raises(dw.corpus.CorpusError, match=r"two cell types .* not \['one'\]"):
+        scoring.contexts_held_out(n_cells[3:], None)
+
+
+def test_a_type_with_one_treated_cell_does_not_stop_the_oracle(study):
+    obs = study.dataset("cells_held_out").obs
+    rare = (obs["cell_type"] == "natural killer cell").to_numpy()
+    lone = np.flatnonzero(rare & (obs["perturbation"] != "ctrl").to_numpy())[1:]
+    data = study.dataset("cells_held_out")[np.setdiff1d(np.arange(len(obs)), lone)]
+    one = study_of(study.folder.parent, held_out_contexts=None).params
+    few = SimpleNamespace(
+        params=one, dataset=lambda name: data, held_out_name="cells_held_out", response_genes=study.response_genes
+    )
+    splits = [split for split, _ in scoring.score(few, Evaluation("perturbation_response", "cells_held_out", "Oracle"))]
+    assert splits == ["classical monocyte held out", "naive B cell held out"]
+
+
+def test_held_out_cells_can_be_left_out_of_reconstruction(study):
+    others = [task for task in TASKS if task != "reconstruction"]
+    assert {one.dataset for one in evaluation.evaluations(study, "reconstruction")} == {"cells_held_out"}
+    left_out = study_of(study.folder.parent, held_out_tasks=others, evaluation=["pbmc68k"])
+    assert evaluation.evaluations(left_out, "reconstruction") == []
+
+
 # Tables
 
 

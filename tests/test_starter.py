@@ -231,7 +231,7 @@ def test_check_collects_all_mistakes(compendium):
     for words in (
         ["'cell_type' is missing for 200 cells"],
         ["no column 'nosuch'", "'sample_id'"],
-        ["disease has the values", "'asthma'", "'ctrl'"],
+        ["disease: the treatments are", "'asthma'", "'ctrl'"],
         ["gone.h5ad", "no such file"],
         ["no column 'type'"],
     ):
@@ -273,7 +273,9 @@ def test_check_says_when_no_context_is_left(compendium):
     values = {"perturbation_key": "condition", "control": "ctrl", "held_out_contexts": ["B cell", "moss"]}
     found = preflight.check(study(compendium, tasks=["perturbation_response"], **values))
     assert [line for line in found.errors if "two cell types with control and treated cells, not []" in line]
-    assert [line for line in found.errors if "held_out_contexts" in line and "moss" in line]
+    cells(compendium / "cells.h5ad", cell_type=["B cell", "T cell"], condition=["ctrl"] * 2 + ["stim"] * 2)
+    found = preflight.check(study(compendium, tasks=["perturbation_response"], **values))
+    assert [line for line in found.errors if "held_out_contexts" in line and "['moss']" in line]
 
 
 def test_check_of_a_wrong_study_file_lists_every_mistake(compendium, capsys):

@@ -68,7 +68,8 @@ class Curated:
 
     def first_dataset(self, task: str) -> str:
         """The data set by which a task is told: the held-out cells or, if they do not join it, the first that does."""
-        return next(name for name, one in self.params.evaluation_sets().items() if one.joins(task))
+        joined = (name for name, one in self.params.evaluation_sets().items() if one.joins(task))
+        return next(joined, self.params.held_out_name)
 
     @cached_property
     def corpus_unit(self) -> Unit:

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from datawall.results import BASELINE, lower_is_better, mean_over_splits, select
-from datawall.saturation import KEY, adjust, curves_of, difference, one_sided_p
+from datawall.saturation import KEY, adjust, curves_of, difference, one_sided_p, pretrained
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
 RUN = ["strategy", "percentage", "seed"]  # one pretrained model of a family
@@ -248,8 +248,7 @@ def overtaking(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) 
 def _pretrained(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Pretrained runs of a metric, means over splits."""
     curves_of(results, metric)  # refuses what cannot be compared
-    runs = mean_over_splits(select(results, metric=metric))
-    return runs[(runs["strategy"] != BASELINE) & (runs["percentage"] > 0)]
+    return pretrained(mean_over_splits(select(results, metric=metric)))
 
 
 def _with_tests(table: pd.DataFrame, error: pd.Series, freedom: pd.Series | float, confidence: float) -> pd.DataFrame:

@@ -27,6 +27,10 @@ CODE = {
     "perturbation_response": ("curated:response_genes", "tasks/classification", "training", "expression"),
     "reconstruction": ("models/base",),
 }  # fmt: skip
+LEFT_OUT = {
+    "random": "what random subsets tell, such as what more cells are worth",
+    "untrained": "what untrained models tell: what pretraining changes",
+}  # by the strategy that a study lacks
 
 
 def evaluations(study: Study, task: str) -> list[Evaluation]:
@@ -41,7 +45,7 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     names = [name for name, one in p.evaluation_sets().items() if one.joins(task)]
     runs, brought = study.pretraining_runs(), [one for one in p.embeddings if one.dataset in names]
     if task == "reconstruction":
-        names, brought = [study.held_out_name], []
+        names, brought = [name for name in names if name == study.held_out_name], []
         runs = [run for run in runs if reconstructs(run.model)]
     sources = [*BASELINES.get(task, EMBEDDING_BASELINES), *runs]
     return [
@@ -133,6 +137,24 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
     return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
 
 
+def scope(study: Study, *tasks_told: str) -> str:
+    """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
+
+    Parameters
+    ----------
+    study
+        The study.
+    tasks_told
+        Tasks that the notebook tells of beside its own.
+    """
+    strategies = {subset.strategy for subset in study.subsets()}
+    among = ", untrained ones among them," if "untrained" in strategies else ""
+    lines = [f"{len(study.pretraining_runs())} models{among} of {len(study.subsets())} subsets"]
+    lines += [f"left out: {told}" for name, told in LEFT_OUT.items() if name not in strategies]
+    lines += [f"left out: what {task} tells" for task in tasks_told if task not in study.params.tasks]
+    return "\n".join(lines)
+
+
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
 
@@ -147,13 +169,15 @@ def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
 
     Returns
     -------
-    runs by title, for pictures of their embeddings.
+    runs by title, for pictures of their embeddings; none if the study pretrains no model.
     """
     first = study.first_dataset(table["task"].iloc[0])
     means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
     of_run = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
     runs = {(run.model, *asdict(run.subset).values()): run for run in study.pretraining_runs()}
     scores = of_run[of_run.index.isin([key for key in runs if key[1] != "untrained"])]
+    if scores.empty:
+        return {}
     if results.lower_is_better(metric):
         scores = -scores
     best, worst = runs[scores.idxmax()], runs[scores.idxmin()]

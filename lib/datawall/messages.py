@@ -116,6 +116,8 @@ def variants(runs: pd.DataFrame, metric: str) -> str:
 
 def embeddings(scores: pd.Series, metric: str) -> str:
     """Which embedding has the highest score and which the lowest; scores by model."""
+    if scores.empty:
+        return f"no {label(metric)}"
     high, low = label(scores.idxmax()), label(scores.idxmin())
     return f"{label(metric)} is highest in {high} ({scores.max():.2f}) and lowest in {low} ({scores.min():.2f})"
 

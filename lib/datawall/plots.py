@@ -215,6 +215,8 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
     shown = mean_over_splits(per_class.assign(metric=per_class["cell_type"], value=per_class["f1"]))
     shown = shown[shown["strategy"].isin(["random", "untrained"])]
     names, models = shown["dataset"].unique(), shown["model"].unique()
+    if not (shown["percentage"] > 0).any():
+        return _nothing("the study has no random subsets")
     figure = plt.figure(figsize=(WIDTH, 3.2 * len(names) + 0.4), layout="constrained")
     ends = {}
     for part, dataset in zip(figure.subfigures(len(names), 1, squeeze=False)[:, 0], names, strict=True):
@@ -265,10 +267,12 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
 
 
 def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: str) -> Figure:
-    """UMAPs (`Study.layout`), a panel per embedding, three in a row; the whole once for each label to colour by.
+    """UMAPs (`Study.layouts`), a panel per embedding, three in a row; the whole once for each label to colour by.
 
     Nothing is measured on them, so the title is given.
     """
+    if not layouts:
+        return _nothing("the study pretrains no model")
     n_columns = min(3, len(layouts))
     n_rows = -(-len(layouts) // n_columns)
     figure = plt.figure(figsize=(WIDTH, 2.3 * n_rows * len(colour_by) + 0.3), layout="constrained")
@@ -292,6 +296,8 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: st
 
 def saturation(points: pd.DataFrame) -> Figure:
     """Learning saturation points (`saturation.saturation_points`), a panel per task: models and strategies by data."""
+    if points.empty:
+        return _nothing("the study has no scores of pretrained models")
     tasks = points["task"].unique()
     widths = [select(points, task=task)["dataset"].nunique() for task in tasks]
     n_rows = len(points[["model", "strategy"]].drop_duplicates())

@@ -225,6 +225,8 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
 
     Lines are the intervals. What is not established stands at the right.
     """
+    if points.empty:
+        return plots._nothing("the study has no such runs")
     points = _in_order(points)
     models, names = list(points["model"].unique()), points["dataset"].unique()
     figure, axes = plt.subplots(

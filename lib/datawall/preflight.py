@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from datawall import assembly, inspection, params, planning, sampling, tasks
+from datawall import assembly, inspection, params, planning, sampling, scoring, tasks
 from datawall.corpus import CorpusError
 from datawall.datasets import DatasetError
 from datawall.inspection import Looked
@@ -122,22 +122,14 @@ def _subsets(p: Params, n_cells: int, found: Findings) -> None:
 
 def _perturbation(p: Params, obs: pd.DataFrame, found: Findings) -> None:
     """Whether there are two treatments, and contexts to hold out and to learn from."""
-    values = sorted(obs["perturbation"].unique())
-    if p.control not in values or len(values) != 2:
-        found.errors.append(
-            f"{p.perturbation_key} has the values {values}; perturbation response needs two, one of them the control "
-            f"{p.control!r}. Keep one treatment, or name the control."
-        )
-        return
-    if "cell_type" not in obs:
-        return
-    cells = pd.crosstab(obs["cell_type"], obs["perturbation"]).min(axis=1) * p.held_out
-    usable = sorted(cells.index[cells > 0])
-    if len(usable) < 2:
-        found.errors.append(f"perturbation response needs two cell types with control and treated cells, not {usable}.")
-    if unknown := sorted(set(p.held_out_contexts or ()) - set(usable)):
-        found.errors.append(f"held_out_contexts: {unknown} are not among the types with both treatments: {usable}.")
-    _few(cells[[name for name in p.held_out_contexts or usable if name in cells]], "contexts of one treatment", found)
+    try:
+        scoring.check_treatments(obs["perturbation"], p.control)
+        if "cell_type" in obs:
+            cells = pd.crosstab(obs["cell_type"], obs["perturbation"]).min(axis=1) * p.held_out
+            contexts = scoring.contexts_held_out(cells, p.held_out_contexts)
+            _few(cells[contexts], "contexts of one treatment", found)
+    except CorpusError as error:
+        found.errors.append(f"{p.perturbation_key}: {error}")
 
 
 def _few(n_held_out: pd.Series, what: str, found: Findings) -> None:

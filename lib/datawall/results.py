@@ -192,15 +192,16 @@ def select(results: pd.DataFrame, **values: str | float) -> pd.DataFrame:
 def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The claim in numbers: each model untrained and at every size of the random strategy, beside the baselines.
 
-    Means over splits and seeds; a row per data set and model, a column per size and per baseline. Empty where there
-    are no such results.
+    Means over splits and seeds; a row per data set and pretrained model, a column per size and per baseline. Empty
+    where there are no such results.
     """
     means = mean_over_splits(select(results, metric=metric))
     means = means.groupby(["dataset", "model", "strategy", "percentage"], as_index=False)["value"].mean()
     table = {}
     for dataset, rows in means.groupby("dataset"):
         of_baselines = select(rows, strategy=BASELINE).set_index("model")["value"].to_dict()
-        for model, runs in rows[rows["strategy"].isin(["random", "untrained"])].groupby("model"):
+        for model, runs in rows[~rows["strategy"].isin([BASELINE, CHECKPOINT])].groupby("model"):
+            runs = runs[runs["strategy"].isin(["random", "untrained"])]
             sizes = {
                 "untrained" if p == 0 else f"{p:g} %": v for p, v in zip(runs["percentage"], runs["value"], strict=True)
             }
@@ -212,33 +213,31 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
     """In words, how each model at the best of its sizes compares with its untrained control and the baselines.
 
-    `above` or `below` by more than `margin`, in the metric's units, or else `within`; NaN for a model without that
-    control. Rows and sizes are those of `headline`.
+    `above` or `below` by more than `margin`, in the metric's units, or else `within`; `unknown` without random subsets
+    or an untrained control. Rows and sizes are those of `headline`.
     """
     table = headline(results, metric)
     best = table.filter(like="%").max(axis=1)
-    others = table[[name for name in table if not name.endswith("%")]]
-    gap = -others.sub(best, axis=0)
-    return gap.map(
-        lambda value: "above" if value > margin else "below" if value < -margin else "within", na_action="ignore"
-    )
+    names = dict.fromkeys(["untrained", *(name for name in table if not name.endswith("%"))])
+    gap = -table.reindex(columns=list(names)).sub(best, axis=0)
+    words = gap.map(lambda value: "above" if value > margin else "below" if value < -margin else "within")
+    return words.where(gap.notna(), "unknown")
 
 
 def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """What more cells and what more diverse cells are worth, in the metric's units, means over splits and seeds.
 
     A row per data set and model. `more cells` is the largest size over the smallest, of random subsets; a strategy's
-    column is its gain over random subsets of equal size, at the largest size that both have.
+    column is its gain over random subsets of equal size, at the largest size that both have. NaN without such subsets.
     """
     means = mean_over_splits(select(results, metric=metric))
+    means = means[~means["strategy"].isin([BASELINE, CHECKPOINT])]
     means = means.pivot_table(index=["dataset", "model", "strategy"], columns="percentage", values="value")
     table = {}
     for (dataset, model), of_model in means.groupby(["dataset", "model"]):
         by_strategy = of_model.droplevel(["dataset", "model"])
-        if "random" not in by_strategy.index:
-            continue
-        random = by_strategy.loc["random"].dropna()
-        table[dataset, model] = {"more cells": random.iloc[-1] - random.iloc[0]}
+        random = by_strategy.reindex(["random"]).loc["random"].dropna()
+        table[dataset, model] = {"more cells": random.iloc[-1] - random.iloc[0] if len(random) else float("nan")}
         for strategy in by_strategy.index.difference(["random", "untrained"]):
             shared = (by_strategy.loc[strategy] - random).dropna()
             table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")

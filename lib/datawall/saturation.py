@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from scipy import stats
 
 from datawall.results import BASELINE, RUN, lower_is_better, mean_over_splits, select
 
+RULES = ("published", "mean", "error", "equivalence")
 PUBLISHED_THRESHOLD = 0.95
 TOLERANCE = 0.05  # of the lowest mean error, by default
 SPREADS = 2.0  # standard deviations over seeds that make up a margin, by default
@@ -76,12 +78,12 @@ def saturation_points(
 
     Returns
     -------
-    table with the columns model, strategy, task, dataset, percentage, low, high. For `equivalence`, percentage is NaN
-    where none is established, and there are two more: the margin used, and the verdict `plateau`, `still improving`
-    (no plateau, and the full corpus is better than the largest subset of at most half of it, by a one-sided Welch test
-    corrected over the curves) or `undecided`. The interval is the bootstrap's, of runs resampled within each size with
-    their deviations scaled by √(n / (n - 1)), widened to hold the point; a bound is NaN where it is not established,
-    both where a size has a single run.
+    table with the columns model, strategy, task, dataset, percentage, low, high; empty for results without rows. For
+    `equivalence`, percentage is NaN where none is established, and there are two more: the margin used, and the verdict
+    `plateau`, `still improving` (no plateau, and the full corpus is better than the largest subset of at most half of
+    it, by a one-sided Welch test corrected over the curves) or `undecided`. The interval is the bootstrap's, of runs
+    resampled within each size with their deviations scaled by √(n / (n - 1)), widened to hold the point; a bound is NaN
+    where it is not established, both where a size has a single run.
 
     Raises
     ------
@@ -89,8 +91,8 @@ def saturation_points(
         If the rule is unknown or needs a score and the metric is better when lower; if a value is NaN, a score above 1
         is to be made an error, the metric has no rows, or the results are of several studies.
     """
-    if rule not in ("published", "mean", "error", "equivalence"):
-        raise ValueError(f"unknown rule {rule!r}; the rules are: published, mean, error, equivalence.")
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; the rules are: {', '.join(RULES)}.")
     if lower_is_better(metric) and rule in ("published", "mean"):
         raise ValueError(
             f"lower {metric} is better, and the rule {rule} needs a score; use pearson_r, say, or the rule error."
@@ -102,10 +104,10 @@ def saturation_points(
         curves = [as_error(curve, metric) for curve in curves]
     alpha = 1 - confidence
     table = pd.DataFrame([curve.key for curve in curves], columns=KEY)
-    points = _points([curve.runs for curve in curves], curves, rule, margin, alpha)
+    points = _points([curve.runs for curve in curves], curves, rule, margin, alpha) if curves else []
     table["percentage"] = np.array(points, float)
     table["low"], table["high"] = np.nan, np.nan
-    if n_resamples:
+    if n_resamples and curves:
         drawn = _points([resampled(curve, n_resamples) for curve in curves], curves, rule, margin, alpha)
         for row, curve in enumerate(curves):
             if min(map(len, curve.runs)) > 1:
@@ -113,8 +115,37 @@ def saturation_points(
     table = table.replace(np.inf, np.nan)
     if rule == "equivalence":
         table["margin"] = [float(margin_of(curve, margin)) for curve in curves]
-        table["verdict"] = verdicts(curves, margin, confidence)[1]
+        table["verdict"] = verdicts(curves, margin, confidence)[1] if curves else []
     return table
+
+
+def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
+    """`saturation_points` of every task that is judged by a score, by its headline metric; none if there is no such.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study.
+    options
+        Of `saturation_points`.
+    """
+    from datawall import tasks
+
+    of_tasks = [
+        saturation_points(rows, metric, **options)
+        for task, metric in tasks.HEADLINE.items()
+        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task)))
+    ]
+    return pd.concat(of_tasks, ignore_index=True) if of_tasks else saturation_points(results[:0], "", **options)
+
+
+def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.DataFrame:
+    """`saturation_points` by each rule, named in the column rule; the margin is that of equivalence."""
+    margins = dict.fromkeys(RULES) | {"equivalence": margin}
+    return pd.concat(
+        saturation_points(results, metric, rule=rule, margin=of_rule).assign(rule=rule)
+        for rule, of_rule in margins.items()
+    )
 
 
 def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tuple[np.ndarray, np.ndarray]:
@@ -126,9 +157,8 @@ def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tu
 
 def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
     """The curves of a metric, ordered by their keys; raises as `saturation_points` does."""
-    runs = select(results, metric=metric)
-    runs = runs[(runs["strategy"] != BASELINE) & (runs["percentage"] > 0)]
-    if runs.empty:
+    runs = pretrained(select(results, metric=metric))
+    if runs.empty and len(results):
         raise ValueError(f"no pretrained run has the metric {metric!r}.")
     if runs["value"].isna().any():
         raise ValueError(f"{int(runs['value'].isna().sum())} values of {metric} are NaN; a saturation point needs all.")
@@ -155,12 +185,16 @@ def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     Runs without a score on every data set that their model and strategy have are left out, since their mean would be of
     something else.
     """
-    runs = mean_over_splits(select(results, metric=metric))
-    runs = runs[(runs["strategy"] != BASELINE) & (runs["percentage"] > 0)]
+    runs = pretrained(mean_over_splits(select(results, metric=metric)))
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform(lambda of: len(of.unique()))
     run = [column for column in RUN if column != "dataset"]
     complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]
     return complete.groupby(run, as_index=False)["value"].mean().assign(dataset="all", split="")
+
+
+def pretrained(results: pd.DataFrame) -> pd.DataFrame:
+    """Rows of pretrained models: no baselines, no untrained controls."""
+    return results[(results["strategy"] != BASELINE) & (results["percentage"] > 0)]
 
 
 def as_error(curve: Curve, metric: str) -> Curve:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from datawall.study import Run, Source, Study
 from datawall.tasks.uncertainty import Metrics
 
 RECONSTRUCTED = 1_000  # cells at most
+HELD_OUT_CELLS = 10  # of each treatment, at least, in a context that is held out unless contexts are named
 EMBEDDING_BASELINES = ("HVG", "PCA")  # fitted to the evaluation cells themselves
 
 
@@ -135,17 +136,16 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
 def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """One context held out at a time."""
     data, one = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
-    treatment = data.obs["perturbation"].to_numpy().astype(str)
-    if one.control not in treatment or len(np.unique(treatment)) != 2:
-        raise corpus.CorpusError(
-            f"{evaluation.dataset}: the treatments are {np.unique(treatment).tolist()}; perturbation response needs "
-            f"two, one of them the control {one.control!r}. Keep one treatment, or name the control."
-        )
+    treatment, context = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
+    try:
+        check_treatments(treatment, one.control)
+        contexts = contexts_held_out(pd.crosstab(context, treatment).min(axis=1), one.held_out_contexts)
+    except corpus.CorpusError as error:
+        raise corpus.CorpusError(f"{evaluation.dataset}: {error}") from None
     treated = treatment != one.control
-    context = data.obs["cell_type"].to_numpy().astype(str)
     X = expression.lognormalise(data.X)
     X = X[:, response_genes(study, evaluation.dataset, X[~treated])].toarray()
-    for held_out in one.held_out_contexts or tasks.perturbation.usable_contexts(treated, context):
+    for held_out in contexts:
         if isinstance(evaluation.source, str):
             metrics = _baseline_response(evaluation.source, X, treated, context, held_out)
         else:
@@ -153,6 +153,57 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
             options = {"seed": evaluation.seed, "matching": study.params.matching}
             metrics = tasks.perturbation_response(embedding, X, treated, context, held_out, **options)
         yield f"{held_out} held out", metrics
+
+
+def check_treatments(treatments: Iterable[str], control: str) -> None:
+    """Refuse a column of treatments that perturbation response cannot use.
+
+    Raises
+    ------
+    CorpusError
+        If they are not two, one of them the control.
+    """
+    values = sorted(set(map(str, treatments)))
+    if control not in values or len(values) != 2:
+        raise corpus.CorpusError(
+            f"the treatments are {values}; perturbation response needs two, one of them the control {control!r}. Keep "
+            "one treatment, or name the control."
+        )
+
+
+def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
+    """Contexts to hold out of perturbation response in turn.
+
+    Parameters
+    ----------
+    n_cells
+        By context, the number of cells of the treatment that has fewer.
+    named
+        The contexts that the study names; by default all with at least `HELD_OUT_CELLS`.
+
+    Raises
+    ------
+    CorpusError
+        If fewer than two contexts have both treatments, or none has cells enough, or a named one has fewer than two,
+        which are not enough for the ceiling: half of the treated cells predicts the other half.
+    """
+    usable = sorted(n_cells.index[n_cells > 0])
+    if len(usable) < 2:
+        raise corpus.CorpusError(
+            f"perturbation response needs two cell types with control and treated cells, not {usable}."
+        )
+    few = [name for name in named or () if n_cells.get(name, 0) < 2]
+    if few:
+        raise corpus.CorpusError(
+            f"held_out_contexts: {few} have fewer than two control or treated cells; leave them out."
+        )
+    contexts = named or sorted(n_cells.index[n_cells >= HELD_OUT_CELLS])
+    if not contexts:
+        raise corpus.CorpusError(
+            f"no cell type has {HELD_OUT_CELLS} control and {HELD_OUT_CELLS} treated cells to hold out; name some in "
+            "held_out_contexts, or leave perturbation_response out."
+        )
+    return contexts
 
 
 def response_genes(study: Study, dataset: str, control: sp.csr_matrix) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The evaluation tasks: each takes arrays and labels, knows no model, and returns metrics by name.
 
-Tasks load when first named, since some need torch and one needs jax. What each metric means, its best value and the
+Tasks load when first named, since some need torch. What each metric means, its best value and the
 level of chance are listed in `metrics.csv` beside this package.
 """
 
