@@ -83,11 +83,9 @@ def test_what_is_named_is_there(kind):
         assert not function or defined.count(function) == 1, name
 
 
-def test_a_functions_code_is_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "__file__", str(tmp_path / "store.py"))
-
+def test_a_functions_code_is_its_own(monkeypatch):
     def version(text):
-        (tmp_path / "a.py").write_text(text)
+        monkeypatch.setitem(store.SOURCES, "a", text)
         return store.code_version.__wrapped__("a:f")
 
     text = "def f():\n    return 1\n\n\ndef g():\n    return 2\n"

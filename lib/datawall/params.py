@@ -416,9 +416,9 @@ def from_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def to_yaml(values: dict[str, Any]) -> str:
-    """Text that `from_yaml` reads as these values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+def to_yaml(value: Any, **style: Any) -> str:
+    """Text that `from_yaml` reads as this value, in a style of `yaml.dump`."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style)
 
 
 def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from datawall import datasets, inspection, params, paths, sampling, store
 from datawall.inspection import Looked
@@ -84,7 +83,7 @@ def new(name: str, corpora: Sequence[str], given: Roles, *, ask: Ask | None, say
     looked = _joined(looks)
     roles = _choose(looked, given, ask, say)
     text = study_file(name, [_portable(one) for one in corpora], looked, roles, default)
-    params.check(yaml.safe_load(text), path.name)
+    params.check(params.from_yaml(text), path.name)
     store.write_atomically(path, lambda scratch: scratch.write_text(text))
     return path
 
@@ -216,5 +215,5 @@ def _portable(name: str) -> str:
 
 def _yaml(value: Any) -> str:
     """A value in YAML, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)
+    text = params.to_yaml(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -142,6 +142,8 @@ class Study(Curated):
             "hyperparameters": self.params.hyperparameters_of(run.model).model_dump(),
             "seed": run.subset.seed,
         }
+        if ontology := record["hyperparameters"].get("ontology"):
+            record["ontology"] = store.file_sha256(paths.located(ontology))
         if external.is_external(run.model):
             record["source"] = external.version(run.model)
         if run.subset.strategy == "untrained":
@@ -335,7 +337,7 @@ class Study(Curated):
         def measure(run: Run, folder: Path) -> dict[str, Any]:
             from datawall import training
 
-            counts = self.dataset(self.held_out_name).X[:n_cells]
+            counts = self.corpus.counts(self.split_rows("held_out")[:n_cells])
             model, seconds = self.model(run), []
             model.embed(counts)
             for _ in range(n_repeats):

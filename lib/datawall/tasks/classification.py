@@ -91,7 +91,7 @@ def linear_probe(train_embedding: np.ndarray, train_labels: np.ndarray, test_emb
 
     if len(np.unique(train_labels)) == 1:
         return np.repeat(train_labels[:1], len(test_embedding))
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cg"))
     return probe.fit(train_embedding, train_labels).predict(test_embedding)
 
 
