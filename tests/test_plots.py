@@ -84,7 +84,6 @@ def figures(runs, points):
         ),
         "plots.variants": (plots.variants(runs, "micro_f1"), "Best micro-F1 at 100 % of the corpus: SSL (lung)"),
         "plots.embeddings": (plots.embeddings({"a": layout}, ["cell_type"], "Types lie apart"), "Types lie apart"),
-        "plots.saturation": (plots.saturation(published), "rule, 2 of 3 curves are saturated at 1 % of the corpus"),
         "plots_published.learning_curves": (plots_published.learning_curves(runs, "micro_f1"), curves),
         "plots_published.saturation_map": (
             plots_published.saturation_map(results.select(points, rule="equivalence"), "equivalence"),
@@ -111,7 +110,7 @@ def figures(runs, points):
             "The best curve of the error, of 1: power law 1",
         ),
         "plots_published.rules": (plots_published.rules(points, "Here"), "published 2 of 3, equivalence none of 3"),
-        "plots_published.cost_saved": (plots_published.cost_saved(points), "published 96 %, equivalence 30 %"),
+        "plots_published.cells_saved": (plots_published.cells_saved(points), "published 96 %, equivalence 30 %"),
         "plots_published.known_answer": (
             plots_published.known_answer(
                 results.select(runs, strategy="random", model="SSL"),

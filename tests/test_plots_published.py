@@ -132,7 +132,7 @@ def test_rules_and_costs_have_a_dot_for_each_rule(classification):
     np.testing.assert_array_equal(dots["error"], expected[figures.MODELS])
     assert (dots["equivalence"] > 100).all()  # none established, at the right
 
-    figure = figures.cost_saved(points)
+    figure = figures.cells_saved(points)
     dots = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
     saved = 100 - select(points, rule="published").groupby("model")["percentage"].mean()
     np.testing.assert_allclose(dots["published"], saved[figures.MODELS])

@@ -177,10 +177,10 @@ def scaling(predictions: pd.DataFrame) -> str:
     return f"The best curve of the error, of {chosen.sum()}: {_listed(chosen)}"
 
 
-def cost_saved(points: pd.DataFrame) -> str:
-    """The mean share of the cost that is saved, by rule; `points` have the column saved, per cent."""
+def cells_saved(points: pd.DataFrame) -> str:
+    """The mean share of the cells that is saved, by rule; `points` have the column saved, per cent."""
     saved = points.groupby("rule", sort=False)["saved"].mean().map("{:.0f} %".format)
-    return f"Cost saved by stopping at the saturation point, mean: {_listed(saved)}"
+    return f"Cells saved by stopping at the saturation point, mean: {_listed(saved)}"
 
 
 def effects(table: pd.DataFrame, what: str) -> str:

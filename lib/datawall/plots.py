@@ -91,9 +91,10 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     names = genes["dataset"].unique()
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
     means = np.geomspace(genes["mean"].min(), genes["mean"].max(), 200)
+    shuffled = genes.sample(frac=1, random_state=0)  # so that neither hides the other
+    of_genes = shuffled["dataset"].map(colours).tolist()
     for axis, value, poisson in ((axes[0, 0], "variance", means), (axes[0, 1], "zeros", np.exp(-means))):
-        for name, rows in genes.groupby("dataset", sort=False):
-            axis.scatter(rows["mean"], rows[value], s=3, alpha=0.25, color=colours[name], label=name, rasterized=True)
+        axis.scatter(shuffled["mean"], shuffled[value], s=3, alpha=0.5, c=of_genes, rasterized=True)
         axis.plot(means, poisson, color="black", linewidth=1, label="Poisson")
         axis.set(xscale="log", xlabel="mean count of a gene")
     axes[0, 0].set(yscale="log", ylabel="variance")
@@ -112,7 +113,7 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
         axis.minorticks_off()
     sns.despine(figure)
     _say(figure, messages.realism(genes, cells))
-    _legend(figure, axes[0, 0])
+    _legend(figure, axes[0, 0], axes[1, 0])
     return figure
 
 
@@ -156,7 +157,8 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
     Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, the grey line the
-    ceiling, the cross at 0 % the untrained control. Chance is written in the corner: its line would flatten the curves.
+    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric: a line would flatten the
+    curves.
     """
     runs = mean_over_splits(select(results, metric=metric))
     chance = runs[runs["model"] == CHANCE].set_index("dataset")["value"]
@@ -184,14 +186,14 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             axis.plot(place, untrained["value"], "x", color="0.35", label="untrained")
             for name, value in runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"].items():
                 axis.axhline(value, linewidth=1, label=label(name), **lines[name])
-            if dataset in chance:
-                text = axis.text(0.97, 0.02, f"chance {chance[dataset]:.2f}", transform=axis.transAxes, ha="right")
-                text.set(color="0.35", size=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
             _percentage_axis(axis, runs["percentage"], untrained=len(untrained) > 0)
+            by_chance = f" (chance {chance[dataset]:.2f})" if dataset in chance else ""
             axis.set(
                 title=label(model) if row == 0 else "",
-                ylabel=f"{label(dataset)}\n{label(metric)}" if column == 0 else "",
+                ylabel=f"{label(dataset)}\n{label(metric)}{by_chance}" if column == 0 else "",
             )
+            if metric == "loss":
+                axis.tick_params(axis="x", labelsize=7)  # units of their own leave panels less room
             if row < len(names) - 1:
                 axis.set(xlabel="")
     _say(figure, messages.learning_curves(results, metric))
@@ -291,29 +293,6 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: st
         part.legend(handles, names, loc="outside right center", frameon=False, markerscale=4, title=label(key))
     sns.despine(figure)
     _say(figure, title)
-    return figure
-
-
-def saturation(points: pd.DataFrame) -> Figure:
-    """Learning saturation points (`saturation.saturation_points`), a panel per task: models and strategies by data."""
-    if points.empty:
-        return _nothing("the study has no scores of pretrained models")
-    tasks = points["task"].unique()
-    widths = [select(points, task=task)["dataset"].nunique() for task in tasks]
-    n_rows = len(points[["model", "strategy"]].drop_duplicates())
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(WIDTH, 0.4 * n_rows + 1.6), sharey=True, squeeze=False, width_ratios=widths,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, task in zip(axes[0], tasks, strict=True):
-        grid = select(points, task=task).assign(run=points["model"] + ", " + points["strategy"].map(label))
-        grid = grid.pivot_table(index="run", columns="dataset", values="percentage", sort=False).rename(columns=label)
-        norm = mpl.colors.LogNorm(vmin=points["percentage"].min(), vmax=100)
-        sns.heatmap(grid, ax=axis, cmap="cividis", norm=norm, annot=True, fmt="g", cbar=False, linewidths=1)
-        axis.set(title=label(task).replace(" ", "\n"), xlabel="", ylabel="")
-        axis.tick_params(axis="x", rotation=30)
-        axis.tick_params(axis="y", rotation=0, left=task == tasks[0])
-    _say(figure, f"Learning saturation points (% of the corpus). {messages.saturation(points, 'the published rule')}")
     return figure
 
 

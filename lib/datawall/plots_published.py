@@ -38,13 +38,16 @@ def saturation_map(points: pd.DataFrame, rule: str) -> Figure:
 
     A dash stands where none is established; `rule` is the rule in words.
     """
+    if points.empty:
+        return plots._nothing("the study has no scores of pretrained models")
     points = _in_order(points)
     tasks = points["task"].unique()
+    widths = [select(points, task=task)["dataset"].nunique() for task in tasks]
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(WIDTH, 0.27 * len(points[["model", "strategy"]].drop_duplicates()) + 1.9),
-        sharey=True, squeeze=False, layout="constrained",
+        sharey=True, squeeze=False, width_ratios=widths, layout="constrained",
     )  # fmt: skip
-    norm = mpl.colors.LogNorm(vmin=1, vmax=100)
+    norm = mpl.colors.LogNorm(vmin=min(1, points["percentage"].min()), vmax=100)
     for axis, task in zip(axes[0], tasks, strict=True):
         grid = _grid(select(points, task=task), "percentage")
         names = grid.map(lambda size: "–" if np.isnan(size) else f"{size:g}")
@@ -252,11 +255,10 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def cost_saved(points: pd.DataFrame) -> Figure:
-    """Share of the pretraining cost saved by stopping at the saturation point, by rule, model and task.
+def cells_saved(points: pd.DataFrame) -> Figure:
+    """Share of the cells saved by stopping at the saturation point, by rule, model and task.
 
-    Means over strategies and data sets. The cost is taken to be in proportion to the cells, as with a fixed number of
-    passes over them; where no point is established nothing is saved.
+    Means over strategies and data sets; where no point is established nothing is saved.
     """
     points = _in_order(points).assign(saved=lambda of: 100 - of["percentage"].fillna(100))
     tasks, models = points["task"].unique(), list(points["model"].unique())
@@ -270,10 +272,10 @@ def cost_saved(points: pd.DataFrame) -> Figure:
             y = np.arange(len(models)) + offset
             axis.hlines(y, 0, saved, color=colours[rule], linewidth=1, alpha=0.4)
             axis.plot(saved, y, marker, color=colours[rule], markersize=5, label=rule)
-        axis.set(xlim=(-3, 103), title=label(task).replace(" ", "\n"), xlabel="cost saved (%)")
+        axis.set(xlim=(-3, 103), title=label(task).replace(" ", "\n"), xlabel="cells saved (%)")
         _model_axis(axis, models, first=axis is axes[0, 0])
     sns.despine(figure, left=True)
-    plots._say(figure, messages.cost_saved(points))
+    plots._say(figure, messages.cells_saved(points))
     plots._legend(figure, axes[0, 0])
     return figure
 
