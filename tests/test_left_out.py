@@ -38,6 +38,7 @@ def test_notebooks_run_to_the_end(overrides, left_out, tmp_path, capsys):
     assert [line for line in left_out if line not in printed] == []
     everything = overrides.get("strategies", ["random", "untrained"])
     assert (NO_RANDOM in printed) == ("random" not in everything)
+    assert (NO_UNTRAINED in printed) == ("untrained" not in everything)
 
 
 def test_a_model_without_random_subsets_stands_beside_the_baselines():

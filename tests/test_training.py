@@ -105,7 +105,7 @@ def test_history_counts_what_was_seen():
     assert len(history.loss) == 25
     assert np.isfinite(history.loss).all()
     np.testing.assert_allclose(history.learning_rate, [1e-2 * (25 - step) / 25 for step in range(25)])
-    assert (history.samples_seen, history.unique_cells, history.passes) == (200, 40, 5.0)
+    assert (history.samples_seen, history.unique_cells) == (200, 40)
     assert len(history.validation_step) == len(history.validation_loss) == 0
 
 
@@ -126,7 +126,7 @@ def test_cells_are_counted_that_were_drawn():
     module, loss_of = noisy_problem()
     batches = [np.array([3, 3, 39]), np.array([3, 1, 0])]
     history = train(module, loss_of, 40, Recipe(2, 3, 1e-3), seed=0, batches=batches)
-    assert (history.samples_seen, history.unique_cells, history.passes) == (6, 4, 1.5)
+    assert (history.samples_seen, history.unique_cells) == (6, 4)
     assert train(module, loss_of, 40, Recipe(4, 8, 1e-3), seed=0).unique_cells == 32
 
 

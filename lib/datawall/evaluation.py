@@ -147,7 +147,7 @@ def scope(study: Study, *tasks_told: str) -> str:
     tasks_told
         Tasks that the notebook tells of beside its own.
     """
-    strategies = {subset.strategy for subset in study.subsets()}
+    strategies = {run.subset.strategy for run in study.pretraining_runs()}
     among = ", untrained ones among them," if "untrained" in strategies else ""
     lines = [f"{len(study.pretraining_runs())} models{among} of {len(study.subsets())} subsets"]
     lines += [f"left out: {told}" for name, told in LEFT_OUT.items() if name not in strategies]

@@ -68,6 +68,7 @@ def serve(number: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     for name in FIRST:
         import_module(name)
+    import_module("datawall.store").code_key()  # hashes that every fork would take a second for
     later = list(WHEN_IDLE)
     with _socket(number) as listener:
         while True:

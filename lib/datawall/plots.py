@@ -42,12 +42,12 @@ sns.set_theme(context="notebook", style="ticks", font_scale=0.8)
 def save(figure: Figure, name: str, table: pd.DataFrame, folder: Path) -> None:
     """Write a figure as svg and png, and the table that it was drawn from as csv; byte for byte the same each time."""
     folder.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it is laid out, and would be again for each file
     for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         store.write_atomically(
             folder / f"{name}.{suffix}",
-            lambda path, suffix=suffix, metadata=metadata: figure.savefig(
-                path, format=suffix, metadata=metadata, bbox_inches="tight"
-            ),
+            lambda path, suffix=suffix, metadata=metadata: figure.savefig(path, format=suffix, metadata=metadata),
         )
     store.write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
 

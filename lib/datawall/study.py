@@ -226,8 +226,8 @@ class Study(Curated):
     def pretrain(self) -> pd.DataFrame:
         """Pretrain, or find, every model: a row each with the run's parameters and its budget as spent.
 
-        Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, unique_cells, passes (NaN for a model
-        that takes no steps), seconds, device.
+        Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, unique_cells (different ones among
+        them), passes (samples seen, for each of the n_cells), seconds, device; NaN for a model that takes no steps.
         """
         missing = [run for run in self.pretraining_runs() if not self.store.find(self.model_unit(run))]
         for run in missing:
@@ -236,13 +236,11 @@ class Study(Curated):
         table = []
         for run in self.pretraining_runs():
             made = self.model_artifact(run).made
-            spent = {
-                name: made.get(name)
-                for name in ("steps", "samples_seen", "unique_cells", "passes", "seconds", "device")
-            }
+            spent = {name: made.get(name) for name in ("steps", "samples_seen", "unique_cells", "seconds", "device")}
             n_cells = len(self.rows(run.subset))
             table.append({"model": run.model, **asdict(run.subset), "n_cells": n_cells, **spent})
-        return pd.DataFrame(table)
+        table = pd.DataFrame(table)
+        return table.assign(passes=table["samples_seen"].astype(float) / table["n_cells"])
 
     def histories(self) -> pd.DataFrame:
         """Training loss of every run that took steps: model, strategy, percentage, seed, step, loss, learning_rate."""
@@ -279,7 +277,7 @@ class Study(Curated):
         steps = np.arange(1, len(history.loss) + 1)
         pd.DataFrame({"step": steps, **curve}).to_parquet(folder / "history.parquet", index=False)
         spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
-        return {"device": training.device().type, **spent, "passes": history.passes}
+        return {"device": training.device().type, **spent}
 
     def embedding_unit(self, source: Source, dataset: str) -> Unit:
         """Embedding of a data set: by a pretrained model, from a file, or by a baseline fitted to the data set."""

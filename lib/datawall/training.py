@@ -83,11 +83,6 @@ class History:
     samples_seen: int  # cells drawn, repeats counted
     unique_cells: int  # different cells among them
 
-    @property
-    def passes(self) -> float:
-        """How often each cell was seen, on average."""
-        return self.samples_seen / self.unique_cells
-
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite; the message says at which step."""
