@@ -131,8 +131,11 @@ def _fate(one: Made, artifacts: dict[str, Made]) -> list[str]:
 
 def _changed(one: Made) -> list[str]:
     """Modules whose code is no longer what made an artifact."""
-    code = one.code.items()
-    return [module for module, before in code if module not in store.SOURCES or store.code_version(module) != before]
+
+    def same(name: str, before: str) -> bool:
+        return name.partition(":")[0] in store.SOURCES and store.code_version(name) == before
+
+    return [name for name, before in one.code.items() if not same(name, before)]
 
 
 def _counted(made: list[Made]) -> str:
