@@ -122,7 +122,7 @@ def test_two_processes_train_as_one(tmp_path, network):
     assert set(one) == set(two)
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    assert one["loss"][-1] < one["loss"][0]
+    assert one["loss"][-10:].mean() < one["loss"][:10].mean()
 
 
 def test_processes_whose_losses_are_looked_at_late_agree_when_the_first_saves(tmp_path):

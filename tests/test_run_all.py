@@ -83,21 +83,27 @@ def test_from_scratch_gives_the_same_numbers(tiny_run, tmp_path):
     pd.testing.assert_frame_equal(dw.read_results(tmp_path), dw.read_results(tiny_run), check_exact=True)
 
 
-def test_changed_parameter_redoes_only_what_depends_on_it(tiny_run):
-    before = artifacts(tiny_run)
-    study = dw.open_study(str(tiny_run), k=3)
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """The run, for a test that writes other results into it."""
+    return shutil.copytree(tiny_run, tmp_path / "copy")
+
+
+def test_changed_parameter_redoes_only_what_depends_on_it(copy):
+    before = artifacts(copy)
+    study = dw.open_study(str(copy), k=3)
     dw.evaluation.evaluate(study, "zeroshot_classification")
-    made = artifacts(tiny_run).keys() - before.keys()
-    kinds = {path.parent.parent.name for path in tiny_run.glob("store/*/*/manifest.json") if path.parent.name in made}
+    made = artifacts(copy).keys() - before.keys()
+    kinds = {path.parent.parent.name for path in copy.glob("store/*/*/manifest.json") if path.parent.name in made}
     assert kinds == {"evaluation"}
     assert len(made) == len(dw.evaluation.evaluations(study, "zeroshot_classification"))
 
 
-def test_papermill_by_hand(tiny_run, tmp_path):
+def test_papermill_by_hand(copy, tmp_path):
     source, out = ROOT / "notebooks" / "02_pretraining.ipynb", tmp_path / "out.ipynb"
     overrides = {"models": ["PretrainedPCA", "Geneformer"], "percentages": [1], "seeds": [0, 1], "steps": 5}
     parameters = [word for key, value in overrides.items() for word in ("-p", key, str(value))]
-    words = ["-p", "study", str(tiny_run), *parameters, "--no-progress-bar"]
+    words = ["-p", "study", str(copy), *parameters, "--no-progress-bar"]
     subprocess.run(
         [sys.executable, "-m", "papermill", source, out, *words], check=True, cwd=tmp_path, capture_output=True
     )

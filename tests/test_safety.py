@@ -154,6 +154,7 @@ def test_pickled_extension_type_in_a_table(tmp_path, trap):
     mark = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(trap)}
     table = pa.table([pa.array([1])], schema=pa.schema([pa.field("value", pa.int64(), metadata=mark)]))
     pq.write_table(table, tmp_path / "results.parquet")
+    dw.store.write_checksums(tmp_path / dw.results.CHECKSUMS, ["results.parquet"])
     assert dw.read_results(tmp_path)["value"].tolist() == [1]
 
 

@@ -461,7 +461,7 @@ def test_a_model_without_an_untrained_control_is_not_told_to_be_level_with_it():
         {"strategy": "baseline", "model": "PCA", "percentage": 0.0, "seed": -1, "value": 0.4},
     )
     words = dw.results.beside_controls(results, "micro_f1", margin=0.02).droplevel("dataset")
-    assert words["untrained"].to_dict() == {"scVI": "within", "scvi_2x": np.nan}
+    assert words["untrained"].to_dict() == {"scVI": "within", "scvi_2x": "unknown"}
     assert words["PCA"].tolist() == ["above", "above"]
 
 
