@@ -1,11 +1,8 @@
 """The command, end to end on the tiny study: complete, repeatable, resumable, and clear when it fails."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,17 +19,6 @@ from datawall import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "params" / "tiny.yaml")
-# A study of seconds: a corpus with labels of its own, one task.
-SMALL = [
-    "corpus=pbmc68k",
-    "simulation=null",
-    "evaluation=[]",
-    "tasks=[zeroshot_classification]",
-    "held_out_contexts=null",
-    "batch_key=null",
-    "steps=5",
-]
-SMALL = [word for setting in [*SMALL, "perturbation_key=null", "control=null"] for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="session")
@@ -109,22 +95,6 @@ def test_papermill_by_hand(copy, tmp_path):
     )
     counts = [cell.execution_count for cell in nbformat.read(out, as_version=4).cells if cell.cell_type == "code"]
     assert None not in counts
-
-
-def test_killed_run_resumes_and_ends_with_the_same_numbers(tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert run_all.main([TINY, *SMALL, "--out", str(undisturbed)]) == 0
-    process = subprocess.Popen(command(TINY, *SMALL, "--out", str(killed)), start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(artifacts(killed)) < 5 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = artifacts(killed)
-    assert 5 <= len(kept) < len(artifacts(undisturbed))
-    assert run_all.main([TINY, *SMALL, "--out", str(killed)]) == 0
-    assert kept.items() <= artifacts(killed).items()
-    pd.testing.assert_frame_equal(dw.read_results(killed), dw.read_results(undisturbed), check_exact=True)
 
 
 def test_plan_counts_and_writes_nothing(tmp_path, capsys):
