@@ -32,10 +32,6 @@ def artifacts(folder):
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("store/*/[!.]*/manifest.json")}
 
 
-def command(*words):
-    return [sys.executable, str(ROOT / "run_all.py"), *words]
-
-
 def test_run_leaves_results_figures_and_executed_notebooks(tiny_run):
     study = dw.open_study(str(tiny_run))
     ((_, plan),) = dw.planning.counts(study)
