@@ -22,9 +22,7 @@ class Looked:
     n_cells: int
     match: GeneMatch
     columns: list[str]  # of obs, all of them
-    obs: (
-        pd.DataFrame
-    )  # those asked for, or else the ones that are likely to label cells; categorical, NaN where missing
+    obs: pd.DataFrame  # columns asked for, or else those likely to label cells; categorical, NaN where missing
 
     def __str__(self) -> str:
         m = self.match
