@@ -97,12 +97,13 @@ def test_batches_are_read_with_what_they_share(real, monkeypatch):
     for (_, rows), (same, counts) in zip(shares, loaded, strict=True):
         np.testing.assert_array_equal(rows, same)
         np.testing.assert_array_equal(counts, cells.counts(rows).toarray())
+        assert counts.dtype == np.float32
 
 
 def test_a_pass_over_many_cells_takes_each_once_and_groups_of_batches_share_blocks():
     n, size = 100_003, 256
     together = training.batches_together(size)
-    assert together == 64
+    assert together == 128
     drawn = np.concatenate(list(training.minibatches(n, size, 900, seed=0)))
     for first in (0, n):
         np.testing.assert_array_equal(np.sort(drawn[first : first + n]), np.arange(n))

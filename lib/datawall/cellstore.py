@@ -278,7 +278,7 @@ class Cells:
         """Rows and raw counts of all cells in turn, float32."""
         for first in range(0, self.n_obs, size):
             rows = np.arange(first, min(first + size, self.n_obs))
-            yield rows, next(self._file.read([self._positions(rows)]))
+            yield rows, floats(next(self._file.read([self._positions(rows)])))
 
     def count_blocks(self) -> Iterator[sp.csr_matrix]:
         """The counts of `blocks`."""
@@ -291,7 +291,10 @@ class Cells:
         return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
 
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
-        """Raw counts of batches of rows, float32; all are read at once, and each cell once however often it occurs."""
+        """Raw counts of batches of rows, in the store's integers.
+
+        All are read at once, and each cell once however often it occurs.
+        """
         return self._file.read([self._positions(rows) for rows in batches])
 
     def _positions(self, rows: np.ndarray | None) -> np.ndarray:
@@ -306,6 +309,12 @@ class Cells:
     @property
     def _file(self) -> _File:
         return _opened(self.path)
+
+
+def floats(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """These counts, made float32 in place: scipy's `astype` would copy their indices too."""
+    counts.data = counts.data.astype(np.float32)
+    return counts
 
 
 def add_labels(folder: Path, name: str, labels: pd.Categorical) -> None:
@@ -380,7 +389,6 @@ class _File:
             loaded = iter(self.loader)
             first = next(loaded)  # reads all; the others are cut from it
         for batch in itertools.chain([first], loaded):
-            batch["X"].data = batch["X"].data.astype(np.float32)
             yield batch["X"]
 
 

@@ -19,7 +19,7 @@ from datawall.store import Artifact, Unit
 _DATA = ("assembly", "datasets", "annotation", "corpus", "expression")
 CODE = {
     "corpus": (
-        *("curated:corpus_artifact", *_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology"),
+        "curated:corpus_artifact", *_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology",
         "cellstore",
     ),
     "dataset": ("curated:dataset_artifact", *_DATA),
@@ -27,7 +27,7 @@ CODE = {
     "contamination": ("curated:contamination", "assembly", "duplicates"),
     "sketch": ("curated:X_pca", "expression"),
     "subset": ("curated:_make_subset", "sampling"),
-}
+}  # fmt: skip
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall import annotation, cellstore, diversity, expression, simulate, sources
+from datawall import annotation, cellstore, diversity, expression, paths, simulate, sources
 from datawall.study import Study
 
+# Cells of Kang et al. by the authors' label and ours, those that muscat's data set has labels of; a test counts again.
+KANG_LABELS = paths.PACKAGE_DATA / "kang2018_labels.csv"
 VENDI_CELLS = 500  # drawn of each subset
 COMPARED = 5000  # held-out cells that simulated ones are set beside
 
@@ -174,6 +176,16 @@ def markers(study: Study) -> dict[str, list[str]]:
     """Marker genes (symbols) of cell types: canonical ones of blood, or those planted in a simulated corpus."""
     simulation = study.params.simulation
     return annotation.PBMC_MARKERS if simulation is None else simulate.truth(simulation).markers()
+
+
+def authors_labels(study: Study) -> pd.DataFrame:
+    """How many cells have a type by the authors' labels (rows) and by those that we gave (columns).
+
+    Of the 973 cells of Kang et al. whose labels the authors published and muscat's data set (Crowell et al. 2020, doi
+    10.1038/s41467-020-19894-4) names; empty if the corpus is another.
+    """
+    table = pd.read_csv(KANG_LABELS, index_col="authors").rename_axis(columns="ours")
+    return table if study.params.corpus == "kang2018" else table.iloc[:0]
 
 
 def marker_expression(study: Study) -> pd.DataFrame:

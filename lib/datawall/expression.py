@@ -19,7 +19,7 @@ from datawall import store
 
 type Blocks = Callable[[], Iterable[sp.csr_matrix]]
 
-TARGET_SUM = 1e4
+TARGET_SUM = 1e4  # counts that a cell is scaled to
 COMPONENTS = 50
 
 

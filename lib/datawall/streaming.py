@@ -12,11 +12,12 @@ import numpy as np
 import scipy.sparse as sp
 
 from datawall import training
-from datawall.cellstore import Cells
+from datawall.cellstore import Cells, floats
 
 type Numbered = Iterator[tuple[int, np.ndarray]]
 
 END = object()
+PREPARED = 4  # batches, at most, that wait for training
 
 
 def loader[Prepared](
@@ -29,8 +30,8 @@ def loader[Prepared](
     """What gives `training.train` its batches, as pairs of rows and prepared cells.
 
     Cells in memory are prepared all at once, before training. Those on disk are read by a thread, batches that share
-    blocks of cells together (see `training.minibatches`), and prepared one batch after the other. It is that many
-    batches ahead of training, so that up to 33,000 cells are in memory.
+    blocks of cells together (see `training.minibatches`), up to so many batches ahead, so that up to 66,000 cells are
+    in memory, in the store's integers. Another thread prepares them, one batch after the other.
 
     Parameters
     ----------
@@ -48,12 +49,15 @@ def loader[Prepared](
         return lambda shares: ((rows, take(prepared, rows)) for _, rows in shares)
     together = training.batches_together(batch_size)
 
-    def read(shares: Numbered) -> Iterator[tuple[np.ndarray, Prepared]]:
+    def read(shares: Numbered) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
         for _, group in itertools.groupby(shares, key=lambda share: share[0] // together):
             batches = [rows for _, rows in group]
-            yield from zip(batches, map(prepare, counts.read(batches)), strict=True)
+            yield from zip(batches, counts.read(batches), strict=True)
 
-    return lambda shares: ahead(read(shares), together)
+    def load(shares: Numbered) -> Iterator[tuple[np.ndarray, Prepared]]:
+        return ((rows, prepare(floats(some))) for rows, some in ahead(read(shares), together))
+
+    return lambda shares: ahead(load(shares), PREPARED)
 
 
 def ahead[Item](items: Iterator[Item], n: int) -> Iterator[Item]:

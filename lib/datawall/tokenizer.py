@@ -11,9 +11,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from datawall.expression import TARGET_SUM
 from datawall.transformer import N_SPECIAL
 
-TARGET_SUM = 1e4  # counts that a cell is scaled to
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
 ENTRIES_PER_BLOCK = 1 << 16  # detected genes encoded at once: what is made of them stays in a core's cache

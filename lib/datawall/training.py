@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints
 LOSSES_AT_ONCE = {"cpu": 1, "cuda": 20}  # steps a device runs ahead before their losses are looked at
-NEIGHBOURS = 32  # cells that a pass over many draws together: what a disk gives in one go
-MIXED = 16_384  # cells whose order is fully random
+NEIGHBOURS = 64  # cells that a pass over many draws together: what a disk gives in one go
+MIXED = 32_768  # cells whose order is fully random
 
 type Forward = Callable[..., Any]
 type Load = Callable[[Iterator[tuple[int, np.ndarray]]], Iterator[Any]]
@@ -97,8 +97,8 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
     """Rows of each step's batch: shuffled passes over the cells, laid end to end and cut into batches.
 
     No cell is dropped at the end of a pass, and a batch larger than the data holds repeats. A pass over more than
-    16,384 cells is shuffled so that it can be read from a disk: blocks of 32 neighbours in random order, and cells
-    within the 16,384 that come one after the other, which are those of `batches_together` batches.
+    32,768 cells is shuffled so that it can be read from a disk: blocks of 64 neighbours in random order, and cells
+    within the 32,768 that come one after the other, which are those of `batches_together` batches.
 
     Parameters
     ----------

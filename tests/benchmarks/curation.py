@@ -1,13 +1,13 @@
-"""Time and peak memory of curating a simulated corpus, for growing numbers of cells over 19,331 genes.
+"""What curating a simulated corpus takes, for growing numbers of cells over 19,331 genes: time and peak memory.
 
     python tests/benchmarks/curation.py 200000 1000000
 
 Each size is curated by a process of its own, which does what notebook 1 does: simulated and written, split, compared
 with its held-out cells, its components taken, sampled by three strategies at 1, 10, 25 and 100 %, its tables computed,
 some cells set beside simulated ones, the cells of all subsets named.
-Prints a row for each step, and the ratios of the last size to the first. Peak memory is that of the process up to the
-end of the step, as the kernel counts it; the pages of files that it maps are among it. On 2 cores of an AMD EPYC, which
-other processes shared:
+Prints a row for each step, with seconds by the clock and of processors, and the ratios of the last size to the first.
+Peak memory is that of the process up to the end of the step, as the kernel counts it; the pages of files that it maps
+are among it. On 2 cores of an AMD EPYC, which other processes shared:
 
     200,000 cells   simulate and write 269 s, components 288 s, all 718 s, peak 1,565 MiB, 349 MiB on disk
 """
@@ -59,15 +59,23 @@ def curate(n_cells: int) -> None:
             "realism": lambda: tables.realism(beside(study)),
             "names of cells": lambda: tables.write_cell_ids(study, Path(folder) / "ids"),
         }  # fmt: skip
-        begin = time.perf_counter()
+        began = clocks()
         for name, step in steps.items():
-            started = time.perf_counter()
+            before = clocks()
             step()
-            seconds = time.perf_counter() - started
-            print(f"{n_cells:>10,}  {name:<22} {seconds:>8.1f} s {peak():>8,.0f} MiB", flush=True)
+            print(line(n_cells, name, clocks() - before), flush=True)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
-        seconds = time.perf_counter() - begin
-        print(f"{n_cells:>10,}  {'all':<22} {seconds:>8.1f} s {peak():>8,.0f} MiB, {size:,.0f} MiB on disk")
+        print(f"{line(n_cells, 'all', clocks() - began)}, {size:,.0f} MiB on disk")
+
+
+def clocks() -> np.ndarray:
+    """Seconds by the clock, and of processors."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def line(n_cells: int, name: str, seconds: np.ndarray) -> str:
+    """A row of the table."""
+    return f"{n_cells:>10,}  {name:<22} {seconds[0]:>8.1f} s {seconds[1]:>8.1f} s of processors {peak():>8,.0f} MiB"
 
 
 def beside(study) -> dict:
@@ -90,15 +98,15 @@ def main(sizes: list[int]) -> None:
     totals = []
     for n_cells in sizes:
         process = subprocess.Popen([sys.executable, __file__, "--one", str(n_cells)], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            print(line, end="", flush=True)
+        for row in process.stdout:
+            print(row, end="", flush=True)
         if process.wait():
             sys.exit(f"curating {n_cells:,} cells failed.")
-        words = line.replace(",", "").split()
-        totals.append((n_cells, float(words[2]), float(words[4])))
+        words = row.replace(",", "").split()
+        totals.append((n_cells, float(words[2]), float(words[4]), float(words[8])))
     if len(totals) > 1:
         ratios = [last / first for first, last in zip(totals[0], totals[-1], strict=True)]
-        print("ratio of cells {:.1f}, of time {:.1f}, of memory {:.2f}".format(*ratios))
+        print("ratio of cells {:.1f}, of time {:.1f}, of processors {:.1f}, of memory {:.2f}".format(*ratios))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     loading.py [CELLS]
 
 Peers read the same cells at random: annbatch's own loader from the same store, as it comes (chunks of 512 cells, 32
-of them shuffled together), an h5ad file row by row (backed AnnData), and scDataset over that file (blocks of 16 cells
-and 16,384 shuffled together, as ours), which is left out where it is not installed.
+of them shuffled together), an h5ad file row by row (backed AnnData), and scDataset over that file (blocks as large and
+as many shuffled together as ours), which is left out where it is not installed.
 
 Subsets are random, and at 10 % also of the other strategies, for labels and scores that lie scattered over the corpus:
 where cells of a kind lie side by side, as in an atlas, reading is faster.
@@ -93,8 +93,9 @@ def backed(h5ad, n_batches):
 def scdataset(h5ad, n_batches):
     from scdataset import BlockShuffling, scDataset
 
-    cells, settings = ad.read_h5ad(h5ad, backed="r"), {"batch_size": BATCH, "fetch_factor": 16_384 // BATCH}
-    data = scDataset(cells, BlockShuffling(block_size=16), fetch_transform=lambda some: some.X, **settings)
+    cells, settings = ad.read_h5ad(h5ad, backed="r"), {"batch_size": BATCH, "fetch_factor": training.MIXED // BATCH}
+    blocks = BlockShuffling(block_size=training.NEIGHBOURS)
+    data = scDataset(cells, blocks, fetch_transform=lambda some: some.X, **settings)
     return lambda: sum(1 for _ in itertools.islice(data, n_batches))
 
 

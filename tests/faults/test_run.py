@@ -9,21 +9,6 @@ from pathlib import Path
 import pytest
 from harness import IN_FULL, artifacts, ended, environment, processes, redone, run, same_results, start, wait_until
 
-
-def test_second_run_on_a_folder_is_refused(undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    first = start(folder)
-    assert wait_until(lambda: artifacts(folder))
-    status, _, errors = run(folder)
-    assert status == 1
-    assert f"{folder}: process {first.pid} on " in errors
-    assert "--out" in errors
-    with first:
-        assert first.communicate()[1] == ""
-    assert first.returncode == 0
-    assert same_results(folder, undisturbed)
-
-
 BACKWARDS = """
 import time
 _clock, _begin = time.time, time.time()
@@ -38,10 +23,14 @@ def with_modules_of(folder):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("subset", marks=IN_FULL), "model"])  # in the notebook, in its workers
-def test_interrupted_run_stops_and_resumes_by_whatever_clock(kind, undisturbed, tmp_path):
+def test_run_refuses_another_stops_when_interrupted_and_resumes_by_whatever_clock(kind, undisturbed, tmp_path):
     folder = tmp_path / "run"
     # What a shell runs in the background ignores SIGINT, and so would this process.
     process = start(folder, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert wait_until(lambda: artifacts(folder))
+    status, _, errors = run(folder)  # by another, at the same time
+    assert (status, f"{folder}: process {process.pid} on " in errors, "--out" in errors) == (1, True, True)
+
     assert wait_until(lambda: any(name.startswith(kind) for name in artifacts(folder)))
     family = [each for some in processes(process).values() for each in some]
     begin = time.monotonic()
