@@ -1,11 +1,15 @@
 """Geometric sketching of 200,000 x 50 scores into 1 % by 2,000 boxes, against geosketch 1.3.
 
+    python tests/benchmarks/geometric_sketching.py [SEEDS]
+
 Besides the ratio it prints what a sketch is for, the mean over seeds: the partial Hausdorff distance (to the nearest
 chosen cell, of the cell that only one in a thousand is farther than) and the cells kept of rare types (fewer than one
 cell in a thousand), also those of a random sample. Both packages draw alike, so these differ by chance alone.
 
 Floor: reading and gridding the scores once, for a length that is known, and handing out the cells.
 """
+
+import sys
 
 import numpy as np
 from alternate import report, seconds_of
@@ -15,7 +19,8 @@ from sklearn.metrics import pairwise_distances_argmin_min
 
 from datawall import sampling
 
-N_CELLS, N_COMPONENTS, N_BOXES, N_SEEDS = 200_000, 50, 2_000, 5
+N_CELLS, N_COMPONENTS, N_BOXES = 200_000, 50, 2_000
+N_SEEDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 
 rng = np.random.default_rng(0)
 centres = rng.normal(0, 10, (60, N_COMPONENTS)) / np.sqrt(1 + np.arange(N_COMPONENTS))
