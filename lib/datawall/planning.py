@@ -1,7 +1,7 @@
 """What a study will cost: units, time, memory and disk of every stage, before anything is done and without a network.
 
-`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, the longest first; before
-them the notebook and its workers start, and after them each unit's result is read.
+`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, the longest first; a run
+imports the library once, each notebook draws its tables and figures, and each unit's result is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datawall.processes import Need
 from datawall.scoring import Evaluation
 from datawall.study import Run, Study
 
-NOTEBOOK = 3.0  # starts of a process that a notebook costs: its own, and its tables and figures
+NOTEBOOK = 0.5  # of the time that a process takes to import all: a notebook's tables and figures
 SECONDS_PER_UNIT = 0.02  # to hand one out, write it, hash it and read it again
 BYTES_PER_EVALUATION = 6_000
 BYTES_PER_ROW = 200  # of the labels of a cell, and of its principal components
@@ -31,7 +31,7 @@ class Stage:
     """What a stage costs."""
 
     name: str
-    start: float  # seconds of a process, before it does anything
+    around: float  # seconds before and after its units
     needs: list[Need] = field(default_factory=list)  # of each unit
     in_turn: float = 0.0  # seconds of units that the notebook makes itself
     gpu_seconds: float = 0.0
@@ -47,12 +47,11 @@ class Stage:
 
     def computing_seconds(self, n_workers: int) -> float:
         """Time by the clock in which units are made, so many side by side."""
-        started = self.start if self.needs and n_workers > 1 else 0.0
-        return self.in_turn + started + makespan((need.seconds for need in self.needs), n_workers)
+        return self.in_turn + makespan((need.seconds for need in self.needs), n_workers)
 
     def wall_seconds(self, n_workers: int) -> float:
         """Time by the clock, all in all."""
-        return NOTEBOOK * self.start + SECONDS_PER_UNIT * len(self.needs) + self.computing_seconds(n_workers)
+        return self.around + SECONDS_PER_UNIT * len(self.needs) + self.computing_seconds(n_workers)
 
 
 def makespan(seconds: Iterable[float], n_workers: int) -> float:
@@ -101,13 +100,14 @@ def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], boo
         _curation(study, costs),
         _pretraining(study, costs, missing),
         *(_task(study, costs, task, missing, embedded) for task in tasks),
-        Stage("figures", costs.known["start"]),
+        Stage("figures", NOTEBOOK * costs.known["start"]),
     ]
 
 
 def _curation(study: Study, costs: Costs) -> Stage:
     p, n_cells, known = study.params, costs.n_cells, costs.known["data"]
-    stage = Stage("curation", costs.known["start"], memory_gib=BASE_GIB + 0.5 + 100 * n_cells / 2**30)
+    around = (1 + NOTEBOOK) * costs.known["start"]  # that of the run among it, whose other processes are forks
+    stage = Stage("curation", around, memory_gib=BASE_GIB + 0.5 + 100 * n_cells / 2**30)
     sets = [costs.cells_of_set[one.dataset] for one in p.evaluation]
     drawn = Counter(subset.strategy for subset in study.subsets())
     stage.in_turn = sum(costs.known["named"].get(name, 0.0) for name in p.sources())
@@ -121,7 +121,7 @@ def _curation(study: Study, costs: Costs) -> Stage:
 
 
 def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> Stage:
-    stage = Stage("pretraining", costs.known["start"])
+    stage = Stage("pretraining", NOTEBOOK * costs.known["start"])
     for run in filter(missing, study.pretraining_runs()):
         need, steps = costs.run(run), costs.steps(run)
         assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
@@ -134,7 +134,7 @@ def _task(
     study: Study, costs: Costs, task: str, missing: Callable[[Evaluation], bool], embedded: set[tuple[Run, str]]
 ) -> Stage:
     """A task, with the embeddings that no task before it needed."""
-    stage = Stage(task, costs.known["start"])
+    stage = Stage(task, NOTEBOOK * costs.known["start"])
     for one in filter(missing, evaluation.evaluations(study, task)):
         which = one.source, one.dataset
         need, n_bytes, assumed = costs.evaluation(one, embedded=which in embedded), BYTES_PER_EVALUATION, 0.0
