@@ -37,6 +37,7 @@ TYPES = ["classical monocyte", "natural killer cell", "naive B cell", "regulator
 LARGE = 50.0  # million multiplications a cell; of larger models
 BATCH = 128, 4  # cells of a step at most on a processor, of other models and of large ones: cost is in proportion
 STEPS = (20, 60), (1, 3)
+LONGEST = 3  # seed of the run of most steps, whose model embeds
 EMBEDDED = EVALUATED, (16, 48)  # cells embedded, and reconstructed
 TABLES = curation.quality, curation.marker_expression, curation.contamination  # of notebook 1, of every cell
 
@@ -83,7 +84,8 @@ def _measure(p: Params, folder: Path) -> Record:
         models = [done(name, _model(many, name, work(p, name, n_genes, genes_per_cell))) for name in p.models]
         embedders = {of["family"]: name for name, of in zip(p.models, models, strict=True) if of["work"] < LARGE}
         by = list(embedders.values()) or p.models[:1]
-        costs = {task: done(task, _task(many, task, by)) for task in tasks}
+        briefly = _shortened(many, STEPS[0][1], {name: _batch_size(many, name, large=False) for name in by})
+        costs = {task: done(task, _task(briefly, task, by)) for task in tasks}
     return {
         "machine": machine(),
         "study": p.study,
@@ -174,20 +176,13 @@ def _model(study: Study, name: str, millions: float) -> Record:
 
     large = millions > LARGE
     few, more = STEPS[large]
-    given = study.params.hyperparameters_of(name).model_dump()
-    if given.get("ontology"):
-        given["ontology"] = str(simulate.ONTOLOGY)  # the simulated types are in it, and the file is there
-    batch = given.get("batch_size", 0)
-    if training.device().type == "cpu":
-        batch = min(batch, BATCH[large])
+    batch = _batch_size(study, name, large=large)
     runs = [(25.0, few, batch), (25.0, few, batch), (100.0, few, batch)]
     if batch:
         runs += [(100.0, more, batch), (100.0, more, max(2, batch // 2))]
     terms, seconds = [], []
     for seed, (percentage, steps, size) in enumerate(runs):
-        changed = {name: {**given, "batch_size": size} if batch else given}
-        values = {"steps": steps, "hyperparameters": {**study.params.hyperparameters, **changed}}
-        variant, run = Study(study.params.model_copy(update=values), study.folder), _run(name, percentage, seed)
+        variant, run = _shortened(study, steps, {name: size}), _run(name, percentage, seed)
         n_cells = len(variant.rows(run.subset))
         took, _ = _timed(lambda variant=variant, run=run: variant.model_artifact(run))
         terms.append([1, n_cells, steps * bool(batch), steps * size])
@@ -212,6 +207,24 @@ def _model(study: Study, name: str, millions: float) -> Record:
     }
 
 
+def _batch_size(study: Study, name: str, *, large: bool) -> int:
+    """Cells of a model's step here; 0 if it takes none."""
+    given = getattr(study.params.hyperparameters_of(name), "batch_size", 0)
+    return min(given, BATCH[large]) if training.device().type == "cpu" else given
+
+
+def _shortened(study: Study, steps: int, batch_sizes: dict[str, int]) -> Study:
+    """The study with so many steps, and for some models batches of so many cells."""
+    changed = {}
+    for name, size in batch_sizes.items():
+        given = study.params.hyperparameters_of(name).model_dump()
+        if given.get("ontology"):
+            given["ontology"] = str(simulate.ONTOLOGY)  # the simulated types are in it, and the file is there
+        changed[name] = {**given, "batch_size": size} if size else given
+    values = {"steps": steps, "hyperparameters": {**study.params.hyperparameters, **changed}}
+    return Study(study.params.model_copy(update=values), study.folder)
+
+
 def _run(model: str, percentage: float, seed: int = 0) -> Run:
     return Run(model, Subset("random", percentage, seed))
 
@@ -222,7 +235,7 @@ def _task(study: Study, task: str, embedders: list[str]) -> Record:
     Baselines have their names; `model` is an embedding by a model, the mean over some.
     """
     costs = {name: _growth(study, task, [name]) for name in scoring.BASELINES.get(task, scoring.EMBEDDING_BASELINES)}
-    return {**costs, "model": _growth(study, task, [_run(name, 100.0) for name in embedders])}
+    return {**costs, "model": _growth(study, task, [_run(name, 100.0, LONGEST) for name in embedders])}
 
 
 def _growth(study: Study, task: str, sources: list[Run] | list[str]) -> list[float]:
