@@ -1,9 +1,11 @@
-"""What tests of pages share: a browser, where the machine has one."""
+"""What tests share: a thread for each process, and for tests of pages a browser, where the machine has one."""
 
+import os
 import shutil
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: two processes test, and threads of both collide
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -324,7 +324,8 @@ def test_geneformer_trains_around_cells_without_counts():
     model = models.create("Geneformer", **SMALL["Geneformer"])
     history = model.fit(sp.vstack([empty, counts], format="csr"), pd.concat([obs[:5], obs]), steps=4, seed=0)
     assert history.unique_cells == 32
-    np.testing.assert_array_equal(model.embed(counts), fitted_once("Geneformer").embed(counts))
+    # Up to rounding: matrices lie elsewhere in memory.
+    np.testing.assert_allclose(model.embed(counts), fitted_once("Geneformer").embed(counts), atol=1e-6)
 
 
 def test_geneformer_refuses_to_train_on_nothing(monkeypatch):

@@ -1,5 +1,6 @@
 """Killed at any moment, a study ends with the results of one that was not, and does nothing finished again."""
 
+import itertools
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from dask_cluster import DaskCluster
 from harness import FULL, IN_FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, start
 
 EACH = 5 if FULL else 1  # times that each part is killed: 30 kills in the full form
-MOMENTS = (3, 60) if FULL else (3, 25)  # seconds from a start, or from a kill that the run survived
+SOON = 2.0  # seconds at most, from when so many artifacts are there as chance wants to a kill
 
 
 class Here:
@@ -51,17 +52,21 @@ class OnDask:
         self.cluster.close()
 
 
-def disturb(place, folder, to_kill, rng):
+def disturb(place, folder, to_kill, rng, n_artifacts):
     """Start a study and kill parts of it at random moments; says whether it succeeded all the same, and what died."""
     process, killed, family = place.start(folder), [], {}
-    moment = time.monotonic() + rng.uniform(*MOMENTS)
+    due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
     with process:
         while process.poll() is None:
             family |= {each.pid: each for some in processes(process).values() for each in some}
-            if to_kill and time.monotonic() > moment and (victims := place.living(to_kill[-1])):
-                os.kill(victims[rng.integers(len(victims))].pid, signal.SIGKILL)
-                killed.append(to_kill.pop())
-                moment = time.monotonic() + rng.uniform(*MOMENTS)
+            if to_kill and len(artifacts(folder)) >= due:
+                time.sleep(delay)
+                if victims := place.living(to_kill[-1]):
+                    os.kill(victims[rng.integers(len(victims))].pid, signal.SIGKILL)
+                    killed.append(to_kill.pop())
+                    due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
+                else:
+                    delay = 0
             time.sleep(0.05)
         errors = process.communicate(timeout=SECONDS)[1]
     assert "Traceback" not in errors
@@ -78,13 +83,13 @@ def test_killed_study_ends_the_same(place, undisturbed, tmp_path, capsys):
     to_kill = rng.permutation(place.parts * EACH).tolist()
     (tmp_path / "place").mkdir()
     at = place(tmp_path / "place") if place is OnDask else place()
-    story = []
+    story, folders = [], (tmp_path / str(n) for n in itertools.count())
     try:
         while to_kill:
-            folder, finished = tmp_path / str(len(to_kill)), False
+            folder, finished = next(folders), False
             while not finished:
                 before = artifacts(folder)
-                finished, killed = disturb(at, folder, to_kill, rng)
+                finished, killed = disturb(at, folder, to_kill, rng, len(artifacts(undisturbed)))
                 after = artifacts(folder)
                 story.append(f"killed: {', '.join(killed) or 'nothing'}; new: {made(before, after)}")
                 assert redone(before, after) == []

@@ -26,7 +26,9 @@ def with_modules_of(folder):
 def test_run_refuses_another_stops_when_interrupted_and_resumes_by_whatever_clock(kind, undisturbed, tmp_path):
     folder = tmp_path / "run"
     # What a shell runs in the background ignores SIGINT, and so would this process.
-    process = start(folder, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = start(folder)
+    signal.signal(signal.SIGINT, ours)
     assert wait_until(lambda: artifacts(folder))
     status, _, errors = run(folder)  # by another, at the same time
     assert (status, f"{folder}: process {process.pid} on " in errors, "--out" in errors) == (1, True, True)
