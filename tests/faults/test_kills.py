@@ -54,19 +54,19 @@ class OnDask:
 
 def disturb(place, folder, to_kill, rng, n_artifacts):
     """Start a study and kill parts of it at random moments; says whether it succeeded all the same, and what died."""
-    process, killed, family = place.start(folder), [], {}
-    due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
+    process, killed, family, due = place.start(folder), [], {}, None
     with process:
         while process.poll() is None:
             family |= {each.pid: each for some in processes(process).values() for each in some}
+            if due is None:
+                due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
             if to_kill and len(artifacts(folder)) >= due:
                 time.sleep(delay)
+                delay = 0
                 if victims := place.living(to_kill[-1]):
                     os.kill(victims[rng.integers(len(victims))].pid, signal.SIGKILL)
                     killed.append(to_kill.pop())
-                    due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
-                else:
-                    delay = 0
+                    due = None
             time.sleep(0.05)
         errors = process.communicate(timeout=SECONDS)[1]
     assert "Traceback" not in errors
