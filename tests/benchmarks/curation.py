@@ -7,9 +7,10 @@ with its held-out cells, its components taken, sampled by three strategies at 1,
 some cells set beside simulated ones, the cells of all subsets named.
 Prints a row for each step, with seconds by the clock and of processors, and the ratios of the last size to the first.
 Peak memory is that of the process up to the end of the step, as the kernel counts it; the pages of files that it maps
-are among it. On 2 cores of an AMD EPYC, which other processes shared:
+are among it. On 2 cores of an Intel Xeon, which other processes shared, in seconds of processors:
 
-    200,000 cells   simulate and write 269 s, components 288 s, all 718 s, peak 1,565 MiB, 349 MiB on disk
+      200,000 cells   simulate and write 40 s, components 45 s, all 99 s, peak 1,580 MiB, 349 MiB on disk
+    1,000,000 cells   simulate and write 175 s, components 218 s, all 458 s, peak 2,007 MiB, 1,738 MiB on disk
 """
 
 import resource
