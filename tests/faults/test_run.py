@@ -44,7 +44,7 @@ def test_run_refuses_another_stops_when_interrupted_and_resumes_by_whatever_cloc
     assert "Stopped. What is finished is kept; the same command goes on from there." in errors
     assert "Traceback" not in errors
     assert ended(family)
-    assert (folder / "notebooks" / "02_pretraining.ipynb").is_file()
+    assert list((folder / "notebooks").glob("*.ipynb"))  # as far as it ran
 
     # Its artifacts are now of tomorrow, and while the run goes on the clock goes back.
     for manifest in folder.glob("store/*/*/manifest.json"):
