@@ -131,7 +131,7 @@ class Site:
     def write(self) -> Path:
         """Write the pages into the folder of the run; returns the path of the first."""
         folder = self.study.folder / "report"
-        with store.temporary_folder(folder.parent) as scratch:
+        with store.naming(folder), store.temporary_folder(folder.parent) as scratch:
             for name, page in self.pages():
                 (scratch / name).parent.mkdir(exist_ok=True)
                 (scratch / name).write_text(page, encoding="utf-8")

@@ -335,9 +335,16 @@ def reserved(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {_now()},")
         file.flush()
-        for left in half_made(folder):
-            _remove_unless_held(left)
-        yield
+        _remove_half_made(folder)
+        try:
+            yield
+        finally:
+            _remove_half_made(folder)  # of workers that died and whose units others did
+
+
+def _remove_half_made(folder: Path) -> None:
+    for left in half_made(folder):
+        _remove_unless_held(left)
 
 
 def _remove_unless_held(path: Path) -> None:
