@@ -278,7 +278,7 @@ def _memory_gib() -> float:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # in no control group, or "max"
-            memory = min(memory, int(Path(limit).read_text()))
+            memory = min(memory, int(Path(limit).read_text(encoding="utf-8")))
     return memory / 2**30
 
 

@@ -104,7 +104,7 @@ class Study(Curated):
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
         text = params.to_yaml(self.params.model_dump())
-        store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
+        store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
     @cached_property
     def costs(self) -> Costs:
@@ -120,7 +120,9 @@ class Study(Curated):
         if not self.params.adaptive or not self.chosen_path.exists():
             return runs
         chosen = {
-            (model, *run) for model, of_model in json.loads(self.chosen_path.read_text()).items() for run in of_model
+            (model, *run)
+            for model, of_model in json.loads(self.chosen_path.read_text(encoding="utf-8")).items()
+            for run in of_model
         }
         return [
             run
@@ -188,7 +190,7 @@ class Study(Curated):
         n_processes, s = self.params.gpus[run.model], run.subset
         with tempfile.TemporaryDirectory() as scratch:
             given = Path(scratch) / "given.yaml"
-            given.write_text(params.to_yaml(self.params.model_dump()))
+            given.write_text(params.to_yaml(self.params.model_dump()), encoding="utf-8")
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
             of_run = [run.model, s.strategy, str(s.percentage), str(s.seed), "--out", str(self.folder)]
             ended = subprocess.run(
@@ -353,7 +355,7 @@ class Study(Curated):
             of = {"dataset": self.dataset_unit(self.held_out_name).key, "n_cells": n_cells, "n_repeats": n_repeats}
             unit = Unit("timing", {"model": self.model_unit(run).key, **of}, CODE["timing"])
             artifact = self.store.find_or_make(unit, lambda folder, run=run: measure(run, folder))
-            measured = json.loads((artifact.folder / "seconds.json").read_text())
+            measured = json.loads((artifact.folder / "seconds.json").read_text(encoding="utf-8"))
             table.append({"model": name, **measured, "device": artifact.made["device"]})
         return pd.DataFrame(table)
 
