@@ -1,14 +1,13 @@
 """A unit's key names all the code that decides its content: what it does not name is apart for a reason given here."""
 
 import ast
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from datawall import curated, evaluation, models, params, store, study, tasks
+from datawall.paths import LIBRARY
 
-LIBRARY = Path(store.__file__).parent
 APART = {
     "params": "values that matter are in the records",
     "hyperparameters": "values are in the records",
