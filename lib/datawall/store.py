@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from datawall import paths
 from datawall.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -370,7 +371,7 @@ def read_sources(library: Path) -> dict[str, str]:
 # key is asked for, they would be those of a file edited meanwhile, and what old code made would be stored under the
 # key of the new. Modules that are first needed later could still be newer than this, so a run's fork server imports
 # all that are named in a key at once (`forkserver.FIRST`).
-SOURCES = read_sources(Path(__file__).parent)
+SOURCES = read_sources(paths.LIBRARY)
 
 
 @cache

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -96,10 +97,19 @@ def open_study(study: str, **overrides: Any) -> Study:
     return Study(checked, paths.run_folder(path, checked.study))
 
 
+def _reopen(params_json: str, folder: str) -> Study:
+    return Study(params.Params.model_validate_json(params_json), Path(folder))
+
+
 class Study(Curated):
     """A study and its run folder (see `Curated` for its data)."""
 
     tabulated: tuple[list[str], pd.DataFrame] | None = None  # keys of evaluations, and their results, as last written
+
+    @property
+    def opening(self) -> tuple[Callable[[str, str], Study], str, str]:
+        """By which another process opens it: a function, and its arguments."""
+        return _reopen, self.params.model_dump_json(), str(self.folder)
 
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
@@ -194,7 +204,7 @@ class Study(Curated):
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
             of_run = [run.model, s.strategy, str(s.percentage), str(s.seed), "--out", str(self.folder)]
             ended = subprocess.run(
-                [sys.executable, "-m", *torchrun, "-m", "datawall.training", str(given), *of_run], check=False
+                [sys.executable, "-m", *torchrun, "-m", "datawall.together", str(given), *of_run], check=False
             )
         if ended.returncode:
             raise RuntimeError(f"torchrun with {n_processes} processes ended with status {ended.returncode}")
