@@ -288,7 +288,7 @@ def test_treatments_that_are_not_two_are_named(study):
 
 
 def labels(**columns):
-    return pd.DataFrame({key: np.repeat(*zip(*of)) for key, of in columns.items()})
+    return pd.DataFrame({key: np.repeat(*zip(*of, strict=True)) for key, of in columns.items()})
 
 
 def unfit(task, obs, **values):
