@@ -1,7 +1,6 @@
 """What tests share: a thread for each process, a browser, where the machine has one, and what may be left out."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -37,8 +36,8 @@ def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI", "false") == "false" or not reporter or hasattr(session.config, "workerinput"):
         return
-    skipped = [report.longrepr[-1] for report in reporter.stats.get("skipped", ()) if isinstance(report.longrepr, tuple)]
-    if wrong := unexpected(re.sub("^Skipped: ", "", reason) for reason in skipped):
+    skipped = [report.longrepr[-1] for report in reporter.stats.get("skipped", ())]
+    if wrong := unexpected(reason.removeprefix("Skipped: ") for reason in skipped):
         reporter.write_line(f"CI: these skips are not on the list in tests/conftest.py: {'; '.join(wrong)}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

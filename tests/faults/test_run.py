@@ -22,7 +22,8 @@ def with_modules_of(folder):
     return {**environment(), "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("subset", marks=pytest.mark.more), "model"])  # in the notebook, in its workers
+# In the notebook, in its workers.
+@pytest.mark.parametrize("kind", [pytest.param("subset", marks=pytest.mark.more), "model"])
 def test_run_refuses_another_stops_when_interrupted_and_resumes_by_whatever_clock(kind, undisturbed, tmp_path):
     folder = tmp_path / "run"
     # What a shell runs in the background ignores SIGINT, and so would this process.
