@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_tables import curve, table
 from scipy import stats
-from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
 from datawall import effects, published
@@ -42,12 +41,12 @@ def test_error_is_that_of_runs_and_data_sets_crossed():
     results = two_strategies(0.03).assign(other=lambda of: (of["strategy"] != "random").astype(int))
     results["run"] = results[effects.RUN].astype(str).agg("-".join, axis=1)
     results["value"] += 0.02 * results["other"] * results["dataset"].map({"a": -1, "b": 0, "c": 2})
-    formula = "value ~ C(dataset) * C(percentage) + other + C(run) + other:C(dataset)"
-    table = anova_lm(smf.ols(formula, results).fit())
-    squares = dict(zip(table.index, table["sum_sq"] / table["df"], strict=True))
-    terms = np.array([squares["C(run)"], squares["other:C(dataset)"], -squares["Residual"]])
-    freedom = terms.sum() ** 2 / (terms**2 / table.loc[["C(run)", "other:C(dataset)", "Residual"], "df"]).sum()
-    error = np.sqrt(terms.sum() / 3 * 4 / 24)  # three data sets; 24 runs in two groups
+    formulas = ["value ~ C(dataset) * C(percentage) + other", " + C(run)", " + other:C(dataset)"]
+    squares = [smf.ols("".join(formulas[:n]), results).fit().ssr for n in (1, 2, 3)]
+    freedom = np.array([24 - 3, 2, 2 * (24 - 3)])  # 24 runs of two strategies and two sizes, on three data sets
+    terms = np.array([squares[0] - squares[1], squares[1] - squares[2], -squares[2]]) / freedom
+    error = np.sqrt(terms.sum() / 3 * 4 / 24)
+    freedom = terms.sum() ** 2 / (terms**2 / freedom).sum()
     found = effects.strategy_effects(results, "micro_f1").iloc[0]
     gap = results.groupby("other")["value"].mean().diff()[1]
     assert found["difference"] == pytest.approx(gap, abs=1e-9)
