@@ -28,7 +28,7 @@ notebooks: .venv/ready  # execute in place and store the outputs
 	$(BIN)/python run_all.py params/quick.yaml
 	for n in $(NOTEBOOKS); do $(BIN)/jupyter execute --inplace $$n || exit 1; done
 	$(CLEAN) $(NOTEBOOKS)
-	$(BIN)/python tests/codecheck.py
+	$(BIN)/python tests/manifest.py
 
 lint: .venv/ready
 	$(BIN)/ruff check && $(BIN)/ruff format --check

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import codecheck
+import manifest
 import pandas as pd
 import pytest
 import yaml
@@ -11,22 +11,22 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = (ROOT / "codecheck.yml").read_text()
 WRITTEN = yaml.safe_load(CONFIGURATION)
-AGAIN = "run `make notebooks`, or after an edit alone `python tests/codecheck.py`"
+AGAIN = "run `make notebooks`, or after an edit alone `python tests/manifest.py`"
 
 
 def test_files_and_hashes_are_those_of_the_repository():
-    assert CONFIGURATION == codecheck.configuration(), AGAIN
+    assert manifest.configuration() == CONFIGURATION, AGAIN
 
 
 def test_every_output_of_the_notebooks_is_listed():
-    listed, stored = pd.read_csv(codecheck.MANIFEST), codecheck.outputs()
+    listed, stored = pd.read_csv(manifest.MANIFEST), manifest.outputs()
     pd.testing.assert_frame_equal(listed, stored, obj=AGAIN)
     assert set(stored["kind"]) == {"figure", "table", "text"}
     assert stored.groupby("notebook")["compared"].any().all()
 
 
 def test_every_figure_file_has_a_cell_that_makes_it_and_every_such_cell_a_file():
-    stems, patterns = {path.stem for path in (ROOT / "figures").glob("*.png")}, [of for of, _ in codecheck.makers()]
+    stems, patterns = {path.stem for path in (ROOT / "figures").glob("*.png")}, [of for of, _ in manifest.makers()]
     assert all(any(re.fullmatch(pattern, stem) for pattern in patterns) for stem in stems)
     assert all(any(re.fullmatch(pattern, stem) for stem in stems) for pattern in patterns)
 

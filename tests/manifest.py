@@ -1,4 +1,4 @@
-"""What an independent check compares: `make notebooks` writes codecheck.yml and figures/manifest.csv, a test holds them.
+"""What an independent check compares: `make notebooks` writes codecheck.yml and codecheck/manifest.csv.
 
 The first is in CODECHECK's format, 2.0: every file that a reader sees, the cell that makes it, its hash. The second has
 a line for each figure, table and printed fact stored in a notebook. A codechecker adds who checked, when, and a report.
@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-MANIFEST = ROOT / "figures" / "manifest.csv"
+MANIFEST = ROOT / "codecheck" / "manifest.csv"
 HOW = """\
 One command checks all: `make test`, in a clone, on Linux with Python 3.12 and pip. It sets up .venv, fetches Kang's
 cells (28 MB), executes every notebook anew, compares what its marked cells print with what is stored, and runs all
@@ -74,13 +74,18 @@ def makers():
 def files():
     """Every figure file, of which cell it is and whether README shows it, and every notebook with what it holds."""
     readme, made_by, held = (ROOT / "README.md").read_text(), makers(), outputs()
-    for path in sorted(path for path in (ROOT / "figures").iterdir() if path != MANIFEST):
+    for path in sorted((ROOT / "figures").iterdir()):
         name = path.relative_to(ROOT).as_posix()
         cell = next(where for pattern, where in made_by if re.fullmatch(pattern, path.stem))
         yield path, f"{cell}; shown in README.md" if f"]({name})" in readme else cell
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         kinds = held[held["notebook"] == path.stem]["kind"].value_counts()
         yield path, ", ".join(f"{kinds.get(kind, 0)} {kind}s" for kind in ("figure", "table", "text"))
+
+
+def as_written(dumper, text):
+    """Lines stay lines in YAML."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
 def configuration():
@@ -97,9 +102,11 @@ def configuration():
     paper["reference-other"] = [f"https://doi.org/{citation['preferred-citation']['doi']}"]
     version = "https://codecheck.org.uk/spec/config/2.0/"
     document = {"version": version, "paper": paper, "source": HOW, "manifest": manifest}
+    yaml.SafeDumper.add_representer(str, as_written)
     return yaml.safe_dump(document, explicit_start=True, sort_keys=False, width=120)
 
 
 if __name__ == "__main__":
+    MANIFEST.parent.mkdir(exist_ok=True)
     outputs().to_csv(MANIFEST, index=False)
     (ROOT / "codecheck.yml").write_text(configuration())
