@@ -308,7 +308,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
             logging.disable()  # of what nbclient and asyncio have to say when their kernel is taken from them
             raise
         except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
-            print(kernel.printed.read_text(), end="", file=sys.stderr)
+            print(kernel.printed.read_text() if kernel else "", end="", file=sys.stderr)
             print(f"\n{name} failed: {error}; perhaps memory ran out.", file=sys.stderr)
             print("What is finished is kept; the same command goes on.", file=sys.stderr)
             return False

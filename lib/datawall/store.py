@@ -160,9 +160,8 @@ class Store:
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             write_json(scratch / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
-            if folder.exists() and damage(folder):
-                os.replace(folder, scratch.with_name(f"{scratch.name}-damaged"))
-                shutil.rmtree(scratch.with_name(f"{scratch.name}-damaged"))
+            if folder.exists():
+                _remove_damaged(folder, scratch.with_name(f"{scratch.name}-damaged"))
             with suppress(FileExistsError):
                 _move(scratch, folder)
         if self.shared:
@@ -239,6 +238,16 @@ def _move(scratch: Path, folder: Path) -> None:
         if folder.exists():
             raise FileExistsError(folder) from error
         raise
+
+
+def _remove_damaged(folder: Path, aside: Path) -> None:
+    """Remove an artifact if it is damaged: one process at a time, lest it be what another has just put in its place."""
+    with (folder.parent / LOCK).open("a") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists() and damage(folder):
+            os.replace(folder, aside)
+            shutil.rmtree(aside)
 
 
 @contextmanager
