@@ -1,5 +1,6 @@
 """Models, embeddings, data sets, metrics and tasks of the user's own, through a whole study."""
 
+import importlib
 import re
 import sys
 from pathlib import Path

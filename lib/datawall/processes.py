@@ -23,13 +23,9 @@ from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from datawall import forkserver
-
-if TYPE_CHECKING:
-    from datawall.params import Params
-    from datawall.study import Study
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +41,20 @@ class Need:
     seconds: float = 0.0  # about
 
 
+class Work(Protocol):
+    """What units belong to, a study, as far as it matters to where they run."""
+
+    params: Any  # `executor`, `workers`, `retries`, `time_limit` and `storage`: see `params.Params`
+    folder: Path
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # by which another process opens it: a function, its arguments
+
+
 @dataclass(frozen=True)
 class Unit:
     """A call of a function of the library, in a process that opens the study for itself."""
 
-    params_json: str
-    folder: str
-    make: Callable[[Study, Any], object]
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # see `Work`
+    make: Callable[[Any, Any], object]
     item: Any
     need: Need
 
@@ -66,7 +69,7 @@ def describe(item: Any) -> str:
     return f"{item:g}" if isinstance(item, float) else str(item)
 
 
-def on_this_machine(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def on_this_machine(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units in a process per core or, where there are GPUs, per as many of them as the units want each.
 
     One worker asked for is this process itself, which spares the seconds that another takes to start.
@@ -88,7 +91,7 @@ def on_this_machine(study: Study, units: list[Unit]) -> Iterator[Ended]:
         yield from _in_processes(p, [unit for unit in units if max(1, unit.need.gpus) == together], slots)
 
 
-def _in_processes(p: Params, units: list[Unit], slots: list[str | None]) -> Iterator[Ended]:
+def _in_processes(p: Any, units: list[Unit], slots: list[str | None]) -> Iterator[Ended]:
     """Do units in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
     waiting, begun = deque(units), Counter()
     empty, idle, busy = slots[: len(units)], [], {}
@@ -122,7 +125,7 @@ def _in_processes(p: Params, units: list[Unit], slots: list[str | None]) -> Iter
             worker.stop()
 
 
-def _in_this_process(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def _in_this_process(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units here, one after the other; one that hangs outside of Python, or exhausts memory, takes this along."""
     use_one_thread()
     for unit in units:
@@ -259,7 +262,7 @@ def serve(descriptor: int) -> None:
     while True:
         try:
             unit = pickle.loads(waiting.get())  # noqa: S301 - of the process that started this one, as nobody else can write here
-            unit.make(_opened(unit.params_json, unit.folder), unit.item)
+            unit.make(_opened(*unit.opening), unit.item)
             error = None
         except Exception as raised:
             traceback.print_exc()
@@ -270,7 +273,9 @@ def serve(descriptor: int) -> None:
 def visible_gpus() -> list[str]:
     """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without loading torch."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return list(takewhile(GPU.fullmatch, map(str.strip, given.split(","))))  # as CUDA does: -1 and all after it hide
+        return list(
+            takewhile(GPU.fullmatch, map(str.strip, given.split(",")))
+        )  # as CUDA does: -1 and all after it hide
     if not (program := shutil.which("nvidia-smi")):
         return []
     asked = [program, "--query-gpu=uuid", "--format=csv,noheader"]
@@ -284,13 +289,13 @@ def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/s
     """
     files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # of Linux' two ways
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for line in mine.read_text().splitlines() if mine.exists() else []:
+    for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
         _, controller, path = line.split(":", 2)
         top, name = files.get(controller, (groups, ""))
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
             with suppress(OSError, ValueError):  # seen from within a container, or "max"
-                limits.append(int((folder / name).read_text()))
+                limits.append(int((folder / name).read_text(encoding="utf-8")))
     return min(limits) / 2**30
 
 
@@ -316,10 +321,7 @@ def use_one_thread() -> None:
 
 
 @cache
-def _opened(params_json: str, folder: str) -> Study:
+def _opened(opening: Callable[..., Any], *arguments: str) -> Any:
     """The study, opened once in each process, so that its data is read once."""
     use_one_thread()
-    from datawall.params import Params
-    from datawall.study import Study
-
-    return Study(Params.model_validate_json(params_json), Path(folder))
+    return opening(*arguments)
