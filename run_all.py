@@ -74,12 +74,15 @@ def _follow(options: argparse.Namespace) -> int:
             print(_work(study), planning.table(study, study.costs), sep="\n")
             return 0
         store.check_run_folder(study.folder)
-        left = {} if parameters.census else planning.seconds_left(study)
+        left, otherwise = ({}, {}) if parameters.census else planning.seconds_left(study)
     except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
     print(_work(study), f"into {_shown(study.folder)}{about}", sep="\n")
+    for differ, n in otherwise.items():
+        print(f"of other versions: {n} models and evaluations, used as they are: made before {differ}.")
+        print("To make all of them anew, give a new folder with --out.")
     try:
         with store.reserved(study.folder):
             return _run(study, stages, left)

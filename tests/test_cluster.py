@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -262,10 +263,12 @@ def test_dask_reports_units_that_fail_when_the_others_are_done(dask_cluster, stu
 
 def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, monkeypatch, tmp_path):
     given = study(executor=dask_cluster.address, retries=0)
-    monkeypatch.setattr(cluster, "_sources", lambda: "0123")
-    with pytest.raises(UnitsFailedError, match="another version of datawall"):
-        run_units(given, units.succeed, FIVE[:1], "test")
-    monkeypatch.undo()
+    for name in ("datawall", "numpy"):
+        others = {**cluster._software(), name: "0123"}
+        monkeypatch.setattr(cluster, "_software", lambda others=others: others)
+        with pytest.raises(UnitsFailedError, match=rf"other code or versions, .*: {name} \S+ in place of 0123; ins"):
+            run_units(given, units.succeed, FIVE[:1], "test")
+        monkeypatch.undo()
     unmarked = cluster.contextmanager(lambda study: iter([study.folder / "nowhere"]))
     monkeypatch.setattr(cluster, "_mark", unmarked)
     with pytest.raises(UnitsFailedError, match="storage that all workers share"):
@@ -298,6 +301,28 @@ def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, mo
     assert devices["pair"] == ["5,6"]
     assert {*devices["one_1"], *devices["one_2"]} == {"5", "6"}
     assert devices["none"] == []
+
+
+def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog):
+    started = DaskCluster(tmp_path, n_workers=1)
+
+    def lose_and_add():
+        while not lines(tmp_path, Item("slow", 4.0)):
+            time.sleep(0.05)
+        os.killpg(started.workers[0].pid, signal.SIGKILL)
+        while "no worker is left; waiting for one" not in caplog.text:
+            time.sleep(0.05)
+        started.add_worker()
+
+    other = threading.Thread(target=lose_and_add, daemon=True)
+    try:
+        other.start()
+        run_units(study(executor=started.address), units.pause, [Item("slow", 4.0)], "test")
+        other.join(60)
+    finally:
+        started.close()
+    assert "a worker is there again" in caplog.text
+    assert len(lines(tmp_path, Item("slow"))) == 3  # begun, and done
 
 
 def test_what_a_unit_takes_of_dask_workers():

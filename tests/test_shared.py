@@ -147,6 +147,8 @@ def test_damaged_object_is_named_and_replaced(damage, url, tmp_path, caplog):
 class LikeHdfs:
     """A file system on which a file is seen while it is written, and no other takes its name."""
 
+    type_name = "hdfs"
+
     def __init__(self, files):
         self.files = files
 
@@ -160,11 +162,11 @@ class LikeHdfs:
 
 
 def test_file_is_not_seen_under_its_name_until_it_is_whole(tmp_path, monkeypatch):
-    url, files = (tmp_path / "objects").as_uri(), pyarrow.fs.LocalFileSystem()
-    monkeypatch.setattr(pyarrow.fs.FileSystem, "from_uri", lambda url: (LikeHdfs(files), str(tmp_path / "objects")))
+    url = (tmp_path / "objects").as_uri()
     one, seen, add = Store(tmp_path / "one", url), [], tarfile.TarFile.add
+    one.shared._files = LikeHdfs(one.shared._files)
     names = lambda: [path.name for path in (tmp_path / "objects").rglob("*.tar")]  # noqa: E731
-    monkeypatch.setattr(tarfile.TarFile, "add", lambda tar, *of: (add(tar, *of), seen.append(names())))
+    monkeypatch.setattr(tarfile.TarFile, "add", lambda *of, **how: (add(*of, **how), seen.append(names())))
     made = one.find_or_make(UNIT, write_files)
     one.shared.put(f"{UNIT.kind}/{UNIT.key}", made.folder)  # in place of another
     assert (seen[0], names()) == ([], [f"{UNIT.key}.tar"])
@@ -174,8 +176,8 @@ def test_file_is_not_seen_under_its_name_until_it_is_whole(tmp_path, monkeypatch
 def test_what_fails_half_way_leaves_no_object(url, tmp_path, monkeypatch):
     add = tarfile.TarFile.add
 
-    def fail(tar, *of):
-        add(tar, *of)
+    def fail(*of, **how):
+        add(*of, **how)
         raise OSError("cannot be read")
 
     with monkeypatch.context() as patch:

@@ -27,12 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens, or "off"
-# Among them all of the library that is named in keys of artifacts: see `store.SOURCES`.
-FIRST = (
-    *("datawall.evaluation", "datawall.models", "datawall.plots"),
-    *("datawall.tasks.finetuning", "datawall.tasks.integration", "datawall.tasks.perturbation"),
-    *("matplotlib_inline.backend_inline", "ipykernel.kernelapp"),
-)
+FIRST = ("matplotlib_inline.backend_inline", "ipykernel.kernelapp")  # beside the library
 # Of use to some stages only, none of them the first.
 WHEN_IDLE = ("torch._dynamo", "annbatch", "sklearn.neighbors", "scanpy", "umap", "statsmodels.api")
 GRACE = 5.0  # seconds in which a process that is told to end may end by itself
@@ -78,9 +73,12 @@ def serve(number: int) -> None:
     """Be the fork server: import, then fork for whoever connects to a listening socket, until stdin is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    for name in FIRST:
+    from datawall import store
+
+    # All of the library, so that no fork imports a module that was edited since, under the key of what it was then.
+    for name in (*FIRST, *store.MODULES):
         import_module(name)
-    import_module("datawall.store").code_key()  # hashes that every fork would take a second for
+    store.code_key()  # hashes that every fork would take a second for
     later = list(WHEN_IDLE)
     with _socket(number) as listener:
         while True:

@@ -273,9 +273,7 @@ def serve(descriptor: int) -> None:
 def visible_gpus() -> list[str]:
     """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without loading torch."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return list(
-            takewhile(GPU.fullmatch, map(str.strip, given.split(",")))
-        )  # as CUDA does: -1 and all after it hide
+        return list(takewhile(GPU.fullmatch, map(str.strip, given.split(","))))  # CUDA sees none from -1 on
     if not (program := shutil.which("nvidia-smi")):
         return []
     asked = [program, "--query-gpu=uuid", "--format=csv,noheader"]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+WHOLE = ("s3", "gcs")  # where an object appears when all of it is written; a file is there from its first byte
+
 
 class Shared:
     """An object store.
@@ -30,8 +32,6 @@ class Shared:
         self.url = url
         self._files, self._root = fs.FileSystem.from_uri(url)
         self._there: dict[str, set[str]] = {}  # names of objects, by kind, when this process first asked for them
-        stores = fs.S3FileSystem, fs.GcsFileSystem  # where an object appears when all of it is written
-        self._whole = isinstance(self._files, stores)
 
     def take(self, name: str, folder: Path) -> bool:
         """Unpack an artifact, `kind/key`, into an empty folder; says whether there was one that can be read."""
@@ -51,7 +51,7 @@ class Shared:
     def put(self, name: str, folder: Path) -> None:
         """Pack an artifact's folder, in place of an earlier one of that name."""
         path = f"{self._root}/{name}.tar"
-        written = path if self._whole else f"{path}.{uuid.uuid4().hex}"
+        written = path if self._files.type_name in WHOLE else f"{path}.{uuid.uuid4().hex}"
         self._files.create_dir(path.rpartition("/")[0], recursive=True)
         try:
             with self._files.open_output_stream(written) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
