@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pytest
 import scanpy as sc

@@ -74,15 +74,11 @@ def _look(p: Params, found: Findings) -> None:
             tables.append(pd.DataFrame(sound, index=range(looked.n_cells)))
     if len(tables) == len(p.sources()):
         obs = pd.concat(tables, join="inner", ignore_index=True)
-        for role in set(obs) & {"batch", "donor_id"}:
-            if obs[role].nunique() < 2:
-                key = p.key(role, p.sources()[0])
-                found.errors.append(f"{role}: {key!r} has one value; name a column with more, or leave it out.")
         if "perturbation_response" in p.tasks and "perturbation" in obs:
             try:
-                held_out = p.evaluation_sets()[p.held_out_name]
-                renamed = {"cell_type": obs["cell_type"].replace(p.labels) if "cell_type" in obs else ""}
-                joining.treatments(obs.assign(**renamed), held_out, p)
+                joining.check_treatments(sorted(obs["perturbation"].astype(str).unique()), p.control, p.treatments)
+                if "cell_type" in obs:
+                    joining.check_contexts(p, obs["cell_type"].replace(p.labels).unique())
             except CorpusError as error:
                 found.errors.append(f"{p.perturbation_key}: {error}")
     for name, one in list(p.evaluation_sets().items())[1:]:  # the first is the corpus's held-out cells
