@@ -139,7 +139,8 @@ class CellFile:
     def places(self) -> list[str]:
         """The places of the file that hold a matrix: `X`, `raw.X`, and the layers, as `layers['counts']`."""
         with reading(self.name):
-            layers = sorted(self._at("layers")) if "layers" in self._root else []
+            held = self._at("layers") if "layers" in self._root else ()
+            layers = () if hasattr(held, "dtype") else sorted(held)
             places = ["X", "raw.X", *(f"layers['{layer}']" for layer in layers)]
             return [place for place in places if self._there(_matrix_key(place))]
 
@@ -151,7 +152,11 @@ class CellFile:
         node = self._root
         for part in key.split("/"):
             link = node.get(part, getlink=True) if hasattr(node, "get") and hasattr(node, "visititems_links") else None
-            if type(link).__name__ == "ExternalLink" or getattr(node[part], "is_virtual", False):
+            if (
+                type(link).__name__ == "ExternalLink"
+                or getattr(node[part], "is_virtual", False)
+                or (getattr(node[part], "external", None))
+            ):
                 raise CorpusError(
                     f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
                     "anndata and write it as one."

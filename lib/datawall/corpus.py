@@ -214,36 +214,38 @@ def find_genes(
     texts = {None: _texts(names)}
     texts |= {key: _texts(var[key]) for key in var if not pd.api.types.is_numeric_dtype(var[key].dtype)}
     known = [key for key in NAME_COLUMNS if key in texts]
-    position, by_id, first = np.full(len(var), SILENT), np.zeros(len(var), bool), None
+    position, by_id, first = np.full(len(var), SILENT), np.zeros(len(var), bool), ""
     for key in [*known, *sorted(set(texts).difference(known), key=str)]:
-        text = texts[key].mask(apart, "")
+        text, name = texts[key].mask(apart, ""), key or "the index"
         own, is_id = _positions(text, ids_alone=key not in (None, "feature_name"))
-        if key not in known and (own >= 0).sum() + (is_id & (own < 0)).sum() <= 0.5 * (text != "").sum():
+        if key not in known and ((own >= 0) | is_id).sum() <= 0.5 * (text != "").sum():
             continue
         both = (position >= 0) & (own >= 0)
         differ = np.flatnonzero(both & (position != own))
         if len(differ) > 0.01 * both.sum():
             pairs = ((names[i], table["feature_name"].iloc[[position[i], own[i]]]) for i in differ[:3])
-            examples = "; ".join(f"{name[:50]}: {' or '.join(genes)}" for name, genes in pairs)
-            columns = f"{first or 'the index'} and {key or 'the index'} of var"
-            what = f"{columns} name different genes in {len(differ):,} of {both.sum():,} rows ({examples})"
-            if len(differ) > 0.5 * both.sum():
-                if key in known:
-                    raise CorpusError(f"{dataset}: {what}; take the wrong column out of the file.")
-                notes.append(f"{what}; {first or 'the index'} is taken")
+            examples = "; ".join(f"{row[:50]}: {' or '.join(genes)}" for row, genes in pairs)
+            of = f"{len(differ):,} of {both.sum():,} rows"
+            what = f"{first} and {name} of var name different genes in {of} ({examples})"
+            most = len(differ) > 0.5 * both.sum()
+            if most and key in known:
+                raise CorpusError(f"{dataset}: {what}; take the wrong column out of the file.")
+            notes.append(f"{what}; {first} is taken")
+            if most:
                 continue
-            notes.append(f"{what}; {first or 'the index'} is taken")
         new = (position == SILENT) & (own != SILENT)
         position[new], by_id[new] = own[new], is_id[new]
-        first = key if first is None and (new & (own >= 0)).any() and key is not None else first
+        first = first or (name if (own >= 0).any() else "")
     found = position >= 0
     weights = np.ones(len(var)) if weights is None or not weights.any() else weights
     # A symbol beside the same gene's id is an antibody's name more often than the gene's.
-    twice = found & ~by_id & np.isin(position, position[found & by_id])
-    if twice.any() and by_id[found].mean() > 0.5:
-        some = ", ".join(names[twice].str[:50][:3])
-        notes.append(f"{twice.sum():,} rows have the symbol of a gene whose id another row has ({some}): left out")
-        apart, found = apart | twice, found & ~twice
+    twice = found & ~by_id & np.isin(position, position[found & by_id]) & (by_id[found].mean() > 0.5)
+    reasons = {"no id in a column of ids": (position == NO_GENE) & ~by_id, "the symbol of another row's id": twice}
+    for why, rows in reasons.items():
+        if rows.any():
+            some, share = ", ".join(names[rows].str[:50][:3]), weights[rows].sum() / weights.sum()
+            notes.append(f"{rows.sum():,} rows with {why} ({some}; {share:.0%} of the counts) are left out as no genes")
+            apart, found = apart | rows, found & ~rows
     position = np.where(found, position, -1)
     matched = np.unique(position[found])
     if len(matched) >= MANY_GENES:

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from datawall import assembly, cellstore, corpus, datasets, duplicates, expression, joining, sampling, store
+from datawall import assembly, cellstore, datasets, duplicates, expression, joining, sampling, store
 from datawall.cellstore import Cells
 from datawall.params import Params
 from datawall.store import Artifact, Unit
