@@ -271,9 +271,12 @@ def test_check_takes_the_columns_that_a_run_takes(compendium):
 def test_check_says_when_no_context_is_left(compendium):
     treatment = ["ctrl", "stim"]
     cells(compendium / "cells.h5ad", cell_type=["B cell", "T cell"], condition=treatment)  # one treatment a type
-    values = {"perturbation_key": "condition", "control": "ctrl", "held_out_contexts": ["B cell", "moss"]}
+    values = {"perturbation_key": "condition", "control": "ctrl"}
     found = preflight.check(study(compendium, tasks=["perturbation_response"], **values))
-    assert [line for line in found.errors if "two cell types with control and treated cells, not []" in line]
+    assert found.errors == ["no task is left to judge by; give more cells, types or columns."]
+    left_out = "left out: perturbation_response on cells_held_out: perturbation response needs two cell types"
+    assert [line for line in found.facts if line.startswith(left_out)]
+    values["held_out_contexts"] = ["B cell", "moss"]
     cells(compendium / "cells.h5ad", cell_type=["B cell", "T cell"], condition=["ctrl"] * 2 + ["stim"] * 2)
     found = preflight.check(study(compendium, tasks=["perturbation_response"], **values))
     assert [line for line in found.errors if "held_out_contexts" in line and "['moss']" in line]

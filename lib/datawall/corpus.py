@@ -239,7 +239,8 @@ def find_genes(
     found = position >= 0
     weights = np.ones(len(var)) if weights is None or not weights.any() else weights
     # A symbol beside the same gene's id is an antibody's name more often than the gene's.
-    twice = found & ~by_id & np.isin(position, position[found & by_id]) & (by_id[found].mean() > 0.5)
+    mostly_ids = (found & by_id).sum() > 0.5 * found.sum()
+    twice = found & ~by_id & np.isin(position, position[found & by_id]) & mostly_ids
     reasons = {"no id in a column of ids": (position == NO_GENE) & ~by_id, "the symbol of another row's id": twice}
     for why, rows in reasons.items():
         if rows.any():

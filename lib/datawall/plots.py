@@ -292,7 +292,7 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: st
                 axis.scatter(
                     cells["x"], cells["y"], s=3, color=colours[category], label=plain(category), rasterized=True
                 )
-            axis.set(title=name, xticks=[], yticks=[])
+            axis.set(title=plain(name), xticks=[], yticks=[])
         for axis in axes.flat[len(layouts) :]:
             axis.set_axis_off()
         axes[-1, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
