@@ -1,14 +1,13 @@
 """A unit's key names all the code that decides its content: what it does not name is apart for a reason given here."""
 
 import ast
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from datawall import curated, evaluation, models, params, store, study, tasks
+from datawall.paths import LIBRARY
 
-LIBRARY = Path(store.__file__).parent
 APART = {
     "params": "values that matter are in the records",
     "hyperparameters": "values are in the records",
@@ -19,7 +18,8 @@ APART = {
     "cluster": "where units are made",
     "costs": "when units are made",
     "processes": "where units are made",
-    "models/__init__": "which family has which name",
+    "models/__init__": "loads the others",
+    "models/families": "which family has which name",
     "tasks/__init__": "which task has which name",
     "study": "its functions are named one by one",
     "curated": "its functions are named one by one",
@@ -116,8 +116,11 @@ def test_steps_and_initial_weights_are_in_the_keys_of_the_models_that_have_them(
 
 def test_an_untrained_control_is_what_training_begins_with(tmp_path, monkeypatch):
     """A network of the initial weights' seed; principal axes begin with nothing, and their control has the run's."""
-    given = {"study": "mine", "corpus": "pbmc68k", "strategies": ["untrained"], "percentages": [100], "seeds": [3]}
-    given |= {"models": ["scVI", "PretrainedPCA"], "steps": 5, "init_seed": 7, "tasks": ["zeroshot_classification"]}
+    given = {
+        "study": "mine", "corpus": "pbmc68k", "strategies": ["random", "untrained"], "percentages": [100],
+        "seeds": [3], "models": ["scVI", "PretrainedPCA"], "steps": 5, "init_seed": 7,
+        "tasks": ["zeroshot_classification"],
+    }  # fmt: skip
     of, seeds = study.Study(params.check(given, "mine"), tmp_path), {}
     for name in given["models"]:
         monkeypatch.setattr(
@@ -125,6 +128,6 @@ def test_an_untrained_control_is_what_training_begins_with(tmp_path, monkeypatch
         )
         monkeypatch.setattr(models.FAMILIES[name], "save", lambda model, folder: None)
     monkeypatch.setattr(study.Study, "corpus", SimpleNamespace(n_vars=10))
-    for run in of.pretraining_runs():
+    for run in [run for run in of.pretraining_runs() if run.subset.strategy == "untrained"]:
         of._make_model(run, tmp_path, tmp_path)
     assert seeds == {"scVI": 7, "PretrainedPCA": 3}

@@ -17,21 +17,19 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from datawall import store
-from datawall.processes import Ended, Need, Unit, Worker, describe, on_this_machine, visible_gpus
+from datawall import paths, store
+from datawall.processes import Ended, Need, Unit, Work, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
     from dask.distributed import Client
-
-    from datawall.study import Study
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class UnitsFailedError(RuntimeError):
     """Some units failed and the others are done; the message has the last line of each one's traceback."""
 
 
-def run_units[Item](
+def run_units[Item, Study: Work](
     study: Study,
     make: Callable[[Study, Item], object],
     items: list[Item],
@@ -81,8 +79,7 @@ def run_units[Item](
     """
     if not items:
         return
-    described = study.params.model_dump_json(), str(study.folder), make
-    units = [Unit(*described, item, need_of(study, item)) for item in items]
+    units = [Unit(study.opening, make, item, need_of(study, item)) for item in items]
     units.sort(key=lambda unit: -unit.need.seconds)
     run = on_this_machine if study.params.executor == "local" else _on_dask
     failed = []
@@ -100,7 +97,7 @@ def run_units[Item](
         )
 
 
-def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def _on_dask(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units on a Dask cluster, each in a process beside one of its workers' threads."""
     from dask.distributed import as_completed
 
@@ -114,14 +111,42 @@ def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
         for unit, resources in zip(units, wanted, strict=True):
             options = {"resources": resources, "retries": p.retries, "priority": unit.need.seconds, "pure": False}
             on_gpus = resources.get("GPU", 0) if any("GPU" in of for of in declared) else None
-            futures[client.submit(_beside, unit, p.time_limit, mark, _sources(), on_gpus, **options)] = unit
-        for future in as_completed(list(futures)):
-            if future.status not in ("finished", "error"):
-                raise ConnectionError(
-                    f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
-                )
-            raised = future.exception()
-            yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+            futures[client.submit(_beside, unit, p.time_limit, mark, _software(), on_gpus, **options)] = unit
+        with _watched(client, p.executor):
+            for future in as_completed(list(futures)):
+                if future.status not in ("finished", "error"):
+                    raise ConnectionError(
+                        f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
+                    )
+                raised = future.exception()
+                yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+
+
+@contextmanager
+def _watched(client: Client, executor: str) -> Iterator[None]:
+    """Say when the last worker has gone, and when one is there again: Dask waits in silence, and then goes on."""
+    over = Event()
+
+    def watch() -> None:
+        there = True
+        while not over.wait(LOOK):
+            with suppress(OSError, RuntimeError):  # of a scheduler that has gone, or is about to
+                if there != bool(client.scheduler_info()["workers"]):
+                    there = not there
+                    told = (
+                        "a worker is there again"
+                        if there
+                        else "no worker is left; waiting for one, what is done is kept"
+                    )
+                    log.warning("%s: %s.", executor, told)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _await_workers(client: Client, executor: str) -> None:
@@ -159,7 +184,7 @@ def _resources(unit: Unit, declared: list[dict[str, float]]) -> dict[str, float]
 
 
 @contextmanager
-def _client(study: Study, n_units: int) -> Iterator[Client]:
+def _client(study: Work, n_units: int) -> Iterator[Client]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 
@@ -183,7 +208,7 @@ def _client(study: Study, n_units: int) -> Iterator[Client]:
 
 
 @contextmanager
-def _mark(study: Study) -> Iterator[Path | None]:
+def _mark(study: Work) -> Iterator[Path | None]:
     """A file in the run folder, by which workers tell that they see the same one; None if they need not."""
     if study.params.storage:
         yield None
@@ -204,7 +229,9 @@ _taken: set[str] = set()  # GPUs of its units
 _dealing = Lock()
 
 
-def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: str, n_gpus: int | None = None) -> None:
+def _beside(
+    unit: Unit, time_limit: float | None, mark: Path | None, software: dict[str, str], n_gpus: int | None = None
+) -> None:
     """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies.
 
     It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
@@ -212,9 +239,9 @@ def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: st
     """
     here = socket.gethostname()
     if mark and not mark.exists():
-        raise RuntimeError(f"{here} does not see {unit.folder}; keep run folders on storage that all workers share.")
-    if _sources() != sources:
-        raise RuntimeError(f"{here} has another version of datawall in {Path(__file__).parent}; install the same.")
+        raise RuntimeError(f"{here} does not see {mark.parent}; keep run folders on storage that all workers share.")
+    if other := store.differing(software, _software()):
+        raise RuntimeError(f"{here} has other code or versions, in {paths.LIBRARY}: {other}; install the same.")
     with _devices(n_gpus) as devices:
         worker = _rested(devices) or Worker(devices)
         worker.begin(unit, time_limit)
@@ -273,9 +300,9 @@ def _still_wanted() -> Callable[[], bool]:
 
 
 @cache
-def _sources() -> str:
-    """Hash of the library's code."""
+def _software() -> dict[str, str]:
+    """What decides results beside the study: a hash of the library's code, and versions of packages."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(paths.LIBRARY.rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return {**store.versions(), "datawall": digest.hexdigest()[:8]}

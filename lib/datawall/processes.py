@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -18,18 +19,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from datawall import forkserver
 
-if TYPE_CHECKING:
-    from datawall.params import Params
-    from datawall.study import Study
-
 log = logging.getLogger(__name__)
+
+GPU = re.compile(r"\d+|(GPU|MIG)-.+")  # how CUDA_VISIBLE_DEVICES names one
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,20 @@ class Need:
     seconds: float = 0.0  # about
 
 
+class Work(Protocol):
+    """What units belong to, a study, as far as it matters to where they run."""
+
+    params: Any  # `executor`, `workers`, `retries`, `time_limit` and `storage`: see `params.Params`
+    folder: Path
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # by which another process opens it: a function, its arguments
+
+
 @dataclass(frozen=True)
 class Unit:
     """A call of a function of the library, in a process that opens the study for itself."""
 
-    params_json: str
-    folder: str
-    make: Callable[[Study, Any], object]
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # see `Work`
+    make: Callable[[Any, Any], object]
     item: Any
     need: Need
 
@@ -62,7 +69,7 @@ def describe(item: Any) -> str:
     return f"{item:g}" if isinstance(item, float) else str(item)
 
 
-def on_this_machine(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def on_this_machine(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units in a process per core or, where there are GPUs, per as many of them as the units want each.
 
     One worker asked for is this process itself, which spares the seconds that another takes to start.
@@ -84,11 +91,11 @@ def on_this_machine(study: Study, units: list[Unit]) -> Iterator[Ended]:
         yield from _in_processes(p, [unit for unit in units if max(1, unit.need.gpus) == together], slots)
 
 
-def _in_processes(p: Params, units: list[Unit], slots: list[str | None]) -> Iterator[Ended]:
+def _in_processes(p: Any, units: list[Unit], slots: list[str | None]) -> Iterator[Ended]:
     """Do units in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
     waiting, begun = deque(units), Counter()
     empty, idle, busy = slots[: len(units)], [], {}
-    memory = _memory_gib()
+    memory = memory_gib()
     try:
         while waiting or busy:
             while (empty or idle) and (unit := _next(waiting, busy.values(), memory)):
@@ -118,7 +125,7 @@ def _in_processes(p: Params, units: list[Unit], slots: list[str | None]) -> Iter
             worker.stop()
 
 
-def _in_this_process(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def _in_this_process(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units here, one after the other; one that hangs outside of Python, or exhausts memory, takes this along."""
     use_one_thread()
     for unit in units:
@@ -229,7 +236,7 @@ class Worker:
 
 def _start(descriptor: int, environment: dict[str, str]) -> forkserver.Forked | subprocess.Popen:
     """Start a process that serves a socket: a fork in a run, elsewhere one from scratch."""
-    if forkserver.ADDRESS in os.environ:
+    if forkserver.at_hand():
         return forkserver.Forked("datawall worker", "datawall.processes:serve", [], [descriptor], environment)
     return subprocess.Popen(
         [sys.executable, "-P", "-c", f"from datawall import processes; processes.serve({descriptor})"],
@@ -255,7 +262,7 @@ def serve(descriptor: int) -> None:
     while True:
         try:
             unit = pickle.loads(waiting.get())  # noqa: S301 - of the process that started this one, as nobody else can write here
-            unit.make(_opened(unit.params_json, unit.folder), unit.item)
+            unit.make(_opened(*unit.opening), unit.item)
             error = None
         except Exception as raised:
             traceback.print_exc()
@@ -266,20 +273,28 @@ def serve(descriptor: int) -> None:
 def visible_gpus() -> list[str]:
     """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without loading torch."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name.strip()]
+        return list(takewhile(GPU.fullmatch, map(str.strip, given.split(","))))  # CUDA sees none from -1 on
     if not (program := shutil.which("nvidia-smi")):
         return []
     asked = [program, "--query-gpu=uuid", "--format=csv,noheader"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
 
 
-def _memory_gib() -> float:
-    """Memory of this machine, or what its container may take of it."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # in no control group, or "max"
-            memory = min(memory, int(Path(limit).read_text()))
-    return memory / 2**30
+def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> float:
+    """Memory of this machine, or the least that a control group around this process may take of it.
+
+    A container is such a group, a Slurm job and a systemd unit are groups within groups.
+    """
+    files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # of Linux' two ways
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
+        _, controller, path = line.split(":", 2)
+        top, name = files.get(controller, (groups, ""))
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # seen from within a container, or "max"
+                limits.append(int((folder / name).read_text(encoding="utf-8")))
+    return min(limits) / 2**30
 
 
 def use_one_thread() -> None:
@@ -304,10 +319,7 @@ def use_one_thread() -> None:
 
 
 @cache
-def _opened(params_json: str, folder: str) -> Study:
+def _opened(opening: Callable[..., Any], *arguments: str) -> Any:
     """The study, opened once in each process, so that its data is read once."""
     use_one_thread()
-    from datawall.params import Params
-    from datawall.study import Study
-
-    return Study(Params.model_validate_json(params_json), Path(folder))
+    return opening(*arguments)

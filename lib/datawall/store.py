@@ -29,20 +29,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from datawall import paths
 from datawall.shared import Shared
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# Those that compute what is stored.
 RECORDED_PACKAGES = (
-    "datawall",
-    "anndata",
-    "numpy",
-    "pandas",
-    "scanpy",
-    "scikit-learn",
-    "scipy",
-    "torch",
+    *("datawall", "anndata", "igraph", "numba", "numpy", "pandas", "pynndescent", "scanpy", "scikit-learn", "scipy"),
+    *("torch", "umap-learn"),
 )
 
 # Modules that no notebook uses: around a run, not in it.
@@ -160,9 +156,8 @@ class Store:
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             write_json(scratch / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
-            if folder.exists() and damage(folder):
-                os.replace(folder, scratch.with_name(f"{scratch.name}-damaged"))
-                shutil.rmtree(scratch.with_name(f"{scratch.name}-damaged"))
+            if folder.exists():
+                _remove_damaged(folder, scratch.with_name(f"{scratch.name}-damaged"))
             with suppress(FileExistsError):
                 _move(scratch, folder)
         if self.shared:
@@ -201,7 +196,7 @@ def read_manifest(folder: Path) -> Record:
     OSError, ValueError
         If it is missing, or not as it was written.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _sha256(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")
     return manifest
@@ -239,6 +234,16 @@ def _move(scratch: Path, folder: Path) -> None:
         if folder.exists():
             raise FileExistsError(folder) from error
         raise
+
+
+def _remove_damaged(folder: Path, aside: Path) -> None:
+    """Remove an artifact if it is damaged: one process at a time, lest it be what another has just put in its place."""
+    with (folder.parent / LOCK).open("a", encoding="utf-8") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists() and damage(folder):
+            os.replace(folder, aside)
+            shutil.rmtree(aside)
 
 
 @contextmanager
@@ -321,7 +326,7 @@ def reserved(folder: Path) -> Iterator[None]:
         If it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -360,14 +365,18 @@ def _remove_unless_held(path: Path) -> None:
 
 def read_sources(library: Path) -> dict[str, str]:
     """Text of every module of a library, by file name without `.py`."""
-    return {path.relative_to(library).with_suffix("").as_posix(): path.read_text() for path in library.rglob("*.py")}
+    return {
+        path.relative_to(library).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
+        for path in library.rglob("*.py")
+    }
 
 
 # As they are when a process, or the one that it is a fork of, imports the library: the code that it has. Read when a
 # key is asked for, they would be those of a file edited meanwhile, and what old code made would be stored under the
 # key of the new. Modules that are first needed later could still be newer than this, so a run's fork server imports
-# all that are named in a key at once (`forkserver.FIRST`).
-SOURCES = read_sources(Path(__file__).parent)
+# all of them at once; without one, do not edit the library while a study runs.
+SOURCES = read_sources(paths.LIBRARY)
+MODULES = sorted(f"datawall.{name}".replace("/", ".").removesuffix(".__init__") for name in SOURCES)
 
 
 @cache
@@ -395,13 +404,13 @@ def file_sha256(path: Path) -> str:
 def write_checksums(path: Path, names: list[str]) -> None:
     """Write hashes of files of the same folder, as `sha256sum --check` reads them."""
     lines = [f"{file_sha256(path.with_name(name))}  {name}\n" for name in names]
-    write_atomically(path, lambda scratch: scratch.write_text("".join(lines)))
+    write_atomically(path, lambda scratch: scratch.write_text("".join(lines), encoding="utf-8"))
 
 
 def changed(path: Path) -> list[str]:
     """Names in a file of `write_checksums` whose files are missing or not as they were then."""
     wrong = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         sha256, _, name = line.partition("  ")
         file = path.with_name(Path(name).name)
         if not file.is_file() or file_sha256(file) != sha256:
@@ -424,12 +433,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys as given, one value a line."""
-    write_atomically(path, lambda scratch: scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n"))
+    write_atomically(
+        path, lambda scratch: scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    )
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
+
+
+def differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """Which packages differ in version, in words; builds of a version (`+cu126`), and Pythons, count as the same."""
+    both = {name: [of[name].partition("+")[0] for of in (theirs, ours)] for name in ours if name in theirs}
+    return ", ".join(f"{name} {b} in place of {a}" for name, (a, b) in both.items() if a != b and name != "python")
 
 
 def code_key() -> str:
