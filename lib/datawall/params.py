@@ -253,8 +253,10 @@ class Params(BaseModel):
         except ValueError as error:
             raise ValueError(f"hyperparameters: {error}") from None
         self._check_sources()
-        if not self.subsets():
-            raise ValueError("no subset: only `random` is drawn at 100 %; add `random` or a smaller percentage")
+        if {strategy for strategy, _, _ in self.subsets()} <= {"untrained"}:
+            raise ValueError(
+                "no subset: `untrained` draws none, at 100 % only `random` does; add `random` or a smaller percentage"
+            )
         if self.adaptive and ("random" not in self.strategies or min(len(self.percentages), len(self.seeds)) < 2):
             raise ValueError("adaptive needs the strategy random, two percentages and two seeds at least; add them")
         self._check_evaluation()
