@@ -16,6 +16,7 @@ from datawall.params import Params
 from datawall.starter import FEW
 from datawall.study import Study
 
+CONTEXTS = 3  # of perturbation response; when one is held out, two are too few to learn from
 RARE = 10  # held-out cells; on fewer, a type or context is judged by chance
 
 
@@ -195,6 +196,16 @@ def _tasks(p: Params, sets: dict[str, pd.DataFrame], found: Findings) -> None:
                 continue
             judged += 1
             if task == "perturbation_response":
+                both = (
+                    (pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"] == one.control) > 0)
+                    .all(axis=1)
+                    .sum()
+                )
+                if both <= CONTEXTS:
+                    found.warnings.append(
+                        f"{name}: perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, "
+                        f"from which it cannot tell an embedding from noise; data of {CONTEXTS + 1} contexts or more can."
+                    )
                 cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
                 for treatment, contexts in joining.treatments(obs, one, p).items():
                     few = cells.loc[contexts, [treatment, one.control]].min(axis=1)
