@@ -196,17 +196,14 @@ def _tasks(p: Params, sets: dict[str, pd.DataFrame], found: Findings) -> None:
                 continue
             judged += 1
             if task == "perturbation_response":
-                both = (
-                    (pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"] == one.control) > 0)
-                    .all(axis=1)
-                    .sum()
-                )
+                cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
+                both = int(((cells[one.control] > 0) & (cells.drop(columns=one.control) > 0).any(axis=1)).sum())
                 if both <= CONTEXTS:
                     found.warnings.append(
                         f"{name}: perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, "
-                        f"from which it cannot tell an embedding from noise; data of {CONTEXTS + 1} contexts or more can."
+                        "from which it cannot tell an embedding from noise; data of "
+                        f"{CONTEXTS + 1} contexts or more can."
                     )
-                cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
                 for treatment, contexts in joining.treatments(obs, one, p).items():
                     few = cells.loc[contexts, [treatment, one.control]].min(axis=1)
                     _few(few, f"contexts of {treatment!r} in {name}", found)
