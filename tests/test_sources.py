@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datawall import backed, corpus, sources
+from datawall import backed, corpus, datasets, sources
 from datawall.corpus import CorpusError
 from datawall.sources import Options, open_source
 
