@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datawall import backed, corpus, datasets, external, hyperparameters, paths, simulate
-from datawall.params import SMALL, Embedding, Params
+from datawall.params import Embedding, Params
 from datawall.processes import Need
 from datawall.store import Record
 
@@ -33,7 +33,7 @@ BYTES_PER_STEP = 12  # of a history
 SCTAB_CELLS = 22_190_622  # of the default recipe of the Census,
 GENES_PER_CELL = 1_660.0  # and genes of which such a cell has counts
 CONTEXTS = 4  # of perturbation response, where the study does not name those to hold out
-RECONSTRUCTED = 1_000  # cells at most, as in `scoring`
+RECONSTRUCTED, SMALL = 1_000, 5_000  # cells, as in `scoring`
 FLOPS = 20e12  # of a GPU, sustained: assumed where none was calibrated
 
 
@@ -225,7 +225,7 @@ class Costs:
     def steps(self, run: Run) -> int:
         """Optimiser steps of a run: none of an untrained model, or of one that takes no batches."""
         trains = run.subset.strategy != "untrained" and self.batch_size(run.model)
-        return self.p.steps_of(run.model) if trains else 0
+        return round(self.p.steps_of(run.model) * run.budget) if trains else 0
 
     @cache  # noqa: B019
     def batch_size(self, model: str) -> int:

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from datawall import adaptive, cluster, external, results, scoring, store, tasks
+from datawall import adaptive, baselines, cluster, external, results, scoring, store, tasks
 from datawall.curated import Subset
 from datawall.params import Embedding
-from datawall.scoring import BASELINES, EMBEDDING_BASELINES, Evaluation
+from datawall.scoring import BASELINES, Evaluation
 from datawall.store import Artifact, Unit
 from datawall.study import Run, Study
 
@@ -43,11 +44,12 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     if task not in p.tasks:
         return []
     names = [name for name, one in p.evaluation_sets().items() if one.joins(task)]
-    runs, brought = study.pretraining_runs(), [one for one in p.embeddings if one.dataset in names]
+    runs = [*study.pretraining_runs(), *study.budget_runs()]
+    brought = [one for one in p.embeddings if one.dataset in names]
     if task == "reconstruction":
         names, brought = [name for name in names if name == study.held_out_name], []
         runs = [run for run in runs if reconstructs(run.model)]
-    sources = [*BASELINES.get(task, EMBEDDING_BASELINES), *runs]
+    sources = [*BASELINES.get(task, baselines.EMBEDDINGS), *runs]
     return [
         *(Evaluation(task, name, source) for source in sources for name in names),
         *(Evaluation(task, one.dataset, one) for one in brought),
@@ -194,7 +196,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     record = {"task": task, "dataset": study.dataset_unit(evaluation.dataset).key}
     if isinstance(source, Run) and task == "reconstruction":
         record["model"] = study.model_unit(source).key
-    elif not isinstance(source, str) or source in EMBEDDING_BASELINES:
+    elif not isinstance(source, str) or source in baselines.EMBEDDINGS:
         record["embedding"] = study.embedding_unit(source, evaluation.dataset).key
         if not task.startswith("zeroshot"):
             record["seed"] = evaluation.seed
@@ -220,11 +222,17 @@ def code(task: str) -> tuple[str, ...]:
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
-    """Make, or find, one evaluation: its metrics by split, each with its interval, chance and ceiling if known."""
+    """Make, or find, one evaluation: its metrics by split, each with its interval, chance and ceiling if known.
+
+    Of classification, the predicted labels of the test cells too, by split.
+    """
 
     def write(folder: Path) -> None:
-        splits = {split: metrics.rows() for split, metrics in scoring.score(study, evaluation)}
-        store.write_json(folder / "metrics.json", splits)
+        splits = dict(scoring.score(study, evaluation))
+        store.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
+        called = {split: metrics.predicted for split, metrics in splits.items() if metrics.predicted is not None}
+        if called:
+            np.savez_compressed(folder / "predicted.npz", **{split: of.astype(str) for split, of in called.items()})
 
     return study.store.find_or_make(evaluation_unit(study, evaluation), write)
 
@@ -251,4 +259,5 @@ def _source_columns(study: Study, source: Run | Embedding | str) -> dict[str, An
     if isinstance(source, Embedding) and source.strategy is None:
         return {"model": source.model, "strategy": results.CHECKPOINT, **none}
     subset = source.subset if isinstance(source, Run) else Subset(*source.subset())
-    return {"model": source.model, **asdict(subset), "n_cells": len(study.rows(subset))}
+    budget = source.budget if isinstance(source, Run) else 1.0
+    return {"model": source.model, **asdict(subset), "n_cells": len(study.rows(subset)), "budget": budget}

@@ -18,7 +18,7 @@ COLUMNS = [
 ]
 RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
 KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are known
-ALL_COLUMNS = [*COLUMNS, *KNOWN]
+ALL_COLUMNS = [*COLUMNS, *KNOWN, "budget"]  # the share of a model's steps
 OF_A_TYPE = r"^(?P<metric>f1|support)\[(?P<cell_type>.*)\]$"  # metrics of one cell type
 PER_CLASS = [*RUN[:-1], "split", "cell_type", "f1", "low", "high", "chance", "support"]
 AGAINST = [
@@ -39,7 +39,9 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     Levels of chance make rows of a baseline `Chance` as well: means over baselines, which differ in them, if at all,
     by their clusters.
     """
-    of_type = rows["metric"].str.match(OF_A_TYPE)
+    of_type, checked = rows["metric"].str.match(OF_A_TYPE), rows["budget"].fillna(1.0) != 1
+    budgets = rows.loc[checked & ~of_type, [*RUN, "budget", "split", "value"]]
+    rows, of_type = rows[~checked], of_type[~checked]
     scores = rows[~of_type]
     scores = pd.concat([scores, _chance_rows(scores)], ignore_index=True) if len(scores) else scores
     oracle = scores[scores["model"] == ORACLE].drop_duplicates(["task", "dataset", "metric", "split"])
@@ -53,6 +55,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "results": _sorted(scores[COLUMNS]),
         "intervals": _sorted(scores[[*RUN, "split", "value", *KNOWN]]),
         "per_class": _per_class(rows[of_type]),
+        "budgets": _sorted(budgets),
     }
 
 
@@ -136,7 +139,7 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     run_dir
         Folder of the run, such as `runs/quick`.
     table
-        `results`, `intervals` or `per_class`.
+        `results`, `intervals`, `per_class` or `budgets`.
 
     Returns
     -------
@@ -149,7 +152,9 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
         the same numbers: metric, value, low and high (95 % bootstrap interval over cells), chance and ceiling, each NaN
         where it is not known;
     per_class
-        cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification.
+        cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
+    budgets
+        metric, value and budget (a share of the model's steps) of the runs of `budget_check`, which are in no other.
 
     Raises
     ------
