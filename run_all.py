@@ -138,6 +138,12 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
         print(f"[{number}/{len(STAGES)}] {STAGES[number]}: {about}")
     failed = None
     for number in stages:
+        task = TASKS.get(number, "")
+        apart = study.not_judged(task) if number not in left_out else {}
+        for name, why in apart.items():
+            print(f"[{number}/{len(STAGES)}] {STAGES[number]}: left out for {name}: {why}")
+        if apart and not study.joined(task):
+            left_out.append(number)
         if number not in left_out and not _run_stage(number, study, left):
             failed = STAGES[number]
             break
@@ -308,7 +314,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
             logging.disable()  # of what nbclient and asyncio have to say when their kernel is taken from them
             raise
         except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
-            print(kernel.printed.read_text(), end="", file=sys.stderr)
+            print(kernel.printed.read_text(encoding="utf-8"), end="", file=sys.stderr)
             print(f"\n{name} failed: {error}; perhaps memory ran out.", file=sys.stderr)
             print("What is finished is kept; the same command goes on.", file=sys.stderr)
             return False

@@ -267,7 +267,7 @@ def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, mo
 
 def test_what_a_unit_takes_of_dask_workers():
     def unit(gpus, memory_gib):
-        return processes.Unit("", "", None, Item("a"), Need(gpus, memory_gib))
+        return processes.Unit((), None, Item("a"), Need(gpus, memory_gib))
 
     assert cluster._resources(unit(1, 2.0), [{}]) == {}
     assert cluster._resources(unit(1, 2.0), [{}, {"GPU": 1}]) == {"GPU": 1}

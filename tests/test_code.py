@@ -1,14 +1,13 @@
 """A unit's key names all the code that decides its content: what it does not name is apart for a reason given here."""
 
 import ast
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from datawall import curated, evaluation, models, params, store, study, tasks
+from datawall.paths import LIBRARY
 
-LIBRARY = Path(store.__file__).parent
 APART = {
     "params": "values that matter are in the records",
     "hyperparameters": "values are in the records",
@@ -19,7 +18,8 @@ APART = {
     "cluster": "where units are made",
     "costs": "when units are made",
     "processes": "where units are made",
-    "models/__init__": "which family has which name",
+    "models/__init__": "loads the others",
+    "models/families": "which family has which name",
     "tasks/__init__": "which task has which name",
     "study": "its functions are named one by one",
     "curated": "its functions are named one by one",

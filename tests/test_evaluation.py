@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import datawall as dw
-from datawall import evaluation, params, planning, plots, results, scoring, simulate
+from datawall import evaluation, joining, params, planning, plots, results, scoring, simulate
 from datawall.scoring import Evaluation
 from datawall.study import Study
 
@@ -94,7 +94,8 @@ def cells_of(labels, donors=None, *, splits=3):
     if donors is not None:
         obs["donor_id"] = pd.Categorical(donors)
     data = ad.AnnData(np.zeros((len(obs), 1)), obs=obs.set_index(obs.index.astype(str)))
-    return SimpleNamespace(dataset=lambda name: data, params=SimpleNamespace(splits=splits, finetuned_splits=None))
+    of = SimpleNamespace(splits=splits, finetuned_splits=None, k=5, more_k=[])
+    return SimpleNamespace(dataset=lambda name: data, params=of)
 
 
 LABELS = np.repeat(["T", "B"], [60, 40])
@@ -286,17 +287,65 @@ def test_treatments_that_are_not_two_are_named(study):
         list(scoring.score(wrong, one))
 
 
+def labels(**columns):
+    return pd.DataFrame({key: np.repeat(*zip(*of, strict=True)) for key, of in columns.items()})
+
+
+def unfit(task, obs, **values):
+    p = params.check({**VALUES, "control": "ctrl", **values}, "mine")
+    return joining.unfit(task, obs, params.EvaluationSet(file="x", control="ctrl"), p)
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "why"),
+    [
+        ("zeroshot_classification", {"cell_type": [("B", 30)]}, "all of one type"),
+        ("finetuned_classification", {"cell_type": [("B", 29), ("T", 1)]}, "all of one type, but for single ones"),
+        ("zeroshot_classification", {"cell_type": [("B", 5), ("T", 5)]}, "it has 10 cells, and needs 20"),
+        ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 30)]}, "all of one batch"),
+        ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 9), ("y", 21)]}, "told apart"),
+        ("perturbation_response", {"cell_type": [("B", 9), ("T", 21)], "perturbation": [("a", 30)]}, "the control"),
+        ("reconstruction", {"cell_type": [("B", 3)]}, None),
+        ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 8), ("y", 22)]}, None),
+        ("zeroshot_classification", {"cell_type": [("B", 28), ("T", 2)]}, None),
+    ],
+)
+def test_what_a_data_set_cannot_be_judged_on_is_known_from_its_labels(task, columns, why):
+    found = unfit(task, labels(**columns))
+    assert found is None if why is None else why in found
+
+
+def test_treatments_are_judged_one_by_one_by_name_or_those_with_the_most_cells():
+    cells = [("B", t, n) for t, n in {"ctrl": 40, "a": 30, "b": 12, "c": 20}.items()]
+    cells += [("T", t, n) for t, n in {"ctrl": 40, "a": 11, "b": 12, "c": 1}.items()]
+    obs = pd.DataFrame([(kind, treatment) for kind, treatment, n in cells for _ in range(n)])
+    obs.columns = ["cell_type", "perturbation"]
+
+    def judged(chosen, named=None):
+        one = params.EvaluationSet(file="x", control="ctrl", treatments=chosen, held_out_contexts=named)
+        return joining.treatments(obs, one, params.check(VALUES, "mine"))
+
+    assert judged(None) == {"a": ["B", "T"], "b": ["B", "T"], "c": ["B"]}
+    assert judged(2) == {"a": ["B", "T"], "b": ["B", "T"]}
+    assert judged(["c"]) == {"c": ["B"]}
+    assert judged(5, ["T"]) == {"a": ["T"], "b": ["T"]}  # c has one cell there
+    with pytest.raises(dw.corpus.CorpusError, match=r"c: held_out_contexts: \['T'\]"):
+        judged(["c"], ["T"])
+    with pytest.raises(dw.corpus.CorpusError, match=r"\['d'\] are none; they are \['a', 'b', 'c'\]"):
+        judged(["a", "d"])
+
+
 def test_rare_types_are_not_held_out_of_perturbation_response_unless_named():
     n_cells = pd.Series({"many": 50, "ten": 10, "few": 9, "one": 1, "none": 0})
-    assert scoring.contexts_held_out(n_cells, None) == ["many", "ten"]
-    assert scoring.contexts_held_out(n_cells, ["few"]) == ["few"]
+    assert joining.contexts_held_out(n_cells, None) == ["many", "ten"]
+    assert joining.contexts_held_out(n_cells, ["few"]) == ["few"]
     for named in (["one"], ["none"], ["unknown"]):
         with pytest.raises(dw.corpus.CorpusError, match=f"{named[0]}.*fewer than two"):
-            scoring.contexts_held_out(n_cells, named)
+            joining.contexts_held_out(n_cells, named)
     with pytest.raises(dw.corpus.CorpusError, match="no cell type has 10"):
-        scoring.contexts_held_out(n_cells[2:4], None)
+        joining.contexts_held_out(n_cells[2:4], None)
     with pytest.raises(dw.corpus.CorpusError, match=r"two cell types .* not \['one'\]"):
-        scoring.contexts_held_out(n_cells[3:], None)
+        joining.contexts_held_out(n_cells[3:], None)
 
 
 def test_a_type_with_one_treated_cell_does_not_stop_the_oracle(study):

@@ -5,12 +5,11 @@ import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from datawall import store
+from datawall import paths, store
 from datawall.store import MANIFEST, Store, Unit, write_atomically, write_json
 
 UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("sampling",))
@@ -130,7 +129,7 @@ def test_a_function_that_is_only_a_docstring_has_a_version(tmp_path, monkeypatch
 
 def test_module_edited_after_import_keeps_the_version_of_the_code_that_runs(tmp_path):
     """Also in a fork, which has neither imported nor hashed the module itself before the edit."""
-    shutil.copytree(Path(store.__file__).parent, tmp_path / "datawall", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(paths.LIBRARY, tmp_path / "datawall", ignore=shutil.ignore_patterns("__pycache__"))
     edit_and_fork = f"""
 import os
 from datawall import store

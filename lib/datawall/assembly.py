@@ -200,8 +200,8 @@ def make_split(p: Params, cells: Cells, spike_in: np.ndarray, dropped: np.ndarra
     rows = np.setdiff1d(np.arange(cells.n_obs), spike_in, assume_unique=True)
     obs = cells.obs.iloc[rows]
     shares = [1 - p.held_out, p.held_out]
-    if p.split_by == "donor_id":
-        part = sampling.split_by_group(obs["donor_id"].array, shares, seed=p.split_seed)
+    if p.split_role:
+        part = sampling.split_by_group(obs[p.split_role].array, shares, seed=p.split_seed)
     else:
         strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()
         part = sampling.stratified_split(strata.to_numpy(), shares, seed=p.split_seed)

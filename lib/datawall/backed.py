@@ -27,6 +27,11 @@ PIECE = 2**23  # values read at once from a dense matrix or from one stored by c
 PANEL = 2**26  # counts of a matrix stored by column that are held at once: about 1 GiB
 
 
+def names_file(name: str) -> bool:
+    """Whether a data set's name is that of a file: its ending says so."""
+    return Path(name).suffix.lower() in SUFFIXES
+
+
 @contextmanager
 def reading(file: str) -> Iterator[None]:
     """Turn whatever a damaged file raises into one clear line that names it."""

@@ -21,7 +21,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datawall import baselines, curation, datasets, evaluation, hyperparameters, processes, scoring, simulate, store, training
+from datawall import (
+    baselines,
+    curation,
+    datasets,
+    evaluation,
+    hyperparameters,
+    processes,
+    scoring,
+    simulate,
+    store,
+    training,
+)
 from datawall.costs import calibration_file, size_of, work
 from datawall.curated import Subset
 from datawall.params import Params
@@ -57,7 +68,7 @@ def machine() -> str:
         import torch
 
         return f"GPU {torch.cuda.get_device_name()}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"one core of {names[0] if names else platform.machine()}, no GPU"
 

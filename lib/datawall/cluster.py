@@ -25,13 +25,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from datawall import store
-from datawall.processes import Ended, Need, Unit, Worker, describe, on_this_machine, visible_gpus
+from datawall import paths, store
+from datawall.processes import Ended, Need, Unit, Work, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
     from dask.distributed import Client
-
-    from datawall.study import Study
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class UnitsFailedError(RuntimeError):
     """Some units failed and the others are done; the message has the last line of each one's traceback."""
 
 
-def run_units[Item](
+def run_units[Item, Study: Work](
     study: Study,
     make: Callable[[Study, Item], object],
     items: list[Item],
@@ -81,8 +79,7 @@ def run_units[Item](
     """
     if not items:
         return
-    described = study.params.model_dump_json(), str(study.folder), make
-    units = [Unit(*described, item, need_of(study, item)) for item in items]
+    units = [Unit(study.opening, make, item, need_of(study, item)) for item in items]
     units.sort(key=lambda unit: -unit.need.seconds)
     run = on_this_machine if study.params.executor == "local" else _on_dask
     failed = []
@@ -100,7 +97,7 @@ def run_units[Item](
         )
 
 
-def _on_dask(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def _on_dask(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units on a Dask cluster, each in a process beside one of its workers' threads."""
     from dask.distributed import as_completed
 
@@ -159,7 +156,7 @@ def _resources(unit: Unit, declared: list[dict[str, float]]) -> dict[str, float]
 
 
 @contextmanager
-def _client(study: Study, n_units: int) -> Iterator[Client]:
+def _client(study: Work, n_units: int) -> Iterator[Client]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 
@@ -183,7 +180,7 @@ def _client(study: Study, n_units: int) -> Iterator[Client]:
 
 
 @contextmanager
-def _mark(study: Study) -> Iterator[Path | None]:
+def _mark(study: Work) -> Iterator[Path | None]:
     """A file in the run folder, by which workers tell that they see the same one; None if they need not."""
     if study.params.storage:
         yield None
@@ -212,9 +209,9 @@ def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: st
     """
     here = socket.gethostname()
     if mark and not mark.exists():
-        raise RuntimeError(f"{here} does not see {unit.folder}; keep run folders on storage that all workers share.")
+        raise RuntimeError(f"{here} does not see {mark.parent}; keep run folders on storage that all workers share.")
     if _sources() != sources:
-        raise RuntimeError(f"{here} has another version of datawall in {Path(__file__).parent}; install the same.")
+        raise RuntimeError(f"{here} has another version of datawall in {paths.LIBRARY}; install the same.")
     with _devices(n_gpus) as devices:
         worker = _rested(devices) or Worker(devices)
         worker.begin(unit, time_limit)
@@ -276,6 +273,6 @@ def _still_wanted() -> Callable[[], bool]:
 def _sources() -> str:
     """Hash of the library's code."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(paths.LIBRARY.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -45,7 +45,7 @@ def calibration_file(study: str) -> Path:
 def calibration_of(study: str) -> Record:
     """A study's calibration: this user's, else the one that comes along, else that of the default study."""
     files = calibration_file(study), SHIPPED / f"{study}.json", SHIPPED / f"{DEFAULT}.json"
-    return json.loads(next(path for path in files if path.exists()).read_text())
+    return json.loads(next(path for path in files if path.exists()).read_text(encoding="utf-8"))
 
 
 def size_of(p: Params) -> tuple[int, float]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
+import pandas as pd
 
-from datawall import assembly, cellstore, corpus, datasets, duplicates, expression, sampling, store
+from datawall import assembly, cellstore, corpus, datasets, duplicates, expression, joining, sampling, store
 from datawall.cellstore import Cells
 from datawall.params import Params
 from datawall.store import Artifact, Unit
@@ -22,7 +25,7 @@ CODE = {
         "curated:corpus_artifact", *_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology",
         "cellstore",
     ),
-    "dataset": ("curated:dataset_artifact", *_DATA),
+    "dataset": ("curated:dataset_artifact", *_DATA, "sources", "backed", "simulate"),
     "split": ("curated:_make_split", "assembly", "sampling"),
     "contamination": ("curated:contamination", "assembly", "duplicates"),
     "sketch": ("curated:X_pca", "expression"),
@@ -55,6 +58,7 @@ class Curated:
         self.params = parameters
         self.folder = folder
         self.store = store.Store(folder / "store", parameters.storage)
+        self._obs: dict[str, pd.DataFrame] = {}  # labels of evaluation data sets
         self._in_memory: dict[str, ad.AnnData] = {}  # evaluation data sets, the one last used last
 
     def subsets(self) -> list[Subset]:
@@ -68,8 +72,33 @@ class Curated:
 
     def first_dataset(self, task: str) -> str:
         """The data set by which a task is told: the held-out cells or, if they do not join it, the first that does."""
-        joined = (name for name, one in self.params.evaluation_sets().items() if one.joins(task))
-        return next(joined, self.params.held_out_name)
+        return next(iter(self.joined(task)), self.params.held_out_name)
+
+    def joined(self, task: str) -> list[str]:
+        """Data sets that a task is judged on; until they have been read, all whose columns allow it."""
+        apart = self.not_judged(task)
+        return [name for name, one in self.params.evaluation_sets().items() if one.joins(task) and name not in apart]
+
+    def not_judged(self, task: str) -> dict[str, str]:
+        """Data sets, read before, whose columns allow a task and whose cells do not, and why."""
+        sets = {name: one for name, one in self.params.evaluation_sets().items() if one.joins(task)}
+        read = {name: obs for name in sets if (obs := self._labels(name)) is not None}
+        why = {name: joining.unfit(task, obs, sets[name], self.params) for name, obs in read.items()}
+        return {name: of for name, of in why.items() if of}
+
+    def _labels(self, name: str) -> pd.DataFrame | None:
+        """`obs` of an evaluation data set; None if that has not been made."""
+        if name not in self._obs and self.store.folder.is_dir():
+            with suppress(datasets.DatasetError):  # a file that is not there, of a study that is planned
+                if self.store.find(self.dataset_unit(name)) and self.store.find(self.corpus_unit):
+                    self._obs[name] = self._read_obs(name)
+        return self._obs.get(name)
+
+    def _read_obs(self, name: str) -> pd.DataFrame:
+        if name == self.held_out_name:
+            return self.held_out_cells.obs
+        with h5py.File(self.dataset_artifact(name).folder / "cells.h5ad") as file:
+            return ad.io.read_elem(file["obs"])
 
     @cached_property
     def corpus_unit(self) -> Unit:
@@ -96,6 +125,7 @@ class Curated:
             "corpus": self.corpus_unit.key,
             "min_matched_genes": p.min_matched_genes,
             "columns": assembly.dataset_columns(p, name),
+            "labels": p.labels,
         }
         return Unit("dataset", record, CODE["dataset"])
 

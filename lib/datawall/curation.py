@@ -25,12 +25,12 @@ def gene_matches(study: Study) -> pd.DataFrame:
     Columns of the same gene are summed, and counted as `duplicated`.
     `in_corpus` is the number of genes shared with the corpus, which is all that a model can see of a data set.
     """
-    of_corpus = json.loads((study.corpus_artifact.folder / "genes.json").read_text())
+    of_corpus = json.loads((study.corpus_artifact.folder / "genes.json").read_text(encoding="utf-8"))
     rows = [{**match, "in_corpus": match["matched"]} for match in of_corpus]
     if study.params.spike_in is not None:
-        rows.append(json.loads((study.corpus_artifact.folder / "spike_in_genes.json").read_text()))
+        rows.append(json.loads((study.corpus_artifact.folder / "spike_in_genes.json").read_text(encoding="utf-8")))
     for one in study.params.evaluation:
-        rows.append(json.loads((study.dataset_artifact(one.dataset).folder / "genes.json").read_text()))
+        rows.append(json.loads((study.dataset_artifact(one.dataset).folder / "genes.json").read_text(encoding="utf-8")))
     return pd.DataFrame(rows).set_index("dataset")
 
 

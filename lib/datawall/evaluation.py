@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from datawall import adaptive, baselines, cluster, external, results, scoring, store, tasks
+from datawall.corpus import CorpusError
 from datawall.curated import Subset
 from datawall.params import Embedding
 from datawall.scoring import BASELINES, Evaluation
@@ -43,7 +44,7 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     p = study.params
     if task not in p.tasks:
         return []
-    names = [name for name, one in p.evaluation_sets().items() if one.joins(task)]
+    names = study.joined(task)
     runs = [*study.pretraining_runs(), *study.budget_runs()]
     brought = [one for one in p.embeddings if one.dataset in names]
     if task == "reconstruction":
@@ -72,6 +73,10 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
     if missing:
         for name in study.params.evaluation_sets():
             study.dataset_artifact(name)
+        why = study.not_judged(task)
+        missing = [one for one in missing if one.dataset not in why]
+        if not missing:
+            raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
         study.pretrain()
     cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
     return results.select(_tabulate(study), task=task)
@@ -210,14 +215,15 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
         record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
     if task == "perturbation_response":
         one = p.evaluation_sets()[evaluation.dataset]
-        contexts = {"control": one.control, "held_out_contexts": one.held_out_contexts}
+        treatments = p.treatments if one.treatments is None else one.treatments
+        contexts = {"control": one.control, "treatments": treatments, "held_out_contexts": one.held_out_contexts}
         record |= {**contexts, "genes": p.perturbation_genes, "matching": p.matching}
     return Unit("evaluation", record, code(task))
 
 
 def code(task: str) -> tuple[str, ...]:
     """The modules and functions whose code decides the metrics of a task."""
-    of_all = ("evaluation:make", "scoring", "baselines", "sampling", "tasks/uncertainty")
+    of_all = ("evaluation:make", "scoring", "joining", "baselines", "sampling", "tasks/uncertainty")
     return *of_all, f"tasks/{tasks.TASKS[task]}", *CODE.get(task, ())
 
 
@@ -246,7 +252,7 @@ def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[
         "dataset": evaluation.dataset,
         "run_id": artifact.key,
     }
-    for split, metrics in json.loads((artifact.folder / "metrics.json").read_text()).items():
+    for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
         for row in metrics:
             yield {**of, "split": split, **row}
 

@@ -54,7 +54,7 @@ def forked() -> Iterator[KernelManager]:
         kernel.provisioner = Provisioner(kernel_spec=kernel.kernel_spec, parent=kernel, connection_info={})
         # What it prints is in its notebook; what is printed past it, say when it crashes, waits in a file.
         kernel.printed = Path(sockets, "printed")
-        with kernel.printed.open("w") as file:
+        with kernel.printed.open("w", encoding="utf-8") as file:
             kernel.start_kernel(stdout=file)
         exits.callback(kernel.shutdown_kernel, now=True)
         yield kernel

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from datawall import external, hyperparameters, simulate, tasks
-from datawall.backed import SUFFIXES
+from datawall.backed import names_file
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
 from datawall.simulate import Atlas
@@ -32,6 +32,12 @@ NEEDED = {  # columns that a task needs beside the cell type
 }
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
 BUDGETS = (0.5, 2.0)  # shares of a model's steps that `budget_check` trains for
+ROLES = {
+    "cell_type": "cell_type_key",
+    "batch": "batch_key",
+    "perturbation": "perturbation_key",
+    "donor_id": "donor_key",
+}  # columns of the corpus, and the keys that name them
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
 Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
@@ -40,6 +46,7 @@ Key = Column | dict[str, str]  # a column of obs; where files differ, by name of
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Steps = Annotated[int, Field(ge=1)]
+Treatments = Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)]
 
 
 def _known_task(name: str) -> str:
@@ -89,6 +96,7 @@ class EvaluationSet(BaseModel):
     batch_key: Column | None = None  # for integration
     perturbation_key: Column | None = None  # for perturbation response, together with
     control: str | None = None  # its value that means untreated
+    treatments: Treatments | None = None  # as in the study, by default the study's
     held_out_contexts: list[str] | None = None  # as in the study
     tasks: list[Task] | None = None  # of the study's, those it joins; by default all that its columns allow
     source: str | None = None  # where to get the file, for people
@@ -165,13 +173,16 @@ class Params(BaseModel):
     perturbation_key: Key | None = None  # its treatment, for perturbation response,
     donor_key: Key | None = None  # and its donor
     control: str | None = None  # the value of perturbation_key that means untreated
-    min_matched_genes: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of a data set's genes in the gene table
+    labels: dict[str, str] = {}  # cell types to call otherwise, `old: new`: it joins the spellings of one type
+    # Share of a data set's counts, or of the gene table's genes, that must be found, or else it is refused
+    min_matched_genes: Annotated[float, Field(ge=0, le=1)] = 0.5
     min_genes: Annotated[int, Field(ge=0)] = 0  # of a cell of the corpus's files, or it is left out,
     min_counts: Annotated[int, Field(ge=0)] = 0  # the sum of its counts,
     max_mito: Annotated[float, Field(ge=0, le=1)] = 1.0  # and their greatest share in mitochondrial genes
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.3  # share of the corpus kept for evaluation
-    split_by: Literal["cell", "donor_id"] = "cell"  # whether whole donors are held out
-    split_seed: Seed = 0  # of the cells or donors held out
+    # What is held out: cells (`cell`), or whole donors (`donor_id`), data sets (`dataset_id`), groups of any column
+    split_by: Column = "cell"
+    split_seed: Seed = 0  # of the cells or groups held out
     held_out_tasks: list[Task] | None = None  # that the cells held out join; by default all that their columns allow
     evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
@@ -204,6 +215,7 @@ class Params(BaseModel):
     finetune: Literal["head", "full"] = "head"  # "full": whole networks too, of SSL, Geneformer and SCimilarity
     class_weight: Literal["balanced"] | None = None  # of cell types in fine-tuning
     matching: Literal["mean", "nearest", "ot"] = "mean"  # what the perturbation head learns from a control cell
+    treatments: Treatments = 5  # judged one by one against the control: by name, or so many with the most cells
     held_out_contexts: list[str] | None = None  # cell types to hold out of perturbation response; all by default
     perturbation_genes: Annotated[int, Field(ge=1)] = 2000  # most variable genes whose response is predicted
 
@@ -273,13 +285,14 @@ class Params(BaseModel):
                 raise ValueError(
                     f"{corpus!r} can be the corpus only; name data sets or files to evaluate on or spike in"
                 )
-        files = all(name.endswith(SUFFIXES) for name in self.sources())
+        files = all(map(names_file, self.sources()))
         if len(self.sources()) > 1 and not files:
             raise ValueError(f"corpus: {self.corpus} names several; only .h5ad and .zarr files can be joined")
         if not files and (self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1):
             raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
-        if self.split_by == "donor_id" and self.donor_key is None:
-            raise ValueError("split_by: donor_id needs donor_key: name the column, or split by cell")
+        if self.split_by in ROLES and self.split_by not in self.columns():
+            needed = ROLES[self.split_by]
+            raise ValueError(f"split_by: {self.split_by} needs {needed}: name the column, or split by cell")
         if self.spike_in is None and any(strategy.startswith("spikein") for strategy, _, _ in self.subsets()):
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
 
@@ -340,6 +353,7 @@ class Params(BaseModel):
             batch_key=None if self.batch_key is None else "batch",
             perturbation_key=None if self.perturbation_key is None else "perturbation",
             control=self.control,
+            treatments=self.treatments,
             held_out_contexts=self.held_out_contexts,
             tasks=self.held_out_tasks,
         )
@@ -362,8 +376,14 @@ class Params(BaseModel):
     def columns(self) -> dict[str, Key]:
         """Columns of the corpus by role."""
         cell_type = None if self.clusters else self.cell_type_key
-        keys = {"cell_type": cell_type, "batch": self.batch_key, "perturbation": self.perturbation_key}
-        return {role: key for role, key in {**keys, "donor_id": self.donor_key}.items() if key}
+        named = {role: getattr(self, key) for role, key in ROLES.items()} | {"cell_type": cell_type}
+        keys = named | {"split": None if self.split_by in ("cell", "dataset_id", *ROLES) else self.split_by}
+        return {role: key for role, key in keys.items() if key}
+
+    @property
+    def split_role(self) -> str | None:
+        """Column of the corpus, named by role, whose groups are held out whole; None if cells are held out."""
+        return None if self.split_by == "cell" else "split" if "split" in self.columns() else self.split_by
 
     def hyperparameters_of(self, model: str) -> hyperparameters.Hyperparameters:
         """Hyper-parameters of a model: the study's for its family, what its variant changes, the study's for itself.
@@ -464,7 +484,7 @@ def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
         If the file is not a YAML mapping, or a key or value is not allowed; one line per mistake.
     """
     try:
-        values = from_yaml(path.read_text())
+        values = from_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-PACKAGE_DATA = Path(__file__).parent / "data"
+import datawall
+
+LIBRARY = Path(datawall.__file__).parent
+PACKAGE_DATA = LIBRARY / "data"
 
 
 def repository() -> Path:

@@ -1,16 +1,17 @@
-"""How often each rule is right: learning curves with a known truth, with the seed spread of the published results."""
+"""How often a rule is right: before a study is run, and on learning curves with the published results' spread."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from datawall import published
+from datawall import published, saturation
 from datawall.adaptive import Plan, settle
 from datawall.results import select
-from datawall.saturation import KEY, PLATEAU, curves_of, saturation_points
+from datawall.saturation import IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, curves_of, saturation_points
 from datawall.scaling import scaling_curves
 
 SIZES = np.array([1.0, 10, 25, 50, 75, 100])  # per cent, as published
@@ -18,6 +19,89 @@ ERROR = 0.25  # at 1 %; plateaus lie at half of it, and the error that still fal
 EXPONENT = np.log(2) / np.log(100)
 TRUTHS = {"plateau at 1 %": 1.0, "plateau at 10 %": 10.0, "plateau at 25 %": 25.0, "still improving": np.inf}
 MARGIN = 0.01  # the error that still falls loses 0.012 to 0.015 with every doubling from 25 % on
+
+RISES = {"flat": 0, "rises by the margin": 1, "rises by twice the margin": 2}  # margins gained with every doubling
+
+
+def of_design(
+    spread: float | Sequence[float],
+    n_seeds: int | Sequence[int],
+    margin: float,
+    *,
+    percentages: Sequence[float] = (1, 10, 25, 50, 75, 100),
+    n_curves: int = 1,
+    confidence: float = 0.95,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How often the rule `equivalence` would give each verdict, by simulation through its own code.
+
+    Parameters
+    ----------
+    spread
+        Standard deviation over seeds, in the metric's units: of all sizes, or one for each.
+    n_seeds
+        Runs of each size; several numbers are tried in turn.
+    margin
+        Difference in score that does not matter.
+    percentages
+        Sizes of the design, ascending; the last is the full corpus, 100.
+    n_curves
+        Curves of one kind that are judged together, as one family of tests.
+    confidence
+        Of the tests.
+    n_draws
+        Simulated studies; noise is normal.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    table with the columns truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the
+    corpus), seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the
+    true one: the power) and error (Monte-Carlo standard error of it).
+    """
+    sizes = np.array(percentages, float)
+    if sizes[-1] != 100 or (np.diff(sizes) <= 0).any() or len(sizes) < 2:
+        raise ValueError(f"percentages {percentages}: two or more, ascending, up to 100, to which the rule compares.")
+    curve = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * len(sizes), borrowed=False)
+    spreads = np.broadcast_to(np.asarray(spread, float), sizes.shape)
+    rng, rows = np.random.default_rng(seed), []
+    for number in np.atleast_1d(n_seeds):
+        for truth, rise in RISES.items():
+            errors = rise * margin * np.log2(100 / sizes)
+            noise = rng.standard_normal((n_curves, len(sizes), n_draws, number))
+            found = _verdicts(list(errors[:, None, None] + spreads[:, None, None] * noise), curve, margin, confidence)
+            shares = {verdict: (found == verdict).mean() for verdict in (PLATEAU, IMPROVING, UNDECIDED)}
+            right = found == (IMPROVING if rise else PLATEAU)
+            error = right.mean(axis=0).std(ddof=1) / np.sqrt(n_draws)  # curves of one family depend on each other
+            rows.append({"truth": truth, "seeds": int(number), **shares, "right": right.mean(), "error": error})
+    return pd.DataFrame(rows)
+
+
+def seeds_needed(
+    spread: float | Sequence[float], margin: float, *, power: float = 0.8, most: int = 50, **design: Any
+) -> int | None:
+    """The fewest seeds at which a flat curve is shown flat with the given power, up to `most`; None if none are enough.
+
+    `design` holds the further arguments of `of_design`.
+    """
+    enough = (
+        number for number in range(2, most + 1) if of_design(spread, number, margin, **design)["right"].iloc[0] >= power
+    )
+    return next(enough, None)
+
+
+def _verdicts(runs: list[np.ndarray], curve: Curve, margin: float, confidence: float) -> np.ndarray:
+    """Verdicts on the simulated errors of each curve, (n_sizes, n_draws, n_seeds), as `saturation.verdicts` gives."""
+    alpha, family = 1 - confidence, [list(of) for of in runs]
+    points = np.array(saturation._points(family, [curve] * len(runs), "equivalence", margin, alpha))
+    half = np.flatnonzero(curve.percentages <= 50)
+    p = np.ones(points.shape)
+    if len(half):
+        p = np.array([saturation.one_sided_p(*saturation.difference(of[half[-1]], of[-1])) for of in family])
+    open_ = np.where(alpha >= saturation.adjust(p.T).T, IMPROVING, UNDECIDED)
+    return np.where(np.isinf(points), open_, PLATEAU)
 
 
 def simulated_curves(n_curves: int, n_seeds: int, *, seed: int = 0) -> pd.DataFrame:

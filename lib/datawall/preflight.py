@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from datawall import assembly, inspection, params, planning, sampling, scoring, tasks
+from datawall import assembly, inspection, joining, params, planning, sampling, tasks
 from datawall.corpus import CorpusError
 from datawall.datasets import DatasetError
 from datawall.inspection import Looked
@@ -123,11 +123,8 @@ def _subsets(p: Params, n_cells: int, found: Findings) -> None:
 def _perturbation(p: Params, obs: pd.DataFrame, found: Findings) -> None:
     """Whether there are two treatments, and contexts to hold out and to learn from."""
     try:
-        scoring.check_treatments(obs["perturbation"], p.control)
-        if "cell_type" in obs:
-            cells = pd.crosstab(obs["cell_type"], obs["perturbation"]).min(axis=1) * p.held_out
-            contexts = scoring.contexts_held_out(cells, p.held_out_contexts)
-            _few(cells[contexts], "contexts of one treatment", found)
+        obs = obs if "cell_type" in obs else obs.assign(cell_type="")
+        joining.treatments(obs, p.evaluation_sets()[p.held_out_name], p)
     except CorpusError as error:
         found.errors.append(f"{p.perturbation_key}: {error}")
 

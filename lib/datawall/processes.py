@@ -21,13 +21,9 @@ from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from datawall import forkserver
-
-if TYPE_CHECKING:
-    from datawall.params import Params
-    from datawall.study import Study
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +37,20 @@ class Need:
     seconds: float = 0.0  # about
 
 
+class Work(Protocol):
+    """What units belong to, a study, as far as it matters to where they run."""
+
+    params: Any  # `executor`, `workers`, `retries`, `time_limit` and `storage`: see `params.Params`
+    folder: Path
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # by which another process opens it: a function, its arguments
+
+
 @dataclass(frozen=True)
 class Unit:
     """A call of a function of the library, in a process that opens the study for itself."""
 
-    params_json: str
-    folder: str
-    make: Callable[[Study, Any], object]
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # see `Work`
+    make: Callable[[Any, Any], object]
     item: Any
     need: Need
 
@@ -62,7 +65,7 @@ def describe(item: Any) -> str:
     return f"{item:g}" if isinstance(item, float) else str(item)
 
 
-def on_this_machine(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def on_this_machine(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units in a process per core or, where there are GPUs, per as many of them as the units want each.
 
     One worker asked for is this process itself, which spares the seconds that another takes to start.
@@ -84,7 +87,7 @@ def on_this_machine(study: Study, units: list[Unit]) -> Iterator[Ended]:
         yield from _in_processes(p, [unit for unit in units if max(1, unit.need.gpus) == together], slots)
 
 
-def _in_processes(p: Params, units: list[Unit], slots: list[str | None]) -> Iterator[Ended]:
+def _in_processes(p: Any, units: list[Unit], slots: list[str | None]) -> Iterator[Ended]:
     """Do units in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
     waiting, begun = deque(units), Counter()
     empty, idle, busy = slots[: len(units)], [], {}
@@ -118,7 +121,7 @@ def _in_processes(p: Params, units: list[Unit], slots: list[str | None]) -> Iter
             worker.stop()
 
 
-def _in_this_process(study: Study, units: list[Unit]) -> Iterator[Ended]:
+def _in_this_process(study: Work, units: list[Unit]) -> Iterator[Ended]:
     """Do units here, one after the other; one that hangs outside of Python, or exhausts memory, takes this along."""
     use_one_thread()
     for unit in units:
@@ -255,7 +258,7 @@ def serve(descriptor: int) -> None:
     while True:
         try:
             unit = pickle.loads(waiting.get())  # noqa: S301 - of the process that started this one, as nobody else can write here
-            unit.make(_opened(unit.params_json, unit.folder), unit.item)
+            unit.make(_opened(*unit.opening), unit.item)
             error = None
         except Exception as raised:
             traceback.print_exc()
@@ -278,7 +281,7 @@ def _memory_gib() -> float:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # in no control group, or "max"
-            memory = min(memory, int(Path(limit).read_text()))
+            memory = min(memory, int(Path(limit).read_text(encoding="utf-8")))
     return memory / 2**30
 
 
@@ -304,10 +307,7 @@ def use_one_thread() -> None:
 
 
 @cache
-def _opened(params_json: str, folder: str) -> Study:
+def _opened(opening: Callable[..., Any], *arguments: str) -> Any:
     """The study, opened once in each process, so that its data is read once."""
     use_one_thread()
-    from datawall.params import Params
-    from datawall.study import Study
-
-    return Study(Params.model_validate_json(params_json), Path(folder))
+    return opening(*arguments)

@@ -139,7 +139,9 @@ class Site:
             for path in self.downloads:
                 shutil.copy(path, scratch / "files")
             shutil.copy(TEMPLATES / "tables.js", scratch)
-            (scratch / "style.css").write_text((TEMPLATES / "style.css").read_text() + notebooks.code_colours())
+            (scratch / "style.css").write_text(
+                (TEMPLATES / "style.css").read_text(encoding="utf-8") + notebooks.code_colours(), encoding="utf-8"
+            )
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(scratch, folder)

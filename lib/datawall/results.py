@@ -19,7 +19,7 @@ COLUMNS = [
 RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
 KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are known
 ALL_COLUMNS = [*COLUMNS, *KNOWN, "budget"]  # the share of a model's steps
-OF_A_TYPE = r"^(?P<metric>f1|support)\[(?P<cell_type>.*)\]$"  # metrics of one cell type
+OF_A_TYPE = r"(?s)^(?P<metric>f1|support)\[(?P<cell_type>.*)\]\Z"  # metrics of one cell type
 PER_CLASS = [*RUN[:-1], "split", "cell_type", "f1", "low", "high", "chance", "support"]
 AGAINST = [
     *("task", "dataset", "model", "strategy", "percentage", "value", "baseline", "baseline_value", "difference"),
@@ -109,7 +109,7 @@ def parameters(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     _refuse_damaged(path)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run_ids(folder: Path) -> set[str]:

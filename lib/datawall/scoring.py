@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall import baselines, corpus, expression, sampling, tasks
+from datawall import baselines, corpus, expression, joining, sampling, tasks
 from datawall.params import Embedding
 from datawall.study import Run, Source, Study
 from datawall.tasks.uncertainty import Metrics
 
 RECONSTRUCTED = 1_000  # cells at most
-HELD_OUT_CELLS = 10  # of each treatment, at least, in a context that is held out unless contexts are named
 SMALL = 5_000  # cells; of a data set with fewer, one division would leave the score to chance
 FOLDS = 5  # of fine-tuning on such a data set, so that every cell is tested
 
@@ -53,7 +52,9 @@ def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     n_splits = study.params.splits if len(obs) < SMALL else 1
     for seed in range(n_splits):
         yield f"cells {seed}", sampling.stratified_split(labels, [0.5, 0.5], seed=seed)
-    for seed, part in donor_splits(obs, [0.5, 0.5], n_splits):
+    for seed, part in donor_splits(
+        obs, [0.5, 0.5], n_splits, fewest=max(study.params.k, *study.params.more_k, 0), in_turn=True
+    ):
         yield f"donors {seed}", part
 
 
@@ -88,14 +89,21 @@ def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
         yield f"donors {seed}", divided(held_out == 1, 1 / 9, seed)
 
 
-def donor_splits(obs: pd.DataFrame, shares: list[float], n_splits: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Seeds and parts of splits by whole donors, each split once; none where fewer than two donors are known."""
+def donor_splits(
+    obs: pd.DataFrame, shares: list[float], n_splits: int, *, fewest: int = 10, in_turn: bool = False
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Seeds and parts of splits by whole donors, each split once; none where fewer than two donors are known.
+
+    There are `fewest` training cells at least, of two types: in the first part or, `in_turn`, in each.
+    """
     if "donor_id" not in obs or obs["donor_id"].nunique() < 2:
         return
     seen = set()
     for seed in range(n_splits):
         part = sampling.split_by_group(obs["donor_id"].array, shares, seed=seed)
-        if part.tobytes() not in seen:  # few donors leave few ways to part them
+        trained_on = [obs["cell_type"].array[part == one] for one in (range(2) if in_turn else range(1))]
+        enough = all(len(types) >= fewest and len(types.unique()) > 1 for types in trained_on)
+        if enough and part.tobytes() not in seen:  # few donors leave few ways to part them
             seen.add(part.tobytes())
             yield seed, part
 
@@ -148,72 +156,23 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
     data, one = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
     treatment, context = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
     try:
-        check_treatments(treatment, one.control)
-        contexts = contexts_held_out(pd.crosstab(context, treatment).min(axis=1), one.held_out_contexts)
+        judged = joining.treatments(data.obs, one, study.params)
     except corpus.CorpusError as error:
         raise corpus.CorpusError(f"{evaluation.dataset}: {error}") from None
-    treated = treatment != one.control
     X = expression.lognormalise(data.X)
-    X = X[:, response_genes(study, evaluation.dataset, X[~treated])].toarray()
-    for held_out in contexts:
-        if isinstance(evaluation.source, str):
-            metrics = _baseline_response(evaluation.source, X, treated, context, held_out)
-        else:
-            embedding = study.embedding(evaluation.source, evaluation.dataset)
-            options = {"seed": evaluation.seed, "matching": study.params.matching}
-            metrics = tasks.perturbation_response(embedding, X, treated, context, held_out, **options)
-        yield f"{held_out} held out", metrics
-
-
-def check_treatments(treatments: Iterable[str], control: str) -> None:
-    """Refuse a column of treatments that perturbation response cannot use.
-
-    Raises
-    ------
-    CorpusError
-        If they are not two, one of them the control.
-    """
-    values = sorted(set(map(str, treatments)))
-    if control not in values or len(values) != 2:
-        raise corpus.CorpusError(
-            f"the treatments are {values}; perturbation response needs two, one of them the control {control!r}. Keep "
-            "one treatment, or name the control."
-        )
-
-
-def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
-    """Contexts to hold out of perturbation response in turn.
-
-    Parameters
-    ----------
-    n_cells
-        By context, the number of cells of the treatment that has fewer.
-    named
-        The contexts that the study names; by default all with at least `HELD_OUT_CELLS`.
-
-    Raises
-    ------
-    CorpusError
-        If fewer than two contexts have both treatments, or none has cells enough, or a named one has fewer than two,
-        which are not enough for the ceiling: half of the treated cells predicts the other half.
-    """
-    usable = sorted(n_cells.index[n_cells > 0])
-    if len(usable) < 2:
-        raise corpus.CorpusError(
-            f"perturbation response needs two cell types with control and treated cells, not {usable}."
-        )
-    few = [name for name in named or () if n_cells.get(name, 0) < 2]
-    if few:
-        raise corpus.CorpusError(
-            f"held_out_contexts: {few} have fewer than two control or treated cells; leave them out."
-        )
-    contexts = named or sorted(n_cells.index[n_cells >= HELD_OUT_CELLS])
-    if not contexts:
-        raise corpus.CorpusError(
-            f"no cell type has {HELD_OUT_CELLS} control and {HELD_OUT_CELLS} treated cells to hold out; name some in "
-            "held_out_contexts, or leave perturbation_response out."
-        )
-    return contexts
+    X = X[:, response_genes(study, evaluation.dataset, X[treatment == one.control])]
+    for name, contexts in judged.items():
+        rows = np.flatnonzero(np.isin(treatment, [name, one.control]))
+        cells = X[rows].toarray(), treatment[rows] == name, context[rows]
+        for held_out in contexts:
+            if isinstance(evaluation.source, str):
+                metrics = _baseline_response(evaluation.source, *cells, held_out)
+            else:
+                embedding = study.embedding(evaluation.source, evaluation.dataset)[rows]
+                options = {"seed": evaluation.seed, "matching": study.params.matching}
+                metrics = tasks.perturbation_response(embedding, *cells, held_out, **options)
+            of_treatment = f"{name}, " if data.obs["perturbation"].nunique() > 2 else ""
+            yield f"{of_treatment}{held_out} held out", metrics
 
 
 def response_genes(study: Study, dataset: str, control: sp.csr_matrix) -> np.ndarray:

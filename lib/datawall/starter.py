@@ -84,7 +84,7 @@ def new(name: str, corpora: Sequence[str], given: Roles, *, ask: Ask | None, say
     roles = _choose(looked, given, ask, say)
     text = study_file(name, [_portable(one) for one in corpora], looked, roles, default)
     params.check(params.from_yaml(text), path.name)
-    store.write_atomically(path, lambda scratch: scratch.write_text(text))
+    store.write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
     return path
 
 

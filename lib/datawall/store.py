@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from datawall import paths
 from datawall.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def read_manifest(folder: Path) -> Record:
     OSError, ValueError
         If it is missing, or not as it was written.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _sha256(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")
     return manifest
@@ -321,7 +322,7 @@ def reserved(folder: Path) -> Iterator[None]:
         If it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -360,14 +361,17 @@ def _remove_unless_held(path: Path) -> None:
 
 def read_sources(library: Path) -> dict[str, str]:
     """Text of every module of a library, by file name without `.py`."""
-    return {path.relative_to(library).with_suffix("").as_posix(): path.read_text() for path in library.rglob("*.py")}
+    return {
+        path.relative_to(library).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
+        for path in library.rglob("*.py")
+    }
 
 
 # As they are when a process, or the one that it is a fork of, imports the library: the code that it has. Read when a
 # key is asked for, they would be those of a file edited meanwhile, and what old code made would be stored under the
 # key of the new. Modules that are first needed later could still be newer than this, so a run's fork server imports
 # all that are named in a key at once (`forkserver.FIRST`).
-SOURCES = read_sources(Path(__file__).parent)
+SOURCES = read_sources(paths.LIBRARY)
 
 
 @cache
@@ -395,13 +399,13 @@ def file_sha256(path: Path) -> str:
 def write_checksums(path: Path, names: list[str]) -> None:
     """Write hashes of files of the same folder, as `sha256sum --check` reads them."""
     lines = [f"{file_sha256(path.with_name(name))}  {name}\n" for name in names]
-    write_atomically(path, lambda scratch: scratch.write_text("".join(lines)))
+    write_atomically(path, lambda scratch: scratch.write_text("".join(lines), encoding="utf-8"))
 
 
 def changed(path: Path) -> list[str]:
     """Names in a file of `write_checksums` whose files are missing or not as they were then."""
     wrong = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         sha256, _, name = line.partition("  ")
         file = path.with_name(Path(name).name)
         if not file.is_file() or file_sha256(file) != sha256:
@@ -424,7 +428,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys as given, one value a line."""
-    write_atomically(path, lambda scratch: scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n"))
+    write_atomically(
+        path, lambda scratch: scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    )
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -97,15 +98,24 @@ def open_study(study: str, **overrides: Any) -> Study:
     return Study(checked, paths.run_folder(path, checked.study))
 
 
+def _reopen(params_json: str, folder: str) -> Study:
+    return Study(params.Params.model_validate_json(params_json), Path(folder))
+
+
 class Study(Curated):
     """A study and its run folder (see `Curated` for its data)."""
 
     tabulated: tuple[list[str], pd.DataFrame] | None = None  # keys of evaluations, and their results, as last written
 
+    @property
+    def opening(self) -> tuple[Callable[[str, str], Study], str, str]:
+        """By which another process opens it: a function, and its arguments."""
+        return _reopen, self.params.model_dump_json(), str(self.folder)
+
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
         text = params.to_yaml(self.params.model_dump())
-        store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text))
+        store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
     @cached_property
     def costs(self) -> Costs:
@@ -121,7 +131,9 @@ class Study(Curated):
         if not self.params.adaptive or not self.chosen_path.exists():
             return runs
         chosen = {
-            (model, *run) for model, of_model in json.loads(self.chosen_path.read_text()).items() for run in of_model
+            (model, *run)
+            for model, of_model in json.loads(self.chosen_path.read_text(encoding="utf-8")).items()
+            for run in of_model
         }
         return [
             run
@@ -199,12 +211,12 @@ class Study(Curated):
         n_processes, s = self.params.gpus[run.model], run.subset
         with tempfile.TemporaryDirectory() as scratch:
             given = Path(scratch) / "given.yaml"
-            given.write_text(params.to_yaml(self.params.model_dump()))
+            given.write_text(params.to_yaml(self.params.model_dump()), encoding="utf-8")
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
             of_run = [run.model, s.strategy, str(s.percentage), str(s.seed), "--budget", str(run.budget)]
             of_run += ["--out", str(self.folder)]
             ended = subprocess.run(
-                [sys.executable, "-m", *torchrun, "-m", "datawall.training", str(given), *of_run], check=False
+                [sys.executable, "-m", *torchrun, "-m", "datawall.together", str(given), *of_run], check=False
             )
         if ended.returncode:
             raise RuntimeError(f"torchrun with {n_processes} processes ended with status {ended.returncode}")
@@ -372,7 +384,7 @@ class Study(Curated):
             of = {"dataset": self.dataset_unit(self.held_out_name).key, "n_cells": n_cells, "n_repeats": n_repeats}
             unit = Unit("timing", {"model": self.model_unit(run).key, **of}, CODE["timing"])
             artifact = self.store.find_or_make(unit, lambda folder, run=run: measure(run, folder))
-            measured = json.loads((artifact.folder / "seconds.json").read_text())
+            measured = json.loads((artifact.folder / "seconds.json").read_text(encoding="utf-8"))
             table.append({"model": name, **measured, "device": artifact.made["device"]})
         return pd.DataFrame(table)
 

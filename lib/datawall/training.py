@@ -9,7 +9,6 @@ Imports torch and numpy only (and tqdm for the bar), so that it runs on a machin
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import logging
@@ -431,37 +430,3 @@ def seeded[Module: nn.Module](build: Callable[[], Module], seed: int) -> Module:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return build().to(device())
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Pretrain one model of a study in several processes; `run_all.py` then finds it made."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node 2 -m datawall.training", description=main.__doc__.splitlines()[0]
-    )
-    parser.add_argument("study", help="study file, or the name of one in params/")
-    parser.add_argument("model")
-    parser.add_argument("strategy")
-    parser.add_argument("percentage", type=float)
-    parser.add_argument("seed", type=int)
-    parser.add_argument("--budget", type=float, default=1.0, help="share of the model's steps")
-    parser.add_argument("--out", type=Path, help="run folder; the study's own by default")
-    options = parser.parse_args(arguments)
-    from datawall import study as studies
-
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    study = studies.open_study(options.study)
-    study = studies.Study(study.params, options.out or study.folder)
-    subset = studies.Subset(options.strategy, options.percentage, options.seed)
-    run = studies.Run(options.model, subset, options.budget)
-    if run not in [*study.pretraining_runs(), *study.budget_runs()]:
-        raise SystemExit(f"{options.study} has no such run: {run}")
-    study.pretrain_together(run)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,45 +1,21 @@
-"""The model families by name."""
+"""What is pretrained: one file a family, which `families` lists, and what they share.
 
-from __future__ import annotations
+Loads when first named, as most of it needs torch.
+"""
 
+from importlib import import_module
 from typing import Any
 
-from datawall import external
-from datawall.hyperparameters import check, family
-from datawall.models.base import Model
-from datawall.models.geneformer import Geneformer
-from datawall.models.pca import PretrainedPCA
-from datawall.models.scimilarity import SCimilarity
-from datawall.models.scvi import ScVI
-from datawall.models.ssl import SSL
-
-FAMILIES: dict[str, type[Model]] = {
-    "PretrainedPCA": PretrainedPCA,
-    "scVI": ScVI,
-    "SSL": SSL,
-    "Geneformer": Geneformer,
-    "SCimilarity": SCimilarity,
-}
+_CLASSES = ("Geneformer", "Model", "PretrainedPCA", "SCimilarity", "SSL", "ScVI")
+_OF_FAMILIES = (*_CLASSES, "FAMILIES", "create", "load", "model_class")
 
 
-def model_class(name: str) -> type[Model]:
-    """The class of a model: of its family, or the user's own."""
-    return external.model_class(name) if external.is_external(name) else FAMILIES[family(name)]
-
-
-def create(name: str, **hyperparameters: Any) -> Model:
-    """A new model, not yet fitted.
-
-    Parameters
-    ----------
-    name
-        A family, a variant of one (`hyperparameters.VARIANTS`, say `scvi_2x`), or the user's own (`module:Class`).
-    hyperparameters
-        Those that differ from the family's or variant's own.
-
-    Raises
-    ------
-    ValueError
-        If there is no such model, or a hyper-parameter or its value is not allowed.
-    """
-    return model_class(name)(**check(name, hyperparameters).model_dump())
+def __getattr__(name: str) -> Any:
+    if name in _OF_FAMILIES:
+        return getattr(import_module("datawall.models.families"), name)
+    try:
+        return import_module(f"datawall.models.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"datawall.models.{name}":
+            raise
+        raise AttributeError(f"module 'datawall.models' has no attribute {name!r}") from None

@@ -218,7 +218,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no saved model ({CONFIG} is missing).")
-    return json.loads((folder / CONFIG).read_text())
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -46,7 +46,7 @@ def registered(metric: str) -> str:
     """The name under which a metric stands in `metrics.csv`: `f1[]` for `f1[B cell]`, `knn_micro_f1` for k = 15."""
     import re
 
-    return re.sub(r"^knn\d+_", "knn_", re.sub(r"\[.*\]$", "[]", metric))
+    return re.sub(r"^knn\d+_", "knn_", re.sub(r"(?s)\[.*\]\Z", "[]", metric))
 
 
 def __getattr__(name: str) -> Any:
