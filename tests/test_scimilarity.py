@@ -25,7 +25,7 @@ from datawall.models.scimilarity import (
 from datawall.models.sparse import Cells
 
 N_GENES = 60
-SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16}
+SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16, "keep": "last"}
 ONTOLOGY = """format-version: 1.2
 ontology: cl/cl-basic
 

@@ -95,10 +95,10 @@ class Network:
         """The module for a number of genes, with random weights."""
         raise NotImplementedError
 
-    def build(self, n_genes: int, genes: np.ndarray, seed: int) -> nn.Module:
-        """Make the module for a panel with initial weights from a seed, on the device, in evaluation mode."""
-        self.n_genes, self.genes = n_genes, genes
-        self.module = training.seeded(lambda: self.network(len(genes)), seed).eval()
+    def build(self, n_genes: int, seed: int, panel: np.ndarray | None = None) -> nn.Module:
+        """Make the module for a panel, or all genes, with initial weights from a seed, on the device, to evaluate."""
+        self.n_genes, self.genes = n_genes, np.arange(n_genes) if panel is None else panel
+        self.module = training.seeded(lambda: self.network(len(self.genes)), seed).eval()
         return self.module
 
     def of_panel(self, X: sp.csr_matrix) -> sp.csr_matrix:
@@ -114,7 +114,7 @@ class Network:
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
         """Random weights, over all genes: a panel would be learned from cells."""
-        self.build(n_genes, np.arange(n_genes), seed)
+        self.build(n_genes, seed)
         return self
 
     def save(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ class Network:
         """Read a saved model."""
         hyperparameters, arrays = read(Path(folder))
         model = cls(**hyperparameters)
-        model.build(int(arrays.pop("n_genes")[0]), arrays.pop("genes"), seed=0)
+        model.build(int(arrays.pop("n_genes")[0]), 0, arrays.pop("genes"))
         model.module.load_state_dict(
             {name.removeprefix("module."): torch.from_numpy(array) for name, array in arrays.items()}
         )
@@ -147,7 +147,7 @@ def choose_panel(counts: sp.csr_matrix | Cells, n_genes: int | None) -> np.ndarr
 
 
 def hold_out(
-    model: Any, counts: sp.csr_matrix | Cells, obs: pd.DataFrame, rows: np.ndarray, *, seed: int
+    model: Any, counts: sp.csr_matrix | Cells, obs: pd.DataFrame | None, rows: np.ndarray, *, seed: int
 ) -> tuple[np.ndarray, Callable[[], float] | None]:
     """Divide a subset into cells to train on and, with `keep="best"`, cells that choose which weights are kept.
 
@@ -158,7 +158,7 @@ def hold_out(
     model
         With hyper-parameters (`keep`) and a loss of cells (`heldout_loss`).
     counts, obs
-        The subset.
+        The subset; `obs` where the loss reads it.
     rows
         Its cells that can be trained on.
 
@@ -171,7 +171,7 @@ def hold_out(
     rows = np.random.default_rng([seed, 1]).permutation(rows)
     n_held = min(HELD_OUT, max(1, len(rows) // 10))
     held = np.sort(rows[:n_held])
-    X, of_held = counts[held], obs.iloc[held]
+    X, of_held = counts[held], None if obs is None else obs.iloc[held]
 
     def loss() -> float:
         torch.manual_seed(0)  # the same masks at every look; the next step has its own seed

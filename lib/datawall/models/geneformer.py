@@ -76,7 +76,7 @@ class Geneformer:
         rows = np.flatnonzero(np.concatenate(lengths))
         if not len(rows):
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
-        learned, validation_loss = base.hold_out(self, counts, obs, rows, seed=seed)
+        learned, validation_loss = base.hold_out(self, counts, None, rows, seed=seed)
         where = training.device()
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> torch.Tensor:

@@ -200,7 +200,7 @@ class SCimilarity(SparseNetwork):
         kin = self._kin(types)
         learned, validation_loss = base.hold_out(self, counts, obs, np.arange(len(labels)), seed=seed)
         panel = base.choose_panel(counts, h.n_genes)
-        module = self.build(counts.shape[1], panel, seed if init_seed is None else init_seed)
+        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
         settings = h.model_dump(include={"batch_size", "learning_rate", "weight_decay"})
         looks = {"validate_every": max(1, steps // base.LOOKS)}
         recipe = training.Recipe(steps=steps, decay="cosine", decay_vectors=True, **looks, **settings)

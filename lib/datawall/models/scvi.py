@@ -69,9 +69,9 @@ class ScVI(base.Network):
             If training diverges.
         """
         h = self.hyperparameters
-        learned, validation_loss = base.hold_out(self, counts, obs, np.arange(counts.shape[0]), seed=seed)
+        learned, validation_loss = base.hold_out(self, counts, None, np.arange(counts.shape[0]), seed=seed)
         panel, n_cells = base.choose_panel(counts, h.n_genes), len(learned)
-        module = self.build(counts.shape[1], panel, seed if init_seed is None else init_seed)
+        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
             return forward(cells[1], self.kl_weight(step, steps, n_cells))

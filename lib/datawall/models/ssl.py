@@ -100,9 +100,9 @@ class SSL(sparse.SparseNetwork):
             If training diverges.
         """
         h = self.hyperparameters
-        learned, validation_loss = base.hold_out(self, counts, obs, np.arange(counts.shape[0]), seed=seed)
+        learned, validation_loss = base.hold_out(self, counts, None, np.arange(counts.shape[0]), seed=seed)
         panel = base.choose_panel(counts, h.n_genes)
-        module = self.build(counts.shape[1], panel, seed if init_seed is None else init_seed)
+        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
             return forward(Cells.of(cells[1]))
