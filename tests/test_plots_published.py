@@ -140,7 +140,7 @@ def test_rules_and_costs_have_a_dot_for_each_rule(classification):
 
 
 def test_effects_are_in_points_of_score(classification):
-    table = effects.mixed_effects(select(classification, model="scVI"), "micro_f1")
+    table = effects.strategy_effects(select(classification, model="scVI"), "micro_f1")
     figure = figures.effects(table, "effects")
     dots = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
     expected = table.set_index("strategy")["difference"]["celltype_reweighted"]

@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 
 from datawall import tasks
-from datawall.tasks import integration, neighbourhood
+from datawall.tasks import integration, neighbourhood, uncertainty
 
 # umap, which scib-metrics imports, says so when first imported.
 pytestmark = pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")
@@ -81,7 +81,12 @@ def test_values_are_those_of_scib_metrics(cells, metrics, embedded, monkeypatch)
             "kbet": np.mean(kbet),
             "pcr_comparison": scib_metrics.pcr_comparison(before, X, batches, categorical=True),
         }
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    ours = dict(metrics)
+    for part, clusters in (("", embedded.best_clusters), ("_fixed", embedded.fixed_clusters)):
+        first = neighbourhood.contingency(clusters[0], embedded.labels, np.ones((1, len(labels))))
+        ours |= {f"nmi{part}": neighbourhood.nmi(first)[0], f"ari{part}": neighbourhood.ari(first)[0]}
+    assert {name: ours[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert metrics["bras"] == pytest.approx(scib_metrics.bras(X, labels, batches), abs=1e-6)
     assert all(0.02 < value < 0.999 for value in expected.values()), expected  # none agrees for being trivial
 
 
@@ -133,12 +138,63 @@ def test_pcr_by_its_formula(cells, metrics):
 
 def test_total_weighs_bio_and_batch_as_scib(metrics):
     bio = [metrics[name] for name in ("nmi", "ari", "asw_label", "isolated_labels", "clisi")]
-    batch = [metrics[name] for name in ("asw_batch", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")]
+    batch = [metrics[name] for name in ("bras", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")]
     assert metrics["total"] == pytest.approx(0.6 * np.mean(bio) + 0.4 * np.mean(batch))
 
 
-def test_best_resolution_is_no_worse_than_the_fixed_one(metrics):
-    assert metrics["nmi"] >= metrics["nmi_fixed"]
+def test_best_resolution_is_no_worse_than_the_fixed_one(embedded):
+    def nmi(clusters):
+        return normalized_mutual_info_score(embedded.labels, clusters[0])
+
+    assert nmi(embedded.best_clusters) >= nmi(embedded.fixed_clusters)
+
+
+def test_seeds_of_clustering_are_averaged_and_widen_the_interval():
+    """A cloud without clusters: the seed decides where it is cut."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 2))
+    labels, batches = [f"{x > 0} {y > 0}" for x, y in X], rng.choice(["x", "y"], 400)
+    metrics = tasks.zeroshot_integration(X, labels, batches)
+    cells = integration._embedded(X, labels, batches, None)
+    ari = np.array([adjusted_rand_score(cells.labels, clusters) for clusters in cells.best_clusters])
+    assert np.std(ari) > 0.005
+    assert metrics["ari"] == pytest.approx(np.mean(ari))
+    drawn = integration._drawn(np.repeat(ari[:, None], 20_001, axis=1))  # no cells are drawn anew, only seeds
+    assert drawn[0] == pytest.approx(np.mean(ari))
+    assert drawn[1:].std() == pytest.approx(np.std(ari, ddof=1) / np.sqrt(5), rel=0.05)
+    low, high = metrics.intervals["ari"]
+    of_one = neighbourhood.contingency(cells.best_clusters[0], cells.labels, uncertainty.resamples(400))
+    assert high - low > np.subtract(*np.quantile(neighbourhood.ari(of_one), [0.975, 0.025]))
+
+
+def test_control_embeddings_come_out_first_and_last():
+    """Controls as in OpenProblems: one-hot types, jittered, and embeddings shuffled within and across types."""
+    rng = np.random.default_rng(0)
+    labels, batches = rng.choice(list("abcd"), 600), rng.choice(["x", "y", "z"], 600)
+    hot = np.eye(4)[np.searchsorted(list("abcd"), labels)]
+    shift = 2.0 * np.eye(3, 4)[np.searchsorted(["x", "y", "z"], batches)]
+    real = np.hstack([2.5 * hot + rng.normal(size=(600, 4)), 0.5 * shift + rng.normal(size=(600, 4))])
+    within = np.arange(600)
+    for label in "abcd":
+        within[labels == label] = rng.permutation(np.flatnonzero(labels == label))
+    embeddings = {
+        "one-hot": hot + rng.normal(0, 0.01, hot.shape),
+        "shuffled within types": real[within],
+        "as it is": real,
+        "shuffled": real[rng.permutation(600)],
+    }
+    scores = {
+        name: tasks.zeroshot_integration(X, labels, batches, unintegrated=np.hstack([hot, shift]))
+        for name, X in embeddings.items()
+    }
+    totals = {name: score["total"] for name, score in scores.items()}
+    bio = {name: score["avg_bio"] for name, score in scores.items()}
+    assert sorted(totals, key=totals.get, reverse=True) == list(embeddings)
+    assert max(bio, key=bio.get) == "one-hot"
+    assert min(bio, key=bio.get) == "shuffled"
+    assert scores["one-hot"]["nmi"] == scores["one-hot"]["ari"] == pytest.approx(1)
+    assert scores["shuffled within types"]["bras"] > scores["as it is"]["bras"]
+    assert abs(scores["shuffled"]["ari"]) < 0.02
 
 
 @settings(deadline=None)
@@ -174,7 +230,8 @@ def test_every_metric_is_a_statistic_of_weights(embedded):
     weights[2] = np.arange(len(embedded.labels)) % 3 == 0
     for name, metric in integration.METRICS.items():
         values = metric(embedded, weights)
-        assert values.shape == (3,), name
+        assert values.shape[-1] == 3, name
+        values = np.atleast_2d(values).mean(axis=0)
         assert values[0] == pytest.approx(values[1], abs=2e-3), name  # twice the cells; pairs of ari count a cell twice
         assert values[0] != values[2], name
 

@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from datawall.results import BASELINE, lower_is_better, mean_over_splits, select
-from datawall.saturation import KEY, adjust, curves_of, difference, one_sided_p, pretrained
+from datawall.saturation import KEY, adjust, curves_of, one_sided_p, pretrained
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
 RUN = ["strategy", "percentage", "seed"]  # one pretrained model of a family
 
 
 def strategy_effects(
-    results: pd.DataFrame,
-    metric: str,
-    *,
-    reference: str = "random",
-    paired: bool = False,
-    confidence: float = 0.95,
-) -> pd.DataFrame:
-    """What each strategy, spike-ins too, is worth over the reference at equal size, on each data set.
-
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    metric
-        Any metric.
-    reference
-        The strategy that the others are compared with.
-    paired
-        Whether runs of one seed belong together, as where a study gives each seed its own initial weights; a paired t
-        test then, otherwise Welch's.
-    confidence
-        Of the intervals.
-
-    Returns
-    -------
-    table with the columns model, task, dataset, strategy, percentage, difference (of means, in the metric's units),
-    low, high, p (two-sided) and p_adjusted (Benjamini and Hochberg, over the table). NaN for single runs.
-
-    Raises
-    ------
-    ValueError
-        If no size has the reference and another strategy; if `paired` and the two have other seeds; and as
-        `saturation_points`.
-    """
-    runs = _pretrained(results, metric)
-    rows = []
-    for key, group in runs.groupby(["model", "task", "dataset", "percentage"]):
-        by_strategy = {name: of.set_index("seed")["value"] for name, of in group.groupby("strategy")}
-        if reference not in by_strategy:
-            continue
-        base = by_strategy.pop(reference)
-        for strategy, values in by_strategy.items():
-            if not paired:
-                gap, error, freedom = difference(values.to_numpy(), base.to_numpy())
-            elif set(values.index) == set(base.index):
-                gaps = (values - base).to_numpy()
-                gap, freedom = gaps.mean(), len(gaps) - 1
-                error = gaps.std(ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else np.nan
-            else:
-                raise ValueError(
-                    f"{', '.join(map(str, key))}: seeds of {strategy} and {reference} differ, so they are no pairs; "
-                    "compare with paired=False."
-                )
-            rows.append((*key[:3], strategy, key[3], *map(float, (gap, error, freedom))))
-    if not rows:
-        raise ValueError(f"no size has runs of {reference!r} and of another strategy.")
-    table = pd.DataFrame(rows, columns=["model", "task", "dataset", "strategy", "percentage", "difference", "e", "df"])
-    return _with_tests(table, table.pop("e"), table.pop("df"), confidence)
-
-
-def mixed_effects(
     results: pd.DataFrame, metric: str, *, reference: str = "random", confidence: float = 0.95
 ) -> pd.DataFrame:
-    """What each strategy is worth over the reference, over all data sets and the sizes that both have.
+    """What each strategy, spike-ins too, is worth over the reference, over all data sets and the sizes that both have.
 
-    A linear mixed model for each model, task and strategy (statsmodels `MixedLM`, restricted likelihood): strategy and
-    size are fixed effects, data set and pretrained run random ones, crossed, since a run is judged on every data set.
+    The inference is to other runs and other data sets, for which a strategy may be worth more or less (see `_slope`).
 
     Parameters
     ----------
@@ -97,54 +33,36 @@ def mixed_effects(
 
     Returns
     -------
-    table with the columns model, task, strategy, difference (in the metric's units), low, high, p and p_adjusted
-    (Benjamini and Hochberg, over the table); a normal approximation.
+    table with the columns model, task, strategy, datasets (their number), difference (in the metric's units), low,
+    high, p (two-sided) and p_adjusted (Benjamini and Hochberg, over the table); NaN where nothing varies that could be
+    tested.
 
     Raises
     ------
     ValueError
-        As `strategy_effects`.
+        If no size has the reference and another strategy; and as `saturation_points`.
     """
-    import statsmodels.formula.api as smf
-
-    runs = _pretrained(results, metric)
     rows = []
-    for (model, task), group in runs.groupby(["model", "task"]):
+    for (model, task), group in _pretrained(results, metric).groupby(["model", "task"]):
         for strategy in sorted(set(group["strategy"]) - {reference}):
             both = group[group["strategy"].isin([strategy, reference])]
             shared = both.groupby("percentage")["strategy"].nunique().eq(2)
-            both = both[both["percentage"].isin(shared[shared].index)]
-            if both.empty:
-                continue
-            spread = both["value"].std() or 1.0
-            data = both.assign(
-                y=both["value"] / spread,
-                other=(both["strategy"] == strategy).astype(float),
-                run=both[RUN].astype(str).agg("-".join, axis=1),
-            )
-            with warnings.catch_warnings():  # a variance of zero lies on the boundary, and is an answer
-                warnings.simplefilter("ignore")
-                fitted = smf.mixedlm(
-                    "y ~ other + C(percentage)",
-                    data,
-                    groups=np.ones(len(data)),
-                    vc_formula={"dataset": "0 + C(dataset)", "run": "0 + C(run)"},
-                ).fit()
-            rows.append((model, task, strategy, fitted.params["other"] * spread, fitted.bse["other"] * spread))
+            runs = _by_dataset(both[both["percentage"].isin(shared[shared].index)])
+            if len(runs):
+                of = runs.index.get_level_values("strategy") == strategy
+                rows.append((model, task, strategy, runs.shape[1], *_slope(runs, of.astype(float))))
     if not rows:
         raise ValueError(f"no size has runs of {reference!r} and of another strategy.")
-    table = pd.DataFrame(rows, columns=["model", "task", "strategy", "difference", "e"])
-    return _with_tests(table, table.pop("e"), np.inf, confidence)
+    return _with_tests(rows, ["model", "task", "strategy"], confidence)
 
 
 def diversity_effects(
     results: pd.DataFrame, diversity: pd.DataFrame, metric: str, *, confidence: float = 0.95
 ) -> pd.DataFrame:
-    """How the score goes with the diversity of the subset, at equal size and on the same data set.
+    """How the score goes with the diversity of the subset, at equal size and over all data sets (see `_slope`).
 
-    Least squares for each model, task and measure (statsmodels `OLS`), with an intercept for each data set and size;
-    standard errors are clustered by pretrained run. Subsets differ in diversity mostly by their strategy, so that this
-    tells runs apart, not strategies: there are only as many ways of choosing as there are strategies.
+    Subsets differ in diversity mostly by their strategy, so that this tells runs apart, not strategies: there are only
+    as many ways of choosing as there are strategies.
 
     Parameters
     ----------
@@ -159,16 +77,15 @@ def diversity_effects(
 
     Returns
     -------
-    table with the columns model, task, measure, difference (in the metric's units, for one standard deviation of the
-    measure over subsets of equal size), low, high, p, p_adjusted (Benjamini and Hochberg, over the table).
+    table with the columns model, task, measure, datasets (their number), difference (in the metric's units, for one
+    standard deviation of the measure over subsets of equal size), low, high, p, p_adjusted (Benjamini and Hochberg,
+    over the table).
 
     Raises
     ------
     ValueError
         If no run has a subset in `diversity`; and as `saturation_points`.
     """
-    import statsmodels.formula.api as smf
-
     runs = _pretrained(results, metric).merge(diversity[[*RUN, *MEASURES]], on=RUN)
     if runs.empty:
         raise ValueError("no run's strategy, percentage and seed are in the diversity table.")
@@ -179,21 +96,47 @@ def diversity_effects(
             data = (
                 group.dropna(subset=measure).groupby("percentage").filter(lambda of: len(of["strategy"].unique()) > 1)
             )
-            if data.empty:
-                continue
-            subsets = data.drop_duplicates(RUN)
-            within = subsets[measure] - subsets.groupby("percentage")[measure].transform("mean")
-            data = data.assign(
-                z=data[measure] / within.std(),
-                cell=data["dataset"] + " " + data["percentage"].astype(str),
-                run=data[RUN].astype(str).agg("-".join, axis=1),
-            )
-            fitted = smf.ols("value ~ z + C(cell)", data).fit(
-                cov_type="cluster", cov_kwds={"groups": data["run"].astype("category").cat.codes}
-            )
-            rows.append((model, task, measure, fitted.params["z"], fitted.bse["z"]))
-    table = pd.DataFrame(rows, columns=["model", "task", "measure", "difference", "e"])
-    return _with_tests(table, table.pop("e"), np.inf, confidence)
+            if len(data):
+                z = data.drop_duplicates(RUN).set_index(RUN)[measure]
+                within = z - z.groupby("percentage").transform("mean")
+                table = _by_dataset(data)
+                slope = _slope(table, (z / within.std()).reindex(table.index).to_numpy())
+                rows.append((model, task, measure, table.shape[1], *slope))
+    return _with_tests(rows, ["model", "task", "measure"], confidence)
+
+
+def _by_dataset(runs: pd.DataFrame) -> pd.DataFrame:
+    """Scores of runs, by data set; only runs that have been judged on all of them."""
+    return runs.pivot_table(index=RUN, columns="dataset", values="value").dropna()
+
+
+def _slope(runs: pd.DataFrame, x: np.ndarray) -> tuple[float, float, float]:
+    """Slope of scores (runs by data sets) on x at equal size, mean over data sets; its error and degrees of freedom.
+
+    Runs vary, and what x is worth varies from one data set to the next; runs are judged on every data set, so that the
+    two are crossed, and the variance of the mean slope is the sum of both. Each is estimated with what is left besides,
+    which is taken off once; Satterthwaite's degrees of freedom (1946, Biometrics 2:110). With a single data set the
+    slope is that data set's alone.
+    """
+    sizes = runs.index.get_level_values("percentage")
+    X = np.column_stack([x, sizes.to_numpy()[:, None] == sizes.unique().to_numpy()])
+    Y = runs.to_numpy()
+    inverse, n_datasets, left = np.linalg.pinv(X.T @ X), Y.shape[1], len(X) - X.shape[1]
+    slopes = (inverse @ X.T @ Y)[0]
+    residuals = Y - X @ inverse @ X.T @ Y
+    if left < 1:
+        return slopes.mean(), np.nan, np.nan
+    common = residuals.mean(axis=1)
+    parts = [(common @ common / left * inverse[0, 0], left)]
+    if n_datasets > 1:
+        own = np.square(residuals - common[:, None]).sum() / (left * (n_datasets - 1))
+        parts.append((slopes.var(ddof=1) / n_datasets, n_datasets - 1))
+        parts.append((-own / n_datasets * inverse[0, 0], left * (n_datasets - 1)))
+    largest = max(parts[:2])
+    variance = sum(part for part, _ in parts)
+    if variance <= largest[0]:  # by chance
+        return slopes.mean(), np.sqrt(largest[0]), largest[1]
+    return slopes.mean(), np.sqrt(variance), variance**2 / sum(part**2 / freedom for part, freedom in parts)
 
 
 def overtaking(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
@@ -251,12 +194,12 @@ def _pretrained(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pretrained(mean_over_splits(select(results, metric=metric)))
 
 
-def _with_tests(table: pd.DataFrame, error: pd.Series, freedom: pd.Series | float, confidence: float) -> pd.DataFrame:
-    """The table with an interval around `difference`, and a two-sided test of it."""
-    gap = table["difference"].abs()
+def _with_tests(rows: list[tuple], keys: list[str], confidence: float) -> pd.DataFrame:
+    """A table of keys, data sets, difference, error and degrees of freedom, with an interval and a two-sided test."""
+    table = pd.DataFrame(rows, columns=[*keys, "datasets", "difference", "error", "freedom"])
+    gap, error, freedom = (table[name].to_numpy(float) for name in ("difference", "error", "freedom"))
     width = stats.t.ppf((1 + confidence) / 2, freedom) * error
-    p = 2 * one_sided_p(gap.to_numpy(), error.to_numpy(), np.broadcast_to(freedom, len(table)))
-    p = np.where(error.isna(), np.nan, np.minimum(p, 1))
+    p = np.where(np.isnan(error), np.nan, np.minimum(2 * one_sided_p(np.abs(gap), error, freedom), 1))
     adjusted = np.full(len(table), np.nan)
     adjusted[~np.isnan(p)] = adjust(p[~np.isnan(p)])
-    return table.assign(low=table["difference"] - width, high=table["difference"] + width, p=p, p_adjusted=adjusted)
+    return table[[*keys, "datasets", "difference"]].assign(low=gap - width, high=gap + width, p=p, p_adjusted=adjusted)

@@ -18,6 +18,7 @@ LABELS = {
     "ilisi": "iLISI",
     "kbet": "kBET acceptance",
     "asw_batch": "batch ASW",
+    "bras": "BRAS",
     "pearson_r": "Pearson r of means",
     "pearson_delta": "Pearson r of changes",
     "mse": "mean squared error",

@@ -307,7 +307,7 @@ def known_answer(results: pd.DataFrame, begins: pd.Series, planted: pd.Series, t
 
 
 def effects(table: pd.DataFrame, title: str) -> Figure:
-    """Effects of strategies over random subsets (`effects.mixed_effects`): a panel per task, a row per model.
+    """Effects of strategies over random subsets (`effects.strategy_effects`): a panel per task, a row per model.
 
     Lines are the intervals.
     """

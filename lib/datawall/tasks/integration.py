@@ -5,8 +5,8 @@ scib-metrics: tests hold them to it. It is not called, since each process would 
 each new size of data set, longer than numpy takes for all of them.
 
 Every metric is a statistic of the cells' weights: it gives a value for each row of weights, of which the first are all
-one, and the others are how often a bootstrap resample holds each cell. Neighbours, clusters and silhouettes are those
-of the cells themselves throughout.
+one, and the others are how often a bootstrap resample holds each cell. Those of Leiden clusters give a row of values
+for each seed of the clustering. Neighbours, clusters and silhouettes are those of the cells themselves throughout.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from datawall.tasks.uncertainty import Metrics
 N_NEIGHBORS = 15  # of the graph, the cell itself among them
 N_LOCAL = 90  # of LISI, the cell itself among them
 RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden clustering, as in scIB
+SEEDS = range(5)  # of Leiden clustering; the first chooses the resolution
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,27 @@ class Embedded:
         return sp.csr_matrix((np.ones(indices.size, bool), indices.ravel(), pointer), shape=(n_cells, n_cells))
 
     @cached_property
-    def clusters(self) -> list[np.ndarray]:
-        """Leiden clusters of the cells at each of `RESOLUTIONS`, (n_cells,) int."""
+    def leiden(self) -> Callable[[float, int], np.ndarray]:
+        """Leiden clusters of the cells, (n_cells,) int, at a resolution and with a seed."""
         nearest = slice(None), slice(N_NEIGHBORS)
-        weights = neighbourhood.similarities(self.distances[nearest], self.indices[nearest])
-        return neighbourhood.leiden(weights, RESOLUTIONS)
+        return neighbourhood.leiden(neighbourhood.similarities(self.distances[nearest], self.indices[nearest]))
 
     @cached_property
-    def best_clusters(self) -> np.ndarray:
-        """The clusters with the highest NMI."""
-        once = np.ones((1, len(self.labels)))
-        return max(
-            self.clusters,
-            key=lambda clusters: neighbourhood.nmi(neighbourhood.contingency(clusters, self.labels, once))[0],
-        )
+    def best_clusters(self) -> list[np.ndarray]:
+        """By seed, the clusters at the resolution with the highest NMI of the first seed."""
+        once, first = np.ones((1, len(self.labels))), SEEDS[0]
+        found = {resolution: self.leiden(resolution, first) for resolution in RESOLUTIONS}
+        nmi = {
+            resolution: neighbourhood.nmi(neighbourhood.contingency(clusters, self.labels, once))[0]
+            for resolution, clusters in found.items()
+        }
+        best = max(nmi, key=nmi.get)
+        return [found[best], *(self.leiden(best, seed) for seed in SEEDS[1:])]
 
-    @property
-    def fixed_clusters(self) -> np.ndarray:
-        """The clusters at resolution 1."""
-        return self.clusters[int(np.argmin(np.abs(RESOLUTIONS - 1)))]
+    @cached_property
+    def fixed_clusters(self) -> list[np.ndarray]:
+        """By seed, the clusters at resolution 1."""
+        return [self.leiden(1, seed) for seed in SEEDS]
 
     @cached_property
     def silhouettes(self) -> np.ndarray:
@@ -98,7 +101,8 @@ def zeroshot_integration(
     Returns
     -------
     nmi, ari
-        Of Leiden clusters with the labels, at the resolution (of ten, 0.2 to 2) with the best nmi.
+        Of Leiden clusters with the labels, at the resolution (of ten, 0.2 to 2) with the best nmi; mean over five seeds
+        of the clustering, which also varies in the interval.
     nmi_fixed, ari_fixed
         The same at resolution 1, which no label chose.
     asw_label
@@ -110,14 +114,18 @@ def zeroshot_integration(
         Median over cells of the number of labels near a cell (inverse Simpson index of 90 neighbours), scaled so that
         1 is one label.
     asw_batch
-        Silhouette of batches within labels: 1 where they overlap. Mean over labels in two batches.
+        Silhouette of batches within labels: 1 where they overlap. Mean over labels in two batches. With three batches
+        or more it may be high although one lies apart, as it asks for the nearest other batch only.
+    bras
+        The same by cosine distances to the cells of all other batches (Rautenstrauch and Ohler 2025).
     graph_connectivity
         Share of each label's cells in its largest strongly connected part of the directed neighbour graph.
     ilisi
         Median over cells of the number of batches near a cell, scaled so that 1 is all of them, in equal parts.
     kbet
-        Share of cells whose neighbours within their label are a fair draw of its batches (see
-        `neighbourhood.kbet_acceptance`). Mean over labels.
+        Share of cells whose neighbours within their label are a fair draw of its batches. Mean over labels. The value
+        is that of scib-metrics' `kbet` on each label's own neighbours, not of its `kbet_per_label`, which finds them by
+        diffusion (see `neighbourhood.kbet_acceptance`).
     pcr_comparison
         By how much, of its share of the variance before, batch has less of the variance in the embedding, at least 0.
         Only with `unintegrated`.
@@ -125,7 +133,8 @@ def zeroshot_integration(
         Mean of nmi, ari and asw_label: the original study's headline.
     total
         scIB's score: 0.6 times the mean of nmi, ari, asw_label, isolated_labels and clisi, plus 0.4 times the mean of
-        the batch metrics, from asw_batch to pcr_comparison. They are not scaled between methods.
+        the batch metrics: bras (in place of asw_batch, as in scib-metrics), graph_connectivity, ilisi, kbet and
+        pcr_comparison. They are not scaled between methods.
 
     Each is 1 at best. One that these cells leave undefined is left out, of the total too: pcr_comparison without
     `unintegrated`, and kbet where no label has ten cells and two batches.
@@ -138,13 +147,26 @@ def zeroshot_integration(
     """
     cells = _embedded(embedding, labels, batches, unintegrated)
     weights = np.vstack([np.ones(len(embedding)), uncertainty.resamples(len(embedding))])
-    draws = {name: metric(cells, weights) for name, metric in METRICS.items()}
+    draws = {name: _drawn(metric(cells, weights)) for name, metric in METRICS.items()}
     draws = {name: values for name, values in draws.items() if np.isfinite(values[0])}
     draws["avg_bio"] = np.mean([draws[name] for name in AVG_BIO], axis=0)
     bio, batch = ([draws[name] for name in names if name in draws] for names in (BIO, BATCH))
     draws["total"] = 0.6 * np.mean(bio, axis=0) + 0.4 * np.mean(batch, axis=0)
     intervals = {name: uncertainty.interval(values[0], values[1:]) for name, values in draws.items()}
     return Metrics({name: values[0] for name, values in draws.items()}, intervals, _chance(cells), _ceiling(cells))
+
+
+def _drawn(values: np.ndarray) -> np.ndarray:
+    """Values of the rows of weights; of several seeds their mean, and in each resample that of seeds drawn anew.
+
+    Deviations are scaled by √(n / (n - 1)), as the mean that they are taken from is that of the same few seeds.
+    """
+    if values.ndim == 1:
+        return values
+    n_seeds, n_weights = values.shape
+    mean, picked = values.mean(axis=0), np.random.default_rng(0).integers(n_seeds, size=values.shape)
+    drawn = mean + (values[picked, np.arange(n_weights)].mean(axis=0) - mean) * np.sqrt(n_seeds / (n_seeds - 1))
+    return np.concatenate([mean[:1], drawn[1:]])
 
 
 def _embedded(
@@ -204,14 +226,39 @@ def _isolated_labels(cells: Embedded, weights: np.ndarray) -> np.ndarray:
 
 
 def _asw_batch(cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    """1 - |silhouette of batches within the label|; labels in one batch, or with no two cells of one, are left out."""
+    """1 - |silhouette of batches within the label|."""
     from sklearn.metrics import silhouette_samples
 
+    return _mixing(silhouette_samples, cells, weights)
+
+
+def _bras(cells: Embedded, weights: np.ndarray) -> np.ndarray:
+    """1 - |silhouette of batches within the label|, by mean cosine distances to the own and to all other batches."""
+    unit = cells.embedding / np.maximum(np.linalg.norm(cells.embedding, axis=1, keepdims=True), 1e-12)
+    unit = unit.astype(np.float64)
+
+    def silhouettes(X: np.ndarray, batches: np.ndarray) -> np.ndarray:
+        _, of, sizes = np.unique(batches, return_inverse=True, return_counts=True)
+        # The mean of cosines with many cells is the cosine with their mean.
+        sums = np.stack([X[of == batch].sum(axis=0) for batch in range(len(sizes))])
+        near, n_near = (X * sums[of]).sum(axis=1) - (X * X).sum(axis=1), sizes[of] - 1
+        inside = 1 - near / np.maximum(n_near, 1)
+        outside = 1 - (X * (sums.sum(axis=0) - sums[of])).sum(axis=1) / (len(X) - sizes[of])
+        larger = np.maximum(inside, outside)
+        return np.where((n_near > 0) & (larger > 0), (outside - inside) / np.where(larger > 0, larger, 1), 0)
+
+    return _mixing(silhouettes, replace(cells, embedding=unit), weights)
+
+
+def _mixing(
+    silhouettes: Callable[[np.ndarray, np.ndarray], np.ndarray], cells: Embedded, weights: np.ndarray
+) -> np.ndarray:
+    """1 - |silhouette of batches|; labels in one batch, or with no two cells of one, are left out."""
     mixing = np.full(len(cells.labels), np.nan)
     for label in np.unique(cells.labels):
         some = cells.labels == label
         if 1 < len(np.unique(cells.batches[some])) < some.sum():
-            mixing[some] = 1 - np.abs(silhouette_samples(cells.embedding[some], cells.batches[some]))
+            mixing[some] = 1 - np.abs(silhouettes(cells.embedding[some], cells.batches[some]))
     if np.isnan(mixing).all():
         raise ValueError("no label has cells in two batches; mixing of batches cannot be told from labels.")
     return _mean_of_labels(mixing, cells, weights)
@@ -281,23 +328,23 @@ def _ilisi(cells: Embedded, weights: np.ndarray) -> np.ndarray:
     return (_median(_lisi(cells, cells.batches), weights) - 1) / cells.batches.max()
 
 
+def _of_clusters(
+    statistic: Callable[[np.ndarray], np.ndarray], seeds: list[np.ndarray], cells: Embedded, weights: np.ndarray
+) -> np.ndarray:
+    """A statistic of clusters and labels, (n_seeds, n_weights)."""
+    return np.stack([statistic(neighbourhood.contingency(clusters, cells.labels, weights)) for clusters in seeds])
+
+
 METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
-    "nmi": lambda cells, weights: neighbourhood.nmi(
-        neighbourhood.contingency(cells.best_clusters, cells.labels, weights)
-    ),
-    "ari": lambda cells, weights: neighbourhood.ari(
-        neighbourhood.contingency(cells.best_clusters, cells.labels, weights)
-    ),
-    "nmi_fixed": lambda cells, weights: neighbourhood.nmi(
-        neighbourhood.contingency(cells.fixed_clusters, cells.labels, weights)
-    ),
-    "ari_fixed": lambda cells, weights: neighbourhood.ari(
-        neighbourhood.contingency(cells.fixed_clusters, cells.labels, weights)
-    ),
+    "nmi": lambda cells, weights: _of_clusters(neighbourhood.nmi, cells.best_clusters, cells, weights),
+    "ari": lambda cells, weights: _of_clusters(neighbourhood.ari, cells.best_clusters, cells, weights),
+    "nmi_fixed": lambda cells, weights: _of_clusters(neighbourhood.nmi, cells.fixed_clusters, cells, weights),
+    "ari_fixed": lambda cells, weights: _of_clusters(neighbourhood.ari, cells.fixed_clusters, cells, weights),
     "asw_label": lambda cells, weights: (_mean(cells.silhouettes, weights) + 1) / 2,
     "isolated_labels": _isolated_labels,
     "clisi": _clisi,
     "asw_batch": _asw_batch,
+    "bras": _bras,
     "graph_connectivity": _graph_connectivity,
     "ilisi": _ilisi,
     "kbet": lambda cells, weights: _mean_of_labels(
@@ -307,7 +354,7 @@ METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
 }  # of the cells and (n_weights, n_cells) weights, n_weights values; a line here, and one in metrics.csv, adds a metric
 AVG_BIO = ("nmi", "ari", "asw_label")
 BIO = ("nmi", "ari", "asw_label", "isolated_labels", "clisi")
-BATCH = ("asw_batch", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")
+BATCH = ("bras", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")
 
 
 # What chance reaches
@@ -322,7 +369,7 @@ def _chance(cells: Embedded) -> dict[str, float]:
         for name in ("asw_label", "isolated_labels", "clisi", "graph_connectivity")
     }
     for name, clusters in (("nmi", cells.best_clusters), ("nmi_fixed", cells.fixed_clusters)):
-        chance[name] = _chance_nmi(clusters, cells.labels)
+        chance[name] = _chance_nmi(clusters[0], cells.labels)
     chance |= {"ari": 0.0, "ari_fixed": 0.0}
     return chance | {"avg_bio": float(np.mean([chance[name] for name in AVG_BIO]))}
 
