@@ -173,7 +173,7 @@ def test_fitting_reports_its_budget(family):
 
 @networks
 def test_the_weights_kept_are_those_of_the_lowest_validation_loss(family, monkeypatch):
-    """Whose loss is that of the cells set aside; the last weights are other ones, where training goes on for too long."""
+    """Whose loss is that of the cells set aside; the last weights are other ones, where training goes on too long."""
     counts, obs = simulated(40)
     settings, found = {"learning_rate": 0.05}, {}
     for keep in ("best", "last"):

@@ -456,8 +456,9 @@ def test_the_recipe_is_the_originals(monkeypatch):
     monkeypatch.setattr(training, "train", recorded)
     _, history = fitted()
     expected = training.Recipe(
-        steps=8, batch_size=16, learning_rate=0.005, decay="cosine", weight_decay=0.01, decay_vectors=True
-    )
+        steps=8, batch_size=16, learning_rate=0.005, decay="cosine", weight_decay=0.01, decay_vectors=True,
+        validate_every=1,
+    )  # fmt: skip
     assert recipes == [expected]
     np.testing.assert_allclose(history.learning_rate, 0.0025 * (1 + np.cos(np.pi * np.arange(8) / 8)))
 

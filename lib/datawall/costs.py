@@ -61,28 +61,34 @@ def work(p: Params, model: str, n_genes: int, genes_per_cell: float) -> float:
     """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
     h = _described(p, model)
     if hasattr(h, "max_length"):  # a transformer; it predicts the 15 % of genes that are masked
-        share = 1.0 if h.n_genes is None else min(1.0, h.n_genes / n_genes)
+        share = _panel(h, n_genes) / n_genes
         length = min(h.max_length, genes_per_cell * share)
         per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + 0.15 * n_genes * share * h.n_embd
         return length * per_token / 1e6
     if not hasattr(h, "n_hidden"):
         return genes_per_cell / 1e6
-    return (_widths(h)[0] * (genes_per_cell + n_genes) + 2 * _inner(h)) / 1e6  # there and back
+    share = _panel(h, n_genes) / n_genes
+    return (_widths(h)[0] * share * (genes_per_cell + n_genes) + 2 * _inner(h)) / 1e6  # there and back
 
 
 def n_weights(p: Params, model: str, n_genes: int) -> int:
     """Weights of a model, about; none of one of the user's own."""
     h = _described(p, model)
     if hasattr(h, "max_length"):
-        return (8 * h.n_layers + 1) * h.n_embd**2 + (min(h.n_genes or n_genes, n_genes) + h.max_length) * h.n_embd
+        return (8 * h.n_layers + 1) * h.n_embd**2 + (_panel(h, n_genes) + h.max_length) * h.n_embd
     if hasattr(h, "n_hidden"):
-        return 2 * (_widths(h)[0] * n_genes + _inner(h))
+        return 2 * (_widths(h)[0] * _panel(h, n_genes) + _inner(h))
     return getattr(h, "n_components", 0) * n_genes
 
 
 def _described(p: Params, model: str) -> hyperparameters.Hyperparameters:
     """Hyper-parameters that tell what a model looks like: those of one of the user's own may mean anything."""
     return hyperparameters.Hyperparameters() if external.is_external(model) else p.hyperparameters_of(model)
+
+
+def _panel(h: hyperparameters.Network, n_genes: int) -> int:
+    """Genes that a network sees, of those of the corpus."""
+    return min(h.n_genes or n_genes, n_genes)
 
 
 def _widths(h: hyperparameters.Hyperparameters) -> list[int]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datawall import training
+from datawall.models.sparse import bernoulli
 from datawall.tasks.classification import check_embedding, classification_metrics
 from datawall.tasks.uncertainty import Metrics
 
@@ -217,7 +218,7 @@ class Heads(nn.Module):
     def __init__(self, n_heads: int, n_inputs: int, n_outputs: int) -> None:
         super().__init__()
         heads = [training.Head(n_inputs, n_outputs) for _ in range(n_heads)]
-        self.dropout = heads[0][2]
+        self.dropout = heads[0][2].p
         for name, layer in (("first", 0), ("last", 3)):
             weight = torch.stack([head[layer].weight.detach().T for head in heads]).contiguous()
             bias = torch.stack([head[layer].bias.detach() for head in heads])[:, None]
@@ -225,7 +226,10 @@ class Heads(nn.Module):
             setattr(self, f"{name}_bias", nn.Parameter(bias))  # (n_heads, 1, n_outputs)
 
     def forward(self, X: Tensor) -> Tensor:
-        hidden = self.dropout(torch.baddbmm(self.first_bias, X, self.first_weight).relu())
+        hidden = torch.baddbmm(self.first_bias, X, self.first_weight).relu()
+        if self.training:  # torch's own dropout would take a third of a step
+            kept = bernoulli(hidden.numel(), 1 - self.dropout, hidden.device)
+            hidden = hidden * kept.view_as(hidden) / (1 - self.dropout)
         return torch.baddbmm(self.last_bias, hidden, self.last_weight)
 
     @torch.no_grad()
