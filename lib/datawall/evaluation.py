@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall import adaptive, baselines, cluster, external, results, scoring, store, tasks
+from datawall import adaptive, baselines, cluster, curation, external, results, scoring, store, tasks
 from datawall.corpus import CorpusError
 from datawall.curated import Subset
 from datawall.params import Embedding
@@ -142,6 +142,32 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
     """Mean over data sets of the metric of every run on a random subset, by model, percentage and seed."""
     runs = results.mean_over_splits(results.select(of_task, metric=metric, strategy="random"))
     return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
+
+
+def second_opinion(study: Study) -> pd.DataFrame:
+    """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
+
+    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice.
+
+    Returns
+    -------
+    table with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the
+    cells with the predicted type by either label) and judged (number of those cells); empty if none has labels.
+    """
+    name, task = study.held_out_name, "zeroshot_classification"
+    cells = study.dataset(name).obs["cell_type"].astype(str)
+    theirs = curation.authors_labels(study, cells.index)
+    rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
+    table = []
+    for one in evaluations(study, task) if judged else ():
+        if one.dataset != name or (isinstance(one.source, Run) and one.source.budget != 1):
+            continue
+        with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
+            shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
+        by_ours, by_theirs = np.mean(shares, axis=0)
+        of = _source_columns(study, one.source) | {"ours": by_ours, "authors": by_theirs, "judged": judged}
+        table.append({key: value for key, value in of.items() if key != "budget"})
+    return pd.DataFrame(table)
 
 
 def scope(study: Study, *tasks_told: str) -> str:

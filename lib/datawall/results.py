@@ -250,6 +250,20 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(table.values(), index)
 
 
+def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) -> pd.DataFrame:
+    """Of every pretrained run, how much of its pretraining loss is gone on held-out cells, and a downstream score.
+
+    Returns
+    -------
+    table with the columns model, strategy, percentage, seed, explained and score; runs without either are left out.
+    """
+    keys = ["model", "strategy", "percentage", "seed"]
+    runs = results[results["percentage"] > 0]
+    losses = mean_over_splits(select(runs, task="reconstruction", metric="explained")).set_index(keys)["value"]
+    scores = mean_over_splits(select(runs, task=task, metric=metric, dataset=dataset)).set_index(keys)["value"]
+    return pd.concat({"explained": losses, "score": scores}, axis=1).dropna().reset_index()
+
+
 def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Who wins against the best baseline: differences with intervals, paired over the same splits.
 

@@ -18,6 +18,7 @@ SPREADS = 2.0  # standard deviations over seeds that make up a margin, by defaul
 KEY = ["model", "strategy", "task", "dataset"]
 EXACT = 1e-12  # differences below this are rounding
 PLATEAU, IMPROVING, UNDECIDED = "plateau", "still improving", "undecided"
+LIMITED = "budget-limited"  # twice the steps still change the score by more than the margin (`verdicts`)
 
 
 @dataclass(frozen=True)

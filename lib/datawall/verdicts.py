@@ -7,9 +7,8 @@ import pandas as pd
 
 from datawall import power, results, saturation, tasks
 from datawall.results import BASELINE, select
-from datawall.saturation import IMPROVING, PLATEAU, UNDECIDED
+from datawall.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
 
-LIMITED = "budget-limited"  # twice the steps still change the score by more than the margin
 VERDICTS = (PLATEAU, IMPROVING, LIMITED, UNDECIDED)
 AGAINST = {"win": "above", "tie": "level with", "loss": "below", "unknown": "not told from"}
 NOTHING = {"baseline": None, "baseline_value": float("nan"), "difference": float("nan"), "against": None}
