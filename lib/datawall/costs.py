@@ -183,6 +183,8 @@ class Costs:
         if one.task == "reconstruction":
             (cost, scale), n_cells = self.model(one.source.model), min(RECONSTRUCTED, n_cells)
             return cost["reconstruction"][0] + cost["reconstruction"][1] * scale * n_cells
+        if one.task == "zeroshot_integration":
+            n_cells = min(n_cells, self.p.integration_cells or n_cells)
         costs = self.known["tasks"].get(one.task, {"model": [0.0, 1.0]})
         seconds, power = costs.get(one.source if isinstance(one.source, str) else "model", costs["model"])
         return seconds * (n_cells / self.known["evaluated"]) ** power * self._times(one, n_cells)

@@ -236,7 +236,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     if task == "zeroshot_classification":
         record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits}
     if task == "zeroshot_integration":
-        record["unintegrated"] = study.embedding_unit("PCA", evaluation.dataset).key
+        record |= {"unintegrated": study.embedding_unit("PCA", evaluation.dataset).key, "cells": p.integration_cells}
     if task == "finetuned_classification":
         record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
     if task == "perturbation_response":

@@ -210,6 +210,7 @@ class Params(BaseModel):
     tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
     splits: Annotated[int, Field(ge=1)] = 5  # times that a data set of under 5,000 cells is divided; larger ones, once
     finetuned_splits: Annotated[int, Field(ge=1)] | None = None  # the same of fine-tuning; by default as many
+    integration_cells: Annotated[int, Field(ge=100)] | None = None  # of a data set, at most; by default all
     k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification
     more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside
     finetune: Literal["head", "full"] = "head"  # "full": whole networks too, of SSL, Geneformer and SCimilarity
