@@ -144,6 +144,32 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
     return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
 
 
+def panels(study: Study) -> pd.DataFrame:
+    """How many genes the panels of random subsets have, by percentage: means over seeds.
+
+    The panel is the same for every network of the study with that many genes; the first is asked.
+
+    Returns
+    -------
+    table with the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of
+    each evaluation data set how many it measures; empty if no network of the study has a panel.
+    """
+    chosen = (name for name in study.params.models if getattr(study.params.hyperparameters_of(name), "n_genes", None))
+    if (name := next(chosen, None)) is None:
+        return pd.DataFrame()
+    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (name, "random")]
+    genes = {run.subset: study.model(run).genes for run in sorted(runs, key=lambda run: -run.subset.percentage)}
+    largest, rows = {}, []
+    measured = {name: np.ones(study.corpus.n_vars, bool) for name in study.params.evaluation_sets()}
+    for one in study.params.evaluation:
+        measured[one.dataset] = np.load(study.dataset_artifact(one.dataset).folder / "measured.npy")
+    for subset, panel in genes.items():
+        shared = np.intersect1d(panel, largest.setdefault(subset.seed, panel))
+        of_sets = {dataset: int(known[panel].sum()) for dataset, known in measured.items()}
+        rows.append({"percentage": subset.percentage, "genes": len(panel), "in_largest": len(shared), **of_sets})
+    return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
+
+
 def second_opinion(study: Study) -> pd.DataFrame:
     """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
 

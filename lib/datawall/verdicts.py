@@ -128,6 +128,23 @@ def _gain(curve: saturation.Curve) -> dict[str, float]:
     return {"gain": float(gap), "gain_low": float(gap - reach), "gain_high": float(gap + reach), "spread": spread}
 
 
+def design_power(found: pd.DataFrame, percentages: list[float], n_seeds: int, margin: float) -> pd.DataFrame:
+    """How often the design would find the truth at the spread that was measured (`power.of_design`, 400 draws).
+
+    Returns
+    -------
+    a row per task and data set, with the median spread of its curves, which are judged as one family, and per truth
+    (flat, or rising by one or two margins with every doubling of the corpus) the share of right verdicts.
+    """
+    tables = {}
+    for key, curves in found.groupby(["task", "dataset"]):
+        spread = curves["spread"].median()
+        design = {"percentages": sorted(percentages), "n_curves": len(curves), "n_draws": 400}
+        right = power.of_design(spread, n_seeds, margin, **design).set_index("truth")["right"]
+        tables[key] = {"spread": spread, **right}
+    return pd.DataFrame(tables.values(), pd.MultiIndex.from_tuples(tables, names=["task", "dataset"]))
+
+
 def tally(found: pd.DataFrame) -> str:
     """How many curves have which verdict: `verdicts: 12 plateau, 9 still improving, …, of 35`."""
     counts = found["verdict"].value_counts() if len(found) else {}
