@@ -24,7 +24,7 @@ CODE = {
     "zeroshot_classification": ("corpus",),
     "zeroshot_integration": ("tasks/classification", "tasks/neighbourhood"),
     "finetuned_classification": (
-        "tasks/classification", "training", "corpus", "expression", "models/base",
+        "tasks/classification", "training", "corpus", "expression", "models/base", "models/sparse",
     ),
     "perturbation_response": ("curated:response_genes", "tasks/classification", "training", "expression"),
     "reconstruction": ("models/base",),

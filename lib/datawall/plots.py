@@ -172,7 +172,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
         len(names), len(models), figsize=(WIDTH, 2.4 * len(names) + 0.9), squeeze=False, layout="constrained",
         sharey="none" if metric == "loss" else "row",  # a family's pretraining loss has units of its own
     )  # fmt: skip
-    contenders = sorted(name for name in set(runs.loc[reference, "model"]) - {ORACLE} if not _is_pca(name))
+    contenders = sorted(set(runs.loc[reference, "model"]) - {ORACLE})
     styles = dict(zip(contenders, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))))))
     lines = {name: {"color": "black", "linestyle": style} for name, style in styles.items()}
     lines |= {ORACLE: {"color": "0.6", "linestyle": "-"}}
@@ -186,6 +186,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             axis.plot(place, untrained["value"], "x", color="0.35", label="untrained")
             of_reference = runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"]
             band = of_reference[of_reference.index.map(_is_pca)]
+            band = band if len(band) > 1 else band[:0]
             if len(band):
                 axis.axhspan(band.min(), band.max() + 1e-3, color="0.8", label="PCA of the evaluated cells")
             for name, value in of_reference.drop(band.index).items():
@@ -215,7 +216,7 @@ def budgets(table: pd.DataFrame) -> Figure:
     rows = list(dict.fromkeys(zip(table["task"], table["dataset"], strict=True)))
     models = list(table["model"].unique())
     figure, axes = plt.subplots(
-        len(rows), len(models), figsize=(WIDTH, 1.7 * len(rows) + 0.9), squeeze=False, sharey="row", sharex=True,
+        len(rows), len(models), figsize=(WIDTH, 1.7 * len(rows) + 1.6), squeeze=False, sharey="row", sharex=True,
         layout="constrained",
     )  # fmt: skip
     sizes = sorted(table["percentage"].unique())
@@ -383,10 +384,10 @@ def _untrained_place(percentages: pd.Series) -> float:
 def _percentage_axis(axis: plt.Axes, rows: pd.DataFrame, *, untrained: bool = False) -> None:
     """Logarithmic axis with the study's own percentages as ticks and, where `rows` have `n_cells`, the cells below."""
     percentages = rows["percentage"]
-    cells = rows[rows["percentage"] > 0].groupby("percentage").get("n_cells", pd.Series(dtype=float))
     names = {tick: f"{tick:g}" for tick in sorted(percentages[percentages > 0].unique())}
     if "n_cells" in rows:
-        names = {tick: f"{name}\n{cells_in_short(cells.get_group(tick).max())}" for tick, name in names.items()}
+        cells = rows.groupby("percentage")["n_cells"].max()
+        names = {tick: f"{name}\n{cells_in_short(cells[tick])}" for tick, name in names.items()}
     if untrained:
         names = {_untrained_place(percentages): "0"} | names
     axis.set_xscale("log")

@@ -70,7 +70,7 @@ def saturation_map(points: pd.DataFrame, rule: str) -> Figure:
     tasks = points["task"].unique()
     widths = [select(points, task=task)["dataset"].nunique() for task in tasks]
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(WIDTH, 0.27 * len(points[["model", "strategy"]].drop_duplicates()) + 1.9),
+        1, len(tasks), figsize=(WIDTH, 0.27 * len(points[["model", "strategy"]].drop_duplicates()) + 2.4),
         sharey=True, squeeze=False, width_ratios=widths, layout="constrained",
     )  # fmt: skip
     norm = mpl.colors.LogNorm(vmin=min(1, points["percentage"].min()), vmax=100)
@@ -86,12 +86,14 @@ def saturation_map(points: pd.DataFrame, rule: str) -> Figure:
 
 def verdict_map(verdicts: pd.DataFrame, question: str) -> Figure:
     """Verdicts (of `saturation_points` by equivalence, or of `scaling_curves`) on a question, a panel per task."""
+    if verdicts.empty:
+        return plots._nothing("the study has no random subsets, of which a verdict would be")
     verdicts = _in_order(verdicts).assign(
         code=lambda of: of["verdict"].map({name: i for i, name in enumerate(VERDICTS)})
     )
     tasks = verdicts["task"].unique()
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(WIDTH, 0.27 * len(verdicts[["model", "strategy"]].drop_duplicates()) + 2.1),
+        1, len(tasks), figsize=(WIDTH, 0.27 * len(verdicts[["model", "strategy"]].drop_duplicates()) + 2.7),
         sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     colours = mpl.colors.ListedColormap(list(VERDICTS.values()))

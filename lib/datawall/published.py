@@ -73,17 +73,18 @@ def beside(random: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     random
-        Rows of a study's micro-F1 on random subsets.
+        A study's micro-F1 on random subsets, a row a run (`results.mean_over_splits`).
 
     Returns
     -------
     table with the columns study (`this corpus` or `published`), model, dataset, n_cells and error, means over seeds.
     """
     published = select(results(), task="zeroshot_classification", metric="micro_f1", strategy="random")
+    published = mean_over_splits(published)
     tables = []
     for name, rows in {"this corpus": random, "published": published}.items():
         keys = ["model", "dataset", "percentage"]
-        means = mean_over_splits(rows[rows["percentage"] > 0]).groupby(keys)[["n_cells", "value"]].mean().reset_index()
+        means = rows[rows["percentage"] > 0].groupby(keys)[["n_cells", "value"]].mean().reset_index()
         tables.append(means.assign(study=name, error=1 - means["value"])[["study", *keys[:2], "n_cells", "error"]])
     return pd.concat(tables, ignore_index=True)
 

@@ -135,7 +135,7 @@ def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
     of_tasks = [
         saturation_points(rows, metric, **options)
         for task, metric in tasks.HEADLINE.items()
-        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task)))
+        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task, metric=metric)))
     ]
     return pd.concat(of_tasks, ignore_index=True) if of_tasks else saturation_points(results[:0], "", **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from datawall import power, results, saturation, tasks
 from datawall.results import BASELINE, select
@@ -13,6 +14,10 @@ VERDICTS = (PLATEAU, IMPROVING, LIMITED, UNDECIDED)
 AGAINST = {"win": "above", "tie": "level with", "loss": "below", "unknown": "not told from"}
 NOTHING = {"baseline": None, "baseline_value": float("nan"), "difference": float("nan"), "against": None}
 CURVE = ["task", "dataset", "model"]
+COLUMNS = [
+    *("model", "strategy", "task", "dataset", "percentage", "low", "high", "plateau", "verdict", "decides", "spread"),
+    *("gain", "gain_low", "gain_high", "metric", "value", "size", *NOTHING),
+]
 
 
 def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +31,7 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     table with the columns task, dataset, model, percentage, half, once, twice (the score after so many of the model's
-    steps) and change (twice less once; of an error, with its sign turned).
+    steps), seeds (that were checked) and change (twice less once; of an error, with its sign turned).
     """
     heads = pd.Series(tasks.HEADLINE, name="metric").rename_axis("task").reset_index()
     own = results.mean_over_splits(select(intervals, strategy="random")).assign(budget=1.0)
@@ -35,7 +40,8 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     rows = pd.concat([own[[*keys, "budget", "value"]], other]).merge(heads)
     wide = rows.pivot_table(index=[*CURVE, "metric", "percentage", "seed"], columns="budget", values="value")
     wide = wide.reindex(columns=[0.5, 1.0, 2.0]).set_axis(["half", "once", "twice"], axis=1).dropna()
-    table = wide.groupby(level=[*CURVE, "metric", "percentage"]).mean().reset_index()
+    by_size = wide.groupby(level=[*CURVE, "metric", "percentage"])
+    table = by_size.mean().assign(seeds=by_size.size()).reset_index()
     sign = table["metric"].map(lambda metric: -1 if results.lower_is_better(metric) else 1).astype(float)
     return table.assign(change=sign * (table["twice"] - table["once"])).drop(columns="metric")
 
@@ -43,9 +49,9 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
 def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: float | None = None) -> pd.DataFrame:
     """What results on random subsets say of every model, task and data set.
 
-    The verdict is that of the rule `equivalence`, the curves of a task being one family of tests; but a curve is
-    budget-limited where twice the steps gain more than the margin at a size that was checked, as it then tells of the
-    budget and not of the data.
+    The verdict is that of the rule `equivalence`, the curves of a task being one family of tests. But a curve is
+    budget-limited where twice the steps gain more than the margin at a size that was checked, and more than the spread
+    over seeds lets one expect of two runs alike (one-sided, 5 %): it then tells of the budget and not of the data.
 
     Parameters
     ----------
@@ -66,10 +72,9 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
     difference from it at that size, and against (`AGAINST`, by `results.against_baselines`); the last four are empty
     without one.
     """
-    limited = pd.DataFrame(columns=[*CURVE, "percentage", "change"])
+    limited = pd.DataFrame(columns=[*CURVE, "percentage", "seeds", "change"])
     if checked is not None and len(checked) and margin is not None:
         limited = budgets(intervals, checked)
-        limited = limited[limited["change"] > margin]
     rows = []
     for task, metric in tasks.HEADLINE.items():
         of_task = select(intervals, task=task, metric=metric)
@@ -91,15 +96,17 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
             place = point["dataset"], point["model"], size
             curve = curves[tuple(point[name] for name in saturation.KEY)]
             more = limited[(limited[CURVE] == [task, point["dataset"], point["model"]]).all(axis=1)]
-            said = _verdict(plateau, more, curve, margin)
+            gain = _gain(curve)
+            chance = stats.norm.ppf(0.95) * gain["spread"] * np.sqrt(2 / more["seeds"].astype(float))
+            more = more[(more["change"] > np.fmax(chance, -np.inf if margin is None else margin)).to_numpy(bool)]
             rows.append(
                 point
-                | said
-                | _gain(curve)
+                | _verdict(plateau, more, curve, margin)
+                | gain
                 | {"metric": metric, "value": sizes[size], "size": size}
                 | (compared.loc[place, list(NOTHING)].to_dict() if place in compared.index else NOTHING)
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _verdict(
@@ -124,7 +131,7 @@ def _gain(curve: saturation.Curve) -> dict[str, float]:
     if curve.percentages[-1] != 100 or not len(half):
         return dict.fromkeys(("gain", "gain_low", "gain_high"), np.nan) | {"spread": spread}
     gap, error, freedom = saturation.difference(curve.runs[half[-1]], curve.runs[-1])
-    reach = saturation.stats.t.ppf(0.975, freedom) * error if error > 0 else error
+    reach = stats.t.ppf(0.975, freedom) * error if error > 0 else error
     return {"gain": float(gap), "gain_low": float(gap - reach), "gain_high": float(gap + reach), "spread": spread}
 
 
@@ -142,7 +149,8 @@ def design_power(found: pd.DataFrame, percentages: list[float], n_seeds: int, ma
         design = {"percentages": sorted(percentages), "n_curves": len(curves), "n_draws": 400}
         right = power.of_design(spread, n_seeds, margin, **design).set_index("truth")["right"]
         tables[key] = {"spread": spread, **right}
-    return pd.DataFrame(tables.values(), pd.MultiIndex.from_tuples(tables, names=["task", "dataset"]))
+    index = pd.MultiIndex.from_tuples(tables, names=["task", "dataset"]) if tables else None
+    return pd.DataFrame(tables.values(), index, columns=["spread", *power.RISES])
 
 
 def tally(found: pd.DataFrame) -> str:

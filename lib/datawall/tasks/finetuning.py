@@ -66,7 +66,7 @@ def finetuned_classification(
     seed
         Of the initial weights, the order of cells and dropout.
     recipe
-        Of the training; its `patience` must be a number.
+        Of the training.
     class_weight
         Weight of a cell in the loss: 1, or "balanced", the mean number of training cells of a type over that of its
         own.
@@ -244,7 +244,7 @@ def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> 
 
     Each keeps the weights of its own lowest validation loss, and stops looking once its own patience is over.
     """
-    n_folds = len(X)
+    n_folds, patience = len(X), np.inf if recipe.patience is None else recipe.patience
     heads = training.seeded(lambda: Heads(n_folds, X.shape[2], len(folds.types)), seed)
     train, validation = folds.alike(TRAIN), folds.alike(VALIDATION)
     which = torch.arange(n_folds, device=X.device)[:, None]
@@ -255,7 +255,7 @@ def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> 
     def validation_loss() -> float:
         nonlocal lowest, waited
         losses = folds.loss(heads(held), validation)
-        better = (losses < lowest) & (waited < recipe.patience)
+        better = (losses < lowest) & (waited < patience)
         lowest, waited = torch.where(better, losses, lowest), torch.where(better, 0.0, waited + 1)
         for kept, weight in zip(best, heads.parameters(), strict=True):
             kept[better] = weight[better]
