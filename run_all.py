@@ -74,12 +74,15 @@ def _follow(options: argparse.Namespace) -> int:
             print(_work(study), planning.table(study, study.costs), sep="\n")
             return 0
         store.check_run_folder(study.folder)
-        left = {} if parameters.census else planning.seconds_left(study)
+        left, otherwise = ({}, {}) if parameters.census else planning.seconds_left(study)
     except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
     print(_work(study), f"into {_shown(study.folder)}{about}", sep="\n")
+    for differ, n in otherwise.items():
+        print(f"of other versions: {n} models and evaluations, used as they are: made before {differ}.")
+        print("To make all of them anew, give a new folder with --out.")
     try:
         with store.reserved(study.folder):
             return _run(study, stages, left)
@@ -314,7 +317,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
             logging.disable()  # of what nbclient and asyncio have to say when their kernel is taken from them
             raise
         except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
-            print(kernel.printed.read_text(encoding="utf-8"), end="", file=sys.stderr)
+            print(kernel.printed.read_text(encoding="utf-8") if kernel else "", end="", file=sys.stderr)
             print(f"\n{name} failed: {error}; perhaps memory ran out.", file=sys.stderr)
             print("What is finished is kept; the same command goes on.", file=sys.stderr)
             return False

@@ -15,6 +15,10 @@ def tell(argument, descriptor):
         connection.send(json.dumps({**facts, "session": os.getsid(0), "torch": "torch" in sys.modules}).encode())
 
 
+def print_modules():
+    print(*sys.modules)
+
+
 def leave():
     sys.exit(3)
 

@@ -1,5 +1,6 @@
 """Models, embeddings, data sets, metrics and tasks of the user's own, through a whole study."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -168,6 +169,15 @@ def test_a_subclass_of_a_family_is_a_model(here):
     embeddings = [study.embedding(run, "corpus_held_out") for run in runs.values()]
     assert type(study.model(runs["wider:Wider"])).__name__ == "Wider"
     assert np.array_equal(*embeddings)
+
+
+def test_an_installed_model_is_the_one_that_is_imported_already(here, monkeypatch):
+    monkeypatch.syspath_prepend(here / "packages")
+    Path("packages").mkdir()
+    Path("packages/installed_model.py").write_text("from datawall.models import SSL\nclass Model(SSL):\n    pass\n")
+    imported = importlib.import_module("installed_model")
+    assert external.model_class("installed_model:Model") is imported.Model
+    assert sys.modules["installed_model"] is imported
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def overlap(folder, first, second):
 
 @pytest.mark.parametrize(("share", "together"), [(0.4, True), (0.6, False)])
 def test_units_run_together_as_far_as_memory_goes_round(share, together, study):
-    memory = share * processes._memory_gib()
+    memory = share * processes.memory_gib()
     pair = [Item("a", 3.0), Item("b", 3.0)]
     run_units(study(), units.pause, pair, "test", lambda study, item: Need(memory_gib=memory))
     assert overlap(study().folder, *pair) == together
@@ -160,6 +161,35 @@ def test_gpus_are_dealt_out(study, monkeypatch):
     assert {devices[f"one_{i}"] for i in range(3)} <= {"5", "6", "7"}
     with pytest.raises(ValueError, match="4 GPUs each, and this machine has 3"):
         run_units(study(), units.succeed, items, "test", lambda study, item: Need(gpus=4))
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [("", []), ("-1", []), ("NoDevFiles", []), ("0,-1,1", ["0"]), ("2, GPU-5a,MIG-1", ["2", "GPU-5a", "MIG-1"])],
+)
+def test_gpus_are_those_that_cuda_sees(given, gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert processes.visible_gpus() == gpus
+
+
+@pytest.mark.parametrize(
+    ("mine", "limits", "expected"),
+    [
+        ("0::/job/step", {"job/memory.max": 2**30, "job/step/memory.max": "max"}, 1),
+        ("0::/", {"memory.max": 2**30}, 1),  # of a container, which sees its own group as the whole
+        ("0::/of/the/host", {"memory.max": 2**30}, 1),  # or is told where it is, and cannot go there
+        ("3:cpu,cpuacct:/b\n4:memory:/a", {"memory/a/memory.limit_in_bytes": 2**29}, 0.5),
+        ("", {}, None),
+    ],
+)
+def test_memory_is_that_of_the_smallest_group_around(mine, limits, expected, tmp_path):
+    (tmp_path / "cgroup").write_text(mine)
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    of_machine = processes.memory_gib(tmp_path, tmp_path / "nowhere")
+    assert of_machine == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert processes.memory_gib(tmp_path, tmp_path / "cgroup") == (expected or of_machine)
 
 
 INTERRUPTED = """
@@ -198,10 +228,16 @@ def test_processes_end_with_the_one_that_started_them(how, where, tmp_path, dask
     assert all(gone(pid) for pid in pids)
 
 
-def test_a_network_on_several_gpus_is_trained_by_torchrun(study):
+@pytest.mark.parametrize("n_gpus", [0, 2])
+def test_a_network_on_several_gpus_is_trained_by_torchrun_where_there_are_some(n_gpus, study, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpus))))  # torch finds none of them
+    launched, launch = [], Study._launch
+    monkeypatch.setattr(Study, "_launch", lambda self, run, n: launched.append(n) or launch(self, run, n))
     small = {"n_layers": 2, "n_embd": 16, "max_length": 32, "batch_size": 8}
-    given = study(models=["Geneformer"], steps=4, hyperparameters={"Geneformer": small}, gpus={"Geneformer": 2})
+    options = {"hyperparameters": {"Geneformer": small}, "gpus": {"Geneformer": 4}, "workers": 1}
+    given = study(models=["Geneformer"], steps=4, **options)
     table = given.pretrain()
+    assert launched == [2] * (n_gpus > 0)
     assert table[["steps", "samples_seen"]].to_numpy().tolist() == [[4, 32]]
     alone = Study(given.params.model_copy(update={"gpus": {}}), given.folder)
     assert alone.pretrain()["seconds"].tolist() == table["seconds"].tolist()  # is the same unit, and found
@@ -227,10 +263,12 @@ def test_dask_reports_units_that_fail_when_the_others_are_done(dask_cluster, stu
 
 def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, monkeypatch, tmp_path):
     given = study(executor=dask_cluster.address, retries=0)
-    monkeypatch.setattr(cluster, "_sources", lambda: "0123")
-    with pytest.raises(UnitsFailedError, match="another version of datawall"):
-        run_units(given, units.succeed, FIVE[:1], "test")
-    monkeypatch.undo()
+    for name in ("datawall", "numpy"):
+        others = {**cluster._software(), name: "0123"}
+        monkeypatch.setattr(cluster, "_software", lambda others=others: others)
+        with pytest.raises(UnitsFailedError, match=rf"other code or versions, .*: {name} \S+ in place of 0123; ins"):
+            run_units(given, units.succeed, FIVE[:1], "test")
+        monkeypatch.undo()
     unmarked = cluster.contextmanager(lambda study: iter([study.folder / "nowhere"]))
     monkeypatch.setattr(cluster, "_mark", unmarked)
     with pytest.raises(UnitsFailedError, match="storage that all workers share"):
@@ -263,6 +301,28 @@ def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, mo
     assert devices["pair"] == ["5,6"]
     assert {*devices["one_1"], *devices["one_2"]} == {"5", "6"}
     assert devices["none"] == []
+
+
+def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog):
+    started = DaskCluster(tmp_path, n_workers=1)
+
+    def lose_and_add():
+        while not lines(tmp_path, Item("slow", 4.0)):
+            time.sleep(0.05)
+        os.killpg(started.workers[0].pid, signal.SIGKILL)
+        while "no worker is left; waiting for one" not in caplog.text:
+            time.sleep(0.05)
+        started.add_worker()
+
+    other = threading.Thread(target=lose_and_add, daemon=True)
+    try:
+        other.start()
+        run_units(study(executor=started.address), units.pause, [Item("slow", 4.0)], "test")
+        other.join(60)
+    finally:
+        started.close()
+    assert "a worker is there again" in caplog.text
+    assert len(lines(tmp_path, Item("slow"))) == 3  # begun, and done
 
 
 def test_what_a_unit_takes_of_dask_workers():

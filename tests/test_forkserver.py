@@ -1,5 +1,6 @@
 """Forks of a process that has imported the library: like `subprocess.Popen`, and gone with who asked for them."""
 
+import asyncio
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from datawall import curated, evaluation, forkserver, study, tasks
+from datawall import forkserver, kernels, store
 
 TESTS = Path(__file__).parent
 
@@ -37,6 +38,26 @@ def test_server_that_died_is_named(monkeypatch):
             fork("leave")
 
 
+def test_without_a_server_processes_start_from_scratch(monkeypatch):
+    monkeypatch.setenv(forkserver.ADDRESS, "off")
+    with forkserver.server(), kernels.forked() as kernel:
+        assert not forkserver.at_hand()
+        assert kernel is None
+    monkeypatch.delenv(forkserver.ADDRESS)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with forkserver.server():
+        assert not forkserver.at_hand()
+
+
+def test_sockets_have_a_short_path_whatever_the_temporary_folder(tmp_path, monkeypatch):
+    long = tmp_path / (90 * "a")
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with forkserver.server(), kernels.forked() as kernel:
+        assert kernel.is_alive()
+    assert not list(long.iterdir())
+
+
 def test_fork_has_the_surroundings_of_who_asked_and_the_library_imported(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(TESTS))
@@ -54,6 +75,35 @@ def test_fork_has_the_surroundings_of_who_asked_and_the_library_imported(server,
         "session": process.pid,
         "torch": True,
     }
+
+
+def test_request_of_any_length_is_passed_on(server, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+    long = {f"DATAWALL_LONG_{i}": 2**16 * "a" for i in range(8)}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = fork("tell", 2**18 * "b", descriptors=[theirs.fileno()], DATAWALL_TEST="value", **long)
+        theirs.close()
+        assert json.load(ours.makefile())["argument"] == 2**18 * "b"
+    assert process.wait(60) == 0
+
+
+def test_a_kernel_of_another_command_is_started_as_it_says(server, tmp_path, monkeypatch):
+    """Somebody's own `python3` in place of Jupyter's: here a script that starts the same."""
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
+    (script := tmp_path / "kernel.sh").write_text(f'#!/bin/sh\nexec {sys.executable} -m ipykernel_launcher -f "$1"\n')
+    script.chmod(0o755)
+    spec = {"argv": [str(script), "{connection_file}"], "display_name": "mine", "language": "python"}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    with kernels.forked() as kernel:
+        assert kernel.kernel_spec.display_name == "mine"
+        assert "kernel.sh" not in (psutil.Process(kernel.provisioner.pid).name())
+        client = kernel.client()
+        client.start_channels()
+        assert asyncio.run(client.execute_interactive("1 + 1", timeout=60))["content"]["status"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -106,12 +156,11 @@ def test_fork_and_its_children_end_when_who_asked_is_killed(short_folder):
     assert not [path for path in short_folder.iterdir() if not path.name.startswith("torchinductor_")]
 
 
-def test_server_imports_all_modules_that_keys_name():
-    """So that no fork imports one that was edited since the server began, whose version it has from then."""
-    named = {name for of in (curated.CODE, study.CODE, evaluation.CODE) for modules in of.values() for name in modules}
-    named |= {"scoring", "tasks/uncertainty", *(f"tasks/{module}" for module in tasks.TASKS.values())}
-    lists = "import sys; from importlib import import_module; from datawall import forkserver; "
-    lists += "[import_module(name) for name in forkserver.FIRST]; print(*sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", lists], capture_output=True, text=True, check=True).stdout
-    modules = {name.partition(":")[0].replace("/", ".") for name in named}
-    assert {f"datawall.{module}" for module in modules} <= set(printed.split())
+def test_a_fork_has_all_of_the_library(server, tmp_path, monkeypatch):
+    """So that none imports a module that was edited since the server began, whose version it has from then."""
+    monkeypatch.syspath_prepend(str(TESTS))
+    with (tmp_path / "printed").open("w+") as file:
+        process = forkserver.Forked("some name", "forked:print_modules", [], [], dict(os.environ), file.fileno())
+        assert process.wait(60) == 0
+        file.seek(0)
+        assert set(store.MODULES) <= set(file.read().split())

@@ -90,6 +90,7 @@ def test_minimal_study_is_filled_with_defaults():
             {"percentages": [100], "strategies": ["celltype_reweighted"]},
             ["no subset", "`random`", "100 %", "smaller percentage"],
         ),
+        ({"strategies": ["untrained"]}, ["no subset", "`untrained` draws none", "add `random`"]),
     ],
 )
 def test_one_mistake_is_one_line_that_says_what_to_do(refused, changes, parts):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datawall import calibration, costs, evaluation, models, params, planning, simulate
+from datawall import calibration, costs, evaluation, models, params, planning, simulate, store
 from datawall.curated import Subset
 from datawall.processes import Need
 from datawall.scoring import Evaluation
@@ -253,19 +253,34 @@ def test_stages_take_their_units_and_what_is_around_them():
     # The first task embeds, so that the second finds the embeddings there.
     embedded = 6 * (0.5 + 0.02 * 200)
     others = 2 * 3 * 2**0.5  # baselines that were not calibrated count as a model
-    assert tasks[0].computing_seconds(1) == pytest.approx(3 * 2**0.5 * 6 + embedded + 3 * 8.0 * 4 + 3 * 2.0 * 2 + others)
+    assert tasks[0].computing_seconds(1) == pytest.approx(
+        3 * 2**0.5 * 6 + embedded + 3 * 8.0 * 4 + 3 * 2.0 * 2 + others
+    )
     assert tasks[1].computing_seconds(1) == pytest.approx(costs.CONTEXTS * (6 * 1.0 * 2 + 4 * 0.5), rel=0.5)
     assert figures.wall_seconds(2) == pytest.approx(planning.NOTEBOOK * 3.0)
 
 
 def test_what_is_made_is_not_left_to_do(tmp_path):
     study = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"])
-    before = planning.seconds_left(study)
+    before, _ = planning.seconds_left(study)
     assert set(before) == {"pretraining", "zeroshot_classification"}
     study.pretrain()
-    assert set(planning.seconds_left(study)) == {"zeroshot_classification"}
+    assert set(planning.seconds_left(study)[0]) == {"zeroshot_classification"}
     evaluation.evaluate(study, "zeroshot_classification")
-    assert planning.seconds_left(study) == {}
+    assert planning.seconds_left(study) == ({}, {})
+
+
+def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
+    study, here = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"]), store.versions()
+    study.pretrain()
+    n_models = len(study.pretraining_runs())
+    for name, version, told in [
+        ("numpy", "0.1", {f"numpy 0.1 in place of {here['numpy']}": n_models}),
+        ("numpy", here["numpy"] + "+other.build", {}),
+        ("datawall", "0.0.1", {}),  # whose code is in the keys
+    ]:
+        monkeypatch.setattr(store, "versions", lambda name=name, version=version: {**here, name: version})
+        assert planning.seconds_left(study)[1] == told
 
 
 def test_units_declare_what_they_need(tmp_path, monkeypatch):

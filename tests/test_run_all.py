@@ -81,6 +81,20 @@ def test_changed_parameter_redoes_only_what_depends_on_it(copy):
     assert len(made) == len(dw.evaluation.evaluations(study, "zeroshot_classification"))
 
 
+def test_a_run_without_a_fork_server_gives_the_same_numbers(copy, monkeypatch, capsys):
+    before = dw.results.select(dw.read_results(copy), task="zeroshot_classification")
+    shutil.rmtree(copy / "store" / "evaluation")
+    monkeypatch.setenv(forkserver.ADDRESS, "off")
+    versions = {**dw.store.versions(), "numpy": "0.1"}
+    monkeypatch.setattr(dw.store, "versions", lambda: versions)
+    assert run_all.main([TINY, "--out", str(copy), "--stages", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "numpy 0.1 in place of" in said  # models are used as they are
+    assert "a new folder with --out" in said
+    after = dw.results.select(dw.read_results(copy), task="zeroshot_classification")
+    pd.testing.assert_frame_equal(after, before, check_exact=True)
+
+
 def test_papermill_by_hand(copy, tmp_path):
     source, out = ROOT / "notebooks" / "02_pretraining.ipynb", tmp_path / "out.ipynb"
     overrides = {"models": ["PretrainedPCA", "Geneformer"], "percentages": [1], "seeds": [0, 1], "steps": 5}

@@ -144,6 +144,49 @@ def test_damaged_object_is_named_and_replaced(damage, url, tmp_path, caplog):
     Store(tmp_path / "third", url).find_or_make(UNIT, refuse_to_make)
 
 
+class LikeHdfs:
+    """A file system on which a file is seen while it is written, and no other takes its name."""
+
+    type_name = "hdfs"
+
+    def __init__(self, files):
+        self.files = files
+
+    def __getattr__(self, name):
+        return getattr(self.files, name)
+
+    def move(self, source, target):
+        if self.files.get_file_info(target).type != pyarrow.fs.FileType.NotFound:
+            raise OSError(f"{target} exists")
+        self.files.move(source, target)
+
+
+def test_file_is_not_seen_under_its_name_until_it_is_whole(tmp_path, monkeypatch):
+    url = (tmp_path / "objects").as_uri()
+    one, seen, add = Store(tmp_path / "one", url), [], tarfile.TarFile.add
+    one.shared._files = LikeHdfs(one.shared._files)
+    names = lambda: [path.name for path in (tmp_path / "objects").rglob("*.tar")]  # noqa: E731
+    monkeypatch.setattr(tarfile.TarFile, "add", lambda *of, **how: (add(*of, **how), seen.append(names())))
+    made = one.find_or_make(UNIT, write_files)
+    one.shared.put(f"{UNIT.kind}/{UNIT.key}", made.folder)  # in place of another
+    assert (seen[0], names()) == ([], [f"{UNIT.key}.tar"])
+    Store(tmp_path / "other", url).find_or_make(UNIT, refuse_to_make)
+
+
+def test_what_fails_half_way_leaves_no_object(url, tmp_path, monkeypatch):
+    add = tarfile.TarFile.add
+
+    def fail(*of, **how):
+        add(*of, **how)
+        raise OSError("cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "add", fail)
+        with pytest.raises(OSError, match="cannot be read"):
+            Store(tmp_path / "one", url).find_or_make(UNIT, write_files)
+    assert not objects(url)[1]
+
+
 def test_artifact_under_the_name_of_another_is_not_used(url, tmp_path, caplog):
     other = Unit("subset", {"seed": 1}, ())
     one = Store(tmp_path / "one", url)

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -222,7 +223,34 @@ def test_a_damaged_artifact_is_named_and_made_again(damage, named, tmp_path, cap
     fresh.find_or_make(UNIT, write_two_files)
     assert (folder / "rows.bin").read_bytes() == bytes(range(256)) * 20
     assert Store(tmp_path).find_or_make(UNIT, refuse_to_make).folder == folder
-    assert [path.name for path in folder.parent.iterdir()] == [UNIT.key]
+    assert {path.name for path in folder.parent.iterdir()} == {UNIT.key, store.LOCK}
+
+
+def test_what_another_has_just_mended_is_not_removed(tmp_path, monkeypatch):
+    """One process has found an artifact damaged, and another mends it before the first can put its own in place."""
+    folder = Store(tmp_path).find_or_make(UNIT, write_two_files).folder
+    flip_a_byte(folder)
+    damage, mended = store.damage, []
+
+    def mend():
+        Store(tmp_path).find_or_make(UNIT, write_two_files)
+        mended.append(folder.stat().st_ino)
+
+    other = threading.Thread(target=mend)
+
+    def look(path):
+        found = damage(path)
+        if found and made and other.ident is None:
+            other.start()
+            other.join(0.5)
+        return found
+
+    made = []
+    monkeypatch.setattr(store, "damage", look)
+    Store(tmp_path).find_or_make(UNIT, lambda scratch: made.append(write_two_files(scratch)))
+    other.join()
+    assert [folder.stat().st_ino] == mended
+    assert not damage(folder)
 
 
 def test_a_folder_of_another_process_half_way_is_not_an_artifact(tmp_path):

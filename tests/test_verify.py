@@ -65,6 +65,15 @@ def test_removed_artifact_that_others_were_made_from_is_told(run):
     assert said.startswith(f"not here: split {keys['split']}, from which 1 embedding was made;")
 
 
+def test_what_a_split_drops_is_looked_for_and_told(run):
+    folder, keys = run
+    unit = Unit("split", {"corpus": keys["corpus"], "drop": [keys["embedding"], 16 * "e"]}, ())
+    made = Store(folder / "store").find_or_make(unit, lambda scratch: store.write_json(scratch / "a.json", [1]))
+    (said,) = verify.absent(folder)
+    assert said.startswith(f"not here: drop {16 * 'e'}, from which 1 split was made;")
+    assert f"  drop: embedding {keys['embedding']}" in verify.why(folder, made.key).splitlines()
+
+
 def test_removed_checksums_are_named_and_results_refused(run):
     (run[0] / results.CHECKSUMS).unlink()
     assert verify.problems(run[0]) == ["results.sha256 is missing"]

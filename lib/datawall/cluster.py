@@ -17,10 +17,10 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -111,14 +111,42 @@ def _on_dask(study: Work, units: list[Unit]) -> Iterator[Ended]:
         for unit, resources in zip(units, wanted, strict=True):
             options = {"resources": resources, "retries": p.retries, "priority": unit.need.seconds, "pure": False}
             on_gpus = resources.get("GPU", 0) if any("GPU" in of for of in declared) else None
-            futures[client.submit(_beside, unit, p.time_limit, mark, _sources(), on_gpus, **options)] = unit
-        for future in as_completed(list(futures)):
-            if future.status not in ("finished", "error"):
-                raise ConnectionError(
-                    f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
-                )
-            raised = future.exception()
-            yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+            futures[client.submit(_beside, unit, p.time_limit, mark, _software(), on_gpus, **options)] = unit
+        with _watched(client, p.executor):
+            for future in as_completed(list(futures)):
+                if future.status not in ("finished", "error"):
+                    raise ConnectionError(
+                        f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
+                    )
+                raised = future.exception()
+                yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+
+
+@contextmanager
+def _watched(client: Client, executor: str) -> Iterator[None]:
+    """Say when the last worker has gone, and when one is there again: Dask waits in silence, and then goes on."""
+    over = Event()
+
+    def watch() -> None:
+        there = True
+        while not over.wait(LOOK):
+            with suppress(OSError, RuntimeError):  # of a scheduler that has gone, or is about to
+                if there != bool(client.scheduler_info()["workers"]):
+                    there = not there
+                    told = (
+                        "a worker is there again"
+                        if there
+                        else "no worker is left; waiting for one, what is done is kept"
+                    )
+                    log.warning("%s: %s.", executor, told)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _await_workers(client: Client, executor: str) -> None:
@@ -201,7 +229,9 @@ _taken: set[str] = set()  # GPUs of its units
 _dealing = Lock()
 
 
-def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: str, n_gpus: int | None = None) -> None:
+def _beside(
+    unit: Unit, time_limit: float | None, mark: Path | None, software: dict[str, str], n_gpus: int | None = None
+) -> None:
     """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies.
 
     It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
@@ -210,8 +240,8 @@ def _beside(unit: Unit, time_limit: float | None, mark: Path | None, sources: st
     here = socket.gethostname()
     if mark and not mark.exists():
         raise RuntimeError(f"{here} does not see {mark.parent}; keep run folders on storage that all workers share.")
-    if _sources() != sources:
-        raise RuntimeError(f"{here} has another version of datawall in {paths.LIBRARY}; install the same.")
+    if other := store.differing(software, _software()):
+        raise RuntimeError(f"{here} has other code or versions, in {paths.LIBRARY}: {other}; install the same.")
     with _devices(n_gpus) as devices:
         worker = _rested(devices) or Worker(devices)
         worker.begin(unit, time_limit)
@@ -270,9 +300,9 @@ def _still_wanted() -> Callable[[], bool]:
 
 
 @cache
-def _sources() -> str:
-    """Hash of the library's code."""
+def _software() -> dict[str, str]:
+    """What decides results beside the study: a hash of the library's code, and versions of packages."""
     digest = hashlib.sha256()
     for path in sorted(paths.LIBRARY.rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return {**store.versions(), "datawall": digest.hexdigest()[:8]}

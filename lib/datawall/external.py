@@ -122,9 +122,11 @@ def _model_class(model: str, file: Path, sha256: str) -> type[Any]:
         sources = set(map(str, files))
         for name in [name for name, one in sys.modules.items() if getattr(one, "__file__", None) in sources]:
             del sys.modules[name]
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:  # others may hold its classes already
+        module = importlib.import_module(module_name)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         raise ValueError(f"{model!r}: {file} defines no class {class_name!r}; name the one that is the model.")

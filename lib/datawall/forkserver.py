@@ -3,6 +3,9 @@
 Importing torch, scanpy and the like takes a notebook's kernel or a worker some seconds, and a study has a dozen of
 them. `multiprocessing` has a fork server too, but a process that came out of it cannot use it, as a notebook must for
 its workers.
+
+It only saves time. Where there is none (not on Linux, or `DATAWALL_FORKS=off`), kernels and workers are processes from
+scratch, with the same results.
 """
 
 from __future__ import annotations
@@ -23,23 +26,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens
-# Among them all of the library that is named in keys of artifacts: see `store.SOURCES`.
-FIRST = (
-    *("datawall.evaluation", "datawall.models", "datawall.plots"),
-    *("datawall.tasks.finetuning", "datawall.tasks.integration", "datawall.tasks.perturbation"),
-    *("matplotlib_inline.backend_inline", "ipykernel.kernelapp"),
-)
+ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens, or "off"
+FIRST = ("matplotlib_inline.backend_inline", "ipykernel.kernelapp")  # beside the library
 # Of use to some stages only, none of them the first.
 WHEN_IDLE = ("torch._dynamo", "annbatch", "sklearn.neighbors", "scanpy", "umap", "statsmodels.api")
 GRACE = 5.0  # seconds in which a process that is told to end may end by itself
-_LARGEST = 2**17  # bytes of a request: mostly the environment
+LONGEST = 60  # letters of a folder for sockets, whose own paths may have 107 on Linux
+
+
+def at_hand() -> bool:
+    """Whether there is a fork server."""
+    return os.environ.get(ADDRESS, "off") != "off"
 
 
 @contextmanager
 def server() -> Iterator[None]:
-    """A fork server for this process and all that it starts, until the block, or this process, ends."""
-    with tempfile.TemporaryDirectory(prefix="datawall-") as folder:
+    """A fork server for this process and all that it starts, until the block, or this process, ends; none if `off`."""
+    if sys.platform != "linux" or os.environ.get(ADDRESS) == "off":
+        yield
+        return
+    short = None if len(os.fsencode(tempfile.gettempdir())) <= LONGEST else "/tmp"  # noqa: S108 - the folder is private
+    with tempfile.TemporaryDirectory(prefix="datawall-", dir=short) as folder:
         address = f"{folder}/forks"  # in a folder that only this user can enter
         with _socket() as listener:
             listener.bind(address)
@@ -66,9 +73,12 @@ def serve(number: int) -> None:
     """Be the fork server: import, then fork for whoever connects to a listening socket, until stdin is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    for name in FIRST:
+    from datawall import store
+
+    # All of the library, so that no fork imports a module that was edited since, under the key of what it was then.
+    for name in (*FIRST, *store.MODULES):
         import_module(name)
-    import_module("datawall.store").code_key()  # hashes that every fork would take a second for
+    store.code_key()  # hashes that every fork would take a second for
     later = list(WHEN_IDLE)
     with _socket(number) as listener:
         while True:
@@ -90,11 +100,13 @@ def _guard(connection: socket.socket) -> NoReturn:
     """Fork the process that is asked for; tell who asked how it ended, or end it when who asked has gone."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        request, descriptors, _, _ = socket.recv_fds(connection, _LARGEST, 16)
+        _, (request, *descriptors), _, _ = socket.recv_fds(connection, 1, 16)
+        with open(request, "rb") as file:
+            asked = json.load(file)
         pid = os.fork()
         if pid == 0:
             connection.close()
-            _become(json.loads(request), descriptors)
+            _become(asked, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         connection.send(str(pid).encode())
@@ -182,7 +194,10 @@ class Forked:
         printing = (1, 2) if output is None else (output, output)
         try:
             self._guard.connect(os.environ[ADDRESS])
-            socket.send_fds(self._guard, [json.dumps(called | surroundings).encode()], [*printing, *descriptors])
+            with tempfile.TemporaryFile() as file:  # an environment may be larger than a message
+                file.write(json.dumps(called | surroundings).encode())
+                file.seek(0)
+                socket.send_fds(self._guard, [b"."], [file.fileno(), *printing, *descriptors])
             self.pid = int(self._guard.recv(64))
         except (OSError, ValueError) as error:
             self._guard.close()

@@ -19,7 +19,9 @@ class Provisioner(LocalProvisioner):
     """Starts kernels by the fork server, where jupyter_client would start Python."""
 
     async def launch_kernel(self, cmd: list[str], **options: Any) -> dict[str, Any]:
-        """Start the kernel whose command is `python -m ipykernel_launcher`, followed by its arguments."""
+        """Start the kernel whose command is `python -m ipykernel_launcher`, followed by its arguments, or any other."""
+        if "ipykernel_launcher" not in cmd:  # a kernel that somebody has put in place of Jupyter's own `python3`
+            return await super().launch_kernel(cmd, **options)
         arguments = [*cmd[cmd.index("ipykernel_launcher") + 1 :], f"--IPKernelApp.parent_handle={os.getpid()}"]
         function = "ipykernel.kernelapp:launch_new_instance"
         output = options["stdout"].fileno()
@@ -29,8 +31,11 @@ class Provisioner(LocalProvisioner):
 
 
 @contextmanager
-def forked() -> Iterator[KernelManager]:
-    """A Jupyter kernel for papermill to execute a notebook in; it ends with the block."""
+def forked() -> Iterator[KernelManager | None]:
+    """A Jupyter kernel for papermill to execute a notebook in, until the block ends; none without a fork server."""
+    if not forkserver.at_hand():
+        yield None
+        return
     with ExitStack() as exits:
 
         class Kernel(KernelManager):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dask.system import CPU_COUNT
 
-from datawall import evaluation, processes, provenance
+from datawall import evaluation, processes, provenance, store
 from datawall.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
 from datawall.curated import Subset
 from datawall.processes import Need
@@ -151,19 +151,29 @@ def _task(
     return stage
 
 
-def seconds_left(study: Study) -> dict[str, float]:
-    """About how long each stage will compute, but for what is made already: `pretraining`, and each task by name."""
-    made = provenance.read(study.store.folder)
+def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
+    """About how long each stage will compute, and what of it was made already, but by other versions of packages.
+
+    Returns
+    -------
+    seconds of `pretraining`, and of each task by name; and numbers of models and evaluations, by how versions differ.
+    """
+    made, otherwise = provenance.read(study.store.folder), Counter()
 
     def missing(item: Run | Evaluation) -> bool:
         unit = study.model_unit(item) if isinstance(item, Run) else evaluation.evaluation_unit(study, item)
+        if unit.key in made:
+            theirs = {**made[unit.key].made["versions"], "datawall": here["datawall"]}  # whose code is in the keys
+            otherwise.update(filter(None, [store.differing(theirs, here)]))
         return unit.key not in made
 
-    return {
+    here = store.versions()
+    left = {
         stage.name: stage.computing_seconds(workers(study))
         for stage in stages(study, study.costs, missing)
         if stage.needs
     }
+    return left, otherwise
 
 
 def table(study: Study, costs: Costs) -> str:

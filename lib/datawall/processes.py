@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,6 +28,8 @@ from typing import Any, Protocol
 from datawall import forkserver
 
 log = logging.getLogger(__name__)
+
+GPU = re.compile(r"\d+|(GPU|MIG)-.+")  # how CUDA_VISIBLE_DEVICES names one
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def _in_processes(p: Any, units: list[Unit], slots: list[str | None]) -> Iterato
     """Do units in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
     waiting, begun = deque(units), Counter()
     empty, idle, busy = slots[: len(units)], [], {}
-    memory = _memory_gib()
+    memory = memory_gib()
     try:
         while waiting or busy:
             while (empty or idle) and (unit := _next(waiting, busy.values(), memory)):
@@ -232,7 +236,7 @@ class Worker:
 
 def _start(descriptor: int, environment: dict[str, str]) -> forkserver.Forked | subprocess.Popen:
     """Start a process that serves a socket: a fork in a run, elsewhere one from scratch."""
-    if forkserver.ADDRESS in os.environ:
+    if forkserver.at_hand():
         return forkserver.Forked("datawall worker", "datawall.processes:serve", [], [descriptor], environment)
     return subprocess.Popen(
         [sys.executable, "-P", "-c", f"from datawall import processes; processes.serve({descriptor})"],
@@ -269,20 +273,28 @@ def serve(descriptor: int) -> None:
 def visible_gpus() -> list[str]:
     """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without loading torch."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in given.split(",") if name.strip()]
+        return list(takewhile(GPU.fullmatch, map(str.strip, given.split(","))))  # CUDA sees none from -1 on
     if not (program := shutil.which("nvidia-smi")):
         return []
     asked = [program, "--query-gpu=uuid", "--format=csv,noheader"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
 
 
-def _memory_gib() -> float:
-    """Memory of this machine, or what its container may take of it."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # in no control group, or "max"
-            memory = min(memory, int(Path(limit).read_text(encoding="utf-8")))
-    return memory / 2**30
+def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> float:
+    """Memory of this machine, or the least that a control group around this process may take of it.
+
+    A container is such a group, a Slurm job and a systemd unit are groups within groups.
+    """
+    files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # of Linux' two ways
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
+        _, controller, path = line.split(":", 2)
+        top, name = files.get(controller, (groups, ""))
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # seen from within a container, or "max"
+                limits.append(int((folder / name).read_text(encoding="utf-8")))
+    return min(limits) / 2**30
 
 
 def use_one_thread() -> None:

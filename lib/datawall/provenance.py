@@ -47,7 +47,7 @@ def read(folder: Path) -> dict[str, Made]:
 
 def inputs(one: Made, artifacts: dict[str, Made]) -> list[Made]:
     """The artifacts that one's record names."""
-    return [artifacts[text] for text in dict.fromkeys(_texts(one.record)) if text in artifacts]
+    return [artifacts[text] for text in dict.fromkeys(texts(one.record)) if text in artifacts]
 
 
 def upstream(one: Made, artifacts: dict[str, Made]) -> list[Made]:
@@ -102,10 +102,10 @@ def versions(made: Iterable[Made]) -> dict[str, list[str]]:
     return {package: sorted(of) for package, of in found.items()}
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
     """Every text in nested JSON values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
+            yield from texts(each)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import tarfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+WHOLE = ("s3", "gcs")  # where an object appears when all of it is written; a file is there from its first byte
 
 
 class Shared:
@@ -29,7 +32,6 @@ class Shared:
         self.url = url
         self._files, self._root = fs.FileSystem.from_uri(url)
         self._there: dict[str, set[str]] = {}  # names of objects, by kind, when this process first asked for them
-        self._whole = not isinstance(self._files, fs.LocalFileSystem)  # an object appears when all of it is written
 
     def take(self, name: str, folder: Path) -> bool:
         """Unpack an artifact, `kind/key`, into an empty folder; says whether there was one that can be read."""
@@ -49,11 +51,24 @@ class Shared:
     def put(self, name: str, folder: Path) -> None:
         """Pack an artifact's folder, in place of an earlier one of that name."""
         path = f"{self._root}/{name}.tar"
-        written = path if self._whole else f"{path}.{uuid.uuid4().hex}"
+        written = path if self._files.type_name in WHOLE else f"{path}.{uuid.uuid4().hex}"
         self._files.create_dir(path.rpartition("/")[0], recursive=True)
-        with self._files.open_output_stream(written) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
-            tar.add(folder, ".")
+        try:
+            with self._files.open_output_stream(written) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+                tar.add(folder, ".")
+        except BaseException:
+            with suppress(OSError):
+                self._files.delete_file(written)  # of an object store: closed half-way, it would appear
+            raise
         if written != path:
+            self._move(written, path)
+
+    def _move(self, written: str, path: str) -> None:
+        """Give a file its name; HDFS does not in place of another."""
+        try:
+            self._files.move(written, path)
+        except OSError:
+            self._files.delete_file(path)
             self._files.move(written, path)
 
     def put_if_missing(self, name: str, folder: Path) -> None:

@@ -35,15 +35,10 @@ from datawall.shared import Shared
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# Those that compute what is stored.
 RECORDED_PACKAGES = (
-    "datawall",
-    "anndata",
-    "numpy",
-    "pandas",
-    "scanpy",
-    "scikit-learn",
-    "scipy",
-    "torch",
+    *("datawall", "anndata", "igraph", "numba", "numpy", "pandas", "pynndescent", "scanpy", "scikit-learn", "scipy"),
+    *("torch", "umap-learn"),
 )
 
 # Modules that no notebook uses: around a run, not in it.
@@ -161,9 +156,8 @@ class Store:
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             write_json(scratch / MANIFEST, {**manifest, "sha256": _sha256(manifest)})
-            if folder.exists() and damage(folder):
-                os.replace(folder, scratch.with_name(f"{scratch.name}-damaged"))
-                shutil.rmtree(scratch.with_name(f"{scratch.name}-damaged"))
+            if folder.exists():
+                _remove_damaged(folder, scratch.with_name(f"{scratch.name}-damaged"))
             with suppress(FileExistsError):
                 _move(scratch, folder)
         if self.shared:
@@ -240,6 +234,16 @@ def _move(scratch: Path, folder: Path) -> None:
         if folder.exists():
             raise FileExistsError(folder) from error
         raise
+
+
+def _remove_damaged(folder: Path, aside: Path) -> None:
+    """Remove an artifact if it is damaged: one process at a time, lest it be what another has just put in its place."""
+    with (folder.parent / LOCK).open("a", encoding="utf-8") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists() and damage(folder):
+            os.replace(folder, aside)
+            shutil.rmtree(aside)
 
 
 @contextmanager
@@ -370,8 +374,9 @@ def read_sources(library: Path) -> dict[str, str]:
 # As they are when a process, or the one that it is a fork of, imports the library: the code that it has. Read when a
 # key is asked for, they would be those of a file edited meanwhile, and what old code made would be stored under the
 # key of the new. Modules that are first needed later could still be newer than this, so a run's fork server imports
-# all that are named in a key at once (`forkserver.FIRST`).
+# all of them at once; without one, do not edit the library while a study runs.
 SOURCES = read_sources(paths.LIBRARY)
+MODULES = sorted(f"datawall.{name}".replace("/", ".").removesuffix(".__init__") for name in SOURCES)
 
 
 @cache
@@ -433,9 +438,16 @@ def write_json(path: Path, value: Any) -> None:
     )
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
+
+
+def differing(theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """Which packages differ in version, in words; builds of a version (`+cu126`), and Pythons, count as the same."""
+    both = {name: [of[name].partition("+")[0] for of in (theirs, ours)] for name in ours if name in theirs}
+    return ", ".join(f"{name} {b} in place of {a}" for name, (a, b) in both.items() if a != b and name != "python")
 
 
 def code_key() -> str:

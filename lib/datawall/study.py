@@ -26,6 +26,7 @@ from datawall import baselines, cluster, external, hyperparameters, params, path
 from datawall.costs import Costs
 from datawall.curated import Curated, Subset
 from datawall.params import Embedding
+from datawall.processes import visible_gpus
 from datawall.store import Artifact, Unit
 
 # The modules whose code decides the content of each kind of unit, and of a module as large as this one the functions.
@@ -189,9 +190,9 @@ class Study(Curated):
         While it trains, its checkpoint lies beside the artifacts; a killed run takes it up.
         """
         unit = self.model_unit(run)
-        together = self.params.gpus.get(run.model, 1) > 1 and run.subset.strategy != "untrained"
-        if together and not self.store.find(unit):
-            self._launch(run)
+        n_gpus = min(self.params.gpus.get(run.model, 1), len(visible_gpus()))  # none: one process, on the processor
+        if n_gpus > 1 and run.subset.strategy != "untrained" and not self.store.find(unit):
+            self._launch(run, n_gpus)
         return self._model_artifact(run, unit)
 
     def _model_artifact(self, run: Run, unit: Unit) -> Artifact:
@@ -200,15 +201,15 @@ class Study(Curated):
         checkpoint.unlink(missing_ok=True)
         return artifact
 
-    def _launch(self, run: Run) -> None:
-        """Pretrain a model in processes of `torchrun`, one per GPU that the study gives it.
+    def _launch(self, run: Run, n_processes: int) -> None:
+        """Pretrain a model in processes of `torchrun`, one per GPU.
 
         Raises
         ------
         RuntimeError
             If they fail; what they wrote is in the output of this process.
         """
-        n_processes, s = self.params.gpus[run.model], run.subset
+        s = run.subset
         with tempfile.TemporaryDirectory() as scratch:
             given = Path(scratch) / "given.yaml"
             given.write_text(params.to_yaml(self.params.model_dump()), encoding="utf-8")

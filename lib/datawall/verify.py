@@ -29,9 +29,10 @@ def absent(folder: Path) -> list[str]:
     """What others were made from and is not there, a line each: no damage, as what was made from it is whole."""
     places, needed = _places(folder), {}
     for one in provenance.read(folder / "store").values():
-        for name, value in one.record.items():
-            if re.fullmatch("[0-9a-f]{16}", str(value)) and value not in places:
-                needed.setdefault((name, value), []).append(one)
+        for name, given in one.record.items():
+            for value in provenance.texts(given):  # of a split, `drop` is a list
+                if re.fullmatch("[0-9a-f]{16}", value) and value not in places:
+                    needed.setdefault((name, value), []).append(one)
     return [
         f"not here: {name} {key}, from which {_counted(made)} {'was' if len(made) == 1 else 'were'} made; a run makes "
         "it again if it needs it"
@@ -110,10 +111,11 @@ def _origin(one: Made, artifacts: dict[str, Made]) -> list[str]:
 def _tree(one: Made, artifacts: dict[str, Made], indent: str) -> Iterator[str]:
     """The record of an artifact and, below it, those of what it was made from."""
     for name, value in one.record.items():
-        if isinstance(value, str) and value in artifacts:
-            yield f"{indent}{name}: {artifacts[value].kind} {value}"
-            yield from _tree(artifacts[value], artifacts, indent + "  ")
-        else:
+        made = [artifacts[text] for text in provenance.texts(value) if text in artifacts]
+        for each in made:
+            yield f"{indent}{name}: {each.kind} {each.key}"
+            yield from _tree(each, artifacts, indent + "  ")
+        if not made:
             yield f"{indent}{name}: {value}"
 
 
