@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from datawall.labels import label
-from datawall.results import CHANCE, ORACLE, headline, lower_is_better, select
+from datawall.results import CHANCE, ORACLE, headline, lower_is_better, rank_correlations, select
 from datawall.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
 
 MARGIN = 0.02  # points of score below which two scores are called level
@@ -91,8 +91,7 @@ def budgets(table: pd.DataFrame) -> str:
 
 def loss_and_score(table: pd.DataFrame, metric: str) -> str:
     """The rank correlation of both, by model."""
-    ranks = table.groupby("model", sort=False)[["explained", "score"]]
-    rho = ranks.apply(lambda of: of["explained"].corr(of["score"], method="spearman")).map("{:+.2f}".format)
+    rho = rank_correlations(table).map("{:+.2f}".format)
     return f"Rank correlation over runs of {label('explained')} and {label(metric)}: {_listed(rho)}"
 
 

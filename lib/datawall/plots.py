@@ -241,6 +241,8 @@ def budgets(table: pd.DataFrame) -> Figure:
 def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
     """A downstream score against the pretraining loss that is gone (`results.loss_and_score`), a panel per model."""
     models = list(table["model"].unique())
+    if not models:
+        return _nothing("the study has no runs with both a pretraining loss and this score")
     figure, axes = plt.subplots(1, len(models), figsize=(WIDTH, 2.6), squeeze=False, sharey=True, layout="constrained")
     sizes = sorted(table["percentage"].unique())
     colours = dict(zip(sizes, sns.color_palette("cividis", len(sizes)), strict=True))

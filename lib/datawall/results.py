@@ -264,6 +264,12 @@ def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) 
     return pd.concat({"explained": losses, "score": scores}, axis=1).dropna().reset_index()
 
 
+def rank_correlations(both: pd.DataFrame) -> pd.Series:
+    """Spearman's correlation over runs of the two columns of `loss_and_score`, by model."""
+    by_model = {model: of["explained"].corr(of["score"], method="spearman") for model, of in both.groupby("model")}
+    return pd.Series(by_model, dtype=float)
+
+
 def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Who wins against the best baseline: differences with intervals, paired over the same splits.
 
