@@ -337,7 +337,7 @@ def test_treatments_are_judged_one_by_one_by_name_or_those_with_the_most_cells()
     assert judged(5, ["T"]) == {"a": ["T"], "b": ["T"]}  # c has one cell there
     with pytest.raises(dw.corpus.CorpusError, match=r"c: held_out_contexts: \['T'\]"):
         judged(["c"], ["T"])
-    with pytest.raises(dw.corpus.CorpusError, match=r"\['d'\] are none; they are \['a', 'b', 'c'\]"):
+    with pytest.raises(dw.corpus.CorpusError, match=r"\['d'\] are none; they are \['a', 'b', 'c', 'ctrl'\]"):
         judged(["a", "d"])
 
 

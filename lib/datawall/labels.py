@@ -47,6 +47,17 @@ LABELS = {
 }
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib draws letter by letter: no part of it is a formula, and no legend hides it."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def drawn(name: str) -> str:
+    """A name as a reader should see it in a figure."""
+    return plain(label(name))
+
+
 def label(name: str) -> str:
     """A name as a reader should see it; of a model named `module:Class`, the class."""
     return LABELS.get(name, name.rpartition(":")[2])

@@ -51,7 +51,7 @@ def study_file(study: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path.resolve()
-    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.yaml")))
+    known = ", ".join(sorted(path.stem for path in (repository() / "params").glob("*.yaml")))
     raise FileNotFoundError(f"{study}: no such study file; give a path, or one of the studies in params/: {known}.")
 
 

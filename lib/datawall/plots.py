@@ -18,7 +18,8 @@ from matplotlib.figure import Figure, SubFigure
 
 from datawall import messages, store
 from datawall.hyperparameters import FAMILIES, VARIANTS, family
-from datawall.labels import label
+from datawall.labels import drawn as label
+from datawall.labels import plain
 from datawall.results import BASELINE, CHANCE, CHECKPOINT, ORACLE, mean_over_splits, select
 
 WIDTH = 9.0  # inches: a page of text
@@ -63,7 +64,7 @@ def composition(table: pd.DataFrame) -> Figure:
         1, len(groups), figsize=(WIDTH, 0.35 * len(share) + 1.5), sharey=True, width_ratios=widths, layout="constrained"
     )
     for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
-        block = share[group].rename(columns=lambda percentage: f"{percentage:g}")
+        block = share[group].rename(columns=lambda percentage: f"{percentage:g}", index=plain)
         sns.heatmap(block, ax=axis, cmap="cividis", vmin=0, vmax=share.max().max(), annot=True, fmt=".0f", cbar=False)
         axis.set(title=label(group), xlabel="subset (% of corpus)", ylabel="")
         axis.tick_params(axis="y", rotation=0)
@@ -106,7 +107,7 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
         edges = np.geomspace(cells[value].min(), cells[value].max() + 1, 60)
         for name, rows in cells.groupby("dataset", sort=False):
             weights = np.full(len(rows), 100 / len(rows))
-            axis.hist(rows[value], bins=edges, weights=weights, histtype="step", color=colours[name], label=name)
+            axis.hist(rows[value], bins=edges, weights=weights, histtype="step", color=colours[name], label=plain(name))
         axis.set(xscale="log", xlabel=text, ylabel="share of cells (%)")
         axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
@@ -121,7 +122,11 @@ def markers(table: pd.DataFrame) -> Figure:
     """Mean marker expression of each cell type: rows are types, columns genes, values z-scores over types."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.32 * len(table) + 1.6), layout="constrained")
     sns.heatmap(
-        table, ax=axis, cmap="cividis", xticklabels=True, cbar_kws={"label": "mean expression (z-score over types)"}
+        table.rename(index=plain),
+        ax=axis,
+        cmap="cividis",
+        xticklabels=True,
+        cbar_kws={"label": "mean expression (z-score over types)"},
     )
     axis.set(xlabel="", ylabel="")
     _say(figure, messages.markers(table))
@@ -289,7 +294,7 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
                 mean = select(of_model, metric=name).groupby("percentage")["value"].mean()
                 places = [_untrained_place(shown["percentage"]) if p == 0 else p for p in mean.index]
                 style = {"marker": "o" if name in common else "^", "markersize": 4, "color": colour}
-                axis.plot(places, mean, label=f"{name} ({support[name]:.0f})", **style)
+                axis.plot(places, mean, label=plain(f"{name} ({support[name]:.0f})"), **style)
             _percentage_axis(axis, shown, untrained=(shown["percentage"] == 0).any())
             axis.set(title=label(model), ylim=(-0.03, 1.03))
         axes[0].set(ylabel=f"{label(dataset)}\nF1 of a cell type")
@@ -316,7 +321,7 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
             shown = select(runs, dataset=dataset, model=model)
             mean = shown.groupby("percentage")["value"].mean()
             axis.plot(shown["percentage"], shown["value"], "o", color=colours[model], markersize=3.5, alpha=0.6)
-            axis.plot(mean.index, mean, "-o", color=colours[model], markersize=5, label=model)
+            axis.plot(mean.index, mean, "-o", color=colours[model], markersize=5, label=plain(model))
         _percentage_axis(axis, runs)
         axis.set(title=label(dataset), ylabel=label(metric))
     _say(figure, messages.variants(runs, metric))
@@ -340,8 +345,10 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: st
         colours = dict(zip(categories, sns.color_palette("colorblind", len(categories)), strict=True))
         for axis, (name, layout) in zip(axes.flat, layouts.items(), strict=False):
             for category, cells in layout.groupby(layout[key].astype(str)):
-                axis.scatter(cells["x"], cells["y"], s=3, color=colours[category], label=category, rasterized=True)
-            axis.set(title=name, xticks=[], yticks=[])
+                axis.scatter(
+                    cells["x"], cells["y"], s=3, color=colours[category], label=plain(category), rasterized=True
+                )
+            axis.set(title=plain(name), xticks=[], yticks=[])
         for axis in axes.flat[len(layouts) :]:
             axis.set_axis_off()
         axes[-1, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
@@ -362,7 +369,8 @@ def _nothing(why: str) -> Figure:
 def _say(figure: Figure, message: str) -> None:
     """The message of a figure as its title, in lines that fit the page."""
     figure.suptitle(
-        "\n".join(textwrap.fill(line, TITLE, break_on_hyphens=False) for line in message.split("\n")), fontsize="medium"
+        "\n".join(textwrap.fill(line, TITLE, break_on_hyphens=False) for line in plain(message).split("\n")),
+        fontsize="medium",
     )
 
 
