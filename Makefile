@@ -24,10 +24,12 @@ test: .venv/ready
 test-more: .venv/ready .venv/moto/bin/moto_server  # what takes longer, or more than a clone: all faults, and an object store's server
 	DATAWALL_TESTS=more $(BIN)/python -m pytest tests/faults tests/test_shared.py
 
-notebooks: .venv/ready  # execute in place and store the outputs
+notebooks: .venv/ready  # execute in place and store the outputs, and the figures
 	$(BIN)/python run_all.py params/quick.yaml
 	for n in $(NOTEBOOKS); do $(BIN)/jupyter execute --inplace $$n || exit 1; done
 	$(CLEAN) $(NOTEBOOKS)
+	rm -rf figures && cp -r runs/quick/figures figures
+	$(BIN)/python -c "from datawall import store; print(store.session()['code'])" > figures/code.txt
 	$(BIN)/python tests/manifest.py
 
 lint: .venv/ready

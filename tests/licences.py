@@ -44,7 +44,6 @@ FILES = {
     "lib/datawall/data/report/*": ("written for this project", "MIT"),
     "lib/datawall/data/sctab_*.csv": (SCTAB, "MIT"),
     "lib/datawall/data/study.yaml.j2": ("written for this project", "MIT"),
-    "tests/data/kang2018_authors.csv.gz": (KANG, KANG_TERMS),
 }
 
 

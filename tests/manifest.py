@@ -76,7 +76,8 @@ def files():
     readme, made_by, held = (ROOT / "README.md").read_text(), makers(), outputs()
     for path in sorted((ROOT / "figures").iterdir()):
         name = path.relative_to(ROOT).as_posix()
-        cell = next(where for pattern, where in made_by if re.fullmatch(pattern, path.stem))
+        cells = (where for pattern, where in made_by if re.fullmatch(pattern, path.stem))
+        cell = next(cells, "key of the library's code, by which all of this was made")
         yield path, f"{cell}; shown in README.md" if f"]({name})" in readme else cell
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         kinds = held[held["notebook"] == path.stem]["kind"].value_counts()

@@ -1,19 +1,12 @@
-"""Real cells that every clone has, and no more of them than tests need.
-
-`data/kang2018_authors.csv.gz` has the authors' labels and patients of 973 of Kang's cells (Gene Expression Omnibus,
-GSE96583, two patients of batch 2); their counts come with the default study.
-"""
+"""Real cells that every clone has: Kang's, those with the authors' labels, whose counts the default study fetches."""
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import annotation, datasets, paths, store
-
-AUTHORS = Path(__file__).parent / "data" / "kang2018_authors.csv.gz"
+from datawall import annotation, curation, datasets, paths, store
 
 
 def need_kang():
@@ -34,12 +27,12 @@ def kang_unlabelled():
 
 @cache
 def _kang():
-    authors = pd.read_csv(AUTHORS, index_col="cell", dtype=str)
+    authors = pd.read_csv(curation.KANG_LABELS, index_col="cell")["authors"]
     cells = kang_unlabelled()[authors.index].copy()
-    cells.obs["cell_type"], cells.obs["donor"] = authors["cell_type"], authors["donor"]
+    cells.obs["cell_type"] = authors
     return cells[np.random.default_rng(0).permutation(cells.n_obs)].copy()
 
 
 def kang():
-    """973 PBMC with the authors' labels: five types, two patients, with and without interferon-beta."""
+    """973 PBMC with the authors' labels: five types, with and without interferon-beta."""
     return _kang().copy()
