@@ -246,7 +246,7 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert found.errors == []
     assert "cell type: 3 values; the rarest is 'rare' with 10 cells" in found.facts
     assert "subsets of 420 cells: 10 % is 42, 100 % is 420" in found.facts
-    assert "work: 2 subsets, 2 models, 2 experiments, 2 baselines" in found.facts
+    assert "work: 2 subsets, 2 models, 2 experiments, 4 baselines" in found.facts
     assert [line for line in found.warnings if "under 50 cells to pretrain on at 10 %" in line]
     assert [line for line in found.warnings if "1 of 3 cell types" in line and "rare" in line]
 
