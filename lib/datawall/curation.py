@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from datawall import annotation, cellstore, corpus, diversity, expression, paths, simulate, sources
 from datawall.study import Study
 
-# Cells of Kang et al. by the authors' label and ours, those that muscat's data set has labels of; a test counts again.
+# The authors' labels of 973 cells of Kang et al., those that muscat's data set has labels of.
 KANG_LABELS = paths.PACKAGE_DATA / "kang2018_labels.csv"
 VENDI_CELLS = 500  # drawn of each subset
 COMPARED = 5000  # held-out cells that simulated ones are set beside
@@ -195,14 +195,22 @@ def markers(study: Study) -> dict[str, list[str]]:
     return annotation.PBMC_MARKERS if simulation is None else simulate.truth(simulation).markers()
 
 
-def authors_labels(study: Study) -> pd.DataFrame:
-    """How many cells have a type by the authors' labels (rows) and by those that we gave (columns).
+def authors_labels(study: Study, cells: pd.Index | None = None) -> pd.Series:
+    """The authors' labels of those cells that have one, by name of the cell; of the corpus, or of the cells given.
 
-    Of the 973 cells of Kang et al. whose labels the authors published and muscat's data set (Crowell et al. 2020, doi
-    10.1038/s41467-020-19894-4) names; empty if the corpus is another.
+    973 cells of Kang et al. have: those that muscat's data set names (Crowell et al. 2020, doi
+    10.1038/s41467-020-19894-4). None has if the corpus is another.
     """
-    table = pd.read_csv(KANG_LABELS, index_col="authors").rename_axis(columns="ours")
-    return table if study.params.corpus == "kang2018" else table.iloc[:0]
+    labels = pd.read_csv(KANG_LABELS, index_col="cell")["authors"]
+    cells = pd.Index(study.corpus.names()) if cells is None else cells
+    return labels[labels.index.isin(cells) & (study.params.corpus == "kang2018")]
+
+
+def both_labels(study: Study) -> pd.DataFrame:
+    """How many cells have a type by the authors' labels (rows) and by those that we gave (columns)."""
+    theirs = authors_labels(study)
+    ours = pd.Series(study.corpus.obs["cell_type"].to_numpy(str), study.corpus.names())
+    return pd.crosstab(theirs, ours.reindex(theirs.index).rename("ours"))
 
 
 def marker_expression(study: Study) -> pd.DataFrame:

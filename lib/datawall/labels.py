@@ -25,6 +25,7 @@ LABELS = {
     "pearson_delta_top50": "Pearson r of changes, 50 genes",
     "energy_distance": "energy distance",
     "loss": "loss of held-out cells",
+    "explained": "share of chance loss gone",
     "inverse_simpson": "inverse Simpson (types)",
     "shannon": "Shannon (bits)",
     "vendi": "Vendi (cells)",

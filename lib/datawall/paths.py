@@ -62,12 +62,6 @@ def run_folder(study_file: Path, study: str) -> Path:
     return repository() / "runs" / study
 
 
-def figures_folder(run_folder: Path) -> Path:
-    """Where figures go: `figures/` for the default study, which the repository keeps; else into the run folder."""
-    root = repository()
-    return root / "figures" if run_folder == root / "runs" / "quick" else run_folder / "figures"
-
-
 def cache_folder() -> Path:
     """Per-user folder of downloaded data sets: `$DATAWALL_CACHE`, or `datawall` in the user's cache folder."""
     if given := os.environ.get("DATAWALL_CACHE"):
