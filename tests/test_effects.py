@@ -201,3 +201,41 @@ def test_no_published_model_overtakes_pca_on_all_data_sets():
     overtaken = found.dropna(subset="percentage")
     assert set(overtaken["model"]) <= {"SCimilarity"}
     assert found.groupby(["model", "strategy"])["percentage"].count().max() < 4
+
+
+def test_range_of_a_metric_is_from_the_better_guess_to_the_ceiling():
+    values = {
+        "pearson_delta": {"NoChange": 0.0, "MeanShift": 0.6, "TreatedMean": 0.9, "Oracle": 0.9},
+        "pearson_r": {"NoChange": 0.9, "MeanShift": 0.85, "TreatedMean": 0.5, "Oracle": 0.99},
+        "mse": {"NoChange": 0.4, "MeanShift": 0.2, "TreatedMean": 0.6, "Oracle": 0.01},
+    }
+    rows = [
+        {"strategy": "baseline", "percentage": 0.0, "seed": -1, "model": model, "metric": metric, "split": split,
+         "task": "perturbation_response", "value": value * more}
+        for metric, of in values.items() for model, value in of.items() for split, more in (("a", 0.9), ("b", 1.1))
+    ]  # fmt: skip
+    found = effects.dynamic_range(table(*rows, *curve({1: 0.5}, task="perturbation_response"))).set_index("metric")
+    assert found.loc["pearson_delta", ["floor", "ceiling", "range", "tells"]].tolist() == pytest.approx(
+        [0.6, 0.9, 0.3, True]
+    )
+    assert found.loc["pearson_r", ["range", "tells"]].tolist() == pytest.approx([0.09, False])
+    assert found.loc["mse", ["floor", "range", "tells"]].tolist() == pytest.approx([0.2, 0.95, True])
+
+
+def test_loss_is_ranked_beside_scores_of_the_same_runs():
+    rng = np.random.default_rng(0)
+    scores = {size: rng.random(3) for size in (1, 10, 100)}
+    losses = {size: [5 - value for value in values] for size, values in scores.items()}
+    noisy = {size: rng.random(3) for size in scores}
+    results = table(
+        *curve(scores),
+        *curve(noisy, model="SSL"),
+        *curve(losses, task="reconstruction", metric="loss", dataset="held_out"),
+        *curve(losses, task="reconstruction", metric="loss", dataset="held_out", model="SSL"),
+        *curve({1: 0.5}, model="PCA", strategy="baseline"),
+    )
+    found = effects.loss_tells(results).set_index("model")
+    assert found.loc["scVI", ["runs", "spearman"]].tolist() == pytest.approx([9, -1])
+    ranks = [stats.rankdata(np.concatenate(list(of.values()))) for of in (noisy, losses)]
+    assert found.loc["SSL", "spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert set(found.index) == {"scVI", "SSL"}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score
+from statsmodels.stats.proportion import proportion_confint
 
 from datawall.tasks import classification, uncertainty
 from datawall.tasks.uncertainty import Metrics
@@ -56,33 +57,85 @@ def test_intervals_hold_the_value(truth, random):
         assert low - 1e-9 <= metrics[name] <= high + 1e-9, name
 
 
-def test_intervals_are_those_of_cells_drawn_again():
+def test_intervals_of_many_cells_are_those_of_cells_drawn_again():
     rng = np.random.default_rng(0)
-    truth = rng.choice(list("abc"), 400, p=[0.6, 0.3, 0.1])
-    predicted = np.where(rng.random(400) < 0.7, truth, rng.choice(list("abc"), 400))
-    intervals = uncertainty.classification_intervals(truth, predicted, n_resamples=4000)
-    draws = {"micro_f1": [], "macro_f1": [], "balanced_accuracy": []}
+    truth = rng.choice(list("abc"), 1000, p=[0.6, 0.3, 0.1])
+    predicted = np.where(rng.random(1000) < 0.7, truth, rng.choice(list("abc"), 1000))
+    intervals = uncertainty.classification_intervals(truth, predicted)
+    draws = {"micro_f1": [], "macro_f1": [], "f1[b]": []}
     for _ in range(1000):
-        cells = rng.integers(400, size=400)
+        cells = rng.integers(1000, size=1000)
         draws["micro_f1"].append(accuracy_score(truth[cells], predicted[cells]))
-        draws["macro_f1"].append(f1_score(truth[cells], predicted[cells], average="macro"))
-        draws["balanced_accuracy"].append(balanced_accuracy_score(truth[cells], predicted[cells]))
+        by_type = f1_score(truth[cells], predicted[cells], average=None)
+        draws["macro_f1"].append(by_type.mean())
+        draws["f1[b]"].append(by_type[1])
     for name, values in draws.items():
         low, high = intervals[name]
         assert high - low == pytest.approx(np.subtract(*np.quantile(values, [0.975, 0.025])), rel=0.1), name
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+@pytest.mark.parametrize(("method", "name"), [(uncertainty.wilson, "wilson"), (uncertainty.exact, "beta")])
+def test_intervals_of_shares_are_those_of_statsmodels(method, name):
+    right, n = np.array([0, 1, 5, 49, 50]), np.array([3, 2, 50, 50, 50])
+    np.testing.assert_allclose(method(right, n), proportion_confint(right, n, method=name), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_cells", [50, 70, 350])
+@pytest.mark.parametrize(("n_types", "share_right"), [(2, (0.8,)), (4, (0.9,)), (8, (0.95,)), (8, (0.98, 0.6))])
+def test_intervals_hold_the_truth_as_often_as_they_say(n_cells, n_types, share_right):
+    """From 50 cells on, with types of a single cell, and near a ceiling; 300 draws: 1.3 % of Monte-Carlo error."""
     rng = np.random.default_rng(0)
-    truth = np.repeat(["a", "b"], [150, 50])
-    held = {"micro_f1": 0, "balanced_accuracy": 0}
-    for seed in range(400):
-        predicted = np.where(rng.random(200) < 0.8, truth, np.where(truth == "a", "b", "a"))
-        intervals = uncertainty.classification_intervals(truth, predicted, seed=seed)
-        for name in held:
-            low, high = intervals[name]
-            held[name] += low <= 0.8 <= high
-    assert all(0.91 < n / 400 < 0.98 for n in held.values()), held
+    share = 0.7 ** np.arange(n_types)
+    n = np.maximum(1, np.round(n_cells * share / share.sum())).astype(int)
+    called = np.zeros((n_types, n_types))
+    for number, right in zip(range(n_types), itertools.cycle(share_right)):
+        called[number] = share * (np.arange(n_types) != number)
+        called[number] *= (1 - right) / called[number].sum()
+        called[number, number] = right
+    expected = n[:, None] * called
+    f1 = 2 * np.diag(expected) / (n + expected.sum(axis=0))
+    truths = {"micro_f1": np.trace(expected) / n.sum(), "macro_f1": f1.mean(), "f1[0]": f1[0]}
+    truths["balanced_accuracy"] = np.diag(called).mean()
+    held, truth = dict.fromkeys(truths, 0), np.repeat(np.arange(n_types), n)
+    for _ in range(300):
+        predicted = np.concatenate([rng.choice(n_types, size, p=p) for size, p in zip(n, called, strict=True)])
+        intervals = uncertainty.classification_intervals(truth, predicted)
+        for name, value in truths.items():
+            held[name] += intervals[name][0] <= value <= intervals[name][1]
+    coverage = {name: count / 300 for name, count in held.items()}
+    assert min(coverage.values()) > 0.92 - 0.013, coverage
+    if len(share_right) == 1:  # fixed numbers of cells that are unequally hard vary less than those of a random sample
+        assert max(coverage[name] for name in ("micro_f1", "macro_f1")) < 0.98 + 0.013, coverage
+
+
+@pytest.mark.parametrize(("n_cells", "right", "agree"), [(50, 0.9, 0.8), (70, 0.98, 0.5), (350, 0.8, 0.9)])
+def test_paired_differences_hold_the_truth_and_are_narrower(n_cells, right, agree):
+    """Two models, of which the second takes the first's answer in a share of the cells."""
+    rng, held, narrower = np.random.default_rng(0), 0, []
+    for _ in range(500):
+        one = rng.random(n_cells) < right
+        other = np.where(rng.random(n_cells) < agree, one, rng.random(n_cells) < right - 0.05)
+        gap, low, high = uncertainty.paired_interval(one, other)
+        assert gap == pytest.approx(one.mean() - other.mean())
+        assert low <= gap <= high
+        held += low <= (1 - agree) * 0.05 <= high
+        apart = np.sqrt(one.var() / n_cells + other.var() / n_cells) * 2 * uncertainty.Z
+        narrower.append((high - low) / apart if apart else np.nan)
+    assert held / 500 > 0.92
+    assert agree < 0.8 or np.nanmean(narrower) < 0.85
+
+
+def test_paired_difference_of_many_cells_is_that_of_their_differences():
+    rng = np.random.default_rng(0)
+    one, other = rng.random((2, 20_000)) < [[0.8], [0.7]]
+    gaps = one.astype(float) - other
+    error = gaps.std(ddof=1) / np.sqrt(len(gaps))
+    expected = [gaps.mean(), gaps.mean() - uncertainty.Z * error, gaps.mean() + uncertainty.Z * error]
+    assert uncertainty.paired_interval(one, other) == pytest.approx(expected, abs=1e-4)
+    runs = np.stack([one, one & (rng.random(20_000) < 0.9)])  # a second run, worse by a tenth
+    gap, low, high = uncertainty.paired_interval(runs, other)
+    assert gap == pytest.approx(runs.mean() - other.mean())
+    assert high - low > 2 * uncertainty.Z * runs.mean(axis=1).std(ddof=1) / np.sqrt(2)
 
 
 def test_bias_of_resampling_is_taken_off():

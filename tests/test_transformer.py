@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
+from datawall import transformer
 from datawall.transformer import (
     IGNORED,
     MASK,
@@ -11,9 +12,14 @@ from datawall.transformer import (
     Attention,
     Encoder,
     EncoderConfig,
+    Layer,
     Layout,
+    attend_in_turn,
+    attend_padded,
+    attention,
     chance_loss,
     mask_tokens,
+    to_predict,
 )
 
 LENGTHS = [5, 12, 1, 9]
@@ -123,7 +129,7 @@ def test_training_loss_and_gradients_are_those_of_bert(lengths):
     ids, offsets = packed_batch(lengths)
     masked, targets = mask_tokens(ids, SMALL.vocab_size, torch.Generator().manual_seed(2), share=0.4)
     real = padded(torch.ones_like(ids), offsets, 0)
-    ours = encoder(masked, offsets, targets)
+    ours = encoder(masked, Layout(offsets), *to_predict(targets))
     theirs = bert(
         input_ids=padded(masked, offsets, 0), attention_mask=real, labels=padded(targets, offsets, IGNORED)
     ).loss
@@ -136,11 +142,99 @@ def test_training_loss_and_gradients_are_those_of_bert(lengths):
         torch.testing.assert_close(weight.grad, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: name + text)
 
 
-def test_attention_is_the_same_sequence_by_sequence_and_padded():
-    layout = Layout(packed_batch()[1])
+@pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 7]])
+def test_all_ways_of_attending_give_the_same(lengths):
+    layout = Layout(packed_batch(lengths)[1])
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, sum(LENGTHS), 4, 8)
-    torch.testing.assert_close(layout.attend_padded(q, k, v), layout.attend_each(q, k, v), atol=1e-6, rtol=1e-5)
+    q, k, v = torch.randn(3, sum(lengths), 4, 8)
+    where = layout.offsets, layout.offsets, layout.longest, layout.longest
+    expected = []
+    for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True):  # by the definition, in double precision
+        weights = torch.einsum("qhd,khd->hqk", q[a:b].double(), k[a:b].double()).div(8**0.5).softmax(-1)
+        expected.append(torch.einsum("hqk,khd->qhd", weights, v[a:b].double()))
+    for attend in (attend_in_turn, attend_padded):
+        torch.testing.assert_close(attend(q, k, v, *where), torch.cat(expected).float(), atol=1e-6, rtol=1e-5)
+        half = attend(*(each.bfloat16() for each in (q, k, v)), *where)
+        torch.testing.assert_close(half.float(), torch.cat(expected).float(), atol=0.03, rtol=0.03)
+
+
+def test_what_attends_is_chosen_by_device_and_may_be_overridden():
+    assert attention(torch.device("cpu"), 64) is attend_in_turn
+    assert attention(torch.device("meta"), 64) is attend_padded
+    encoder, calls = encoder_with_every_weight_random().eval(), []
+    ids, offsets = packed_batch()
+    expected = encoder.embed(ids, Layout(offsets))
+
+    def attend(*arguments):
+        calls.append(arguments[3:])
+        return attend_padded(*arguments)
+
+    encoder.attend = attend
+    torch.testing.assert_close(encoder.embed(ids, Layout(offsets)), expected, atol=1e-5, rtol=0)
+    assert len(calls) == SMALL.n_layers - 1
+    assert all(longest == max(LENGTHS) and begins.dtype == torch.int32 for begins, _, longest, _ in calls)
+
+
+def test_a_step_never_waits_for_the_device():
+    """On the meta device there are no values: what asks for one (`.item()`, `.tolist()`, a boolean index) fails."""
+    encoder = Encoder(EncoderConfig(vocab_size=50, max_length=12, n_layers=2, n_embd=32, n_inner=48)).to("meta").train()
+    ids, offsets = packed_batch()
+    masked, targets = mask_tokens(ids, 50)
+    chosen = (each.to("meta") for each in to_predict(targets))
+    encoder(masked.to("meta"), Layout(offsets, "meta"), *chosen).backward()
+    assert all(weight.grad.shape == weight.shape for weight in encoder.parameters())
+    for waits in (lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x[x > 0], torch.nonzero):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            waits(masked.to("meta"))
+
+
+@pytest.mark.parametrize("n_logits", [1, 170, 2**22])
+def test_loss_and_gradients_do_not_depend_on_the_logits_at_once(monkeypatch, n_logits):
+    monkeypatch.setitem(transformer.LOGITS_AT_ONCE, "cpu", n_logits)
+    encoder = encoder_with_every_weight_random()
+    ids, offsets = packed_batch()
+    chosen, originals = to_predict(mask_tokens(ids, 50, torch.Generator().manual_seed(3), share=0.5)[1])
+    loss = encoder(ids, Layout(offsets), chosen, originals)
+    (3 * loss).backward()
+    ours = [weight.grad.clone() for weight in encoder.parameters()]
+    encoder.zero_grad()
+    whole = nn.functional.cross_entropy(encoder.logits(encoder.hidden(ids, Layout(offsets))[chosen]), originals)
+    (3 * whole).backward()
+    torch.testing.assert_close(loss, whole, atol=1e-6, rtol=1e-6)
+    for weight, expected in zip(encoder.parameters(), ours, strict=True):
+        torch.testing.assert_close(expected, weight.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_logits_are_never_whole_in_memory(monkeypatch):
+    monkeypatch.setitem(transformer.LOGITS_AT_ONCE, "cpu", 200 * 50)
+    encoder, n = encoder_with_every_weight_random(), 4_000
+    largest = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.append(
+                max(
+                    (x.numel() for x in (out if isinstance(out, tuple) else [out]) if isinstance(x, torch.Tensor)),
+                    default=0,
+                )
+            )
+            return out
+
+    hidden = torch.randn(n, 32, requires_grad=True)
+    with Sizes():
+        transformer._CrossEntropy.apply(
+            hidden, encoder.tokens.weight, encoder.head_bias, torch.randint(0, 50, (n,)), True
+        ).backward()
+    assert max(largest) == n * 32  # the gradient of the inputs, where all logits would be n * 50
+
+
+def test_what_follows_attention_is_compiled_in_one_piece():
+    layer = encoder_with_every_weight_random().layers[0]
+    compiled = torch.compile(Layer.finish, dynamic=True, fullgraph=True, backend="aot_eager")
+    for n in (7, 12):
+        x, attended = torch.randn(2, n, 32)
+        torch.testing.assert_close(compiled(layer, x, attended), layer.finish(x, attended))
 
 
 def test_embedding_is_the_mean_of_berts_second_to_last_layer():
@@ -153,7 +247,7 @@ def test_embedding_is_the_mean_of_berts_second_to_last_layer():
             -2
         ]
     theirs = torch.stack([hidden[i, :n].mean(dim=0) for i, n in enumerate(LENGTHS)])
-    ours = encoder.embed(ids, offsets)
+    ours = encoder.embed(ids, Layout(offsets))
     assert ours.dtype == torch.float32
     assert not ours.requires_grad
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -162,27 +256,22 @@ def test_embedding_is_the_mean_of_berts_second_to_last_layer():
 def test_a_sequence_does_not_see_its_companions():
     encoder = encoder_with_every_weight_random().eval()
     ids, offsets = packed_batch()
-    together = encoder.embed(ids, offsets)
+    together = encoder.embed(ids, Layout(offsets))
     for i, alone in enumerate(ids.split(LENGTHS)):
-        torch.testing.assert_close(
-            encoder.embed(alone, torch.tensor([0, len(alone)]))[0], together[i], atol=1e-5, rtol=0
-        )
+        layout = Layout(torch.tensor([0, len(alone)]))
+        torch.testing.assert_close(encoder.embed(alone, layout)[0], together[i], atol=1e-5, rtol=0)
 
 
 def test_order_within_a_sequence_matters():
     encoder = encoder_with_every_weight_random().eval()
     ids, offsets = packed_batch([6])
-    assert (encoder.embed(ids, offsets) - encoder.embed(ids.flip(0), offsets)).abs().max() > 0.01
+    assert (encoder.embed(ids, Layout(offsets)) - encoder.embed(ids.flip(0), Layout(offsets))).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [1, 7, 3]])
-def test_packing_undoes_padding(lengths):
+def test_means_are_over_each_sequence(lengths):
     layout = Layout(torch.tensor(np.concatenate([[0], np.cumsum(lengths)])))
     x = torch.arange(2.0 * sum(lengths)).view(-1, 2) + 1
-    there = layout.pad(x)
-    assert there.shape == (3, max(lengths), 2)
-    assert (there == 0).all(dim=2).sum() == 3 * max(lengths) - sum(lengths)
-    torch.testing.assert_close(layout.pack(there), x, rtol=0, atol=0)
     torch.testing.assert_close(layout.mean(x), torch.stack([part.mean(dim=0) for part in x.split(lengths)]))
 
 
@@ -204,14 +293,16 @@ def test_dropout_acts_in_training_only():
 def test_dropout_leaves_the_expected_attention_as_it_is():
     torch.manual_seed(0)
     share, n_draws, length = 0.25, 4_000, 6
-    attention = Attention(EncoderConfig(vocab_size=50, n_embd=32, dropout=share))
+    attends = Attention(EncoderConfig(vocab_size=50, n_embd=32, dropout=share))
     layout = Layout(torch.tensor([0, length]))
-    layout.attend = lambda q, k, v: v  # a token's value, zero where it is dropped
-    attention.out = nn.Identity()
     x = torch.randn(length, 32)
+
+    def value(q, k, v, *_):  # a token's, zero where it is dropped
+        return v
+
     with torch.no_grad():
-        expected = attention.eval()(x, layout)
-        drawn = torch.stack([attention.train()(x, layout) for _ in range(n_draws)])
+        expected = attends.eval()(x, layout, value)
+        drawn = torch.stack([attends.train()(x, layout, value) for _ in range(n_draws)])
     dropped = (drawn == 0).view(n_draws, length, 4, 8)
     assert torch.equal(dropped.all(dim=3), dropped.any(dim=3))
     assert within_five_sigma(int(dropped[..., 0].sum()), n_draws * length * 4, share)
@@ -222,7 +313,9 @@ def test_an_untrained_encoder_guesses_at_chance():
     torch.manual_seed(0)
     encoder = Encoder(SMALL).eval()
     ids, offsets = packed_batch()
-    assert encoder(ids, offsets, ids).item() == pytest.approx(chance_loss(SMALL.vocab_size), rel=0.05)
+    assert encoder(ids, Layout(offsets), torch.arange(len(ids)), ids).item() == pytest.approx(
+        chance_loss(SMALL.vocab_size), rel=0.05
+    )
 
 
 def test_original_size_has_the_published_number_of_parameters():

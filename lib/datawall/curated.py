@@ -255,7 +255,7 @@ class Curated:
 
     def subset_unit(self, subset: Subset) -> Unit:
         """Rows of a subset."""
-        sketch = {"sketch": self.sketch_unit.key} if subset.strategy == "geometric_sketching" else {}
+        sketch = {"sketch": self.sketch_unit.key} if sampling.STRATEGIES[subset.strategy].by == "X_pca" else {}
         record = {**asdict(subset), "nested": self.params.nested, "split": self.split_unit.key, **sketch}
         return Unit("subset", record, (f"{HERE}:_make_subset",))
 
@@ -271,18 +271,16 @@ class Curated:
         percentage, seed = subset.percentage, subset.seed
         if not self.params.nested:
             seed = (seed, round(percentage * 1e6))
-        pretraining = self.split_rows("pretraining")
-        if subset.strategy == "celltype_reweighted":
-            chosen = sampling.celltype_reweighted(self.pretraining_cells.obs["cell_type"].array, percentage, seed=seed)
-        elif subset.strategy == "geometric_sketching":
-            chosen = sampling.geometric_sketching(self.X_pca[: len(pretraining)], percentage, seed=seed)
-        else:
-            chosen = sampling.random(len(pretraining), percentage, seed=seed)
-        rows = pretraining[chosen]
-        if subset.strategy.startswith("spikein"):
+        strategy, pretraining = sampling.STRATEGIES[subset.strategy], self.split_rows("pretraining")
+        of_cells = {
+            "n_cells": lambda: len(pretraining),
+            "cell_type": lambda: self.pretraining_cells.obs["cell_type"].array,
+            "X_pca": lambda: self.X_pca[: len(pretraining)],
+        }
+        rows = pretraining[strategy.choose(of_cells[strategy.by](), percentage, seed=seed)]
+        if strategy.spiked:
             perturbed = self.split_rows("spike_in")
-            share = float(subset.strategy.removeprefix("spikein_"))
-            kept, spiked = sampling.spike_in(len(rows), len(perturbed), share, seed=seed)
+            kept, spiked = sampling.spike_in(len(rows), len(perturbed), strategy.spiked, seed=seed)
             rows = np.union1d(rows[kept], perturbed[spiked])
         np.save(folder / "rows.npy", rows)
 

@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.results import BASELINE, lower_is_better, mean_over_splits, select
+from datawall import tasks
+from datawall.results import BASELINE, ORACLE, lower_is_better, mean_over_splits, select
 from datawall.saturation import KEY, adjust, curves_of, one_sided_p, pretrained
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
 RUN = ["strategy", "percentage", "seed"]  # one pretrained model of a family
+RANGE = 0.2  # of a metric, from predictions without an embedding to its ceiling; on less, it tells little
 
 
 def strategy_effects(
@@ -186,6 +188,60 @@ def overtaking(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) 
         c.percentages[b.argmax()] if b.any() else np.nan for c, b in zip(curves, better, strict=True)
     ]
     return table
+
+
+def dynamic_range(results: pd.DataFrame) -> pd.DataFrame:
+    """How much room a metric of perturbation response has between predictions without an embedding and its ceiling.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study, with baselines.
+
+    Returns
+    -------
+    table with the columns dataset, metric, floor (the better of no change and mean shift, mean over splits), ceiling
+    (`tasks.perturbation.oracle`), range (of a score ceiling - floor, of an error the share of the floor's that the
+    ceiling does not have) and tells: whether the range is at least `RANGE`. On a metric with less, embeddings that
+    differ can hardly be told apart.
+    """
+    rows = select(results, task="perturbation_response", strategy=BASELINE)
+    means = rows.pivot_table("value", ["dataset", "metric"], "model")
+    lower = np.array([lower_is_better(metric) for metric in means.index.get_level_values("metric")], bool)
+    without = means[["NoChange", "MeanShift"]]
+    floor, ceiling = without.max(axis=1).mask(lower, without.min(axis=1)), means[ORACLE]
+    width = (ceiling - floor).mask(lower, 1 - ceiling / floor)
+    return pd.DataFrame({"floor": floor, "ceiling": ceiling, "range": width, "tells": width >= RANGE}).reset_index()
+
+
+def loss_tells(results: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation of the pretraining loss of held-out cells with each task's headline, by model family.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study, with reconstruction.
+
+    Returns
+    -------
+    table with the columns model, task, dataset, runs, spearman (-1 where a lower loss always means a higher score) and
+    its two-sided p (scipy); NaN where either does not vary. Losses are those on the same data set,
+    or on the first data set that has them.
+    """
+    key = ["model", "strategy", "percentage", "seed"]
+    losses = pretrained(mean_over_splits(select(results, task="reconstruction", metric="loss")))
+    rows = []
+    for task, metric in tasks.HEADLINE.items():
+        scores = pretrained(mean_over_splits(select(results, task=task, metric=metric)))
+        for (model, dataset), of in scores.groupby(["model", "dataset"]) if task != "reconstruction" else ():
+            of_model = select(losses, model=model)
+            known = [dataset, *sorted(of_model["dataset"].unique())]
+            loss = next((some for name in known if len(some := select(of_model, dataset=name))), of_model)
+            both = of.merge(loss[[*key, "value"]], on=key, suffixes=("", "_loss"))
+            varies = len(both) > 2 and both[["value", "value_loss"]].nunique().min() > 1
+            rho, p = stats.spearmanr(both["value"], both["value_loss"]) if varies else (np.nan, np.nan)
+            rows.append((model, task, dataset, len(both), rho, p))
+    return pd.DataFrame(rows, columns=["model", "task", "dataset", "runs", "spearman", "p"])
 
 
 def _pretrained(results: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -90,7 +90,7 @@ def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
     ------
     CorpusError
         If fewer than two contexts have both treatments, or none has cells enough, or a named one has fewer than two,
-        which are not enough for the ceiling: half of the treated cells predicts the other half.
+        which have no spread to tell the ceiling from.
     """
     usable = sorted(n_cells.index[n_cells > 0])
     if len(usable) < 2:

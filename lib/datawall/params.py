@@ -24,6 +24,7 @@ from datawall import external, hyperparameters, simulate, tasks
 from datawall.backed import names_file
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
+from datawall.sampling import STRATEGIES
 from datawall.simulate import Atlas
 
 NEEDED = {  # columns that a task needs beside the cell type
@@ -40,7 +41,7 @@ ROLES = {
 }  # columns of the corpus, and the keys that name them
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
-Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
+StrategyName = Literal[*STRATEGIES, "untrained"]
 Column = Annotated[str, Field(min_length=1)]  # of obs
 Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
 Percentage = Annotated[float, Field(gt=0, le=100)]
@@ -68,7 +69,7 @@ class Grid(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Annotated[str, Field(min_length=1)]  # in the plan
-    strategies: Annotated[list[Strategy], Field(min_length=1)] | None = None
+    strategies: Annotated[list[StrategyName], Field(min_length=1)] | None = None
     percentages: Annotated[list[Percentage], Field(min_length=1)] | None = None
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
     models: Annotated[list[str], Field(min_length=1)] | None = None
@@ -128,7 +129,7 @@ class Embedding(BaseModel):
     dataset: str  # name of the evaluation data set
     file: str  # an .h5ad file with its cells, matched by name,
     key: str | None = None  # and the embedding in obsm; by default "X_" and the model
-    strategy: Strategy | None = None  # of the subset that it was pretrained on: one of the study's,
+    strategy: StrategyName | None = None  # of the subset that it was pretrained on: one of the study's,
     percentage: Annotated[float, Field(ge=0, le=100)] | None = None  # or all three left out for a checkpoint
     seed: Seed | None = None
 
@@ -179,7 +180,7 @@ class Params(BaseModel):
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
 
-    strategies: Annotated[list[Strategy], Field(min_length=1)]
+    strategies: Annotated[list[StrategyName], Field(min_length=1)]
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
     seeds: Annotated[list[Seed], Field(min_length=1)]
     adaptive: bool = False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.grow`
@@ -279,7 +280,9 @@ class Params(BaseModel):
         if self.split_by in ROLES and self.split_by not in self.columns():
             needed = ROLES[self.split_by]
             raise ValueError(f"split_by: {self.split_by} needs {needed}: name the column, or split by cell")
-        if self.spike_in is None and any(strategy.startswith("spikein") for strategy, _, _ in self.subsets()):
+        if self.spike_in is None and any(
+            STRATEGIES[name].spiked for name, _, _ in self.subsets() if name in STRATEGIES
+        ):
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
 
     def _check_evaluation(self) -> None:
@@ -402,7 +405,7 @@ class Params(BaseModel):
             for strategy in strategies
             for percentage in ([0.0] if strategy == "untrained" else sorted(percentages))
             for seed in grid.seeds or self.seeds
-            if percentage < 100 or strategy.startswith(("random", "untrained", "spikein"))
+            if percentage < 100 or STRATEGIES[strategy].of_all
         ]
         return [(model, subset) for model in grid.models or self.models for subset in subsets]
 

@@ -17,6 +17,7 @@ from datawall.params import Params
 from datawall.starter import FEW
 from datawall.study import Study
 
+CONTEXTS = 3  # of perturbation response; when one is held out, two are too few to learn from
 RARE = 10  # held-out cells; on fewer, a type or context is judged by chance
 
 
@@ -127,6 +128,13 @@ def _perturbation(p: Params, obs: pd.DataFrame, found: Findings) -> None:
         joining.treatments(obs, p.evaluation_sets()[p.held_out_name], p)
     except CorpusError as error:
         found.errors.append(f"{p.perturbation_key}: {error}")
+        return
+    both = (pd.crosstab(obs["cell_type"], obs["perturbation"] == p.control) > 0).all(axis=1).sum()
+    if both <= CONTEXTS:
+        found.warnings.append(
+            f"perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, from which it cannot "
+            f"tell an embedding from noise; data of {CONTEXTS + 1} contexts or more can."
+        )
 
 
 def _few(n_held_out: pd.Series, what: str, found: Findings) -> None:

@@ -188,7 +188,9 @@ def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: n
     else:
         of = context[train_control], context[train_treated]
         predicted = baselines.mean_shift(control, X[train_control], X[train_treated], of)
-    return tasks.perturbation.response_metrics(predicted, truth, control)
+    others = tasks.perturbation.usable_contexts(treated & ~here, context)
+    others = tasks.perturbation.changes(X, treated, context, [name for name in others if name != held_out])
+    return tasks.perturbation.response_metrics(predicted, truth, control, others)
 
 
 def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:

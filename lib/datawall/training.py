@@ -229,14 +229,18 @@ def train(
     shown = None if rank == 0 else True  # None: where stderr is a terminal
     bar = tqdm(total=recipe.steps, initial=len(state.losses), desc="training", disable=shown, leave=False)
     # Not `torch.manual_seed`: it also queues a call for GPUs that are not there, with a traceback, at every step.
-    generator = torch.cuda.default_generators[where.index or 0] if where.type == "cuda" else torch.default_generator
+    generators = [torch.default_generator]  # of a GPU's run too: masks are drawn on the CPU
+    if where.type == "cuda":
+        generators.append(torch.cuda.default_generators[where.index or 0])
     pending: list[tuple[int, np.ndarray, Tensor]] = []
     saved = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for cells in load(shares()) if load else (rows for _, rows in shares()):
             step, rows = taken.popleft()
             seen.add(rows)
-            generator.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+            of_step = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+            for generator in generators:
+                generator.manual_seed(of_step)
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):

@@ -1,15 +1,19 @@
 """The encoder: a BERT over packed token sequences, with a masked-token objective.
 
 Sequences of different lengths lie end to end in one row of token ids; `offsets` says where each begins.
-No layer but attention ever sees padding, on a CPU not even that, and the prediction head runs at masked positions
-alone: at 15 % masking and a vocabulary of 25,000 genes the head would otherwise cost more than the encoder.
+No layer ever sees padding, and the prediction head runs at masked positions alone: at 15 % masking and a vocabulary
+of 25,000 genes the head would otherwise cost more than the encoder. What a step must know of its batch (lengths,
+masked positions) is worked out on the CPU and sent with it, so that a GPU is never waited for.
 
 Nothing here knows about single cells; only torch is imported.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +23,12 @@ from torch import Tensor, nn
 PAD, MASK = 0, 1
 N_SPECIAL = 2
 IGNORED = -100
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of the prediction head, whose output is never whole in memory
+COMPILED = os.environ.get("DATAWALL_COMPILE", "1") == "1"  # whether layers are compiled on a GPU
+
+# From queries, keys, values (T, H, D), offsets of queries' sequences and of keys' (B + 1,) int32, and the longest of
+# either to (T, H, D): the signature of `torch.nn.attention.varlen.varlen_attn`.
+type Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.out = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        n_tokens, width = x.shape
-        q, k, v = self.qkv(x).view(n_tokens, 3 * self.n_heads, -1).chunk(3, dim=1)  # each (T, H, D)
+    def forward(self, x: Tensor, layout: Layout, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3 * self.n_heads, -1).chunk(3, dim=1)  # each (T, H, D)
         if self.training and self.dropout:
-            v = v * F.dropout(v.new_ones(n_tokens, self.n_heads, 1), self.dropout)
-        return self.out(layout.attend(q, k, v).reshape(n_tokens, width))
+            v = v * F.dropout(v.new_ones(len(x), self.n_heads, 1), self.dropout)
+        return attend(q, k, v, layout.offsets, layout.offsets, layout.longest, layout.longest).reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -71,18 +80,65 @@ class Layer(nn.Module):
         self.output_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, layout)))
+    def forward(self, x: Tensor, layout: Layout, attend: Attend) -> Tensor:
+        finish = _compiled(Layer.finish) if COMPILED and x.is_cuda else Layer.finish
+        return finish(self, x, self.attention(x, layout, attend))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """All that follows attention: each token on its own, so that compiled code fits batches of any length."""
+        x = self.attention_norm(x + self.dropout(self.attention.out(attended)))
         return self.output_norm(x + self.dropout(self.narrow(F.relu(self.widen(x)))))
 
 
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)
+
+
+def attention(where: torch.device, n_channels: int) -> Attend:
+    """What attends on a device, in heads of so many channels: one kernel for packed sequences where there is one."""
+    if where.type == "cpu":
+        return attend_in_turn
+    half = where.type == "cuda" and torch.is_autocast_enabled("cuda") and n_channels % 8 == 0 and n_channels <= 256
+    if half and torch.cuda.get_device_capability(where) >= (8, 0):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn
+    return attend_padded
+
+
+def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
+    """Attention, one sequence after the other, or in one call if all are of one length; for a CPU."""
+    n_sequences = len(offsets) - 1
+    if n_sequences * longest == len(q):
+        q, k, v = (each.view(n_sequences, longest, *each.shape[1:]).transpose(1, 2) for each in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    sizes = offsets.diff().tolist()
+    parts = zip(*(each.transpose(0, 1).split(sizes, dim=1) for each in (q, k, v)), strict=True)
+    y = [F.scaled_dot_product_attention(*(each[None] for each in part))[0] for part in parts]  # (H, L, D)
+    return torch.cat(y, dim=1).transpose(0, 1)
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
+    """Attention, all sequences at once, padded to the longest; for a GPU in single precision, or an old one."""
+    token = torch.arange(len(q), dtype=offsets.dtype, device=q.device)
+    sequence = torch.searchsorted(offsets[1:], token, right=True)
+    place = sequence, (token - offsets.index_select(0, sequence)).long()
+    keys = torch.arange(longest, device=q.device) < offsets.diff()[:, None]  # (B, L)
+    shape = len(offsets) - 1, longest, *q.shape[1:]
+    q, k, v = (each.new_zeros(shape).index_put(place, each).transpose(1, 2) for each in (q, k, v))  # (B, H, L, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None]).transpose(1, 2)[place]
+
+
 class Layout:
-    """Where the sequences of a packed batch lie, and how to pad them for attention and pack them again.
+    """Where the sequences of a packed batch lie.
 
     Parameters
     ----------
     offsets
-        (B + 1,) int64, first token of each sequence and the total at the end.
+        (B + 1,) int64 on the CPU, first token of each sequence and the total at the end.
+    where
+        Device of the batch.
 
     Raises
     ------
@@ -90,55 +146,27 @@ class Layout:
         If a sequence is empty: attention over no keys is undefined.
     """
 
-    def __init__(self, offsets: Tensor) -> None:
+    def __init__(self, offsets: Tensor, where: torch.device | str = "cpu") -> None:
         lengths = offsets.diff()
         if (lengths < 1).any():
             raise ValueError("a packed sequence is empty; drop cells without any token first.")
-        self.n_sequences = len(lengths)
-        self.sequence = torch.repeat_interleave(
-            torch.arange(self.n_sequences, device=offsets.device), lengths
-        )  # (T,) which sequence a token belongs to
-        self.position = torch.arange(len(self.sequence), device=offsets.device) - offsets[self.sequence]  # (T,)
         self.longest = int(lengths.max())
-        self.lengths = lengths
-        self.sizes = lengths.tolist()
-        self.padded = self.longest * self.n_sequences != len(self.sequence)
-        keys = torch.arange(self.longest, device=offsets.device) < lengths[:, None]  # (B, L)
-        self.key_mask = keys[:, None, None, :]  # (B, 1, 1, L)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of each sequence's tokens to one another: queries, keys, values (T, H, D) to (T, H, D)."""
-        if not self.padded:
-            shape = self.n_sequences, self.longest, *q.shape[1:]
-            q, k, v = (each.view(shape).transpose(1, 2) for each in (q, k, v))  # (B, H, L, D)
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-        # One call keeps a GPU busy; a CPU gains more from not working on padding.
-        return self.attend_each(q, k, v) if q.device.type == "cpu" else self.attend_padded(q, k, v)
-
-    def attend_each(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend`, one sequence after the other."""
-        parts = zip(*(each.transpose(0, 1).split(self.sizes, dim=1) for each in (q, k, v)), strict=True)
-        y = [F.scaled_dot_product_attention(*(each[None] for each in part))[0] for part in parts]  # (H, L, D)
-        return torch.cat(y, dim=1).transpose(0, 1)
-
-    def attend_padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend`, all sequences at once."""
-        q, k, v = (self.pad(each).transpose(1, 2) for each in (q, k, v))  # (B, H, L, D)
-        return self.pack(F.scaled_dot_product_attention(q, k, v, attn_mask=self.key_mask).transpose(1, 2))
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(T, ...) to (B, L, ...), zeros after each sequence's end."""
-        shape = (self.n_sequences, self.longest, *x.shape[1:])
-        return x.new_zeros(shape).index_put((self.sequence, self.position), x)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, L, ...) back to (T, ...)."""
-        return x[self.sequence, self.position]
+        sequence = torch.repeat_interleave(lengths)  # (T,) which sequence a token belongs to
+        position = torch.arange(len(sequence)) - offsets[sequence]  # (T,)
+        self.offsets, self.sequence, self.position = (
+            send(each, where) for each in (offsets.to(torch.int32), sequence, position)
+        )
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of the tokens of each sequence: (T, C) to (B, C)."""
-        total = x.new_zeros(self.n_sequences, x.shape[1]).index_add(0, self.sequence, x)
-        return total / self.lengths[:, None]
+        lengths = self.offsets.diff()
+        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, self.sequence, x) / lengths[:, None]
+
+
+def send(tensor: Tensor, where: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device, which is not waited for."""
+    where = torch.device(where)
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 class Encoder(nn.Module):
@@ -147,6 +175,8 @@ class Encoder(nn.Module):
     Gives the same logits as `transformers.BertForMaskedLM` with the same weights (a test proves it). BERT's
     token-type embedding is left out: with one type it is a constant that the position embedding absorbs.
     """
+
+    attend: Attend | None = None  # set it to attend in another way than `attention` chooses
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -170,35 +200,65 @@ class Encoder(nn.Module):
     def hidden(self, ids: Tensor, layout: Layout, n_layers: int | None = None) -> Tensor:
         """Token vectors (T, C) after the first `n_layers` layers; after all of them by default."""
         x = self.dropout(self.norm(self.tokens(ids) + self.positions(layout.position)))
+        attend = self.attend or attention(x.device, self.config.n_embd // self.config.n_heads)
         for layer in self.layers[:n_layers]:
-            x = layer(x, layout)
+            x = layer(x, layout, attend)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token id, (N, V), for N token vectors (N, C)."""
         return F.linear(self.head_norm(F.relu(self.head(hidden))), self.tokens.weight, self.head_bias)
 
-    def forward(self, ids: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats, at the positions where `targets` is not `IGNORED`.
+    def forward(self, ids: Tensor, layout: Layout, chosen: Tensor, originals: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats, of the tokens at some positions.
 
         Parameters
         ----------
         ids
             (T,) int64 token ids of the packed sequences, masked ones replaced.
-        offsets
-            (B + 1,) int64 beginnings of the sequences.
-        targets
-            (T,) int64 original ids where the loss is taken, `IGNORED` elsewhere.
+        layout
+            Where the sequences lie.
+        chosen, originals
+            (N,) int64 positions to predict, and the token ids that belong there; see `to_predict`.
         """
-        chosen = targets != IGNORED
-        hidden = self.hidden(ids, Layout(offsets))
-        return F.cross_entropy(self.logits(hidden[chosen]).float(), targets[chosen])
+        hidden = self.head_norm(F.relu(self.head(self.hidden(ids, layout).index_select(0, chosen))))
+        learning = torch.is_grad_enabled()
+        return _CrossEntropy.apply(hidden, self.tokens.weight, self.head_bias, originals, learning)
 
     @torch.no_grad()
-    def embed(self, ids: Tensor, offsets: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, layout: Layout) -> Tensor:
         """Mean over tokens of the second-to-last layer's vectors, (B, C), as Geneformer's embedding is taken."""
-        layout = Layout(offsets)
-        return layout.mean(self.hidden(ids, layout, n_layers=self.config.n_layers - 1).float())
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            hidden = self.hidden(ids, layout, n_layers=self.config.n_layers - 1)
+        return layout.mean(hidden.float())
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a linear layer's output, some rows at a time; gradients are taken on the way forward."""
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, learning: bool) -> Tensor:
+        d_inputs, d_weight, d_bias = torch.empty_like(inputs), torch.zeros_like(weight), torch.zeros_like(bias)
+        total = torch.zeros((), device=inputs.device)
+        n_rows = max(1, LOGITS_AT_ONCE.get(inputs.device.type, 2**27) // len(weight))
+        for first in range(0, len(inputs), n_rows):
+            some = slice(first, first + n_rows)
+            logits, target = F.linear(inputs[some], weight, bias).float(), targets[some, None]
+            log_sum = logits.logsumexp(1, keepdim=True)
+            total += (log_sum - logits.gather(1, target)).sum()
+            if learning:
+                share = logits.sub_(log_sum).exp_()
+                share.scatter_add_(1, target, -torch.ones_like(log_sum))
+                d_inputs[some] = share @ weight
+                d_weight += share.T @ inputs[some]
+                d_bias += share.sum(0)
+        ctx.gradients, ctx.n_rows = (d_inputs, d_weight, d_bias), len(inputs)
+        return total / len(inputs)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so of use once
+        return *(each.mul_(gradient / ctx.n_rows) for each in gradients), None, None
 
 
 def mask_tokens(
@@ -216,7 +276,7 @@ def mask_tokens(
     vocab_size
         Number of token ids, special tokens included; random tokens are never special.
     generator
-        Source of randomness, on the device of `ids`; torch's global one by default.
+        Source of randomness; torch's global one by default.
     share
         Probability that a token is chosen, in (0, 1].
 
@@ -233,6 +293,12 @@ def mask_tokens(
     masked = torch.where(chosen & (fate < 0.8), torch.full_like(ids, MASK), ids)
     masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), random_ids, masked)
     return masked, torch.where(chosen, ids, torch.full_like(ids, IGNORED))
+
+
+def to_predict(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that `mask_tokens` chose, and the token ids that were there; taken on the CPU, where nobody waits."""
+    chosen = torch.nonzero(targets != IGNORED).view(-1)
+    return chosen, targets[chosen]
 
 
 def chance_loss(vocab_size: int) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from alternate import report, seconds_of
 
-from datawall.transformer import IGNORED, N_SPECIAL, Encoder, EncoderConfig, mask_tokens
+from datawall.transformer import IGNORED, N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, to_predict
 
 sys.path.append(str(Path(__file__).parents[1]))
 from test_transformer import bert_with_the_weights_of, padded
@@ -41,7 +41,9 @@ batch = {
     "labels": at_full_length(targets, IGNORED),
 }
 with torch.no_grad():
-    torch.testing.assert_close(ours.eval()(masked, offsets, targets), peer.eval()(**batch).loss, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        ours.eval()(masked, Layout(offsets), *to_predict(targets)), peer.eval()(**batch).loss, atol=1e-4, rtol=0
+    )
 
 
 def step(model, loss_of):
@@ -66,6 +68,6 @@ report(
     "tokens",
     len(ids),
     step(peer, lambda: peer(**batch).loss),
-    step(ours, lambda: ours(masked, offsets, targets)),
+    step(ours, lambda: ours(masked, Layout(offsets), *to_predict(targets))),
     floor=operations / speed,
 )

@@ -19,7 +19,7 @@ from datawall.cellstore import Cells
 from datawall.hyperparameters import check
 from datawall.models import base
 from datawall.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
-from datawall.transformer import IGNORED, Encoder, EncoderConfig, Layout, mask_tokens
+from datawall.transformer import Encoder, EncoderConfig, Layout, mask_tokens, send, to_predict
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,7 @@ class Geneformer:
         where = training.device()
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> torch.Tensor:
-            ids, offsets = _tensors(cells[1], where)
-            masked, targets = mask_tokens(ids, tokenizer.vocab_size)
-            return forward(masked, offsets, targets)
+            return forward(*_masked(cells[1], tokenizer.vocab_size, where))
 
         recipe = training.Recipe(
             steps=steps,
@@ -123,8 +121,7 @@ class Geneformer:
             log.warning("%d cells express no gene of the vocabulary; they embed as zero.", n_empty)
         where = next(self.encoder.parameters()).device
         for cells in _alike(tokens):
-            ids, offsets = _tensors(tokens.take(cells), where)
-            embedding[cells] = self.encoder.embed(ids, offsets).cpu().numpy()
+            embedding[cells] = self.encoder.embed(*_packed(tokens.take(cells), where)).cpu().numpy()
         return embedding
 
     def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], torch.Tensor]]:
@@ -135,8 +132,7 @@ class Geneformer:
         def encode(counts: sp.csr_matrix) -> torch.Tensor:
             tokens = tokenizer.encode(counts[:, self.genes])
             some = np.flatnonzero(np.diff(tokens.offsets))
-            ids, offsets = _tensors(tokens.take(some), where)
-            layout = Layout(offsets)
+            ids, layout = _packed(tokens.take(some), where)
             of_some = layout.mean(encoder.hidden(ids, layout, n_layers).float())
             rows = torch.from_numpy(some).to(where)
             return of_some.new_zeros(counts.shape[0], of_some.shape[1]).index_copy(0, rows, of_some)
@@ -150,10 +146,9 @@ class Geneformer:
         tokens = tokenizer.encode(counts[:, self.genes])
         losses, n_hidden = [], []
         for cells in _alike(tokens):
-            ids, offsets = _tensors(tokens.take(cells), where)
-            masked, targets = mask_tokens(ids, tokenizer.vocab_size)
-            losses.append(self.encoder(masked, offsets, targets).item())
-            n_hidden.append(int((targets != IGNORED).sum()))
+            batch = _masked(tokens.take(cells), tokenizer.vocab_size, where)
+            losses.append(self.encoder(*batch).item())
+            n_hidden.append(len(batch[-1]))
         return float(np.average(losses, weights=n_hidden)) if losses else float("nan")
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
@@ -209,6 +204,15 @@ def _alike(tokens: Tokens) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(batch)) + 1) if len(order) else []
 
 
-def _tensors(tokens: Tokens, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and offsets as int64 tensors on a device."""
-    return torch.from_numpy(tokens.ids).to(where, torch.int64), torch.from_numpy(tokens.offsets).to(where)
+def _packed(tokens: Tokens, where: torch.device) -> tuple[torch.Tensor, Layout]:
+    """Token ids and their layout on a device."""
+    return send(torch.from_numpy(tokens.ids).long(), where), Layout(torch.from_numpy(tokens.offsets), where)
+
+
+def _masked(
+    tokens: Tokens, vocab_size: int, where: torch.device
+) -> tuple[torch.Tensor, Layout, torch.Tensor, torch.Tensor]:
+    """What the encoder learns from, on a device: ids with some tokens hidden, their layout, and what is hidden."""
+    ids, targets = mask_tokens(torch.from_numpy(tokens.ids).long(), vocab_size)
+    hidden = (send(each, where) for each in to_predict(targets))
+    return send(ids, where), Layout(torch.from_numpy(tokens.offsets), where), *hidden

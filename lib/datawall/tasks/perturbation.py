@@ -111,12 +111,19 @@ def perturbation_response(
     test = ~treated & (context == held_out)
     with torch.no_grad():
         predicted = head(inputs(test)).cpu().numpy()
-    return response_metrics(predicted, expression[treated & (context == held_out)], expression[test])
+    others = changes(expression, treated, context, train_contexts)
+    return response_metrics(predicted, expression[treated & (context == held_out)], expression[test], others)
 
 
 def usable_contexts(treated: np.ndarray, context: np.ndarray) -> list[str]:
     """Contexts, sorted, that have control and treated cells."""
     return np.intersect1d(context[treated].astype(str), context[~treated].astype(str)).tolist()
+
+
+def changes(expression: np.ndarray, treated: np.ndarray, context: np.ndarray, contexts: list[str]) -> np.ndarray:
+    """Change of mean expression with treatment in each of the contexts, (n_contexts, n_genes)."""
+    means = ([expression[(context == name) & side].mean(axis=0) for name in contexts] for side in (treated, ~treated))
+    return np.subtract(*map(np.stack, means))
 
 
 def _nearest(control: np.ndarray, treated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,11 +156,13 @@ def _matched(
     return np.stack([side[rows] for side, rows in zip(sides, pairs, strict=True)])
 
 
-def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> Metrics:
+def response_metrics(
+    predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, others: np.ndarray | None = None
+) -> Metrics:
     """How well predicted expression agrees with that of treated cells.
 
-    Intervals are over the treated cells, the prediction and the control cells being as they are; the top genes are
-    those of all treated cells throughout. Chance is what predicting no change reaches.
+    Intervals are over the treated cells, the prediction and the control cells being as they are; the top genes, and the
+    weights, are those of all treated cells throughout. Chance is what predicting no change reaches.
 
     Parameters
     ----------
@@ -161,6 +170,8 @@ def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.nda
         (n_predicted, n_genes) log-normalised expression of predicted cells, or (n_genes,) their mean.
     treated, control
         (n_cells, n_genes) that of the context's treated and control cells.
+    others
+        `changes` of other contexts, among which the right one is to be told.
 
     Returns
     -------
@@ -173,8 +184,17 @@ def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.nda
         Pearson correlation of the predicted with the true change from control; 1 at best, 0 for no change.
     mse_top50, pearson_delta_top50
         The same over the 50 genes that tell treated from control cells best (`differential_genes`).
+    mse_weighted
+        mse with genes weighted by how much they respond (`response_weights`); 0 at best.
+    r2_delta_weighted
+        Share of the weighted variance of the true change that is predicted; 1 at best, and below 0 for a prediction
+        that is worse than one and the same change for all genes.
     direction_accuracy
-        Share of those genes that are predicted to change to the right side; 1 at best, 0 for no change.
+        Share of the 50 genes that are predicted to change to the right side; 1 at best, 0 for no change.
+    context_discrimination
+        Share of the other contexts whose true change is further from the prediction, by weighted squared distance, than
+        that of the context itself; 1 at best, 0 for a prediction that is further from it than from all others. Only
+        with `others`.
     energy_distance
         Between predicted and treated cells (see `energy_distance`); 0 at best. A prediction that is a mean misses the
         spread of cells, and is far from them by that alone.
@@ -182,7 +202,7 @@ def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.nda
     predicted, treated, control = (
         np.atleast_2d(np.asarray(X, dtype=np.float32)) for X in (predicted, treated, control)
     )
-    top = differential_genes(treated, control)
+    top, genes = differential_genes(treated, control), response_weights(treated, control)
     weights = np.vstack([np.ones(len(treated)), uncertainty.resamples(len(treated))]).astype(np.float32)
     means = (weights / len(treated)) @ treated
 
@@ -190,6 +210,11 @@ def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.nda
         mean, before = prediction.mean(axis=0), control.mean(axis=0)
         draws = {name: metric(mean, means, before) for name, metric in METRICS.items()}
         draws |= {name: metric(mean[top], means[:, top], before[top]) for name, metric in TOP_METRICS.items()}
+        draws |= {name: metric(mean, means, before, genes) for name, metric in WEIGHTED_METRICS.items()}
+        if others is not None:
+            own = np.square(means - mean) @ genes
+            further = np.square(others - (mean - before)) @ genes
+            draws["context_discrimination"] = (further > own[:, None]).mean(axis=1)
         return draws | {"energy_distance": _energy(prediction, treated, weights)}
 
     draws, chance = of(predicted), of(control)
@@ -199,17 +224,26 @@ def response_metrics(predicted: np.ndarray, treated: np.ndarray, control: np.nda
 
 
 def differential_genes(treated: np.ndarray, control: np.ndarray, n: int = N_TOP) -> np.ndarray:
-    """The n genes (all, where there are fewer) with the largest |t| of Welch's test between cells, best first.
+    """The n genes (all, where there are fewer) with the largest `_welch` score between cells, best first."""
+    return np.argsort(-_welch(treated, control), kind="stable")[:n]
 
-    Where a side has one cell only, those that differ most.
-    """
-    difference = treated.mean(axis=0) - control.mean(axis=0)
-    score = np.abs(difference, dtype=np.float64)
+
+def response_weights(treated: np.ndarray, control: np.ndarray) -> np.ndarray:
+    """(n_genes,) weights that sum to 1: the squares of `_welch` scores scaled to 0 to 1 (arXiv 2506.22641)."""
+    score = _welch(treated, control)
+    score = np.minimum(score, score[np.isfinite(score)].max(initial=1))
+    weights = np.square((score - score.min()) / (np.ptp(score) or 1))
+    return weights / weights.sum() if weights.any() else np.full(len(score), 1 / len(score))
+
+
+def _welch(treated: np.ndarray, control: np.ndarray) -> np.ndarray:
+    """|t| of Welch's test of each gene; where a side has one cell only, the difference."""
+    score = np.abs(treated.mean(axis=0) - control.mean(axis=0), dtype=np.float64)
     if min(len(treated), len(control)) > 1:
         squared_error = sum(X.var(axis=0, ddof=1, dtype=np.float64) / len(X) for X in (treated, control))
         with np.errstate(divide="ignore", invalid="ignore"):  # a change without any spread is the clearest
             score = np.where(score > 0, score / np.sqrt(squared_error), 0)
-    return np.argsort(-score, kind="stable")[:n]
+    return score
 
 
 def _mse(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
@@ -235,8 +269,18 @@ def _direction_accuracy(predicted: np.ndarray, treated: np.ndarray, control: np.
     return ((predicted - control) * (treated - control) > 0).mean(axis=-1)
 
 
+def _mse_weighted(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, genes: np.ndarray) -> np.ndarray:
+    return np.square(treated - predicted) @ genes
+
+
+def _r2_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, genes: np.ndarray) -> np.ndarray:
+    change = treated - control
+    total = np.square(change - (change @ genes)[..., None]) @ genes
+    return np.where(total > 0, 1 - np.square(treated - predicted) @ genes / np.where(total > 0, total, 1), 0)
+
+
 # Of mean expression over genes, (n_genes,) predicted and control, (..., n_genes) treated; a line here, and one in
-# metrics.csv, adds a metric, of all genes or of the differential ones.
+# metrics.csv, adds a metric, of all genes, of the differential ones, or with weights of genes.
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "mse": _mse,
     "pearson_r": _pearson_r,
@@ -247,6 +291,7 @@ TOP_METRICS = {
     "pearson_delta_top50": _pearson_delta,
     "direction_accuracy": _direction_accuracy,
 }
+WEIGHTED_METRICS = {"mse_weighted": _mse_weighted, "r2_delta_weighted": _r2_delta}
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -288,34 +333,54 @@ def _spaced(n_cells: int) -> np.ndarray:
     return np.linspace(0, n_cells - 1, min(n_cells, ENERGY_CELLS)).astype(int)
 
 
-def oracle(treated: np.ndarray, control: np.ndarray, *, seed: int = 0, repeats: int = 10) -> Metrics:
-    """The ceiling of `response_metrics`: half of a context's treated cells predicts the other half.
+def oracle(treated: np.ndarray, control: np.ndarray) -> Metrics:
+    """The ceiling of `response_metrics`: what the true means would reach against the means of so few treated cells.
+
+    A metric compares a prediction with the mean of the treated cells that there are, whose error is known: its variance
+    is that of cells over their number. So a prediction that is the truth has that for its mean squared error, and for
+    its correlation the root of the reliability, the share of the observed variance over genes that is no such error
+    (Spearman 1904): what halves of the cells give once Spearman's and Brown's formula is applied. Control cells are
+    taken as they are, the same in prediction and truth. Where genes are chosen or weighted by the same cells, as in all
+    metrics of top genes and weights, the ceiling is out of reach if the cells are few.
 
     Parameters
     ----------
     treated, control
         (n_cells, n_genes) log-normalised expression; at least two treated cells.
-    seed
-        Of the halves.
-    repeats
-        Halves drawn; metrics and ends of their intervals are means over them.
 
     Raises
     ------
     ValueError
         If there are fewer than two treated cells.
     """
+    from scipy.stats import norm
+
     if len(treated) < 2:
-        raise ValueError(f"{len(treated)} treated cells cannot be halved; hold out a context with more.")
-    rng = np.random.default_rng(seed)
-    halves = [np.array_split(rng.permutation(len(treated)), 2) for _ in range(repeats)]
-    rows = [response_metrics(treated[one], treated[other], control) for one, other in halves]
+        raise ValueError(f"{len(treated)} treated cells have no spread; hold out a context with more.")
+    error = treated.var(axis=0, ddof=1, dtype=np.float64) / len(treated)
+    after, change = treated.mean(axis=0, dtype=np.float64), treated.mean(axis=0) - control.mean(axis=0)
+    top, genes = differential_genes(treated, control), response_weights(treated, control)
 
-    def mean(name: str, part: str) -> np.ndarray:
-        return np.mean([getattr(metrics, part)[name] for metrics in rows], axis=0)
+    def reliable(values: np.ndarray, error: np.ndarray, weights: np.ndarray) -> float:
+        """Share of the weighted variance over genes that is not error."""
+        weights = weights / weights.sum()
+        total = np.square(values - weights @ values) @ weights
+        return max(0.0, 1 - error @ (weights * (1 - weights)) / total) if total > 0 else 0.0
 
+    alike = np.ones(len(error))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        certain = norm.cdf(np.nan_to_num(np.abs(change[top]) / np.sqrt(error[top]), nan=0))
     return Metrics(
-        {name: np.mean([metrics[name] for metrics in rows]) for name in rows[0]},
-        {name: tuple(mean(name, "intervals").tolist()) for name in rows[0]},
-        {name: float(mean(name, "chance")) for name in rows[0]},
+        {
+            "mse": error.mean(),
+            "pearson_r": reliable(after, error, alike) ** 0.5,
+            "pearson_delta": reliable(change, error, alike) ** 0.5,
+            "mse_top50": error[top].mean(),
+            "pearson_delta_top50": reliable(change[top], error[top], alike[top]) ** 0.5,
+            "mse_weighted": error @ genes,
+            "r2_delta_weighted": reliable(change, error, genes),
+            "direction_accuracy": certain.mean(),
+            "context_discrimination": 1.0,
+            "energy_distance": 0.0,
+        }
     )
