@@ -84,8 +84,9 @@ class Geneformer:
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
         where = training.device()
 
-        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> torch.Tensor:
-            return forward(*_masked(cells[1], tokenizer.vocab_size, where))
+        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> tuple[torch.Tensor, int]:
+            *given, originals = _masked(cells[1], tokenizer.vocab_size, where)
+            return forward(*given, originals), len(originals)
 
         recipe = training.Recipe(
             steps=steps,
