@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from datawall import assembly, cellstore, corpus, datasets, duplicates, expression, joining, sampling, store
+from datawall import assembly, cellstore, datasets, duplicates, expression, joining, sampling, store
 from datawall.cellstore import Cells
 from datawall.params import Params
 from datawall.store import Artifact, Unit
@@ -129,7 +129,7 @@ class Curated:
 
         def make(folder: Path) -> None:
             assembly.make_corpus(self.params, folder)
-            self._check_contexts(cellstore.open(folder / cellstore.NAME))
+            joining.check_contexts(self.params, cellstore.open(folder / cellstore.NAME).obs["cell_type"].unique())
 
         return self.store.find_or_make(self.corpus_unit, make)
 
@@ -143,7 +143,7 @@ class Curated:
             If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
         """
         cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
-        self._check_contexts(cells)
+        joining.check_contexts(self.params, cells.obs["cell_type"].unique())
         return cells
 
     def split_rows(self, part: str) -> np.ndarray:
@@ -207,17 +207,6 @@ class Curated:
     def response_genes(self) -> np.ndarray:
         """(n_genes,) bool: the genes whose response is predicted, the most variable among the pretraining cells."""
         return expression.streamed_variable_genes(self.pretraining_cells.count_blocks, self.params.perturbation_genes)
-
-    def _check_contexts(self, cells: Cells) -> None:
-        """Refuse contexts to hold out that are no cell types, before anything is trained for them."""
-        if "perturbation_response" not in self.params.tasks:
-            return
-        types = sorted(cells.obs["cell_type"].unique())
-        if unknown := set(self.params.held_out_contexts or ()).difference(types):
-            raise corpus.CorpusError(
-                f"{self.params.corpus}: held_out_contexts names {sorted(unknown)}, but the types in "
-                f"{self.params.cell_type_key!r} are {types}; name some of these."
-            )
 
     def _make_split(self, folder: Path) -> None:
         p = self.params
