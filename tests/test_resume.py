@@ -115,7 +115,7 @@ def shared(file, *words, processes=2):
         return dict(arrays)
 
 
-@pytest.mark.parametrize("network", ["head", "SSL", "Geneformer"])
+@pytest.mark.parametrize("network", ["head", "SSL"])
 def test_two_processes_train_as_one(tmp_path, network):
     """Without what they draw each for themselves (dropout, masks, noise), and without batch normalisation."""
     one, two = (shared(tmp_path / f"{n}.npz", network, processes=n) for n in (1, 2))

@@ -152,7 +152,7 @@ def _shuffled(cells: np.ndarray, rng: np.random.Generator, cuts: np.ndarray) -> 
 
 def train(
     module: nn.Module,
-    loss_of: Callable[[Forward, Any, int], Tensor | tuple[Tensor, int]],
+    loss_of: Callable[[Forward, Any, int], Tensor],
     n_cells: int,
     recipe: Recipe,
     *,
@@ -166,9 +166,8 @@ def train(
 
     Where stderr is a terminal, a bar shows steps, their rate and the loss.
 
-    Under `torchrun` each process takes its share of every batch, and gradients are those of the mean over all of it,
-    so that the result is that of one process with the same recipe, up to rounding. What differs: each process draws
-    its own dropout, masks and noise, and knows only its own cells in batch normalisation and triplets.
+    Under `torchrun` each process takes its share of every batch and gradients are averaged, so that the result is
+    that of one process with the same recipe, up to rounding (and to the batch statistics of batch normalisation).
 
     Parameters
     ----------
@@ -177,7 +176,7 @@ def train(
     loss_of
         Loss, a scalar tensor, from `forward` (the module, or what runs it in several processes), the rows of the
         batch, or what `load` made of them, and the number of the step, from 0. It takes randomness from torch's
-        global generator alone. A mean over other things than cells comes with how many of them there are.
+        global generator alone.
     n_cells
         Cells that rows are drawn from.
     recipe
@@ -246,10 +245,6 @@ def train(
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 loss = loss_of(forward, cells, step)
-            loss, n = loss if isinstance(loss, tuple) else (loss, len(rows[rank::n_processes]))
-            if n_processes > 1:  # of which the mean is taken, over means of unequal numbers
-                dist.all_reduce(n_all := torch.tensor(float(n), device=where))
-                loss = loss * (n * n_processes / n_all)
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)

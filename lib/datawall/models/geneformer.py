@@ -79,9 +79,8 @@ class Geneformer:
         learned, validation_loss = base.hold_out(self, counts, None, rows, seed=seed)
         where = training.device()
 
-        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> tuple[torch.Tensor, int]:
-            *given, originals = _masked(cells[1], tokenizer.vocab_size, where)
-            return forward(*given, originals), len(originals)
+        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> torch.Tensor:
+            return forward(*_masked(cells[1], tokenizer.vocab_size, where))
 
         recipe = training.Recipe(
             steps=steps,
