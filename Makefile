@@ -24,10 +24,12 @@ test: .venv/ready
 faults: .venv/ready  # all faults, on the whole tiny study; `make test` has a short form
 	DATAWALL_FAULTS=full $(BIN)/python -m pytest tests/faults
 
-notebooks: .venv/ready  # execute in place and store the outputs
+notebooks: .venv/ready  # execute in place and store the outputs, and the figures
 	$(BIN)/python run_all.py params/quick.yaml
 	for n in $(NOTEBOOKS); do $(BIN)/jupyter execute --inplace $$n || exit 1; done
 	$(CLEAN) $(NOTEBOOKS)
+	rm -rf figures && cp -r runs/quick/figures figures
+	$(BIN)/python -c "from datawall import store; print(store.session()['code'])" > figures/code.txt
 
 lint: .venv/ready
 	$(BIN)/ruff check && $(BIN)/ruff format --check

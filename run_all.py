@@ -10,7 +10,9 @@ python run_all.py --check params/mine.yaml         what it would do with the dat
 from __future__ import annotations
 
 import argparse
+import locale
 import logging
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -183,7 +185,7 @@ def _new(options: argparse.Namespace) -> int:
         return input(f"{question} [{proposed}]: ").strip() or proposed
 
     given = {role: getattr(options, role) for role in starter.QUESTIONS}
-    asked = {"ask": ask if sys.stdin.isatty() else None, "say": print}
+    asked = {"ask": ask if sys.stdin.isatty() else None, "say": print, "settings": _overrides(options.set)}
     path = _shown(starter.new(options.new, options.corpus, given, **asked))
     print(f"written: {path}; look into it, then: python run_all.py --check {path}")
     return 0
@@ -334,5 +336,13 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(repository)) if path.is_relative_to(repository) else str(path)
 
 
+def _use_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding; what it cannot show is replaced."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": f"{sys.stdout.encoding}:replace"}
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
+
+
 if __name__ == "__main__":
+    _use_utf8()
     sys.exit(main())

@@ -84,7 +84,7 @@ def test_a_response_that_is_none_is_not_found():
     embedding = expression.pca_scores(X, 10)
     after, before = X[treated & (donor == "PW030")], X[~treated & (donor == "PW030")]
     metrics = tasks.perturbation_response(embedding, X, treated, donor, "PW030", seed=0, recipe=SHORT)
-    # No change is as good as it gets: nothing is closer than the control cells, and they are as close as others.
+    # No change is as good as it gets: the control cells are as close as any others of their kind.
     assert metrics["mse"] > metrics.chance["mse"]
     ceiling = perturbation.oracle(after, before)
     assert metrics.chance["energy_distance"] < 0.1

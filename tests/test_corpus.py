@@ -37,36 +37,6 @@ def renamed(adata, names):
 # Counts
 
 
-def test_counts_are_taken_from_the_layer_then_x_then_raw():
-    adata = toy()
-    ones, halves = sp.csr_matrix(np.ones(adata.shape)), sp.csr_matrix(np.full(adata.shape, 0.5))
-    adata.layers["counts"], adata.raw = ones * 3, ad.AnnData(ones * 7, var=adata.var)
-    adata.X = ones * 5
-    for place, value in (("layers['counts']", 3), ("X", 5), ("raw.X", 7)):
-        counts, var, found = corpus.raw_counts(adata, "mine")
-        assert (found, counts.format, counts.dtype) == (place, "csr", np.float32)
-        assert (counts.toarray() == value).all()
-        assert var.index.equals(adata.var_names)
-        if place == "X":
-            adata.X = halves
-        else:
-            adata.layers["counts"] = halves
-    adata.raw = ad.AnnData(halves, var=adata.var)
-    with pytest.raises(corpus.CorpusError) as error:
-        corpus.raw_counts(adata, "mine")
-    for place in ("layers['counts']", "X", "raw.X"):
-        assert f"{place} holds fractions (such as 0.5)" in str(error.value)
-
-
-def test_genes_of_raw_counts_are_those_of_raw():
-    full = toy()
-    adata = full[:, :15].copy()
-    adata.X = adata.X * 0.5
-    adata.raw = full
-    aligned, match = corpus.align(adata, "mine")
-    assert (match.counts_from, match.n_genes, aligned.n_vars) == ("raw.X", 20, 20)
-
-
 def with_values(*values, dtype=np.float32):
     adata = toy()
     dense = adata.X.toarray().astype(dtype)
@@ -86,8 +56,8 @@ def test_what_is_no_count_is_refused(value, fault, sparse):
     if sparse:
         adata.X = sp.csc_matrix(adata.X)
     with pytest.raises(corpus.CorpusError) as error:
-        corpus.raw_counts(adata, "mine")
-    for part in ("mine: ", fault, 'layers["counts"]'):
+        corpus.align(adata, "mine")
+    for part in ("mine: X ", fault, "non-negative integers"):
         assert part in str(error.value)
 
 
@@ -95,17 +65,10 @@ def test_what_is_no_count_is_refused(value, fault, sparse):
 def test_counts_that_single_precision_cannot_hold_are_refused(count, fine):
     adata = with_values(count, dtype=np.int64)
     if fine:
-        assert corpus.raw_counts(adata, "mine")[0].max() == count
+        assert corpus.align(adata, "mine")[0].X.max() == count
     else:
         with pytest.raises(corpus.CorpusError, match=r"counts above 16,777,216 \(up to 1\.67772e\+07\)"):
-            corpus.raw_counts(adata, "mine")
-
-
-def test_damaged_sparse_matrix_is_refused():
-    adata = toy()
-    adata.X.indices[0] = 99
-    with pytest.raises(corpus.CorpusError, match=r"mine: .*X is damaged"):
-        corpus.raw_counts(adata, "mine")
+            corpus.align(adata, "mine")
 
 
 def test_messages_are_one_line_of_bounded_length():
@@ -117,14 +80,14 @@ def test_messages_are_one_line_of_bounded_length():
 
 
 def test_values_that_are_no_numbers_are_refused():
-    with pytest.raises(corpus.CorpusError, match=r"mine: .*X holds object values, not numbers.*layers"):
-        corpus.raw_counts(with_values("two", dtype=object), "mine")
+    with pytest.raises(corpus.CorpusError, match=r"mine: X holds object values, not numbers"):
+        corpus.align(with_values("two", dtype=object), "mine")
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_no_cells_or_no_genes_is_refused(shape):
     with pytest.raises(corpus.CorpusError, match=rf"mine: {shape[0]} cells x {shape[1]} genes; it must have"):
-        corpus.raw_counts(ad.AnnData(np.zeros(shape, np.float32)), "mine")
+        corpus.align(ad.AnnData(np.zeros(shape, np.float32)), "mine")
 
 
 # Genes
@@ -150,6 +113,8 @@ def test_align_keeps_every_count_with_its_gene(ids):
         "matched": 17,
         "missing": 3,
         "duplicated": 0,
+        "other_features": 0,
+        "counts_found": round(float(dense.iloc[:, :17].to_numpy().sum() / dense.to_numpy().sum()), 4),
     }
     assert adata.var_names.tolist() == names
 
@@ -210,9 +175,16 @@ def test_ids_are_taken_from_a_column_of_var_before_symbols():
 
 def test_a_gene_is_what_its_id_says_not_its_symbol():
     adata = toy(ids=True)
-    adata.var["feature_name"] = toy().var_names[::-1].to_numpy()
-    aligned, _ = corpus.align(adata, "mine")
+    symbols = toy().var_names.to_numpy(copy=True)
+    symbols[:3] = symbols[2::-1]
+    adata.var["feature_name"] = symbols
+    aligned, match = corpus.align(adata, "mine")
     assert np.array_equal(aligned[:, adata.var_names].X.toarray(), adata.X.toarray())
+    [note] = match.notes
+    assert "the index and feature_name of var name different genes in 2 of 20 rows" in note
+    adata.var["feature_name"] = symbols[::-1]
+    with pytest.raises(corpus.CorpusError, match=r"mine: the index and feature_name .* in \d+ of 20 .*take the wrong"):
+        corpus.align(adata, "mine")
 
 
 def duplicate_cells():

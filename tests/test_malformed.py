@@ -318,7 +318,14 @@ def by_blocks(path):
 
 
 def in_memory(path):
-    adata, _ = corpus.align(datasets.load(str(path)), str(path), min_matched=0.4)
+    """As anndata reads it: what the readers here are held against."""
+    try:
+        adata = ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
+        if sp.issparse(adata.X):
+            adata.X.check_format(full_check=True)
+    except Exception as error:
+        raise corpus.CorpusError(f"{path.name}: {error}") from error
+    adata, _ = corpus.align(adata, str(path), min_matched=0.4)
     corpus.column(adata, str(path), "cell_type", "cell_type")
     return adata
 
@@ -395,5 +402,4 @@ def other_suffix(folder):
 )
 def test_what_is_no_such_file_is_named(tmp_path, make):
     path = make(tmp_path)
-    for read in (by_blocks, in_memory):
-        assert outcome(read, path, "no file")[1] is not None
+    assert outcome(by_blocks, path, "no file")[1] is not None

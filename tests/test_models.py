@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import torch
 from sklearn.decomposition import PCA
 
-from datawall import hyperparameters, models
+from datawall import expression, hyperparameters, models
 from datawall.models.base import NotFittedError
 from datawall.transformer import Encoder, EncoderConfig
 
@@ -168,13 +168,49 @@ def test_fitting_reports_its_budget(family):
     assert history.samples_seen == 4 * SMALL[family]["batch_size"]
     n = history.samples_seen
     if family != "SCimilarity":  # see below
-        assert history.unique_cells == min(n, 108 if family == "SSL" else 120)  # SSL keeps some to choose weights by
+        assert history.unique_cells == min(n, 108)  # a tenth chooses the weights
+
+
+@networks
+def test_the_weights_kept_are_those_of_the_lowest_validation_loss(family, monkeypatch):
+    """Whose loss is that of the cells set aside; the last weights are other ones, where training goes on too long."""
+    counts, obs = simulated(40)
+    settings, found = {"learning_rate": 0.05}, {}
+    for keep in ("best", "last"):
+        model = models.create(family, **SMALL[family] | settings, keep=keep)
+        history = model.fit(counts, obs, steps=60, seed=0)
+        found[keep] = model.embed(counts)
+        assert history.unique_cells == (36 if keep == "best" else 40)
+        assert len(history.validation_loss) == (10 if keep == "best" else 0)
+        if keep == "best":
+            _, loss = models.base.hold_out(model, counts, obs, np.arange(40), seed=0)
+            assert loss() == pytest.approx(history.validation_loss.min(), rel=1e-6)
+            assert history.validation_loss.argmin() < 9
+    assert not np.array_equal(found["best"], found["last"])
+
+
+@networks
+def test_a_panel_is_of_the_subsets_most_variable_genes_and_all_that_a_network_sees(family, tmp_path):
+    counts, obs = simulated()
+    model = models.create(family, **SMALL[family], n_genes=20)
+    model.fit(counts, obs, steps=2, seed=0)
+    expected = expression.variable_genes(expression.lognormalise(counts), 20)
+    np.testing.assert_array_equal(model.genes, np.flatnonzero(expected))
+    # Counts of genes beyond the panel change places: a cell's sum stays, and so does what the network sees.
+    others = counts.toarray()
+    others[:, ~expected] = others[:, ~expected][:, ::-1]
+    assert not np.array_equal(others, counts.toarray())
+    np.testing.assert_allclose(model.embed(sp.csr_matrix(others)), model.embed(counts), rtol=1e-5, atol=1e-6)
+    model.save(tmp_path)
+    np.testing.assert_array_equal(type(model).load(tmp_path).embed(counts), model.embed(counts))
+    with pytest.raises(ValueError, match=f"{family}: counts have 20 genes, the model {N_GENES}"):
+        model.embed(counts[:, expected])
 
 
 def test_scimilarity_counts_the_cells_that_it_drew():
     """With replacement, so that some come again before others come at all."""
     counts, obs = simulated()
-    history = models.create("SCimilarity", **SMALL["SCimilarity"]).fit(counts, obs, steps=4, seed=0)
+    history = models.create("SCimilarity", **SMALL["SCimilarity"], keep="last").fit(counts, obs, steps=4, seed=0)
     labels, studies, _ = models.scimilarity._codes(obs)
     weights = models.scimilarity.sampling_weights(labels, studies)
     drawn = np.concatenate(list(models.scimilarity.weighted_batches(weights, 32, 4, seed=0)))

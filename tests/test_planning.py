@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_the_published_study_is_80_subsets_400_models_and_6400_experiments():
     grid, *besides = planning.counts(shipped("paper"))
     subsets = (6 + 5 + 5) * 5  # sizes of the three strategies, seeds
     experiments = 80 * 5 * 4 * 4  # subsets, families, tasks, data sets
-    assert grid == ("paper", {"subsets": subsets, "models": 400, "experiments": experiments, "baselines": 36})
+    assert grid == ("paper", {"subsets": subsets, "models": 400, "experiments": experiments, "baselines": 52})
     assert (subsets, experiments) == (80, 6400)
     counted = {name: (of["subsets"], of["models"]) for name, of in besides}
     assert counted == {
@@ -109,11 +110,15 @@ def test_the_rehearsal_has_the_published_grid():
 @pytest.mark.parametrize("name", ["quick", "tiny", "model_size"])
 def test_counts_add_up_to_the_whole_study(name):
     study = shipped(name)
-    ((of, counts),) = planning.counts(study)
+    of, _ = planning.counts(study)[0]
+    counts = Counter()
+    for _, counted in planning.counts(study):
+        counts.update(counted)
     every = [one for task in study.params.tasks for one in evaluation.evaluations(study, task)]
     baselines = sum(isinstance(one.source, str) for one in every)
     assert of == name
-    assert (counts["subsets"], counts["models"]) == (len(study.subsets()), len(study.pretraining_runs()))
+    n_models = len(study.pretraining_runs()) + len(study.budget_runs())
+    assert (counts["subsets"], counts["models"]) == (len(study.subsets()), n_models)
     assert (counts["experiments"], counts["baselines"]) == (len(every) - baselines, baselines)
 
 
@@ -241,13 +246,16 @@ def test_stages_take_their_units_and_what_is_around_them():
     of = costs_of(study)
     curation, pretraining, *tasks, figures = planning.stages(study, of)
     assert curation.computing_seconds(2) == pytest.approx(sum(1.0 + 0.1 * 1000 for _ in range(4)))
-    assert [len(stage.needs) for stage in (pretraining, *tasks)] == [6, 6 + 2, 6 + 4]
+    assert [len(stage.needs) for stage in (pretraining, *tasks)] == [6, 6 + 4, 6 + 4]
     assert pretraining.computing_seconds(1) == pytest.approx(
         sum(of.run(run).seconds for run in study.pretraining_runs())
     )
     # The first task embeds, so that the second finds the embeddings there.
     embedded = 6 * (0.5 + 0.02 * 200)
-    assert tasks[0].computing_seconds(1) == pytest.approx(3 * 2**0.5 * 6 + embedded + 3 * 8.0 * 4 + 3 * 2.0 * 2)
+    others = 2 * 3 * 2**0.5  # baselines that were not calibrated count as a model
+    assert tasks[0].computing_seconds(1) == pytest.approx(
+        3 * 2**0.5 * 6 + embedded + 3 * 8.0 * 4 + 3 * 2.0 * 2 + others
+    )
     assert tasks[1].computing_seconds(1) == pytest.approx(costs.CONTEXTS * (6 * 1.0 * 2 + 4 * 0.5), rel=0.5)
     assert figures.wall_seconds(2) == pytest.approx(planning.NOTEBOOK * 3.0)
 
@@ -285,7 +293,7 @@ def test_units_declare_what_they_need(tmp_path, monkeypatch):
 
     monkeypatch.setattr("datawall.cluster.run_units", run_units)
     evaluation.evaluate(study, "zeroshot_classification")
-    assert {name: len(needs) for name, needs in declared.items()} == {"pretraining": 3, "zeroshot_classification": 5}
+    assert {name: len(needs) for name, needs in declared.items()} == {"pretraining": 3, "zeroshot_classification": 7}
     assert min(sum(need.seconds for need in needs) for needs in declared.values()) > 0
     for need in itertools.chain(*declared.values()):
         assert costs.BASE_GIB < need.memory_gib < costs.BASE_GIB + 0.1
@@ -326,7 +334,7 @@ def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
     assert costs.calibration_of("mine") == known
     assert [each["family"] for each in known["models"]] == study.params.models
     assert {task: set(of) for task, of in known["tasks"].items()} == {
-        "zeroshot_classification": {"HVG", "PCA", "model"},
+        "zeroshot_classification": {"HVG", "PCA", "PCA-10", "PCA-20", "model"},
         "perturbation_response": {"NoChange", "MeanShift", "TreatedMean", "Oracle", "model"},
     }
     for each in known["models"]:
@@ -361,7 +369,7 @@ def plan(*words, **environment):
 
 def test_plan_of_the_published_study_needs_no_network(tmp_path):
     shown = plan("params/paper.yaml", "--set", "workers=8", DATAWALL_CACHE=str(tmp_path))
-    assert "paper: 80 subsets, 400 models, 6,400 experiments, 36 baselines\n" in shown
+    assert "paper: 80 subsets, 400 models, 6,400 experiments, 52 baselines\n" in shown
     assert "besides, spike-ins of 50 %: 15 subsets, 45 models, 720 experiments\n" in shown
     stages = ["curation", "pretraining", *shipped("paper").params.tasks, "figures", "all"]
     amounts = r" +[\d,]+ +[\d,.]+\s(s|min|h|days) +[\d,]+\.\d\d +[\d,]+\.\d\d +[\d.]+ GiB +[\d,.]+ GiB"
@@ -374,7 +382,7 @@ def test_plan_of_the_published_study_needs_no_network(tmp_path):
 
 
 def test_plan_says_what_the_rehearsal_comes_to():
-    assert "paper_rehearsal: 80 subsets, 400 models, 6,400 experiments, 36 baselines\n" in plan("paper_rehearsal")
+    assert "paper_rehearsal: 80 subsets, 400 models, 6,400 experiments, 52 baselines\n" in plan("paper_rehearsal")
 
 
 # Evaluation on cells beyond the simulated corpus

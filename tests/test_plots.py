@@ -68,6 +68,12 @@ def figures(runs, points):
     effects = pd.DataFrame({"model": ["SSL", "scVI"], "difference": [0.1, -0.1], "p_adjusted": [0.01, 0.2]})
     effects = effects.assign(task="t", strategy="geometric_sketching", low=-0.1, high=0.2)
     seconds = pd.DataFrame({"model": ["SSL", "scVI"], "seconds": [2.0, 30.0]})
+    checked = pd.DataFrame({"model": ["SSL", "scVI"], "change": [0.03, -0.01], "half": 0.7, "once": 0.8, "twice": 0.83})
+    checked = checked.assign(task="reconstruction", dataset="lung", percentage=10.0)
+    both = pd.DataFrame({"model": ["SSL"] * 3 + ["scVI"] * 3, "percentage": [1.0, 10, 100] * 2})
+    both = both.assign(explained=[0.1, 0.2, 0.3] * 2, score=[0.7, 0.8, 0.9, 0.9, 0.8, 0.7])
+    sized = pd.DataFrame({"study": ["this corpus"] * 2 + ["published"], "n_cells": [98, 9799, 177525]})
+    sized = sized.assign(dataset="lung", model="SSL", error=[0.2, 0.1, 0.05])
     curves = "rises by over 0.02 in 1 of 2 curves, falls in 1;\nbeside the best baseline, at the best of their sizes: "
     curves += "none above, 1 level (SSL), 1 below (scVI)"
     types = "Effective number of cell types at 1 % of the corpus: random 2, cell-type reweighted 3, geometric sketch 4"
@@ -81,6 +87,18 @@ def figures(runs, points):
         "plots.per_class_curves": (
             plots.per_class_curves(f1, n_types=1),
             "lung, commonest types: +0.05; lung, rarest types: +0.40",
+        ),
+        "plots.budgets": (
+            plots.budgets(checked),
+            "What twice the steps gain at most, over tasks and sizes: SSL +0.030, scVI -0.010",
+        ),
+        "plots.loss_and_score": (
+            plots.loss_and_score(both, "micro_f1"),
+            "Rank correlation over runs of share of chance loss gone and micro-F1: SSL +1.00, scVI -1.00",
+        ),
+        "plots_published.beside_published": (
+            plots_published.beside_published(sized),
+            "Errors against cells, log axes: this corpus 98 to 9,799 cells, published 177,525 to 177,525 cells",
         ),
         "plots.variants": (plots.variants(runs, "micro_f1"), "Best micro-F1 at 100 % of the corpus: SSL (lung)"),
         "plots.embeddings": (plots.embeddings({"a": layout}, ["cell_type"], "Types lie apart"), "Types lie apart"),

@@ -44,7 +44,8 @@ def test_learning_curves_have_a_panel_for_each_model_and_data_set(classification
     figure = figures.learning_curves(classification, "micro_f1")
     assert len(panels(figure)) == 20
     assert [axis.get_title() for axis in figure.axes[:5]] == figures.MODELS
-    assert {tick.get_text() for axis in figure.axes for tick in axis.get_xticklabels()} == {"", "0", "1", "10", "100"}
+    ticks = {tick.get_text() for axis in figure.axes for tick in axis.get_xticklabels()}
+    assert ticks == {"", "0", "1\n178k", "10\n1.8M", "100\n17.8M"}
     assert "PCA" in legend(figure)
 
 
@@ -62,7 +63,8 @@ def test_a_map_of_verdicts_has_a_sign_for_each(classification):
     counts = verdicts["verdict"].value_counts()
     shown = written(figure)
     assert {
-        name: shown.count(sign) for name, sign in (("plateau", "="), ("undecided", "?"), ("still improving", "↑"))
+        name: shown.count(sign)
+        for name, sign in zip(("plateau", "undecided", "budget-limited", "still improving"), "=?b↑", strict=True)
     } == {name: counts.get(name, 0) for name in figures.VERDICTS}
     assert len(legend(figure)) == 3
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import params, paths, plots, provenance, report, results, store, verdicts
+from datawall import params, paths, plots, provenance, report, results, store, tasks, verdicts
 from datawall.store import Store, Unit
 from datawall.study import open_study
 
@@ -227,13 +227,15 @@ def test_verdicts_are_those_of_the_numbers(run):
     assert by_model["difference"].tolist() == pytest.approx([0.105, -0.095])
     assert by_model["against"].to_dict() == {"PretrainedPCA": "above", "SSL": "below"}
     said = " ".join(verdicts.sentences(found))
-    assert "1 of 2 curves, one for each model and data set, reach" in said
+    assert "By the published rule, 1 of 2 curves, one for each model and data set, are saturated at" in said
+    assert said.startswith("verdicts: 0 plateau, 1 still improving, 0 budget-limited, 1 undecided, of 2")
     assert "1 of 2 are above the best baseline, 0 level with it and 1 below" in said
     text = "".join(Page(run / "report" / "index.html").text)
     assert all(number in text for number in ("0.905", "0.705", "0.800", "above PCA", "below PCA"))
 
 
-def test_verdicts_turn_round_where_lower_is_better():
+def test_verdicts_turn_round_where_lower_is_better(monkeypatch):
+    monkeypatch.setitem(tasks.HEADLINE, "reconstruction", "loss")
     rows = [
         ["s", "SSL", "random", p, seed, 10, "reconstruction", "held_out", "loss", value + 0.01 * seed, "all", "k"]
         for p, value in {1.0: 3.0, 10.0: 2.0, 100.0: 2.2}.items()
@@ -252,7 +254,7 @@ def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(run
     (said,) = report.Site(open_study(str(folder))).sentences
     assert said.startswith("The results are not those of study.yaml as it is now: they are of other steps. ")
     (folder / "study.yaml").write_text(STUDY + "workers: 1\n")
-    assert len(report.Site(open_study(str(folder))).sentences) == 3
+    assert len(report.Site(open_study(str(folder))).sentences) == 4
 
 
 @pytest.mark.parametrize(
@@ -279,9 +281,9 @@ def test_changes_are_what_a_study_has_otherwise():
     assert report.changes(default, default.model_copy(update={"study": "other"})) == []
     other = params.read(paths.study_file("quick"), {"seeds": [0], "hyperparameters": {"SSL": {"n_latent": 8}}})
     changed = {key: (before, after) for key, before, after in report.changes(default, other)}
-    assert changed["seeds"] == ("0, 1", "0")
-    assert changed["hyperparameters.SSL.n_latent"] == ("32", "8")
-    assert changed["hyperparameters.scVI.n_hidden"] == ("64", "none")
+    assert changed["seeds"] == ("0, 1, 2, 3, 4", "0")
+    assert changed["hyperparameters.SSL.n_latent"] == ("64", "8")
+    assert changed["hyperparameters.scVI.n_hidden"] == ("128", "none")
     assert "steps" not in changed
 
 

@@ -188,7 +188,7 @@ def read_all(path):
     """Every reader of files of cells; what each gives, or how it refuses."""
     outcomes = []
     for read in (
-        lambda: dw.datasets.load(str(path)).obs["cell_type"].astype(str).tolist(),
+        lambda: dw.inspection.look(str(path)).obs["cell_type"].astype(str).tolist(),
         lambda: next(dw.sources.open_source([path], {"cell_type": "cell_type"}).blocks()).obs["cell_type"].tolist(),
     ):
         try:

@@ -25,7 +25,7 @@ from datawall.models.scimilarity import (
 from datawall.models.sparse import Cells
 
 N_GENES = 60
-SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16}
+SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16, "keep": "last"}
 ONTOLOGY = """format-version: 1.2
 ontology: cl/cl-basic
 
@@ -456,8 +456,9 @@ def test_the_recipe_is_the_originals(monkeypatch):
     monkeypatch.setattr(training, "train", recorded)
     _, history = fitted()
     expected = training.Recipe(
-        steps=8, batch_size=16, learning_rate=0.005, decay="cosine", weight_decay=0.01, decay_vectors=True
-    )
+        steps=8, batch_size=16, learning_rate=0.005, decay="cosine", weight_decay=0.01, decay_vectors=True,
+        validate_every=1,
+    )  # fmt: skip
     assert recipes == [expected]
     np.testing.assert_allclose(history.learning_rate, 0.0025 * (1 + np.cos(np.pi * np.arange(8) / 8)))
 

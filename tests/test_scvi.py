@@ -19,7 +19,7 @@ from datawall.models.base import NotFittedError
 from datawall.models.scvi import Autoencoder, ScVI
 
 N_GENES = 120
-SMALL = {"n_hidden": 16, "n_latent": 4, "batch_size": 32}
+SMALL = {"n_hidden": 16, "n_latent": 4, "batch_size": 32, "keep": "last"}
 
 
 def simulated(n_cells=70, seed=0, n_genes=N_GENES):

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datawall import backed, corpus, datasets, sources
+from datawall import backed, corpus, sources
 from datawall.corpus import CorpusError
 from datawall.sources import Options, open_source
 
@@ -74,7 +74,7 @@ def test_every_layout_and_place_equals_the_in_memory_path(tmp_path, suffix, layo
             stored.layers["counts"] = matrix
     source = open_source([write(stored, tmp_path / f"mine{suffix}")], LABELS)
     expected, match = corpus.align(adata, "mine")
-    assert source.matches == [corpus.GeneMatch(**{**match.row(), "counts_from": place})]
+    assert [match.row() for match in source.matches] == [{**match.row(), "counts_from": place}]
     assert source.n_cells == 60
     for block in source.blocks(25):
         assert block.X.format == "csr"
@@ -379,7 +379,7 @@ def test_fault_that_the_sample_missed_stops_the_reading(tmp_path, layout, monkey
         open_source([path], LABELS)
 
 
-def test_place_after_the_first_good_one_is_not_looked_at(tmp_path):
+def test_damage_to_a_place_that_is_not_needed_does_no_harm(tmp_path):
     adata = toy()
     adata.layers["counts"] = adata.X.copy()
     path = write(adata, tmp_path / "a.h5ad")
@@ -408,8 +408,6 @@ def test_pickles_are_never_opened(tmp_path):
     (tmp_path / "a.zarr" / ".zmetadata").unlink(missing_ok=True)
     with pytest.raises(CorpusError, match=r"a\.zarr: not readable as an AnnData file .*pickle"):
         open_source([tmp_path / "a.zarr"], LABELS)
-    with pytest.raises(datasets.DatasetError, match=r"a\.zarr: not readable as an AnnData file"):
-        datasets.load(str(tmp_path / "a.zarr"))
     assert not Trap.sprung
     pickle.loads(pickle.dumps(Trap()))
     assert Trap.sprung

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from datawall import datasets, expression, hyperparameters, training
-from datawall.models import sparse, ssl
+from datawall.models import base, sparse
 from datawall.models.base import NotFittedError
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear
 from datawall.models.ssl import SSL, Autoencoder
@@ -301,7 +301,7 @@ def test_a_tenth_is_held_out(n_cells, n_held, spied):
 
 
 def test_no_more_than_a_number_are_held_out(monkeypatch):
-    monkeypatch.setattr(ssl, "HELD_OUT", 3)
+    monkeypatch.setattr(base, "HELD_OUT", 3)
     assert fitted(40)[1].unique_cells == 37
 
 

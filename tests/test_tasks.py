@@ -1,13 +1,20 @@
 """The tasks on small made-up cells: by hand, against other implementations, and with inputs that must fail."""
 
+import copy
+
 import numpy as np
 import pytest
+import torch
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 from scipy.stats import energy_distance as scipy_energy_distance
 from scipy.stats import ttest_ind
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, mean_squared_error, r2_score, silhouette_score
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, kneighbors_graph
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_class_weight
 
 from datawall import baselines, sampling, tasks, training
@@ -215,9 +222,56 @@ def test_balanced_weights_are_scikit_learns():
     labels = np.array(["a"] * 6 + ["b"] * 2 + ["c"])
     part = np.array([0] * 6 + [0, 0] + [2])
     part[0] = 1
-    task = finetuning._Task(labels, part, "balanced")
+    folds = finetuning._Folds(labels, part, "balanced")
     expected = compute_class_weight("balanced", classes=np.array(["a", "b"]), y=labels[part == 0])
-    np.testing.assert_allclose(task.weight.cpu()[:2], expected, rtol=1e-6)
+    np.testing.assert_allclose(folds.weight.cpu()[0, :2], expected, rtol=1e-6)
+
+
+def test_heads_side_by_side_are_each_as_alone():
+    """Where nothing is random: weights begin alike, all cells are a batch, and nothing is dropped out."""
+    X, y = blobs(n_each=39, noise=5)
+    fold = np.arange(len(y)) // 3 % 3
+    parts = np.stack([np.where(fold == i, 2, np.where(fold == (i + 1) % 3, 1, 0)) for i in range(3)])
+    recipe = training.Recipe(steps=300, batch_size=500, learning_rate=0.01, decay="none", validate_every=10, patience=2)
+    begin = training.Head(X.shape[1], 3, dropout=0.0)
+
+    def fitted(part):
+        folds = finetuning._Folds(y, part, None)
+        scaled = torch.stack([finetuning._scaled(X, rows) for rows in folds.rows[0]])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "Head", lambda *_: copy.deepcopy(begin))
+            patch.setattr(training, "minibatches", lambda n, *_, **__: iter([np.arange(n)] * 300))
+            return finetuning._fit_heads(scaled, folds, 0, recipe), scaled
+
+    together, scaled = fitted(parts)
+    for i, part in enumerate(parts):
+        alone, X_of_fold = fitted(part)
+        with torch.no_grad():
+            expected, found = alone.one(0, X_of_fold[0]), together.one(i, scaled[i])
+        np.testing.assert_allclose(found.cpu(), expected.cpu(), rtol=1e-3, atol=1e-3)
+
+
+def test_every_cell_is_tested_once_by_the_other_folds():
+    X, y = blobs(n_each=60, noise=5)
+    fold = sampling.stratified_split(y, [1 / 3] * 3, seed=0)
+    parts = np.stack([np.where(fold == i, 2, np.where(np.arange(len(y)) % 5 == 0, 1, 0)) for i in range(3)])
+    metrics = tasks.finetuned_classification(X, y, parts, seed=0, recipe=SHORT)
+    assert sum(value for name, value in metrics.items() if name.startswith("support")) == len(y)
+    assert metrics["micro_f1"] == (metrics.predicted == y).mean()
+    shuffled = np.random.default_rng(0).permutation(y)
+    assert tasks.finetuned_classification(X, shuffled, parts, seed=0, recipe=SHORT)["micro_f1"] < 0.5
+
+
+def test_crossvalidated_neighbours_are_scikit_learns():
+    X, y = blobs(n_each=50, noise=5)
+    half = sampling.stratified_split(y, [0.5, 0.5], seed=0)
+    expected = cross_val_predict(KNeighborsClassifier(5), X, y, cv=PredefinedSplit(half))
+    metrics = tasks.classification.crossvalidated_classification(X, y, half, more_k=[15])
+    np.testing.assert_array_equal(metrics.predicted, expected)
+    assert metrics["micro_f1"] == (expected == y).mean()
+    probe = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cg"))
+    expected = cross_val_predict(probe, X, y, cv=PredefinedSplit(half))
+    assert metrics["probe_micro_f1"] == (expected == y).mean()
 
 
 def test_head_learns_separable_types_and_repeats():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -24,7 +26,7 @@ from datawall import (
     store,
 )
 from datawall.cellstore import Cells
-from datawall.params import Params
+from datawall.params import EvaluationSet, Params
 
 SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
 CLUSTERED = 20_000  # cells that clusters are found among; the others join that of their nearest neighbours
@@ -47,77 +49,97 @@ def identity(p: Params) -> store.Record:
         source = [datasets.identity(name) for name in p.sources()]
     spike_in = None if p.spike_in is None else datasets.identity(p.spike_in)
     filters = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito"})
-    return {"corpus": source, "columns": p.columns(), "clusters": p.clusters, "spike_in": spike_in, **filters}
+    named = {"columns": p.columns(), "clusters": p.clusters, "labels": p.labels}
+    return {"corpus": source, "spike_in": spike_in, **named, **filters}
 
 
 def make_corpus(p: Params, folder: Path) -> None:
     """Write the corpus into a folder, at constant memory.
 
     `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
-    genes were matched (`spike_in_genes.json` of those cells), and `report_<table>.parquet` what else became of the
-    cells on the way.
+    genes were matched (`spike_in_genes.json` of those cells), `notes.json` what a reader should know of the sources,
+    and `report_<table>.parquet` what else became of the cells on the way.
 
     Raises
     ------
     datawall.corpus.CorpusError, datawall.datasets.DatasetError
         If a source breaks a rule.
     """
-    n_cells = 0
+    n_cells, reports = 0, {}
 
     def blocks() -> Iterator[ad.AnnData]:
         nonlocal n_cells
-        for block in _blocks(p, folder):
+        for block in read_corpus(p, reports):
             n_cells += block.n_obs
             yield block
         if p.spike_in is not None:
-            yield from _spike_in(p, block, folder)
+            yield from read_spike_in(p, block, reports)
 
     cellstore.write(folder, tqdm(blocks(), desc="corpus", unit="block", leave=False, delay=5))
+    if p.simulation is not None:
+        simulate.truth(p.simulation).write(folder)
+    for name in reports.keys() & {"genes", "spike_in_genes", "notes"}:
+        store.write_json(folder / f"{name}.json", reports.pop(name))
+    for table, rows in reports.items():
+        rows.to_parquet(folder / f"report_{table}.parquet", index=False)
     cells = cellstore.open(folder / cellstore.NAME)
     np.save(folder / "spike_in.npy", np.arange(n_cells, cells.n_obs))
     if p.clusters:
         cellstore.add_labels(folder, "cell_type", clusters(cells))
 
 
-def _blocks(p: Params, folder: Path) -> Iterator[ad.AnnData]:
-    """The corpus without cells to spike in; its reports are written once it has been read."""
-    name, reports = p.sources()[0], {}
-    if name.endswith(backed.SUFFIXES):
+def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
+    """The cells of the corpus in blocks, without those to spike in.
+
+    `reports` is filled in the end: `genes`, how they were matched, a row a source; `notes`, what a reader should know;
+    and tables of what became of the cells.
+    """
+    name = p.sources()[0]
+    if p.simulation is None and p.census is None and name not in datasets.DATASETS:
         filters = p.model_dump(include={"min_genes", "min_counts", "max_mito"})
-        options = sources.Options(min_matched=p.min_matched_genes, **filters)
-        source = sources.open_source([datasets.file(path) for path in p.sources()], p.columns(), options)
-        matches = source.matches
+        source = _files(p, p.sources(), p.columns(), drop_duplicates=True, **filters)
         for block in source.blocks():
             block.obs = block.obs.drop(columns=list(sources.QUALITY))
             yield block
-        reports = {table: getattr(source.report, table) for table in ("cells", "duplicates")}
+        matches, notes = source.matches, source.notes
+        tables = {table: getattr(source.report, table) for table in ("cells", "duplicates")}
     else:
+        tables, notes = {}, []
         if p.simulation is not None:
-            simulate.truth(p.simulation).write(folder)
             blocks = simulate.blocks(p.simulation)
         elif p.census is not None:
             selection = census.select(p.census)
-            reports = {"census": selection.report, "types": selection.types.reset_index()}
+            tables = {"census": selection.report, "types": selection.types.reset_index()}
             blocks = census.blocks(p.census, selection)
         else:
             blocks = [datasets.load(name)]
         n_read = n_kept = 0
+        n_cells = {role: Counter() for role in p.columns()}
         for block in blocks:
             aligned, match = corpus.align(block, name, min_matched=p.min_matched_genes)
             n_read, n_kept = n_read + block.n_obs, n_kept + aligned.n_obs
-            aligned.obs = _roles(aligned, {role: p.key(role, name) for role in p.columns()}, name)
+            aligned.obs = _roles(aligned, {role: p.key(role, name) for role in p.columns()}, name, p.labels)
+            for role, counted in n_cells.items():
+                counted.update(aligned.obs[role].value_counts().to_dict())
             yield from _in_blocks(aligned)
         matches = [match]
+        notes = [f"{name}: {note}" for note in match.notes]
+        notes += [note for role, of in n_cells.items() for note in corpus.label_notes(of, f"{name}: {role!r}", role)]
         became = {"dataset": [name], "read": [n_read], "empty": [n_read - n_kept], "kept": [n_kept]}
-        reports = reports or {"cells": pd.DataFrame(became)}
-    store.write_json(folder / "genes.json", [match.row() for match in matches])
-    for table, rows in reports.items():
-        rows.to_parquet(folder / f"report_{table}.parquet", index=False)
+        tables = tables or {"cells": pd.DataFrame(became)}
+    reports.update({"genes": [match.row() for match in matches], "notes": notes, **tables})
 
 
-def _roles(cells: ad.AnnData, columns: dict[str, str], dataset: str) -> pd.DataFrame:
+def _files(p: Params, names: list[str], columns: sources.Columns, **options: Any) -> sources.Source:
+    """Files opened as a study wants them."""
+    asked = sources.Options(min_matched=p.min_matched_genes, labels=p.labels, **options)
+    return sources.open_source([datasets.file(name) for name in names], columns, asked)
+
+
+def _roles(cells: ad.AnnData, columns: dict[str, str], dataset: str, labels: dict[str, str]) -> pd.DataFrame:
     """The columns that a study names, by role, and the data set of each cell."""
-    obs = {role: corpus.column(cells, dataset, key, role) for role, key in columns.items()}
+    renamed = {"cell_type": labels}
+    obs = {role: corpus.column(cells, dataset, key, role, renamed.get(role)) for role, key in columns.items()}
     if "dataset_id" in cells.obs:
         obs["dataset_id"] = corpus.column(cells, dataset, "dataset_id", "data set")
     else:
@@ -130,15 +152,13 @@ def _in_blocks(cells: ad.AnnData) -> Iterator[ad.AnnData]:
         yield cells[first : first + cellstore.CELLS_AT_ONCE].copy()
 
 
-def _spike_in(p: Params, like: ad.AnnData, folder: Path) -> Iterator[ad.AnnData]:
-    """Cells to spike in, with the genes and columns of a block of the corpus."""
+def read_spike_in(p: Params, like: ad.AnnData, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
+    """Cells to spike in, with the genes and columns of a block of the corpus; fills `reports` as `read_corpus` does."""
     keys = {role: p.key(role, p.spike_in) for role in like.obs}
-    if p.spike_in.endswith(backed.SUFFIXES):
-        path = datasets.file(p.spike_in)
-        with backed.CellFile(path) as file:
+    if p.spike_in not in datasets.DATASETS:
+        with backed.CellFile(datasets.file(p.spike_in)) as file:
             there = {role: key for role, key in keys.items() if key in file.columns()}
-        options = sources.Options(min_matched=p.min_matched_genes, drop_duplicates=False)
-        source = sources.open_source([path], there, options)
+        source = _files(p, [p.spike_in], there, drop_duplicates=False)
         match, blocks = source.matches[0], source.blocks()
     else:
         aligned, match = corpus.align(datasets.load(p.spike_in), p.spike_in, min_matched=p.min_matched_genes)
@@ -151,7 +171,8 @@ def _spike_in(p: Params, like: ad.AnnData, folder: Path) -> Iterator[ad.AnnData]
         counts, genes = corpus.to_genes(block, like.var_names), block.var_names
         yield ad.AnnData(counts, obs=pd.DataFrame(obs, index=names), var=like.var)
     in_corpus = int(like.var_names.isin(genes).sum())
-    store.write_json(folder / "spike_in_genes.json", {**match.row(), "in_corpus": in_corpus})
+    reports["spike_in_genes"] = {**match.row(), "in_corpus": in_corpus}
+    reports["notes"] += [f"{p.spike_in}: {note}" for note in match.notes]
 
 
 def clusters(cells: Cells) -> pd.Categorical:
@@ -198,20 +219,31 @@ def make_split(p: Params, cells: Cells, spike_in: np.ndarray, dropped: np.ndarra
         If nothing is left to pretrain on, or there are too few donors.
     """
     rows = np.setdiff1d(np.arange(cells.n_obs), spike_in, assume_unique=True)
-    obs = cells.obs.iloc[rows]
-    shares = [1 - p.held_out, p.held_out]
-    if p.split_role:
-        part = sampling.split_by_group(obs[p.split_role].array, shares, seed=p.split_seed)
-    else:
-        strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()
-        part = sampling.stratified_split(strata.to_numpy(), shares, seed=p.split_seed)
-    pretraining = np.setdiff1d(rows[part == 0], dropped, assume_unique=True)
+    part = held_out(p, cells.obs.iloc[rows])
+    pretraining = np.setdiff1d(rows[~part], dropped, assume_unique=True)
     if not len(pretraining):
         raise corpus.CorpusError(
             f"{p.study}: no cell of the corpus is left to pretrain on; hold out less, or keep contaminated cells."
         )
     np.save(folder / "pretraining.npy", pretraining)
-    np.save(folder / "held_out.npy", rows[part == 1])
+    np.save(folder / "held_out.npy", rows[part])
+
+
+def held_out(p: Params, obs: pd.DataFrame) -> np.ndarray:
+    """(n_cells,) bool: which cells of the corpus are held out, told by their labels.
+
+    Raises
+    ------
+    datawall.corpus.CorpusError
+        If whole groups are to be held out and there is but one.
+    """
+    shares = [1 - p.held_out, p.held_out]
+    if p.split_role is None:
+        strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()
+        return sampling.stratified_split(strata.to_numpy(), shares, seed=p.split_seed) == 1
+    if obs[p.split_role].nunique() < 2:
+        raise corpus.CorpusError(f"split_by: {p.split_by} has one value for all cells; name a column with more.")
+    return sampling.split_by_group(obs[p.split_role].array, shares, seed=p.split_seed) == 1
 
 
 def dataset_columns(p: Params, name: str) -> dict[str, str]:
@@ -237,23 +269,57 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
     datawall.corpus.CorpusError, datawall.datasets.DatasetError
         If it breaks a rule, or shares no gene with the corpus.
     """
+    aligned, genes, notes = read_dataset(p, name, var)
+    aligned.write_h5ad(folder / "cells.h5ad", compression="lzf")
+    measured = var.index.isin(genes.pop("measured"))
+    np.save(folder / "measured.npy", measured)
+    store.write_json(folder / "genes.json", genes)
+    store.write_json(folder / "notes.json", notes)
+
+
+def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, dict[str, Any], list[str]]:
+    """An evaluation set with the genes of the corpus, how its genes were matched, and what a reader should know.
+
+    Raises
+    ------
+    datawall.corpus.CorpusError, datawall.datasets.DatasetError
+        If it breaks a rule, or shares no gene with the corpus.
+    """
     one, wanted = p.evaluation_sets()[name], dataset_columns(p, name)
     simulated = simulate.cells_named(one.file)
-    if simulated:
-        source = simulate.Cells(simulate.truth(p.simulation)).block(simulated.start, simulated.stop)
+    if not simulated and one.file not in datasets.DATASETS:
+        path = datasets.file(one.file, one.source)
+        with backed.CellFile(path) as file:
+            _drop_unnamed_donors(one, wanted, file.columns())
+        source = _files(p, [one.file], wanted, drop_duplicates=False)
+        blocks = list(source.blocks())
+        aligned = ad.concat(blocks, merge="same") if len(blocks) > 1 else blocks[0]
+        aligned.obs = aligned.obs.drop(columns=list(sources.QUALITY))
+        for role in aligned.obs:
+            aligned.obs[role] = aligned.obs[role].cat.remove_unused_categories()
+        match, notes = source.matches[0], source.notes
+        if n_empty := int(source.report.cells["empty"].sum()):
+            notes = [*notes, f"{name}: {n_empty:,} cells have no count in any known gene and are left out"]
     else:
-        source = datasets.load(one.file)
-    if one.donor_key is None and wanted.get("donor_id") not in source.obs:
-        wanted.pop("donor_id", None)  # the study's column, which not every data set has
-    aligned, match = corpus.align(source, one.file, min_matched=p.min_matched_genes)
-    measured = var.index.isin(aligned.var_names)
-    if not measured.any():
+        if simulated:
+            cells = simulate.Cells(simulate.truth(p.simulation)).block(simulated.start, simulated.stop)
+        else:
+            cells = datasets.load(one.file)
+        _drop_unnamed_donors(one, wanted, cells.obs)
+        aligned, match = corpus.align(cells, one.file, min_matched=p.min_matched_genes)
+        aligned.obs = _roles(aligned, wanted, one.file, p.labels)
+        notes = [f"{name}: {note}" for note in match.notes]
+    measured = aligned.var_names.intersection(var.index)
+    if not len(measured):
         raise corpus.CorpusError(f"{one.file}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
-    counts = corpus.to_genes(aligned, var.index)
-    obs = _roles(aligned, wanted, one.file)
-    ad.AnnData(counts, obs=obs, var=var).write_h5ad(folder / "cells.h5ad", compression="lzf")
-    np.save(folder / "measured.npy", measured)
-    store.write_json(folder / "genes.json", {**match.row(), "dataset": name, "in_corpus": int(measured.sum())})
+    genes = {**match.row(), "dataset": name, "in_corpus": len(measured), "measured": measured}
+    return ad.AnnData(corpus.to_genes(aligned, var.index), obs=aligned.obs, var=var), genes, notes
+
+
+def _drop_unnamed_donors(one: EvaluationSet, wanted: dict[str, str], columns: Iterable[str]) -> None:
+    """Forget the study's column of donors, which not every data set has."""
+    if one.donor_key is None and wanted.get("donor_id") not in columns:
+        wanted.pop("donor_id", None)
 
 
 def contamination(dataset: ad.AnnData | Cells, measured: np.ndarray, cells: Cells) -> duplicates.Contamination:

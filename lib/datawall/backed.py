@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,18 @@ from datawall.corpus import CorpusError, check_shape, no_column
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".h5ad", ".zarr")
-PLACES = {"layers['counts']": ("layers/counts", "var"), "X": ("X", "var"), "raw.X": ("raw/X", "raw/var")}
+# What files of other formats are, and how to convert them: two lines of Python, or of R.
+CONVERT = "`adata = {read}`, then `adata.write_h5ad('cells.h5ad')`"
+TENX, LOOM, H5MU = "scanpy.read_10x_h5({path!r})", "anndata.io.read_loom({path!r})", "mudata.read_h5mu({path!r})['rna']"
+SEURAT = "convert it in R: `x <- readRDS({path!r})`, then `anndataR::write_h5ad(x, 'cells.h5ad')`"
+FOREIGN = {
+    ".rds": SEURAT,
+    ".h5seurat": "convert it in R: `library(SeuratDisk)`, then `Convert({path!r}, dest = 'h5ad')`",
+    ".loom": CONVERT.format(read=LOOM),
+    ".h5mu": CONVERT.format(read=H5MU),
+    **dict.fromkeys((".csv", ".tsv", ".txt"), CONVERT.format(read="scanpy.read_csv({path!r}).T, cells by genes")),
+    ".mtx": CONVERT.format(read="scanpy.read_10x_mtx(its folder)"),
+}
 PIECE = 2**23  # values read at once from a dense matrix or from one stored by column: 64 MiB as float64
 PANEL = 2**26  # counts of a matrix stored by column that are held at once: about 1 GiB
 
@@ -40,10 +51,43 @@ def reading(file: str) -> Iterator[None]:
     except CorpusError:
         raise
     except Exception as error:
+        if "unable to lock file" in str(error):
+            raise CorpusError(
+                f"{file}: another program has it open for writing; close it there, or set the environment variable "
+                "HDF5_USE_FILE_LOCKING=FALSE if nothing is being written."
+            ) from error
         raise CorpusError(
             f"{file}: not readable as an AnnData file ({type(error).__name__}: {error}); "
             "write it again with anndata's write_h5ad or write_zarr."
         ) from error
+
+
+def _begins(path: Path, beginnings: tuple[bytes, ...]) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) in beginnings
+
+
+def foreign(path: Path) -> str | None:
+    """What a file of another format is, and the lines that convert it; None if it is none that is known."""
+    import h5py
+
+    kind, remedy = path.suffix.lower() or "file", FOREIGN.get(path.suffix.lower())
+    if path.is_dir() and any(path.glob("*.mtx*")):
+        kind, remedy = "folder of a matrix", CONVERT.format(read="scanpy.read_10x_mtx({path!r})")
+    elif path.is_file() and path.suffix != ".gz" and _begins(path, (b"\x1f\x8b", b"X\n", b"RD")):
+        kind, remedy = "Seurat", SEURAT
+    elif path.is_file() and h5py.is_hdf5(path):
+        with reading(str(path)), h5py.File(path, "r") as file:
+            keys = set(file)
+            if "mod" in keys:
+                kind, remedy = "MuData", FOREIGN[".h5mu"]
+            elif {"matrix", "row_attrs", "col_attrs"} <= keys:
+                kind, remedy = "loom", FOREIGN[".loom"]
+            elif any(isinstance(file[key], h5py.Group) and "barcodes" in file[key] for key in keys):
+                kind, remedy = "10x", CONVERT.format(read=TENX)
+            elif "assays" in keys:
+                kind, remedy = "h5Seurat", FOREIGN[".h5seurat"]
+    return f"{path}: a {kind.lstrip('.')} file, no AnnData; {remedy.format(path=str(path))}." if remedy else None
 
 
 class CellFile:
@@ -62,20 +106,22 @@ class CellFile:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        if path.suffix not in SUFFIXES:
-            raise CorpusError(f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata.")
         if not path.exists():
             raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
+        if not names_file(path.name):
+            told = foreign(path) or f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata."
+            raise CorpusError(told)
         with reading(self.name), ExitStack() as if_it_fails:
             self._root = _open(path)
             if_it_fails.callback(self.close)
             for part in ("obs", "var"):
-                if part not in self._root or hasattr(self._root[part], "dtype"):
+                if "mod" in self._root or part not in self._root or hasattr(self._at(part), "dtype"):
                     raise CorpusError(
-                        f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
+                        foreign(path)
+                        or f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
                     )
-            self._obs = self._root["obs"]
-            self._obs_names = self._obs[_text(self._obs.attrs.get("_index", "_index"))]
+            self._obs = self._at("obs")
+            self._obs_names = self._at(f"obs/{_text(self._obs.attrs.get('_index', '_index'))}")
             self.n_cells = _length(self._obs_names)
             if_it_fails.pop_all()
 
@@ -91,9 +137,32 @@ class CellFile:
             self._root.close()
 
     def places(self) -> list[str]:
-        """The places of the file that hold a matrix, in the order in which raw counts are looked for."""
+        """The places of the file that hold a matrix: `X`, `raw.X`, and the layers, as `layers['counts']`."""
         with reading(self.name):
-            return [place for place, (matrix, _) in PLACES.items() if matrix in self._root and not self._null(matrix)]
+            held = self._at("layers") if "layers" in self._root else ()
+            layers = () if hasattr(held, "dtype") else sorted(held)
+            places = ["X", "raw.X", *(f"layers['{layer}']" for layer in layers)]
+            return [place for place in places if self._there(_matrix_key(place))]
+
+    def _there(self, key: str) -> bool:
+        return key in self._root and _text(self._at(key).attrs.get("encoding-type", "")) != "null"
+
+    def _at(self, key: str) -> Any:
+        """An element, which must be in this file itself, as its hash is that of this file."""
+        node = self._root
+        for part in key.split("/"):
+            link = node.get(part, getlink=True) if hasattr(node, "get") and hasattr(node, "visititems_links") else None
+            if (
+                type(link).__name__ == "ExternalLink"
+                or getattr(node[part], "is_virtual", False)
+                or (getattr(node[part], "external", None))
+            ):
+                raise CorpusError(
+                    f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
+                    "anndata and write it as one."
+                )
+            node = node[part]
+        return node
 
     def genes(self, place: str) -> pd.DataFrame:
         """Names and texts that describe the genes of a place, a row each."""
@@ -106,28 +175,51 @@ class CellFile:
     def matrix(self, place: str) -> Dense | Rows | Columns:
         """The matrix of a place; its method `rows(start, stop)` gives CSR of the values as stored, in any order."""
         with reading(self.name):
-            node = self._root[PLACES[place][0]]
-            kind = (
-                "dense"
-                if hasattr(node, "dtype")
-                else _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-            )
-            reader = {"dense": Dense, "csr_matrix": Rows, "csr": Rows, "csc_matrix": Columns, "csc": Columns}.get(kind)
-            if reader is None:
-                raise CorpusError(
-                    f"{self.name}: {place} is stored as {kind!r}, which is neither a dense array nor CSR nor CSC; "
-                    "write it again as CSR."
-                )
+            node = self._at(_matrix_key(place))
+            reader = _reader(node, f"{self.name}: {place}")
             var, index = self._var(place)
             shape = (self.n_cells, _length(var[index]))
             check_shape(shape, self.name)
             return reader(node, shape, f"{self.name}: {place}")
 
     def columns(self) -> list[str]:
-        """Names of the columns of obs."""
+        """Names of the columns of obs, those that a writer has not listed last."""
         with reading(self.name):
-            names = (_text(name) for name in self._obs.attrs.get("column-order", ()))
-            return [name for name in names if name in self._obs]
+            listed = [_text(name) for name in self._obs.attrs.get("column-order", ())]
+            index = {_text(self._obs.attrs.get("_index", "_index")), "__categories"}
+            others = (name for name in self._obs if hasattr(self._obs[name], "dtype") or "codes" in self._obs[name])
+            return [name for name in dict.fromkeys([*listed, *others]) if name in self._obs and name not in index]
+
+    def has(self, key: str) -> bool:
+        """Whether obs has a column."""
+        return key in self._obs
+
+    def embedding(self, key: str) -> np.ndarray:
+        """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file.
+
+        Raises
+        ------
+        datawall.corpus.CorpusError
+            If there is none of this name; the message lists those that are.
+        """
+        with reading(self.name):
+            there = list(self._at("obsm")) if "obsm" in self._root else []
+            if key not in there:
+                listed = ", ".join(map(repr, there)) or "none"
+                raise CorpusError(f"{self.name}: no {key!r} in obsm; it has {listed}. Name one as `key`.")
+            node = self._at(f"obsm/{key}")
+            if hasattr(node, "dtype"):
+                values = _array(node)[:]
+            elif _text(node.attrs.get("encoding-type", "")) == "dataframe":
+                values = np.stack([self._values(node[_text(name)]) for name in node.attrs["column-order"]], axis=1)
+            else:
+                shape = tuple(int(size) for size in _shape(node))
+                values = (
+                    _reader(node, f"{self.name}: obsm[{key!r}]")(node, shape, self.name).rows(0, shape[0]).toarray()
+                )
+            if values.ndim != 2 or len(values) != self.n_cells:
+                raise CorpusError(f"{self.name}: obsm[{key!r}] has the shape {values.shape} for {self.n_cells} cells.")
+            return values
 
     def cell_names(self, start: int, stop: int) -> np.ndarray:
         """Names of the cells of some rows."""
@@ -140,25 +232,23 @@ class CellFile:
             if key not in self._obs:
                 missing = no_column(self.name, key, self.columns(), role)
                 raise CorpusError(f"{missing} Name the right column in the study file.")
-            if (n_values := _length(self._obs[key])) != self.n_cells:
+            node = self._at(f"obs/{key}")
+            if (n_values := _length(node)) != self.n_cells:
                 raise CorpusError(
                     f"{self.name}: column {key!r} of obs has {n_values} values for {self.n_cells} cells; "
                     "write the file again with anndata."
                 )
-            return self._values(self._obs[key], slice(start, stop))
+            return self._values(node, slice(start, stop))
 
     def _var(self, place: str) -> tuple[Any, str]:
         """The table of the genes of a place, and the name of its index."""
-        var = self._root[PLACES[place][1]]
+        var = self._at("raw/var" if place == "raw.X" else "var")
         return var, _text(var.attrs.get("_index", "_index"))
-
-    def _null(self, key: str) -> bool:
-        return _text(self._root[key].attrs.get("encoding-type", "")) == "null"
 
     def _values(self, node: Any, rows: slice = slice(None)) -> np.ndarray:
         """Values of an element that has a row for each cell or gene, whichever of anndata's encodings it has."""
         kind = _text(node.attrs.get("encoding-type", ""))
-        if kind == "categorical":
+        if kind == "categorical" or (not hasattr(node, "dtype") and {"codes", "categories"} <= set(node)):
             return _decoded(_array(node["codes"])[rows], self._values(node["categories"]))
         if kind.startswith("nullable"):
             values = self._values(node["values"], rows).astype(object)
@@ -166,13 +256,21 @@ class CellFile:
             return values
         if "categories" in node.attrs:  # anndata 0.7 refers to the categories' place in the file
             return _decoded(_array(node)[rows], self._values(self._root[node.attrs["categories"]]))
+        table, _, column = node.name.rpartition("/")
+        if f"{table}/__categories/{column}" in self._root and node.dtype.kind in "iu":  # or does not even that
+            return _decoded(_array(node)[rows], self._values(self._root[f"{table}/__categories/{column}"]))
         array = _array(node)
-        if hasattr(array, "asstr") and _is_text(array):
-            return array.asstr()[rows]
-        values = np.asarray(array[rows])
-        if values.ndim != 1:
-            raise ValueError(f"{node.name} has {values.ndim} dimensions, not one")
-        return np.char.decode(values, "utf-8").astype(object) if values.dtype.kind == "S" else values
+        try:
+            if hasattr(array, "asstr") and _is_text(array):
+                return array.asstr("utf-8")[rows]  # whatever its tag says
+            values = np.asarray(array[rows])
+            if values.ndim != 1:
+                raise CorpusError(f"{self.name}: {node.name} has {values.ndim} dimensions, not one.")
+            return np.char.decode(values, "utf-8").astype(object) if values.dtype.kind == "S" else values
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"{self.name}: {node.name.lstrip('/')} holds text that is not UTF-8; write it again."
+            ) from error
 
 
 class Dense:
@@ -200,7 +298,7 @@ class _Compressed:
     def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
         self._name = name
         self._shape = shape
-        _check_fit(tuple(group.attrs.get("shape", ())), shape, name)
+        _check_fit(tuple(_shape(group)), shape, name)
         with _every_chunk(shape[1 - self.major] > 1):
             self._data, self._indices = _array(group["data"]), _array(group["indices"])
         self._indptr = _array(group["indptr"])
@@ -279,7 +377,7 @@ class Columns(_Compressed):
 
 
 def _open(path: Path) -> Any:
-    if path.suffix == ".h5ad":
+    if path.suffix.lower() == ".h5ad":
         import h5py
 
         return h5py.File(path, "r")
@@ -301,10 +399,45 @@ def _every_chunk(required: bool) -> Iterator[None]:
 
 
 def _array(node: Any) -> Any:
-    """The element, which must be an array."""
+    """The element, which must be an array, and compressed by what is there to read it."""
     if not hasattr(node, "dtype"):
         raise TypeError(f"{node.name} is a group where an array should be")
+    if hasattr(node, "is_virtual"):
+        import h5py
+
+        made = node.id.get_create_plist()
+        for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
+            if not h5py.h5z.filter_avail(code):
+                with suppress(ImportError):
+                    import hdf5plugin  # noqa: F401 - it makes its filters known
+            if not h5py.h5z.filter_avail(code):
+                raise CorpusError(
+                    f"{node.file.filename}: {node.name.lstrip('/')} is compressed by {_text(name)!r} (HDF5 filter "
+                    f"{code}); `pip install hdf5plugin`, which reads it, or write the file again with gzip."
+                )
     return node
+
+
+def _matrix_key(place: str) -> str:
+    """Where the matrix of a place lies in the file."""
+    return {"X": "X", "raw.X": "raw/X"}.get(place, f"layers/{place.removeprefix("layers['").removesuffix("']")}")
+
+
+def _shape(group: Any) -> Any:
+    """Shape of a sparse matrix as its group says, in the old way too."""
+    return group.attrs.get("shape", group.attrs.get("h5sparse_shape", ()))
+
+
+def _reader(node: Any, name: str) -> type[Dense | Rows | Columns]:
+    """What reads a matrix."""
+    stored = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    kind = "dense" if hasattr(node, "dtype") else stored
+    reader = {"dense": Dense, "csr_matrix": Rows, "csr": Rows, "csc_matrix": Columns, "csc": Columns}.get(kind)
+    if reader is None:
+        raise CorpusError(
+            f"{name} is stored as {kind!r}, which is neither a dense array nor CSR nor CSC; write it again as CSR."
+        )
+    return reader
 
 
 def _length(node: Any) -> int:

@@ -7,6 +7,9 @@ import scipy.sparse as sp
 
 from datawall import expression
 
+# Fitted to the evaluation cells themselves: variable genes, or so many principal components; 50 are the original's.
+EMBEDDINGS: dict[str, int | None] = {"HVG": None, "PCA": 50, "PCA-20": 20, "PCA-10": 10}
+
 
 def variable_gene_embedding(counts: sp.csr_matrix) -> np.ndarray:
     """Highly variable genes of the evaluation cells themselves, log-normalised and scaled to unit variance.

@@ -21,7 +21,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datawall import curation, datasets, evaluation, hyperparameters, processes, scoring, simulate, store, training
+from datawall import (
+    baselines,
+    curation,
+    datasets,
+    evaluation,
+    hyperparameters,
+    processes,
+    scoring,
+    simulate,
+    store,
+    training,
+)
 from datawall.costs import calibration_file, size_of, work
 from datawall.curated import Subset
 from datawall.params import Params
@@ -234,7 +245,7 @@ def _task(study: Study, task: str, embedders: list[str]) -> Record:
 
     Baselines have their names; `model` is an embedding by a model, the mean over some.
     """
-    costs = {name: _growth(study, task, [name]) for name in scoring.BASELINES.get(task, scoring.EMBEDDING_BASELINES)}
+    costs = {name: _growth(study, task, [name]) for name in scoring.BASELINES.get(task, baselines.EMBEDDINGS)}
     return {**costs, "model": _growth(study, task, [_run(name, 100.0, LONGEST) for name in embedders])}
 
 

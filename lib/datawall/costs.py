@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datawall import backed, corpus, datasets, external, hyperparameters, paths, simulate
-from datawall.params import SMALL, Embedding, Params
+from datawall.params import Embedding, Params
 from datawall.processes import Need
 from datawall.store import Record
 
@@ -33,7 +33,7 @@ BYTES_PER_STEP = 12  # of a history
 SCTAB_CELLS = 22_190_622  # of the default recipe of the Census,
 GENES_PER_CELL = 1_660.0  # and genes of which such a cell has counts
 CONTEXTS = 4  # of perturbation response, where the study does not name those to hold out
-RECONSTRUCTED = 1_000  # cells at most, as in `scoring`
+RECONSTRUCTED, SMALL = 1_000, 5_000  # cells, as in `scoring`
 FLOPS = 20e12  # of a GPU, sustained: assumed where none was calibrated
 
 
@@ -61,28 +61,34 @@ def work(p: Params, model: str, n_genes: int, genes_per_cell: float) -> float:
     """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
     h = _described(p, model)
     if hasattr(h, "max_length"):  # a transformer; it predicts the 15 % of genes that are masked
-        share = 1.0 if h.n_genes is None else min(1.0, h.n_genes / n_genes)
+        share = _panel(h, n_genes) / n_genes
         length = min(h.max_length, genes_per_cell * share)
         per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + 0.15 * n_genes * share * h.n_embd
         return length * per_token / 1e6
     if not hasattr(h, "n_hidden"):
         return genes_per_cell / 1e6
-    return (_widths(h)[0] * (genes_per_cell + n_genes) + 2 * _inner(h)) / 1e6  # there and back
+    share = _panel(h, n_genes) / n_genes
+    return (_widths(h)[0] * share * (genes_per_cell + n_genes) + 2 * _inner(h)) / 1e6  # there and back
 
 
 def n_weights(p: Params, model: str, n_genes: int) -> int:
     """Weights of a model, about; none of one of the user's own."""
     h = _described(p, model)
     if hasattr(h, "max_length"):
-        return (8 * h.n_layers + 1) * h.n_embd**2 + (min(h.n_genes or n_genes, n_genes) + h.max_length) * h.n_embd
+        return (8 * h.n_layers + 1) * h.n_embd**2 + (_panel(h, n_genes) + h.max_length) * h.n_embd
     if hasattr(h, "n_hidden"):
-        return 2 * (_widths(h)[0] * n_genes + _inner(h))
+        return 2 * (_widths(h)[0] * _panel(h, n_genes) + _inner(h))
     return getattr(h, "n_components", 0) * n_genes
 
 
 def _described(p: Params, model: str) -> hyperparameters.Hyperparameters:
     """Hyper-parameters that tell what a model looks like: those of one of the user's own may mean anything."""
     return hyperparameters.Hyperparameters() if external.is_external(model) else p.hyperparameters_of(model)
+
+
+def _panel(h: hyperparameters.Network, n_genes: int) -> int:
+    """Genes that a network sees, of those of the corpus."""
+    return min(h.n_genes or n_genes, n_genes)
 
 
 def _widths(h: hyperparameters.Hyperparameters) -> list[int]:
@@ -177,6 +183,8 @@ class Costs:
         if one.task == "reconstruction":
             (cost, scale), n_cells = self.model(one.source.model), min(RECONSTRUCTED, n_cells)
             return cost["reconstruction"][0] + cost["reconstruction"][1] * scale * n_cells
+        if one.task == "zeroshot_integration":
+            n_cells = min(n_cells, self.p.integration_cells or n_cells)
         costs = self.known["tasks"].get(one.task, {"model": [0.0, 1.0]})
         seconds, power = costs.get(one.source if isinstance(one.source, str) else "model", costs["model"])
         return seconds * (n_cells / self.known["evaluated"]) ** power * self._times(one, n_cells)
@@ -225,7 +233,7 @@ class Costs:
     def steps(self, run: Run) -> int:
         """Optimiser steps of a run: none of an untrained model, or of one that takes no batches."""
         trains = run.subset.strategy != "untrained" and self.batch_size(run.model)
-        return self.p.steps_of(run.model) if trains else 0
+        return round(self.p.steps_of(run.model) * run.budget) if trains else 0
 
     @cache  # noqa: B019
     def batch_size(self, model: str) -> int:

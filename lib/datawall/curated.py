@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from datawall import assembly, cellstore, corpus, datasets, duplicates, expression, joining, sampling, store
+from datawall import assembly, cellstore, datasets, duplicates, expression, joining, sampling, store
 from datawall.cellstore import Cells
 from datawall.params import Params
 from datawall.store import Artifact, Unit
@@ -141,7 +141,7 @@ class Curated:
 
         def make(folder: Path) -> None:
             assembly.make_corpus(self.params, folder)
-            self._check_contexts(cellstore.open(folder / cellstore.NAME))
+            joining.check_contexts(self.params, cellstore.open(folder / cellstore.NAME).obs["cell_type"].unique())
 
         return self.store.find_or_make(self.corpus_unit, make)
 
@@ -155,7 +155,7 @@ class Curated:
             If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
         """
         cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
-        self._check_contexts(cells)
+        joining.check_contexts(self.params, cells.obs["cell_type"].unique())
         return cells
 
     def split_rows(self, part: str) -> np.ndarray:
@@ -220,17 +220,6 @@ class Curated:
         """(n_genes,) bool: the genes whose response is predicted, the most variable among the pretraining cells."""
         return expression.streamed_variable_genes(self.pretraining_cells.count_blocks, self.params.perturbation_genes)
 
-    def _check_contexts(self, cells: Cells) -> None:
-        """Refuse contexts to hold out that are no cell types, before anything is trained for them."""
-        if "perturbation_response" not in self.params.tasks:
-            return
-        types = sorted(cells.obs["cell_type"].unique())
-        if unknown := set(self.params.held_out_contexts or ()).difference(types):
-            raise corpus.CorpusError(
-                f"{self.params.corpus}: held_out_contexts names {sorted(unknown)}, but the types in "
-                f"{self.params.cell_type_key!r} are {types}; name some of these."
-            )
-
     def _make_split(self, folder: Path) -> None:
         p = self.params
         names = [one.dataset for one in p.evaluation] if p.drop_contaminated else []
@@ -267,7 +256,7 @@ class Curated:
 
     def subset_unit(self, subset: Subset) -> Unit:
         """Rows of a subset."""
-        sketch = {"sketch": self.sketch_unit.key} if subset.strategy == "geometric_sketching" else {}
+        sketch = {"sketch": self.sketch_unit.key} if sampling.STRATEGIES[subset.strategy].by == "X_pca" else {}
         record = {**asdict(subset), "nested": self.params.nested, "split": self.split_unit.key, **sketch}
         return Unit("subset", record, CODE["subset"])
 
@@ -283,18 +272,16 @@ class Curated:
         percentage, seed = subset.percentage, subset.seed
         if not self.params.nested:
             seed = (seed, round(percentage * 1e6))
-        pretraining = self.split_rows("pretraining")
-        if subset.strategy == "celltype_reweighted":
-            chosen = sampling.celltype_reweighted(self.pretraining_cells.obs["cell_type"].array, percentage, seed=seed)
-        elif subset.strategy == "geometric_sketching":
-            chosen = sampling.geometric_sketching(self.X_pca[: len(pretraining)], percentage, seed=seed)
-        else:
-            chosen = sampling.random(len(pretraining), percentage, seed=seed)
-        rows = pretraining[chosen]
-        if subset.strategy.startswith("spikein"):
+        strategy, pretraining = sampling.STRATEGIES[subset.strategy], self.split_rows("pretraining")
+        of_cells = {
+            "n_cells": lambda: len(pretraining),
+            "cell_type": lambda: self.pretraining_cells.obs["cell_type"].array,
+            "X_pca": lambda: self.X_pca[: len(pretraining)],
+        }
+        rows = pretraining[strategy.choose(of_cells[strategy.by](), percentage, seed=seed)]
+        if strategy.spiked:
             perturbed = self.split_rows("spike_in")
-            share = float(subset.strategy.removeprefix("spikein_"))
-            kept, spiked = sampling.spike_in(len(rows), len(perturbed), share, seed=seed)
+            kept, spiked = sampling.spike_in(len(rows), len(perturbed), strategy.spiked, seed=seed)
             rows = np.union1d(rows[kept], perturbed[spiked])
         np.save(folder / "rows.npy", rows)
 

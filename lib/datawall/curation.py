@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall import annotation, cellstore, diversity, expression, paths, simulate, sources
+from datawall import annotation, cellstore, corpus, diversity, expression, paths, simulate, sources
 from datawall.study import Study
 
-# Cells of Kang et al. by the authors' label and ours, those that muscat's data set has labels of; a test counts again.
+# The authors' labels of 973 cells of Kang et al., those that muscat's data set has labels of.
 KANG_LABELS = paths.PACKAGE_DATA / "kang2018_labels.csv"
 VENDI_CELLS = 500  # drawn of each subset
 COMPARED = 5000  # held-out cells that simulated ones are set beside
@@ -32,6 +32,23 @@ def gene_matches(study: Study) -> pd.DataFrame:
     for one in study.params.evaluation:
         rows.append(json.loads((study.dataset_artifact(one.dataset).folder / "genes.json").read_text(encoding="utf-8")))
     return pd.DataFrame(rows).set_index("dataset")
+
+
+def remarks(study: Study) -> list[str]:
+    """What a reader should know of the data sets, a line each: where counts and genes were found, what is odd.
+
+    First, of each, which matrix was taken and how much of it is known; then what else could be counts, columns that
+    name genes otherwise, and labels that look alike or spell "missing".
+    """
+    folders = [study.corpus_artifact.folder]
+    folders += [study.dataset_artifact(one.dataset).folder for one in study.params.evaluation]
+    rows, notes = [], []
+    for folder in folders:
+        of = json.loads((folder / "genes.json").read_text(encoding="utf-8"))
+        rows += of if isinstance(of, list) else [of]
+        notes += json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+    known = [field.name for field in fields(corpus.GeneMatch) if field.name != "notes"]
+    return [*(f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in known})}" for row in rows), *notes]
 
 
 def reports(study: Study) -> dict[str, pd.DataFrame]:
@@ -178,18 +195,29 @@ def markers(study: Study) -> dict[str, list[str]]:
     return annotation.PBMC_MARKERS if simulation is None else simulate.truth(simulation).markers()
 
 
-def authors_labels(study: Study) -> pd.DataFrame:
-    """How many cells have a type by the authors' labels (rows) and by those that we gave (columns).
+def authors_labels(study: Study, cells: pd.Index | None = None) -> pd.Series:
+    """The authors' labels of those cells that have one, by name of the cell; of the corpus, or of the cells given.
 
-    Of the 973 cells of Kang et al. whose labels the authors published and muscat's data set (Crowell et al. 2020, doi
-    10.1038/s41467-020-19894-4) names; empty if the corpus is another.
+    973 cells of Kang et al. have: those that muscat's data set names (Crowell et al. 2020, doi
+    10.1038/s41467-020-19894-4). None has if the corpus is another.
     """
-    table = pd.read_csv(KANG_LABELS, index_col="authors").rename_axis(columns="ours")
-    return table if study.params.corpus == "kang2018" else table.iloc[:0]
+    labels = pd.read_csv(KANG_LABELS, index_col="cell")["authors"]
+    cells = pd.Index(study.corpus.names()) if cells is None else cells
+    return labels[labels.index.isin(cells) & (study.params.corpus == "kang2018")]
+
+
+def both_labels(study: Study) -> pd.DataFrame:
+    """How many cells have a type by the authors' labels (rows) and by those that we gave (columns)."""
+    theirs = authors_labels(study)
+    ours = pd.Series(study.corpus.obs["cell_type"].to_numpy(str), study.corpus.names())
+    return pd.crosstab(theirs, ours.reindex(theirs.index).rename("ours"))
 
 
 def marker_expression(study: Study) -> pd.DataFrame:
-    """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types."""
+    """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types.
+
+    Genes that are the same in all types are left out: there are no others where there is one type.
+    """
     marker_genes = markers(study)
     symbols = pd.Index(study.corpus.var["feature_name"])
     types = pd.Categorical(study.corpus.obs["cell_type"]).remove_unused_categories()
@@ -203,4 +231,6 @@ def marker_expression(study: Study) -> pd.DataFrame:
         of_type = sp.csr_array((np.ones(len(rows)), (types.codes[rows], np.arange(len(rows)))), (len(sums), len(rows)))
         sums += (of_type @ expression.lognormalise(counts)[:, columns]).toarray()
     means = pd.DataFrame(sums / types.value_counts().to_numpy()[:, None], types.categories, genes).loc[order]
-    return ((means - means.mean()) / means.std()).rename_axis(index="cell_type", columns="gene")
+    deviation = means.std()
+    means = means.loc[:, deviation > 0]  # none where all cells are of one type
+    return ((means - means.mean()) / deviation[means.columns]).rename_axis(index="cell_type", columns="gene")

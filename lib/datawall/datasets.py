@@ -155,23 +155,16 @@ DATASETS = {
 
 
 def load(name: str) -> ad.AnnData:
-    """Load a named data set, or any `.h5ad` or `.zarr` file by its path, which must fit in memory.
+    """Load a named data set; `sources.open_source` reads files.
 
     Raises
     ------
     DatasetError
-        If the name is unknown, or the file is missing or not readable as AnnData.
+        If there is none of this name.
     """
-    if name in DATASETS:
-        return DATASETS[name].load()
-    path = file(name)
-    try:
-        return ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
-    except Exception as error:
-        raise DatasetError(
-            f"{name}: not readable as an AnnData file ({' '.join(str(error).split())[:500]}); "
-            "write it again with write_h5ad or write_zarr."
-        ) from error
+    if name not in DATASETS:
+        raise DatasetError(f"{file(name)}: a file, which `sources.open_source` reads; give a named data set.")
+    return DATASETS[name].load()
 
 
 def identity(name: str, source: str | None = None) -> str:
@@ -189,7 +182,7 @@ def identity(name: str, source: str | None = None) -> str:
     path = file(name, source)
     if path.is_file():
         return f"sha256:{_file_sha256(path)}"
-    parts = sorted(part for part in path.rglob("*") if part.is_file())
+    parts = sorted(Path(folder) / part for folder, _, of in os.walk(path, followlinks=True) for part in of)
     listing = "\n".join(f"{part.relative_to(path).as_posix()} {_file_sha256(part)}" for part in parts)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
@@ -207,12 +200,20 @@ def _hashed(path: Path, *_: int) -> str:
 
 def file(name: str, source: str | None = None) -> Path:
     """Path of a data set of the user's own, from the working directory or else the repository."""
-    if not name.endswith(backed.SUFFIXES):
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        raise DatasetError(f"{shown}: its name is not UTF-8, and no study file can hold it; rename the file.") from None
+    path = paths.located(name)
+    if not backed.names_file(name):
+        told = backed.foreign(path) if path.exists() else None
         raise DatasetError(
-            f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in "
+            told
+            or f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in "
             f"{' or '.join(backed.SUFFIXES)}."
         )
-    if not (path := paths.located(name)).exists():
+    if not path.exists():
         origin = f" It comes from {source}." if source else ""
         raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.{origin}")
     return path

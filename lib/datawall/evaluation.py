@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from datawall import adaptive, cluster, external, results, scoring, store, tasks
+from datawall import adaptive, baselines, cluster, curation, external, results, scoring, store, tasks
 from datawall.corpus import CorpusError
 from datawall.curated import Subset
 from datawall.params import Embedding
-from datawall.scoring import BASELINES, EMBEDDING_BASELINES, Evaluation
+from datawall.scoring import BASELINES, Evaluation
 from datawall.store import Artifact, Unit
 from datawall.study import Run, Study
 
@@ -23,7 +24,7 @@ CODE = {
     "zeroshot_classification": ("corpus",),
     "zeroshot_integration": ("tasks/classification", "tasks/neighbourhood"),
     "finetuned_classification": (
-        "tasks/classification", "training", "corpus", "expression", "models/base",
+        "tasks/classification", "training", "corpus", "expression", "models/base", "models/sparse",
     ),
     "perturbation_response": ("curated:response_genes", "tasks/classification", "training", "expression"),
     "reconstruction": ("models/base",),
@@ -44,11 +45,12 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     if task not in p.tasks:
         return []
     names = study.joined(task)
-    runs, brought = study.pretraining_runs(), [one for one in p.embeddings if one.dataset in names]
+    runs = [*study.pretraining_runs(), *study.budget_runs()]
+    brought = [one for one in p.embeddings if one.dataset in names]
     if task == "reconstruction":
         names, brought = [name for name in names if name == study.held_out_name], []
         runs = [run for run in runs if reconstructs(run.model)]
-    sources = [*BASELINES.get(task, EMBEDDING_BASELINES), *runs]
+    sources = [*BASELINES.get(task, baselines.EMBEDDINGS), *runs]
     return [
         *(Evaluation(task, name, source) for source in sources for name in names),
         *(Evaluation(task, one.dataset, one) for one in brought),
@@ -142,6 +144,58 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
     return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
 
 
+def panels(study: Study) -> pd.DataFrame:
+    """How many genes the panels of random subsets have, by percentage: means over seeds.
+
+    The panel is the same for every network of the study with that many genes; the first is asked.
+
+    Returns
+    -------
+    table with the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of
+    each evaluation data set how many it measures; empty if no network of the study has a panel.
+    """
+    chosen = (name for name in study.params.models if getattr(study.params.hyperparameters_of(name), "n_genes", None))
+    if (name := next(chosen, None)) is None:
+        return pd.DataFrame()
+    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (name, "random")]
+    genes = {run.subset: study.model(run).genes for run in sorted(runs, key=lambda run: -run.subset.percentage)}
+    largest, rows = {}, []
+    measured = {name: np.ones(study.corpus.n_vars, bool) for name in study.params.evaluation_sets()}
+    for one in study.params.evaluation:
+        measured[one.dataset] = np.load(study.dataset_artifact(one.dataset).folder / "measured.npy")
+    for subset, panel in genes.items():
+        shared = np.intersect1d(panel, largest.setdefault(subset.seed, panel))
+        of_sets = {dataset: int(known[panel].sum()) for dataset, known in measured.items()}
+        rows.append({"percentage": subset.percentage, "genes": len(panel), "in_largest": len(shared), **of_sets})
+    return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
+
+
+def second_opinion(study: Study) -> pd.DataFrame:
+    """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
+
+    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice.
+
+    Returns
+    -------
+    table with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the
+    cells with the predicted type by either label) and judged (number of those cells); empty if none has labels.
+    """
+    name, task = study.held_out_name, "zeroshot_classification"
+    cells = study.dataset(name).obs["cell_type"].astype(str)
+    theirs = curation.authors_labels(study, cells.index)
+    rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
+    table = []
+    for one in evaluations(study, task) if judged else ():
+        if one.dataset != name or (isinstance(one.source, Run) and one.source.budget != 1):
+            continue
+        with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
+            shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
+        by_ours, by_theirs = np.mean(shares, axis=0)
+        of = _source_columns(study, one.source) | {"ours": by_ours, "authors": by_theirs, "judged": judged}
+        table.append({key: value for key, value in of.items() if key != "budget"})
+    return pd.DataFrame(table)
+
+
 def scope(study: Study, *tasks_told: str) -> str:
     """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
 
@@ -199,7 +253,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     record = {"task": task, "dataset": study.dataset_unit(evaluation.dataset).key}
     if isinstance(source, Run) and task == "reconstruction":
         record["model"] = study.model_unit(source).key
-    elif not isinstance(source, str) or source in EMBEDDING_BASELINES:
+    elif not isinstance(source, str) or source in baselines.EMBEDDINGS:
         record["embedding"] = study.embedding_unit(source, evaluation.dataset).key
         if not task.startswith("zeroshot"):
             record["seed"] = evaluation.seed
@@ -208,7 +262,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     if task == "zeroshot_classification":
         record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits}
     if task == "zeroshot_integration":
-        record["unintegrated"] = study.embedding_unit("PCA", evaluation.dataset).key
+        record |= {"unintegrated": study.embedding_unit("PCA", evaluation.dataset).key, "cells": p.integration_cells}
     if task == "finetuned_classification":
         record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
     if task == "perturbation_response":
@@ -226,11 +280,17 @@ def code(task: str) -> tuple[str, ...]:
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
-    """Make, or find, one evaluation: its metrics by split, each with its interval, chance and ceiling if known."""
+    """Make, or find, one evaluation: its metrics by split, each with its interval, chance and ceiling if known.
+
+    Of classification, the predicted labels of the test cells too, by split.
+    """
 
     def write(folder: Path) -> None:
-        splits = {split: metrics.rows() for split, metrics in scoring.score(study, evaluation)}
-        store.write_json(folder / "metrics.json", splits)
+        splits = dict(scoring.score(study, evaluation))
+        store.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
+        called = {split: metrics.predicted for split, metrics in splits.items() if metrics.predicted is not None}
+        if called:
+            np.savez_compressed(folder / "predicted.npz", **{split: of.astype(str) for split, of in called.items()})
 
     return study.store.find_or_make(evaluation_unit(study, evaluation), write)
 
@@ -257,4 +317,5 @@ def _source_columns(study: Study, source: Run | Embedding | str) -> dict[str, An
     if isinstance(source, Embedding) and source.strategy is None:
         return {"model": source.model, "strategy": results.CHECKPOINT, **none}
     subset = source.subset if isinstance(source, Run) else Subset(*source.subset())
-    return {"model": source.model, **asdict(subset), "n_cells": len(study.rows(subset))}
+    budget = source.budget if isinstance(source, Run) else 1.0
+    return {"model": source.model, **asdict(subset), "n_cells": len(study.rows(subset)), "budget": budget}

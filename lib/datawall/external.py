@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from datawall import paths, store
+from datawall.backed import CellFile
 
 METHODS = ("fit", "untrained", "embed", "save", "load")  # of `models.base.Model`
 
@@ -173,20 +174,12 @@ def read_embedding(name: str, key: str, cells: pd.Index, dataset: str) -> np.nda
     ValueError
         If the file has no such key, names a cell twice, or lacks one; or if the embedding of one is not finite.
     """
-    import anndata as ad
-
-    file = ad.read_h5ad(embeddings_file(name), backed="r")
-    try:
-        if key not in file.obsm:
-            raise ValueError(
-                f"{name}: no {key!r} in obsm; it has {', '.join(map(repr, file.obsm)) or 'none'}. Name one as `key`."
-            )
-        if file.obs_names.has_duplicates:
-            twice = file.obs_names[file.obs_names.duplicated()][0]
-            raise ValueError(f"{name}: cell name {twice} occurs more than once; cells are matched by obs_names.")
-        rows, embedding = file.obs_names.get_indexer(cells), np.asarray(file.obsm[key])
-    finally:
-        file.file.close()
+    with CellFile(embeddings_file(name)) as file:
+        names, embedding = pd.Index(file.cell_names(0, file.n_cells)), file.embedding(key)
+    if names.has_duplicates:
+        twice = names[names.duplicated()][0]
+        raise ValueError(f"{name}: cell name {twice} occurs more than once; cells are matched by obs_names.")
+    rows = names.get_indexer(cells)
     if (rows < 0).any():
         raise ValueError(
             f"{name}: lacks {(rows < 0).sum()} of the {len(cells)} cells of {dataset} (first: {cells[rows < 0][0]}); "

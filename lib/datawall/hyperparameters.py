@@ -32,6 +32,13 @@ class Hyperparameters(BaseModel):
     takes_steps: ClassVar[bool] = True  # whether the number of steps and the initial weights decide what `fit` makes
 
 
+class Network(Hyperparameters):
+    """Hyper-parameters of every family of networks."""
+
+    n_genes: PositiveInt | None = None  # panel: so many of the subset's most variable genes, or all of the corpus
+    keep: Literal["best", "last"] = "best"  # which weights, by the loss on a tenth of the subset; theirs were the last
+
+
 class PretrainedPCA(Hyperparameters):
     """Hyper-parameters of PretrainedPCA."""
 
@@ -40,10 +47,9 @@ class PretrainedPCA(Hyperparameters):
     n_components: PositiveInt = 50  # axes kept; fewer where the pretraining cells or variable genes are fewer
 
 
-class Geneformer(Hyperparameters):
-    """Hyper-parameters of Geneformer."""
+class Geneformer(Network):
+    """Hyper-parameters of Geneformer, whose panel is its vocabulary."""
 
-    n_genes: PositiveInt | None = None  # vocabulary: this many of the subset's most variable genes, or all
     max_length: PositiveInt = 2048  # tokens of a cell, its highest ranked genes
     n_layers: Annotated[int, Field(ge=2)] = 6  # the embedding is the second-to-last
     n_heads: PositiveInt = 4
@@ -62,7 +68,7 @@ class Geneformer(Hyperparameters):
         return self
 
 
-class ScVI(Hyperparameters):
+class ScVI(Network):
     """Hyper-parameters of scVI."""
 
     n_hidden: PositiveInt = 128  # width of the one hidden layer of encoder and decoder
@@ -76,7 +82,7 @@ class ScVI(Hyperparameters):
     schedule: Schedule = "steps"  # "epochs": the KL weight rises over 400 passes, as theirs did, whatever the subset
 
 
-class SSL(Hyperparameters):
+class SSL(Network):
     """Hyper-parameters of SSL, the masked autoencoder."""
 
     n_hidden: Annotated[list[PositiveInt], Field(min_length=1)] = [512, 512, 256, 256]  # of the encoder; mirrored
@@ -85,7 +91,6 @@ class SSL(Hyperparameters):
     mask: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of a cell's genes hidden
     loss: Literal["masked", "vae"] = "masked"
     output: Literal["linear", "sigmoid"] = "linear"  # theirs, sigmoid, cannot reach targets above one
-    keep: Literal["best", "last"] = "best"  # which weights, by the loss on a tenth of the subset; theirs were the last
     batch_size: PositiveInt = 16_384  # cells a step
     learning_rate: PositiveFloat = 1e-3
     n_decays: PositiveInt = 54  # times in the budget that the rate is multiplied by 0.9; theirs on the full corpus
@@ -94,7 +99,7 @@ class SSL(Hyperparameters):
     schedule: Schedule = "steps"  # "epochs": the rate decays every two passes, as theirs did, whatever the subset
 
 
-class SCimilarity(Hyperparameters):
+class SCimilarity(Network):
     """Hyper-parameters of SCimilarity."""
 
     n_hidden: Annotated[list[PositiveInt], Field(min_length=1)] = [1024, 1024, 1024]  # of the encoder; mirrored
@@ -157,6 +162,11 @@ def family(model: str) -> str:
             f"{model!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"
         )
     return VARIANTS[model][0]
+
+
+def takes_steps(model: str) -> bool:
+    """Whether a model's budget is counted in optimiser steps."""
+    return of_family(family(model)).takes_steps
 
 
 def of_family(name: str) -> type[Hyperparameters]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from datawall import backed, corpus, datasets, sources
+from datawall import corpus, datasets, sources
 from datawall.backed import CellFile
-from datawall.corpus import GeneMatch
+from datawall.corpus import CorpusError, GeneMatch
 
 MANY = 1000  # distinct values; a column with more labels no cells
 
@@ -22,12 +22,11 @@ class Looked:
     n_cells: int
     match: GeneMatch
     columns: list[str]  # of obs, all of them
-    obs: pd.DataFrame  # columns asked for, or else those likely to label cells; categorical, NaN where missing
+    obs: pd.DataFrame  # columns asked for, and those likely to label cells; categorical, NaN where missing
+    unreadable: dict[str, str]  # columns that cannot be read, and why
 
     def __str__(self) -> str:
-        m = self.match
-        genes = f"{m.matched:,} of {m.n_genes:,} genes known by {m.named_by}"
-        return f"{self.name}: {self.n_cells:,} cells, counts in {m.counts_from}, {genes}"
+        return f"{self.name}: {self.n_cells:,} cells, {self.match}"
 
     def faults(self, keys: Iterable[str]) -> list[str]:
         """What is wrong with columns that a study names."""
@@ -35,14 +34,23 @@ class Looked:
         for key in keys:
             if key not in self.columns:
                 found.append(corpus.no_column(self.name, key, self.columns))
-            elif key not in self.obs:
-                found.append(f"{self.name}: column {key!r} has over {MANY:,} values; labels have fewer.")
-            elif missing := int(self.obs[key].isna().sum()):
+            elif key in self.unreadable:
+                found.append(self.unreadable[key])
+            elif key in self.obs and (missing := int(self.obs[key].isna().sum())):
                 found.append(f"{self.name}: column {key!r} is missing for {missing:,} cells; label or drop them.")
         return found
 
+    def notes(self, roles: dict[str, str]) -> list[str]:
+        """What a reader should know: of the counts, the genes, and the labels of roles, by name of the column."""
+        of_labels = [
+            corpus.label_notes(self.obs[key].value_counts().to_dict(), f"{self.name}: {key!r}", role)
+            for role, key in roles.items()
+            if key in self.obs
+        ]
+        return [*(f"{self.name}: {note}" for note in self.match.notes), *(note for of in of_labels for note in of)]
 
-def look(name: str, keys: Iterable[str] | None = None, *, min_matched: float = 0.5) -> Looked:
+
+def look(name: str, keys: Iterable[str] = (), *, others: bool = True, min_matched: float = 0.5) -> Looked:
     """Look into a data set. Of a file counts are sampled and labels read, whatever its size; others are loaded.
 
     Parameters
@@ -50,29 +58,38 @@ def look(name: str, keys: Iterable[str] | None = None, *, min_matched: float = 0
     name
         A named data set, or the path of an `.h5ad` or `.zarr` file.
     keys
-        Columns to look at, if they are there, whatever is in them, as a run takes them; by default all that are likely
-        to label cells, with few values and no fractions.
+        Columns to look at, if they are there, whatever is in them, as a run takes them.
+    others
+        Whether to look at all other columns that are likely to label cells, with few values and no fractions.
     min_matched
-        See `corpus.match_genes`.
+        See `corpus.check_match`.
 
     Raises
     ------
     datawall.corpus.CorpusError, datawall.datasets.DatasetError
         If the data set breaks a rule, columns apart.
     """
-    keys = None if keys is None else set(keys)
-    if not name.endswith(backed.SUFFIXES):
+    keys = set(keys)
+    if name in datasets.DATASETS:
         adata, match = corpus.align(datasets.load(name), name, min_matched=min_matched)
-        wanted = adata.obs[[key for key in adata.obs if keys is None or key in keys]]
-        return Looked(name, adata.n_obs, match, list(adata.obs), wanted.astype("category").reset_index(drop=True))
+        wanted = adata.obs[[key for key in adata.obs if others or key in keys]]
+        return Looked(
+            name, adata.n_obs, match, list(adata.obs), wanted.astype("category").reset_index(drop=True), unreadable={}
+        )
     path = datasets.file(name)
     source = sources.open_source([path], {}, sources.Options(min_matched=min_matched))
+    read, unreadable = {}, {}
     with CellFile(path) as cells:
         columns = cells.columns()
-        most = MANY if keys is None else None
-        read = {key: _labels(cells, key, most) for key in columns if keys is None or key in keys}
+        for key in dict.fromkeys([*columns, *(key for key in keys if cells.has(key))]):
+            try:
+                if others or key in keys:
+                    read[key] = _labels(cells, key, None if key in keys else MANY)
+            except CorpusError as error:
+                unreadable[key] = str(error)
+    columns += [key for key in {*read, *unreadable} if key not in columns]
     obs = pd.DataFrame({key: labels for key, labels in read.items() if labels is not None})
-    return Looked(name, source.n_cells, source.matches[0], columns, obs)
+    return Looked(name, source.n_cells, source.matches[0], columns, obs, unreadable)
 
 
 def _labels(cells: CellFile, key: str, most: int | None) -> pd.Categorical | None:
@@ -80,7 +97,7 @@ def _labels(cells: CellFile, key: str, most: int | None) -> pd.Categorical | Non
     parts, seen = [], set()
     for start in range(0, cells.n_cells, sources.SCAN):
         values = cells.column(key, "label", start, start + sources.SCAN)
-        if most and values.dtype.kind == "f":
+        if most and values.dtype.kind == "f" and (values % 1 != 0).any():
             return None
         codes, labels = corpus.label_codes(values)
         seen.update(labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from datawall.corpus import CorpusError
@@ -48,17 +50,11 @@ def treatments(obs: pd.DataFrame, one: EvaluationSet, p: Params) -> dict[str, li
         `contexts_held_out`); or, where none are named, no treatment has.
     """
     n_cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
-    values, wanted = list(n_cells), p.treatments if one.treatments is None else one.treatments
-    if one.control not in values or len(values) < 2:
-        raise CorpusError(
-            f"the treatments are {values}; perturbation response needs the control {one.control!r} and another. Name "
-            "the control."
-        )
+    wanted = p.treatments if one.treatments is None else one.treatments
+    check_treatments(list(n_cells), one.control, wanted)
     pairs = n_cells.drop(columns=one.control).clip(upper=n_cells[one.control], axis=0)
     if named := not isinstance(wanted, int):
         names = wanted
-        if absent := sorted(set(names).difference(pairs)):
-            raise CorpusError(f"treatments: {absent} are none; they are {list(pairs)}.")
     else:
         names = pairs.sum().sort_values(ascending=False, kind="stable").index
     judged, why = {}, None
@@ -74,6 +70,39 @@ def treatments(obs: pd.DataFrame, one: EvaluationSet, p: Params) -> dict[str, li
     if not judged:
         raise why
     return judged
+
+
+def check_treatments(values: list[str], control: str, wanted: int | list[str]) -> None:
+    """Refuse treatments without the control or another, or without those that are named.
+
+    Raises
+    ------
+    CorpusError
+        If so.
+    """
+    told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
+    if control not in values or len(values) < 2:
+        raise CorpusError(
+            f"the treatments are {told}; perturbation response needs the control {control!r} and another. Name the "
+            "control."
+        )
+    if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
+        raise CorpusError(f"treatments: {absent} are none; they are {told}.")
+
+
+def check_contexts(p: Params, types: Iterable[str]) -> None:
+    """Refuse contexts to hold out of the corpus that are no cell types.
+
+    Raises
+    ------
+    CorpusError
+        If there are some.
+    """
+    if "perturbation_response" in p.tasks and (unknown := set(p.held_out_contexts or ()).difference(types)):
+        raise CorpusError(
+            f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but the types in {p.cell_type_key!r} are "
+            f"{sorted(types)}; name some of these."
+        )
 
 
 def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:

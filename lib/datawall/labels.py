@@ -25,6 +25,7 @@ LABELS = {
     "pearson_delta_top50": "Pearson r of changes, 50 genes",
     "energy_distance": "energy distance",
     "loss": "loss of held-out cells",
+    "explained": "share of chance loss gone",
     "inverse_simpson": "inverse Simpson (types)",
     "shannon": "Shannon (bits)",
     "vendi": "Vendi (cells)",
@@ -44,6 +45,17 @@ LABELS = {
     "NoChange": "no change",
     "reconstruction": "reconstruction",
 }
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib draws letter by letter: no part of it is a formula, and no legend hides it."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def drawn(name: str) -> str:
+    """A name as a reader should see it in a figure."""
+    return plain(label(name))
 
 
 def label(name: str) -> str:

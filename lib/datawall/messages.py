@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import pandas as pd
 
 from datawall.labels import label
-from datawall.results import CHANCE, ORACLE, headline, lower_is_better, select
-from datawall.saturation import IMPROVING, PLATEAU, UNDECIDED
+from datawall.results import CHANCE, ORACLE, headline, lower_is_better, rank_correlations, select
+from datawall.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
 
 MARGIN = 0.02  # points of score below which two scores are called level
 LAST_STEPS = 50  # optimiser steps over which the loss at the end of training is the mean
@@ -83,6 +83,25 @@ def learning_curves(results: pd.DataFrame, metric: str) -> str:
     return f"{says};\nbeside the best baseline, at the best of their sizes: {places}"
 
 
+def budgets(table: pd.DataFrame) -> str:
+    """How far twice the steps move the scores, by model."""
+    change = table.groupby("model", sort=False)["change"].max()
+    return f"What twice the steps gain at most, over tasks and sizes: {_listed(change.map('{:+.3f}'.format))}"
+
+
+def loss_and_score(table: pd.DataFrame, metric: str) -> str:
+    """The rank correlation of both, by model."""
+    rho = rank_correlations(table).map("{:+.2f}".format)
+    return f"Rank correlation over runs of {label('explained')} and {label(metric)}: {_listed(rho)}"
+
+
+def beside_published(table: pd.DataFrame) -> str:
+    """How many cells this study and the published one see."""
+    cells = table.groupby("study", sort=False)["n_cells"].agg(["min", "max"])
+    spans = cells.apply(lambda of: f"{of['min']:,.0f} to {of['max']:,.0f} cells", axis=1)
+    return f"Errors against cells, log axes: {_listed(spans)}"
+
+
 def per_class_curves(means: pd.DataFrame, ends: dict[str, dict[str, list[str]]]) -> str:
     """What cell types gain from the smallest to the largest size, mean over models.
 
@@ -136,6 +155,8 @@ def verdict_map(verdicts: pd.DataFrame, question: str) -> str:
     """How many curves have which verdict, after the question."""
     counts = verdicts["verdict"].value_counts()
     found = [f"{counts.get(name, 0)} {name}" for name in (PLATEAU, UNDECIDED, IMPROVING)]
+    if LIMITED in counts:
+        found.insert(2, f"{counts[LIMITED]} {LIMITED}")
     return f"{question}\nOf {len(verdicts)} curves, {_and(found)}"
 
 

@@ -24,14 +24,15 @@ from datawall import external, hyperparameters, simulate, tasks
 from datawall.backed import names_file
 from datawall.census import Recipe
 from datawall.hyperparameters import Schedule
+from datawall.sampling import STRATEGIES
 from datawall.simulate import Atlas
 
 NEEDED = {  # columns that a task needs beside the cell type
     "zeroshot_integration": ("batch_key",),
     "perturbation_response": ("perturbation_key", "control"),
 }
-SMALL = 5_000  # cells; on a data set with fewer, one split would leave the score to chance
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
+BUDGETS = (0.5, 2.0)  # shares of a model's steps that `budget_check` trains for
 ROLES = {
     "cell_type": "cell_type_key",
     "batch": "batch_key",
@@ -40,7 +41,7 @@ ROLES = {
 }  # columns of the corpus, and the keys that name them
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 
-Strategy = Literal["random", "celltype_reweighted", "geometric_sketching", "spikein_10", "spikein_50", "untrained"]
+StrategyName = Literal[*STRATEGIES, "untrained"]
 Column = Annotated[str, Field(min_length=1)]  # of obs
 Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
 Percentage = Annotated[float, Field(gt=0, le=100)]
@@ -68,10 +69,19 @@ class Grid(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Annotated[str, Field(min_length=1)]  # in the plan
-    strategies: Annotated[list[Strategy], Field(min_length=1)] | None = None
+    strategies: Annotated[list[StrategyName], Field(min_length=1)] | None = None
     percentages: Annotated[list[Percentage], Field(min_length=1)] | None = None
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
     models: Annotated[list[str], Field(min_length=1)] | None = None
+
+
+class BudgetCheck(BaseModel):
+    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    percentages: Annotated[list[Percentage], Field(min_length=1)]  # of random subsets
+    seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
 class EvaluationSet(BaseModel):
@@ -128,7 +138,7 @@ class Embedding(BaseModel):
     dataset: str  # name of the evaluation data set
     file: str  # an .h5ad file with its cells, matched by name,
     key: str | None = None  # and the embedding in obsm; by default "X_" and the model
-    strategy: Strategy | None = None  # of the subset that it was pretrained on: one of the study's,
+    strategy: StrategyName | None = None  # of the subset that it was pretrained on: one of the study's,
     percentage: Annotated[float, Field(ge=0, le=100)] | None = None  # or all three left out for a checkpoint
     seed: Seed | None = None
 
@@ -179,7 +189,7 @@ class Params(BaseModel):
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
 
-    strategies: Annotated[list[Strategy], Field(min_length=1)]
+    strategies: Annotated[list[StrategyName], Field(min_length=1)]
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
     seeds: Annotated[list[Seed], Field(min_length=1)]
     adaptive: bool = False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.grow`
@@ -193,13 +203,15 @@ class Params(BaseModel):
     # rate. Its early stopping, in epochs as well (patience 45 and 30), is not reproduced: all steps are taken.
     budget: Schedule = "steps"
     init_seed: Seed | None = None  # of initial weights, untrained controls' too; by default the subset's seed
+    budget_check: BudgetCheck | None = None  # some runs with other budgets, of models that take steps
     hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
     also: list[Grid] = []  # more runs, which the plan counts apart
     embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets
 
     tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
-    splits: Annotated[int, Field(ge=1)] = 5  # repeated splits of a data set of under 5,000 cells; larger ones have one
+    splits: Annotated[int, Field(ge=1)] = 5  # times that a data set of under 5,000 cells is divided; larger ones, once
     finetuned_splits: Annotated[int, Field(ge=1)] | None = None  # the same of fine-tuning; by default as many
+    integration_cells: Annotated[int, Field(ge=100)] | None = None  # of a data set, at most; by default all
     k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification
     more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside
     finetune: Literal["head", "full"] = "head"  # "full": whole networks too, of SSL, Geneformer and SCimilarity
@@ -258,6 +270,12 @@ class Params(BaseModel):
             )
         if self.adaptive and ("random" not in self.strategies or min(len(self.percentages), len(self.seeds)) < 2):
             raise ValueError("adaptive needs the strategy random, two percentages and two seeds at least; add them")
+        if self.budget_check and (lacking := [s for s in self._subsets_checked() if s not in self.subsets()]):
+            strategy, percentage, seed = lacking[0]
+            raise ValueError(
+                f"budget_check: {strategy} at {percentage:g} %, seed {seed}, is no subset of this study; name sizes "
+                "and seeds that it has"
+            )
         self._check_evaluation()
         self._check_embeddings()
         return self
@@ -279,7 +297,9 @@ class Params(BaseModel):
         if self.split_by in ROLES and self.split_by not in self.columns():
             needed = ROLES[self.split_by]
             raise ValueError(f"split_by: {self.split_by} needs {needed}: name the column, or split by cell")
-        if self.spike_in is None and any(strategy.startswith("spikein") for strategy, _, _ in self.subsets()):
+        if self.spike_in is None and any(
+            STRATEGIES[name].spiked for name, _, _ in self.subsets() if name in STRATEGIES
+        ):
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
 
     def _check_evaluation(self) -> None:
@@ -402,9 +422,20 @@ class Params(BaseModel):
             for strategy in strategies
             for percentage in ([0.0] if strategy == "untrained" else sorted(percentages))
             for seed in grid.seeds or self.seeds
-            if percentage < 100 or strategy.startswith(("random", "untrained", "spikein"))
+            if percentage < 100 or STRATEGIES[strategy].of_all
         ]
         return [(model, subset) for model in grid.models or self.models for subset in subsets]
+
+    def budget_runs(self) -> list[tuple[str, tuple[str, float, int], float]]:
+        """Model, subset and share of the model's steps of every run of `budget_check`."""
+        runs = self.runs()
+        models = [name for name in self.models if hyperparameters.takes_steps(name)]
+        checked = [(model, subset) for model in models for subset in self._subsets_checked()]
+        return [(*run, share) for run in checked if run in runs for share in BUDGETS]
+
+    def _subsets_checked(self) -> list[tuple[str, float, int]]:
+        check = self.budget_check
+        return [("random", size, seed) for size in check.percentages for seed in check.seeds] if check else []
 
     def subsets(self) -> list[tuple[str, float, int]]:
         """Strategy, percentage and seed of every subset that a run takes."""
@@ -536,7 +567,7 @@ def _nearest(key: str) -> str:
 
     within, _, name = key.rpartition(".")
     records = {"simulation": Atlas, "census": Recipe, "also": Grid}
-    records |= {"evaluation": EvaluationSet, "embeddings": Embedding}
+    records |= {"evaluation": EvaluationSet, "embeddings": Embedding, "budget_check": BudgetCheck}
     keys = records.get(within.partition(".")[0], Params).model_fields
     if near := get_close_matches(name, keys, n=1):
         return f"did you mean {near[0]!r}?"

@@ -51,7 +51,7 @@ def study_file(study: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path.resolve()
-    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.yaml")))
+    known = ", ".join(sorted(path.stem for path in (repository() / "params").glob("*.yaml")))
     raise FileNotFoundError(f"{study}: no such study file; give a path, or one of the studies in params/: {known}.")
 
 
@@ -60,12 +60,6 @@ def run_folder(study_file: Path, study: str) -> Path:
     if study_file.name == "study.yaml":
         return study_file.parent
     return repository() / "runs" / study
-
-
-def figures_folder(run_folder: Path) -> Path:
-    """Where figures go: `figures/` for the default study, which the repository keeps; else into the run folder."""
-    root = repository()
-    return root / "figures" if run_folder == root / "runs" / "quick" else run_folder / "figures"
 
 
 def cache_folder() -> Path:

@@ -81,6 +81,10 @@ def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
         experiments = sum(of_source[run] for run in new)
         counted.append((name, {"subsets": len(drawn), "models": len(new), "experiments": experiments}))
         runs, subsets = runs | new, subsets | drawn
+    if checked := study.budget_runs():
+        counted.append(
+            ("half and twice the steps", {"models": len(checked), "experiments": sum(map(of_source.get, checked))})
+        )
     baselines = sum(n for source, n in of_source.items() if isinstance(source, str))
     counted[0][1]["experiments"] += of_source.total() - baselines - sum(of["experiments"] for _, of in counted)
     counted[0][1]["baselines"] = baselines
@@ -122,7 +126,7 @@ def _curation(study: Study, costs: Costs) -> Stage:
 
 def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> Stage:
     stage = Stage("pretraining", NOTEBOOK * costs.known["start"])
-    for run in filter(missing, study.pretraining_runs()):
+    for run in filter(missing, [*study.pretraining_runs(), *study.budget_runs()]):
         need, steps = costs.run(run), costs.steps(run)
         assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
         of_gpu = need.gpus * need.seconds if costs.on_gpu else assumed

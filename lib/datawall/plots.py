@@ -18,7 +18,8 @@ from matplotlib.figure import Figure, SubFigure
 
 from datawall import messages, store
 from datawall.hyperparameters import FAMILIES, VARIANTS, family
-from datawall.labels import label
+from datawall.labels import drawn as label
+from datawall.labels import plain
 from datawall.results import BASELINE, CHANCE, CHECKPOINT, ORACLE, mean_over_splits, select
 
 WIDTH = 9.0  # inches: a page of text
@@ -63,7 +64,7 @@ def composition(table: pd.DataFrame) -> Figure:
         1, len(groups), figsize=(WIDTH, 0.35 * len(share) + 1.5), sharey=True, width_ratios=widths, layout="constrained"
     )
     for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
-        block = share[group].rename(columns=lambda percentage: f"{percentage:g}")
+        block = share[group].rename(columns=lambda percentage: f"{percentage:g}", index=plain)
         sns.heatmap(block, ax=axis, cmap="cividis", vmin=0, vmax=share.max().max(), annot=True, fmt=".0f", cbar=False)
         axis.set(title=label(group), xlabel="subset (% of corpus)", ylabel="")
         axis.tick_params(axis="y", rotation=0)
@@ -78,7 +79,7 @@ def diversity(table: pd.DataFrame) -> Figure:
     for axis, measure in zip(axes, measures, strict=True):
         for strategy, rows in table.dropna(subset=measure).groupby("strategy", sort=False):
             _curve(axis, rows, measure, strategy)
-        _percentage_axis(axis, table["percentage"])
+        _percentage_axis(axis, table)
         axis.set(ylabel=label(measure))
     _say(figure, messages.diversity(table))
     _legend(figure, axes[0])
@@ -106,7 +107,7 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
         edges = np.geomspace(cells[value].min(), cells[value].max() + 1, 60)
         for name, rows in cells.groupby("dataset", sort=False):
             weights = np.full(len(rows), 100 / len(rows))
-            axis.hist(rows[value], bins=edges, weights=weights, histtype="step", color=colours[name], label=name)
+            axis.hist(rows[value], bins=edges, weights=weights, histtype="step", color=colours[name], label=plain(name))
         axis.set(xscale="log", xlabel=text, ylabel="share of cells (%)")
         axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
@@ -121,7 +122,11 @@ def markers(table: pd.DataFrame) -> Figure:
     """Mean marker expression of each cell type: rows are types, columns genes, values z-scores over types."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.32 * len(table) + 1.6), layout="constrained")
     sns.heatmap(
-        table, ax=axis, cmap="cividis", xticklabels=True, cbar_kws={"label": "mean expression (z-score over types)"}
+        table.rename(index=plain),
+        ax=axis,
+        cmap="cividis",
+        xticklabels=True,
+        cbar_kws={"label": "mean expression (z-score over types)"},
     )
     axis.set(xlabel="", ylabel="")
     _say(figure, messages.markers(table))
@@ -184,20 +189,76 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
             untrained = select(shown, strategy="untrained")
             place = np.full(len(untrained), _untrained_place(runs["percentage"]))
             axis.plot(place, untrained["value"], "x", color="0.35", label="untrained")
-            for name, value in runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"].items():
+            of_reference = runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"]
+            band = of_reference[of_reference.index.map(_is_pca)]
+            band = band if len(band) > 1 else band[:0]
+            if len(band):
+                axis.axhspan(band.min(), band.max() + 1e-3, color="0.8", label="PCA of the evaluated cells")
+            for name, value in of_reference.drop(band.index).items():
                 axis.axhline(value, linewidth=1, label=label(name), **lines[name])
-            _percentage_axis(axis, runs["percentage"], untrained=len(untrained) > 0)
+            _percentage_axis(axis, select(runs, dataset=dataset), untrained=len(untrained) > 0)
             by_chance = f" (chance {chance[dataset]:.2f})" if dataset in chance else ""
             axis.set(
                 title=label(model) if row == 0 else "",
                 ylabel=f"{label(dataset)}\n{label(metric)}{by_chance}" if column == 0 else "",
             )
-            if metric == "loss":
-                axis.tick_params(axis="x", labelsize=7)  # units of their own leave panels less room
             if row < len(names) - 1:
                 axis.set(xlabel="")
     _say(figure, messages.learning_curves(results, metric))
     _legend(figure, *axes[:, 0])
+    return figure
+
+
+def _is_pca(model: str) -> bool:
+    """Whether a baseline is a principal component analysis, whose number of components makes a band of them."""
+    return model == "PCA" or model.startswith("PCA-")
+
+
+def budgets(table: pd.DataFrame) -> Figure:
+    """Scores after half, once and twice the steps (`verdicts.budgets`), by task and data set (rows) and model."""
+    if table.empty:
+        return _nothing("the study checks no budget")
+    rows = list(dict.fromkeys(zip(table["task"], table["dataset"], strict=True)))
+    models = list(table["model"].unique())
+    figure, axes = plt.subplots(
+        len(rows), len(models), figsize=(WIDTH, 1.7 * len(rows) + 1.6), squeeze=False, sharey="row", sharex=True,
+        layout="constrained",
+    )  # fmt: skip
+    sizes = sorted(table["percentage"].unique())
+    colours = dict(zip(sizes, sns.color_palette("cividis", len(sizes) + 1), strict=False))
+    for (task, dataset), of_row in zip(rows, axes, strict=True):
+        for model, axis in zip(models, of_row, strict=True):
+            for one in select(table, task=task, dataset=dataset, model=model).to_dict("records"):
+                values = [one["half"], one["once"], one["twice"]]
+                name = f"{one['percentage']:g} % of the corpus"
+                axis.plot([0.5, 1, 2], values, "-o", markersize=4, color=colours[one["percentage"]], label=name)
+            axis.set_xscale("log")
+            axis.set_xticks([0.5, 1, 2], ["half", "once", "twice"])
+            axis.minorticks_off()
+            axis.set(title=label(model) if axis in axes[0] else "", xlabel="steps" if axis in axes[-1] else "")
+        of_row[0].set_ylabel(f"{label(task)}\n{label(dataset)}", fontsize=7)
+    sns.despine(figure)
+    _say(figure, messages.budgets(table))
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
+    """A downstream score against the pretraining loss that is gone (`results.loss_and_score`), a panel per model."""
+    models = list(table["model"].unique())
+    if not models:
+        return _nothing("the study has no runs with both a pretraining loss and this score")
+    figure, axes = plt.subplots(1, len(models), figsize=(WIDTH, 2.6), squeeze=False, sharey=True, layout="constrained")
+    sizes = sorted(table["percentage"].unique())
+    colours = dict(zip(sizes, sns.color_palette("cividis", len(sizes)), strict=True))
+    for axis, model in zip(axes[0], models, strict=True):
+        for size, runs in select(table, model=model).groupby("percentage"):
+            axis.plot(runs["explained"], runs["score"], "o", color=colours[size], markersize=4, label=f"{size:g} %")
+        axis.set(title=label(model), xlabel=label("explained"))
+    axes[0, 0].set(ylabel=label(metric))
+    sns.despine(figure)
+    _say(figure, messages.loss_and_score(table, metric))
+    _legend(figure, axes[0, 0])
     return figure
 
 
@@ -233,8 +294,8 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
                 mean = select(of_model, metric=name).groupby("percentage")["value"].mean()
                 places = [_untrained_place(shown["percentage"]) if p == 0 else p for p in mean.index]
                 style = {"marker": "o" if name in common else "^", "markersize": 4, "color": colour}
-                axis.plot(places, mean, label=f"{name} ({support[name]:.0f})", **style)
-            _percentage_axis(axis, shown["percentage"], untrained=(shown["percentage"] == 0).any())
+                axis.plot(places, mean, label=plain(f"{name} ({support[name]:.0f})"), **style)
+            _percentage_axis(axis, shown, untrained=(shown["percentage"] == 0).any())
             axis.set(title=label(model), ylim=(-0.03, 1.03))
         axes[0].set(ylabel=f"{label(dataset)}\nF1 of a cell type")
         _legend(part, axes[0])
@@ -260,8 +321,8 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
             shown = select(runs, dataset=dataset, model=model)
             mean = shown.groupby("percentage")["value"].mean()
             axis.plot(shown["percentage"], shown["value"], "o", color=colours[model], markersize=3.5, alpha=0.6)
-            axis.plot(mean.index, mean, "-o", color=colours[model], markersize=5, label=model)
-        _percentage_axis(axis, runs["percentage"])
+            axis.plot(mean.index, mean, "-o", color=colours[model], markersize=5, label=plain(model))
+        _percentage_axis(axis, runs)
         axis.set(title=label(dataset), ylabel=label(metric))
     _say(figure, messages.variants(runs, metric))
     _legend(figure, axes[0, 0])
@@ -284,8 +345,10 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: st
         colours = dict(zip(categories, sns.color_palette("colorblind", len(categories)), strict=True))
         for axis, (name, layout) in zip(axes.flat, layouts.items(), strict=False):
             for category, cells in layout.groupby(layout[key].astype(str)):
-                axis.scatter(cells["x"], cells["y"], s=3, color=colours[category], label=category, rasterized=True)
-            axis.set(title=name, xticks=[], yticks=[])
+                axis.scatter(
+                    cells["x"], cells["y"], s=3, color=colours[category], label=plain(category), rasterized=True
+                )
+            axis.set(title=plain(name), xticks=[], yticks=[])
         for axis in axes.flat[len(layouts) :]:
             axis.set_axis_off()
         axes[-1, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
@@ -306,7 +369,8 @@ def _nothing(why: str) -> Figure:
 def _say(figure: Figure, message: str) -> None:
     """The message of a figure as its title, in lines that fit the page."""
     figure.suptitle(
-        "\n".join(textwrap.fill(line, TITLE, break_on_hyphens=False) for line in message.split("\n")), fontsize="medium"
+        "\n".join(textwrap.fill(line, TITLE, break_on_hyphens=False) for line in plain(message).split("\n")),
+        fontsize="medium",
     )
 
 
@@ -327,15 +391,29 @@ def _untrained_place(percentages: pd.Series) -> float:
     return percentages[percentages > 0].min() / 4
 
 
-def _percentage_axis(axis: plt.Axes, percentages: pd.Series, *, untrained: bool = False) -> None:
-    """Logarithmic axis with the study's own percentages as ticks."""
-    ticks = sorted(percentages[percentages > 0].unique())
-    places = [_untrained_place(percentages), *ticks] if untrained else ticks
+def _percentage_axis(axis: plt.Axes, rows: pd.DataFrame, *, untrained: bool = False) -> None:
+    """Logarithmic axis with the study's own percentages as ticks and, where `rows` have `n_cells`, the cells below."""
+    percentages = rows["percentage"]
+    names = {tick: f"{tick:g}" for tick in sorted(percentages[percentages > 0].unique())}
+    if "n_cells" in rows:
+        cells = rows.groupby("percentage")["n_cells"].max()
+        names = {tick: f"{name}\n{cells_in_short(cells[tick])}" for tick, name in names.items()}
+    if untrained:
+        names = {_untrained_place(percentages): "0"} | names
     axis.set_xscale("log")
-    axis.set_xticks(places, [f"{tick:g}" for tick in ([0, *ticks] if untrained else ticks)])
+    axis.set_xticks(list(names), names.values())
+    axis.tick_params(axis="x", labelsize=7)
     axis.minorticks_off()
-    axis.set(xlabel="subset (% of corpus)")
+    axis.set(xlabel="subset: % of corpus, cells" if "n_cells" in rows else "subset (% of corpus)")
     sns.despine(ax=axis)
+
+
+def cells_in_short(n_cells: float) -> str:
+    """A number of cells in at most four letters: 980, 2.9k, 17.8M."""
+    for factor, letter in ((1e6, "M"), (1e3, "k")):
+        if n_cells >= factor:
+            return f"{n_cells / factor:.{1 if n_cells < 100 * factor else 0}f}{letter}".replace(".0", "")
+    return f"{n_cells:.0f}"
 
 
 def _legend(figure: Figure | SubFigure, *axes: plt.Axes) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from datawall import messages, plots
 from datawall.plots import WIDTH, label
 from datawall.results import BASELINE, mean_over_splits, select
-from datawall.saturation import IMPROVING, PLATEAU, UNDECIDED, as_error, curves_of
+from datawall.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED, as_error, curves_of
 
 MODELS = ["PretrainedPCA", "scVI", "SSL", "Geneformer", "SCimilarity"]
 TICKS = (0, 1, 10, 100)  # sizes that are labelled; between them there is no room
@@ -21,7 +21,7 @@ COLOURS = plots.STRATEGY_COLOURS | dict(
     zip(("spikein_10", "spikein_50"), sns.color_palette("colorblind", 5)[3:], strict=True)
 )
 MARKERS = plots.STRATEGY_MARKERS | {"spikein_10": "v", "spikein_50": "D"}
-VERDICTS = {PLATEAU: "#fde9a9", UNDECIDED: "#d9d9d9", IMPROVING: "#3b5b92"}
+VERDICTS = {PLATEAU: "#fde9a9", UNDECIDED: "#d9d9d9", LIMITED: "#e8a46b", IMPROVING: "#3b5b92"}
 UNTRAINED = "0.35"
 
 
@@ -30,6 +30,32 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     figure = plots.learning_curves(_in_order(results), metric)
     for axis in figure.axes:
         _thin(axis)
+    return figure
+
+
+def beside_published(table: pd.DataFrame) -> Figure:
+    """Errors of a study's models and of the published ones against cells, both axes logarithmic, a panel per model.
+
+    `table` has the columns study, dataset, model, n_cells and error, means over seeds.
+    """
+    table = _in_order(table)
+    models = list(table["model"].unique())
+    figure, axes = plt.subplots(1, len(models), figsize=(WIDTH, 3.2), squeeze=False, sharey=True, layout="constrained")
+    studies = list(table["study"].unique())
+    for axis, model in zip(axes[0], models, strict=True):
+        for (study, _), rows in select(table, model=model).groupby(["study", "dataset"], sort=False):
+            number = studies.index(study)
+            style = {"color": sns.color_palette("colorblind")[number], "marker": "o^s"[number], "label": study}
+            axis.plot(rows["n_cells"], rows["error"], markersize=4, linewidth=1, **style)
+        axis.set(xscale="log", yscale="log", title=model, xlabel="pretraining cells")
+        axis.xaxis.set_major_locator(mpl.ticker.LogLocator(numticks=4))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="both", which="both", labelsize=7)
+    axes[0, 0].set(ylabel="share of cells named wrong")
+    sns.despine(figure)
+    plots._say(figure, messages.beside_published(table))
+    plots._legend(figure, axes[0, 0])
     return figure
 
 
@@ -44,7 +70,7 @@ def saturation_map(points: pd.DataFrame, rule: str) -> Figure:
     tasks = points["task"].unique()
     widths = [select(points, task=task)["dataset"].nunique() for task in tasks]
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(WIDTH, 0.27 * len(points[["model", "strategy"]].drop_duplicates()) + 1.9),
+        1, len(tasks), figsize=(WIDTH, 0.27 * len(points[["model", "strategy"]].drop_duplicates()) + 2.4),
         sharey=True, squeeze=False, width_ratios=widths, layout="constrained",
     )  # fmt: skip
     norm = mpl.colors.LogNorm(vmin=min(1, points["percentage"].min()), vmax=100)
@@ -60,16 +86,18 @@ def saturation_map(points: pd.DataFrame, rule: str) -> Figure:
 
 def verdict_map(verdicts: pd.DataFrame, question: str) -> Figure:
     """Verdicts (of `saturation_points` by equivalence, or of `scaling_curves`) on a question, a panel per task."""
+    if verdicts.empty:
+        return plots._nothing("the study has no random subsets, of which a verdict would be")
     verdicts = _in_order(verdicts).assign(
         code=lambda of: of["verdict"].map({name: i for i, name in enumerate(VERDICTS)})
     )
     tasks = verdicts["task"].unique()
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(WIDTH, 0.27 * len(verdicts[["model", "strategy"]].drop_duplicates()) + 2.1),
+        1, len(tasks), figsize=(WIDTH, 0.27 * len(verdicts[["model", "strategy"]].drop_duplicates()) + 2.7),
         sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     colours = mpl.colors.ListedColormap(list(VERDICTS.values()))
-    signs = dict(enumerate(("=", "?", "↑")))
+    signs = dict(enumerate(("=", "?", "b", "↑")))
     for axis, task in zip(axes[0], tasks, strict=True):
         grid = _grid(select(verdicts, task=task), "code")
         sns.heatmap(
@@ -77,7 +105,7 @@ def verdict_map(verdicts: pd.DataFrame, question: str) -> Figure:
             ax=axis,
             cmap=colours,
             vmin=-0.5,
-            vmax=2.5,
+            vmax=3.5,
             annot=grid.map(signs.get),
             fmt="",
             cbar=False,
@@ -87,8 +115,9 @@ def verdict_map(verdicts: pd.DataFrame, question: str) -> Figure:
     handles = [
         mpl.patches.Patch(color=colour, label=f"{sign}  {name}")
         for (name, colour), sign in zip(VERDICTS.items(), signs.values(), strict=True)
+        if name in set(verdicts["verdict"])
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     plots._say(figure, messages.verdict_map(verdicts, question))
     return figure
 
@@ -388,7 +417,7 @@ def _size_axis(axis: plt.Axes, percentages: pd.Series, *, last: bool = True) -> 
 def _thin(axis: plt.Axes) -> None:
     """Keep the labels of the sizes that there is room for."""
     names = [tick.get_text() for tick in axis.get_xticklabels()]
-    axis.set_xticks(axis.get_xticks(), [name if name in map(str, TICKS) else "" for name in names])
+    axis.set_xticks(axis.get_xticks(), [name if name.split("\n")[0] in map(str, TICKS) else "" for name in names])
 
 
 def _two_lines(dataset: str, metric: str) -> str:

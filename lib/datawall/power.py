@@ -44,6 +44,8 @@ TRUTHS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
 }
 RISES = {"flat": 0, "rises by the margin": 1, "rises by twice the margin": 2}  # margins gained with every doubling
 
+MOST_SEEDS = 50  # that are tried
+
 
 def of_design(
     spread: float | Sequence[float],
@@ -112,6 +114,24 @@ def seeds_needed(
         number for number in range(2, most + 1) if of_design(spread, number, margin, **design)["right"].iloc[0] >= power
     )
     return next(enough, None)
+
+
+def seeds_to_decide(curve: Curve, margin: float, *, power: float = 0.8, n_draws: int = 500) -> int | None:
+    """How many seeds would give a curve of errors any verdict but undecided, were its means and spreads the truth.
+
+    The curve is judged on its own. None where the most that is tried, `MOST_SEEDS`, would not reach the power.
+    """
+    means = np.array([runs.mean() for runs in curve.runs])
+    spreads = np.array([runs.std(ddof=1) if len(runs) > 1 else np.nan for runs in curve.runs])
+    if curve.percentages[-1] != 100 or np.isnan(spreads).all():
+        return None
+    spreads, rng = np.nan_to_num(spreads, nan=np.nanmean(spreads)), np.random.default_rng(0)
+    for number in (*range(2, 11), 12, 15, 20, 30, MOST_SEEDS):
+        noise = rng.standard_normal((len(means), n_draws, number))
+        runs = means[:, None, None] + spreads[:, None, None] * noise
+        if (_verdicts([runs], curve, margin, 0.95) != UNDECIDED).mean() >= power:
+            return number
+    return None
 
 
 def _verdicts(runs: list[np.ndarray], curve: Curve, margin: float, confidence: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import pandas as pd
 
 from datawall import paths
-from datawall.results import COLUMNS
+from datawall.results import COLUMNS, mean_over_splits, select
 
 TABLES = paths.PACKAGE_DATA / "published"
 CELLS_PER_PERCENT = 177_525  # pretraining cells: 80 % of one per cent of scTab, the rest validates and tests
@@ -65,6 +65,28 @@ def diversity() -> pd.DataFrame:
     cells = pd.read_csv(TABLES / "vendi.csv").rename(columns={"method": "strategy", "vendi_score": "vendi"})
     types, cells = types.replace({"strategy": SUBSETS}), cells.replace({"strategy": SUBSETS})
     return types.merge(cells, how="outer", on=["strategy", "percentage", "seed"]).astype({"percentage": float})
+
+
+def beside(random: pd.DataFrame) -> pd.DataFrame:
+    """Errors of a study's zero-shot classification on random subsets and of the published ones, by number of cells.
+
+    Parameters
+    ----------
+    random
+        A study's micro-F1 on random subsets, a row a run (`results.mean_over_splits`).
+
+    Returns
+    -------
+    table with the columns study (`this corpus` or `published`), model, dataset, n_cells and error, means over seeds.
+    """
+    published = select(results(), task="zeroshot_classification", metric="micro_f1", strategy="random")
+    published = mean_over_splits(published)
+    tables = []
+    for name, rows in {"this corpus": random, "published": published}.items():
+        keys = ["model", "dataset", "percentage"]
+        means = rows[rows["percentage"] > 0].groupby(keys)[["n_cells", "value"]].mean().reset_index()
+        tables.append(means.assign(study=name, error=1 - means["value"])[["study", *keys[:2], "n_cells", "error"]])
+    return pd.concat(tables, ignore_index=True)
 
 
 def embedding_seconds() -> pd.DataFrame:

@@ -104,7 +104,7 @@ class Site:
         self.made = _in_order([*sources.values(), *scored])  # all that the results are made from
         self.notebooks = [notebooks.read(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
         self.changes = changes(params.read(paths.repository() / "params" / f"{DEFAULT}.yaml"), study.params)
-        figures = paths.figures_folder(study.folder)
+        figures = study.folder / "figures"
         self.figures = sorted(path.stem for path in figures.glob("*.svg"))
         self.downloads = [
             *(path for name in self.figures for path in sorted(figures.glob(f"{name}.*"))),
@@ -115,7 +115,10 @@ class Site:
     @cached_property
     def verdicts(self) -> pd.DataFrame:
         """What the results say (`verdicts.table`)."""
-        return verdicts.table(self.intervals)
+        budgets = self.study.folder / "budgets.parquet"
+        checked = results.read_results(self.study.folder, "budgets") if budgets.is_file() else None
+        margin = results.parameters(self.study.folder).get("margin")
+        return verdicts.table(self.intervals, checked, margin)
 
     @cached_property
     def sentences(self) -> list[str]:

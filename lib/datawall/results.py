@@ -18,7 +18,7 @@ COLUMNS = [
 ]
 RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
 KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are known
-ALL_COLUMNS = [*COLUMNS, *KNOWN]
+ALL_COLUMNS = [*COLUMNS, *KNOWN, "budget"]  # the share of a model's steps
 OF_A_TYPE = r"(?s)^(?P<metric>f1|support)\[(?P<cell_type>.*)\]\Z"  # metrics of one cell type
 PER_CLASS = [*RUN[:-1], "split", "cell_type", "f1", "low", "high", "chance", "support"]
 AGAINST = [
@@ -39,7 +39,9 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     Levels of chance make rows of a baseline `Chance` as well: means over baselines, which differ in them, if at all,
     by their clusters.
     """
-    of_type = rows["metric"].str.match(OF_A_TYPE)
+    of_type, checked = rows["metric"].str.match(OF_A_TYPE), rows["budget"].fillna(1.0) != 1
+    budgets = rows.loc[checked & ~of_type, [*RUN, "budget", "split", "value"]]
+    rows, of_type = rows[~checked], of_type[~checked]
     scores = rows[~of_type]
     scores = pd.concat([scores, _chance_rows(scores)], ignore_index=True) if len(scores) else scores
     oracle = scores[scores["model"] == ORACLE].drop_duplicates(["task", "dataset", "metric", "split"])
@@ -53,6 +55,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "results": _sorted(scores[COLUMNS]),
         "intervals": _sorted(scores[[*RUN, "split", "value", *KNOWN]]),
         "per_class": _per_class(rows[of_type]),
+        "budgets": _sorted(budgets),
     }
 
 
@@ -136,7 +139,7 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     run_dir
         Folder of the run, such as `runs/quick`.
     table
-        `results`, `intervals` or `per_class`.
+        `results`, `intervals`, `per_class` or `budgets`.
 
     Returns
     -------
@@ -149,7 +152,9 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
         the same numbers: metric, value, low and high (95 % bootstrap interval over cells), chance and ceiling, each NaN
         where it is not known;
     per_class
-        cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification.
+        cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
+    budgets
+        metric, value and budget (a share of the model's steps) of the runs of `budget_check`, which are in no other.
 
     Raises
     ------
@@ -243,6 +248,26 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
             table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")
     index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
     return pd.DataFrame(table.values(), index)
+
+
+def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) -> pd.DataFrame:
+    """Of every pretrained run, how much of its pretraining loss is gone on held-out cells, and a downstream score.
+
+    Returns
+    -------
+    table with the columns model, strategy, percentage, seed, explained and score; runs without either are left out.
+    """
+    keys = ["model", "strategy", "percentage", "seed"]
+    runs = results[results["percentage"] > 0]
+    losses = mean_over_splits(select(runs, task="reconstruction", metric="explained")).set_index(keys)["value"]
+    scores = mean_over_splits(select(runs, task=task, metric=metric, dataset=dataset)).set_index(keys)["value"]
+    return pd.concat({"explained": losses, "score": scores}, axis=1).dropna().reset_index()
+
+
+def rank_correlations(both: pd.DataFrame) -> pd.Series:
+    """Spearman's correlation over runs of the two columns of `loss_and_score`, by model."""
+    by_model = {model: of["explained"].corr(of["score"], method="spearman") for model, of in both.groupby("model")}
+    return pd.Series(by_model, dtype=float)
 
 
 def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:

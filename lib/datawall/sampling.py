@@ -9,7 +9,8 @@ several numbers, say `(seed, size)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -336,3 +337,22 @@ def _box_keys(X: np.ndarray, low: np.ndarray, width: np.ndarray, length: float) 
         block = X[begin : begin + BLOCK, cut] if len(cut) < X.shape[1] else X[begin : begin + BLOCK]
         keys[begin : begin + BLOCK] = np.floor((block - low) * per_length).astype(np.float64) @ weight
     return keys
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to choose a subset: a line of `STRATEGIES`, whose name study files take."""
+
+    choose: Callable[..., np.ndarray]  # rows, from what it chooses by, a percentage and a seed
+    by: str  # `n_cells`, `cell_type` or `X_pca` (principal component scores), of all cells
+    of_all: bool = False  # whether it makes a choice at 100 % too
+    spiked: float = 0.0  # share of the subset, in per cent, that perturbed cells take over
+
+
+STRATEGIES = {
+    "random": Strategy(random, by="n_cells", of_all=True),
+    "celltype_reweighted": Strategy(celltype_reweighted, by="cell_type"),
+    "geometric_sketching": Strategy(geometric_sketching, by="X_pca"),
+    "spikein_10": Strategy(random, by="n_cells", of_all=True, spiked=10.0),
+    "spikein_50": Strategy(random, by="n_cells", of_all=True, spiked=50.0),
+}

@@ -18,6 +18,7 @@ SPREADS = 2.0  # standard deviations over seeds that make up a margin, by defaul
 KEY = ["model", "strategy", "task", "dataset"]
 EXACT = 1e-12  # differences below this are rounding
 PLATEAU, IMPROVING, UNDECIDED = "plateau", "still improving", "undecided"
+LIMITED = "budget-limited"  # twice the steps still change the score by more than the margin (`verdicts`)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
     of_tasks = [
         saturation_points(rows, metric, **options)
         for task, metric in tasks.HEADLINE.items()
-        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task)))
+        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task, metric=metric)))
     ]
     return pd.concat(of_tasks, ignore_index=True) if of_tasks else saturation_points(results[:0], "", **options)
 

@@ -10,12 +10,13 @@ import pandas as pd
 import scipy.sparse as sp
 
 from datawall import baselines, corpus, expression, joining, sampling, tasks
-from datawall.params import SMALL, Embedding
+from datawall.params import Embedding
 from datawall.study import Run, Source, Study
 from datawall.tasks.uncertainty import Metrics
 
 RECONSTRUCTED = 1_000  # cells at most
-EMBEDDING_BASELINES = ("HVG", "PCA")  # fitted to the evaluation cells themselves
+SMALL = 5_000  # cells; of a data set with fewer, one division would leave the score to chance
+FOLDS = 3  # of fine-tuning on such a data set, so that every cell is tested
 
 
 @dataclass(frozen=True)
@@ -40,80 +41,89 @@ def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]
 
 
 def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Splits in two, the same for every model: by cell in proportion to types, and by donor where there are two.
+    """Divisions in two, the same for every model: by cell in proportion to types, and by donor where there are two.
 
     Returns
     -------
-    the name of each split (`cells 0`, `donors 0`, …), and (n_cells,) bool: the test cells.
+    the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1; each tests the other.
     """
     obs = study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
     n_splits = study.params.splits if len(obs) < SMALL else 1
     for seed in range(n_splits):
-        yield f"cells {seed}", sampling.stratified_split(labels, [0.5, 0.5], seed=seed) == 1
-    for seed, part in donor_splits(obs, [0.5, 0.5], n_splits, fewest=max(study.params.k, *study.params.more_k, 0)):
-        yield f"donors {seed}", part == 1
-
-
-def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Splits into 80 % training, 10 % validation and 10 % test cells, the same for every model.
-
-    By donor, the test cells are whole donors', a fifth of the cells or so, and the validation cells come from the
-    donors that are trained on.
-
-    Returns
-    -------
-    the name of each split, and (n_cells,) the part of each cell: 0, 1 or 2.
-    """
-    obs = study.dataset(dataset).obs
-    labels = obs["cell_type"].to_numpy().astype(str)
-    n_splits = (study.params.finetuned_splits or study.params.splits) if len(obs) < SMALL else 1
-    for seed in range(n_splits):
-        yield f"cells {seed}", sampling.stratified_split(labels, [0.8, 0.1, 0.1], seed=seed)
-    for seed, held_out in donor_splits(obs, [0.8, 0.2], n_splits):
-        part = np.full(len(labels), 2)
-        part[held_out == 0] = sampling.stratified_split(labels[held_out == 0], [8 / 9, 1 / 9], seed=seed)
+        yield f"cells {seed}", sampling.stratified_split(labels, [0.5, 0.5], seed=seed)
+    for seed, part in donor_splits(
+        obs, [0.5, 0.5], n_splits, fewest=max(study.params.k, *study.params.more_k, 0), in_turn=True
+    ):
         yield f"donors {seed}", part
 
 
+def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Divisions into training, validation and test cells, the same for every model.
+
+    Of a data set with fewer than 5,000 cells every cell is tested: each third in turn, with a tenth of the others to
+    stop by. A larger one has 80 % training, 10 % validation and 10 % test cells. By donor, the test cells are whole
+    donors', a fifth of the cells or so, and the validation cells come from the donors that are trained on.
+
+    Returns
+    -------
+    the name of each division, and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
+    """
+    obs = study.dataset(dataset).obs
+    labels = obs["cell_type"].to_numpy().astype(str)
+    small = len(obs) < SMALL
+    n_splits = (study.params.finetuned_splits or study.params.splits) if small else 1
+
+    def divided(tested: np.ndarray, validation: float, seed: int) -> np.ndarray:
+        part = np.full(len(labels), 2)
+        part[~tested] = sampling.stratified_split(labels[~tested], [1 - validation, validation], seed=seed)
+        return part
+
+    for seed in range(n_splits):
+        if small:
+            fold = sampling.stratified_split(labels, [1 / FOLDS] * FOLDS, seed=seed)
+            yield f"cells {seed}", np.stack([divided(fold == number, 1 / 10, seed) for number in range(FOLDS)])
+        else:
+            yield f"cells {seed}", sampling.stratified_split(labels, [0.8, 0.1, 0.1], seed=seed)
+    for seed, held_out in donor_splits(obs, [0.8, 0.2], n_splits):
+        yield f"donors {seed}", divided(held_out == 1, 1 / 9, seed)
+
+
 def donor_splits(
-    obs: pd.DataFrame, shares: list[float], n_splits: int, *, fewest: int = 10
+    obs: pd.DataFrame, shares: list[float], n_splits: int, *, fewest: int = 10, in_turn: bool = False
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Seeds and parts of splits by whole donors, each split once; none where fewer than two donors are known.
 
-    There are `fewest` training cells at least, of two types.
+    There are `fewest` training cells at least, of two types: in the first part or, `in_turn`, in each.
     """
     if "donor_id" not in obs or obs["donor_id"].nunique() < 2:
         return
     seen = set()
     for seed in range(n_splits):
         part = sampling.split_by_group(obs["donor_id"].array, shares, seed=seed)
-        training = obs["cell_type"].array[part == 0]
-        enough = len(training) >= fewest and len(training.unique()) > 1
+        trained_on = [obs["cell_type"].array[part == one] for one in (range(2) if in_turn else range(1))]
+        enough = all(len(types) >= fewest and len(types.unique()) > 1 for types in trained_on)
         if enough and part.tobytes() not in seen:  # few donors leave few ways to part them
             seen.add(part.tobytes())
             yield seed, part
 
 
 def zeroshot_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
-    """Repeated 50/50 splits."""
+    """Each half of the cells by the other."""
     p = study.params
     embedding = study.embedding(evaluation.source, evaluation.dataset)
     labels = study.dataset(evaluation.dataset).obs["cell_type"].to_numpy().astype(str)
-    for split, test in halves(study, evaluation.dataset):
-        train = ~test
-        metrics = tasks.zeroshot_classification(
-            embedding[train], labels[train], embedding[test], labels[test], p.k, more_k=p.more_k
-        )
-        yield split, metrics
+    for split, half in halves(study, evaluation.dataset):
+        yield split, tasks.classification.crossvalidated_classification(embedding, labels, half, p.k, more_k=p.more_k)
 
 
 def zeroshot_integration(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
-    """All cells at once: nothing is fitted to labels, so there is nothing to split."""
+    """All cells at once, or the same sample for every model: nothing is fitted to labels, so nothing is split."""
     obs = study.dataset(evaluation.dataset).obs
-    labels, batches = (obs[key].to_numpy().astype(str) for key in ("cell_type", "batch"))
-    embedding = study.embedding(evaluation.source, evaluation.dataset)
-    unintegrated = study.embedding("PCA", evaluation.dataset)
+    rows = np.sort(np.random.default_rng(0).permutation(len(obs))[: study.params.integration_cells])
+    labels, batches = (obs[key].to_numpy().astype(str)[rows] for key in ("cell_type", "batch"))
+    embedding = study.embedding(evaluation.source, evaluation.dataset)[rows]
+    unintegrated = study.embedding("PCA", evaluation.dataset)[rows]
     yield "all cells", tasks.zeroshot_integration(embedding, labels, batches, unintegrated=unintegrated)
 
 
@@ -125,10 +135,13 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
     options = {"seed": evaluation.seed, "class_weight": p.class_weight}
     model = study.model(source) if isinstance(source, Run) and p.finetune == "full" else None
     for split, part in three_parts(study, evaluation.dataset):
-        train, test = part == tasks.finetuning.TRAIN, part == tasks.finetuning.TEST
         if source == "LogisticRegression":
-            predicted = baselines.logistic_regression(data.X[train], labels[train], data.X[test])
-            yield split, tasks.classification.classification_metrics(labels[test], predicted, labels[train])
+            predicted = np.empty_like(labels)
+            for fold in np.atleast_2d(part):
+                train, test = fold == tasks.finetuning.TRAIN, fold == tasks.finetuning.TEST
+                predicted[test] = baselines.logistic_regression(data.X[train], labels[train], data.X[test])
+            tested = np.atleast_2d(part == tasks.finetuning.TEST).any(axis=0)
+            yield split, tasks.classification.classification_metrics(labels[tested], predicted[tested], labels)
             continue
         embedding = study.embedding(source, evaluation.dataset)
         metrics = tasks.finetuned_classification(embedding, labels, part, **options)
@@ -219,4 +232,4 @@ BASELINES = {
     "finetuned_classification": ("LogisticRegression",),
     "perturbation_response": ("NoChange", "MeanShift", "TreatedMean", "Oracle"),
     "reconstruction": (),
-}  # by task; `EMBEDDING_BASELINES` for all others
+}  # by task; those of `baselines.EMBEDDINGS` for all others

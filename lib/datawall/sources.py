@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anndata as ad
@@ -23,6 +23,8 @@ from datawall.duplicates import SeenCells, cell_hashes
 log = logging.getLogger(__name__)
 
 SAMPLE = 2048  # rows at the beginning, middle and end of a matrix by which the place of the counts is chosen
+PREFERRED = ("layers['counts']", "X", "raw.X")  # of places that are alike, before other layers
+PARTS = ("spliced", "unspliced", "ambiguous", "nascent", "mature")  # layers with a part of the counts
 SCAN = 65_536  # rows of names and labels read at once
 QUALITY = ("n_genes", "n_counts", "mito_share")  # of a cell, see `quality`
 
@@ -33,7 +35,8 @@ type Columns = Mapping[str, str | Mapping[str, str]]
 class Options:
     """What is asked of the files; the filters are off by default, as in the original study."""
 
-    min_matched: float = 0.5  # least share of a file's genes that must be in the gene table
+    min_matched: float = 0.5  # see `corpus.check_match`
+    labels: Mapping[str, str] = field(default_factory=dict)  # cell types to call otherwise
     min_genes: int = 0  # least number of genes of the gene table that a cell must express
     min_counts: int = 0  # least sum of a cell's counts
     max_mito: float = 1.0  # greatest share of a cell's counts in the 13 mitochondrial genes of the gene table
@@ -72,6 +75,8 @@ class Source:
         A `GeneMatch` for each file.
     labels
         The labels of each role over all files, sorted: the categories of every block's columns.
+    notes
+        What a reader should know of the files: where counts and names of genes are, odd labels.
     report
         A `Report`, from the end of an iteration on; None before.
     """
@@ -81,10 +86,11 @@ class Source:
         files: list[_File],
         matches: list[GeneMatch],
         labels: dict[str, list[str]],
+        notes: list[str],
         var: pd.DataFrame,
         options: Options,
     ) -> None:
-        self.var, self.matches, self.labels, self.options = var, matches, labels, options
+        self.var, self.matches, self.labels, self.notes, self.options = var, matches, labels, notes, options
         self.n_cells = sum(file.n_cells for file in files)
         self.report: Report | None = None
         self._files = files
@@ -138,7 +144,7 @@ class Source:
         X = corpus.place_columns(values, file.position, len(self.var))
         names = cells.cell_names(start, stop)
         obs = {
-            role: pd.Categorical(_labels(cells, key, role, start, stop), categories=self.labels[role])
+            role: pd.Categorical(self._labels(cells, key, role, start, stop), categories=self.labels[role])
             for role, key in file.keys.items()
         }
         if "dataset_id" not in obs:
@@ -147,6 +153,10 @@ class Source:
         obs |= quality(X, self.var)
         prefix = f"{file.name}_" if len(self._files) > 1 else ""
         return ad.AnnData(X, obs=pd.DataFrame(obs, index=[f"{prefix}{name}" for name in names]), var=self.var)
+
+    def _labels(self, cells: CellFile, key: str, role: str, start: int, stop: int) -> np.ndarray:
+        codes, labels = corpus.label_codes(cells.column(key, role, start, stop), _renamed(self.options, role))
+        return labels[codes]
 
     def _kept(self, block: ad.AnnData, number: int, tally: _Tally, seen: SeenCells) -> ad.AnnData:
         """The cells of a block that stay, all counted in the tally."""
@@ -203,9 +213,10 @@ class _Tally:
 def open_source(paths: Sequence[str | Path], columns: Columns, options: Options | None = None) -> Source:
     """Open files as one corpus: find their counts, join their genes, check the names and labels of all cells.
 
-    All is checked here but the counts, which are sampled: the place is the first of `layers["counts"]`, `X` and
-    `raw.X` whose beginning, middle and end hold counts, and `Source.blocks` checks every value of it. Matrices stored
-    by column (CSC) work, at the price of reading them once for every 67 million counts.
+    All is checked here but the counts, which are sampled: of `X`, `raw.X` and the layers whose beginning, middle and
+    end hold counts the one with the most genes is taken, one that looks scaled or binary only if there is no other.
+    `Source.blocks` checks every value of it. Matrices stored by column (CSC) work, at the price of reading them once
+    for every 67 million counts. Nothing else is read, so that what else is in a file does no harm.
 
     Cells are named as in their file, and with the file's name before that where there are several files.
 
@@ -230,7 +241,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     names = _file_names(paths)
     table = corpus.gene_table()
     mitochondrial = table["feature_name"].str.startswith("MT-").to_numpy()
-    files, matches, found = [], [], {role: set() for role in (*columns, "dataset_id")}
+    files, matches, found = [], [], {role: Counter() for role in (*columns, "dataset_id")}
     with tqdm(total=len(paths), desc="opening files", unit="file", leave=False, delay=5) as bar:
         for path, name in zip(paths, names, strict=True):
             with CellFile(path) as cells:
@@ -240,16 +251,24 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
                     log.warning("%s: has no mitochondrial gene, so that max_mito keeps all its cells.", path)
                 keys = {role: _key(columns, role, name, path) for role in columns}
                 for role, key in keys.items():
-                    found[role] |= _all_labels(cells, key, role)
+                    found[role].update(_all_labels(cells, key, role, _renamed(options, role)))
                 files.append(_File(path, name, cells.n_cells, place, position, keys))
             matches.append(match)
             bar.update()
     if "dataset_id" not in columns:
-        found["dataset_id"] = set(names)
+        found["dataset_id"] = Counter(names)
     var, columns_of = corpus.compacted([file.position for file in files])
     files = [replace(file, position=of_file) for file, of_file in zip(files, columns_of, strict=True)]
     labels = {role: sorted(values) for role, values in found.items()}
-    return Source(files, matches, labels, var, options)
+    notes = [f"{match.dataset}: {note}" for match in matches for note in match.notes]
+    for role, key in columns.items():
+        where = f"{', '.join(names)}: {key if isinstance(key, str) else role!r}"
+        notes += corpus.label_notes(found[role], where, role)
+    return Source(files, matches, labels, notes, var, options)
+
+
+def _renamed(options: Options, role: str) -> Mapping[str, str]:
+    return options.labels if role == "cell_type" else {}
 
 
 def _file_names(paths: list[Path]) -> list[str]:
@@ -274,21 +293,77 @@ def _key(columns: Columns, role: str, name: str, path: Path) -> str:
     return key[name]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A matrix of a file that holds counts, by a sample of its cells."""
+
+    name: str
+    position: np.ndarray
+    match: GeneMatch
+    var: pd.DataFrame
+    weights: np.ndarray  # (n_genes,) sums
+    doubt: str | None
+
+    @property
+    def worth(self) -> tuple[bool, int, int]:
+        """What it is chosen by."""
+        preferred = -PREFERRED.index(self.name) if self.name in PREFERRED else -len(PREFERRED)
+        return self.doubt is None, self.match.matched, preferred
+
+
 def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[str, np.ndarray, GeneMatch]:
     """Place of the counts, row of each gene in the gene table, and the record of the match."""
-    place = corpus.choose_place(((place, _sampled_fault(cells, place)) for place in cells.places()), cells.name)
-    position, match = corpus.match_genes(cells.genes(place), cells.name, place, min_matched=options.min_matched)
-    return place, position, replace(match, dataset=name)
+    places, faults, parts, errors = [], {}, {}, []
+    for place in cells.places():
+        part = place.removeprefix("layers['").removesuffix("']")
+        try:
+            fault, weights, doubt = _sample(cells, place)
+            if part in PARTS and not fault:
+                parts[part], fault = weights, f"holds a part of the counts, the {part} molecules"
+            if fault:
+                faults[place] = fault
+                continue
+            var = cells.genes(place)
+            position, match = corpus.find_genes(var, cells.name, place, weights)
+            places.append(_Place(place, position, match, var, weights, doubt))
+        except CorpusError as error:
+            errors.append(error)
+            faults[place] = str(error).removeprefix(f"{cells.name}: ").removeprefix(f"{place} ")
+    if not places:
+        if errors and len(faults) == 1:
+            raise errors[0]
+        told = "; ".join(f"{place} {fault}" for place, fault in faults.items())
+        raise CorpusError(
+            f"{cells.name}: no raw counts found ({told or 'X is empty'}); counts must be finite, non-negative "
+            'integers. Put them into layers["counts"].'
+        )
+    best = max(places, key=lambda place: place.worth)
+    corpus.check_match(best.match, best.var, options.min_matched)
+    notes = [f"{best.name} {best.doubt}: are these raw counts?"] if best.doubt else []
+    if "spliced" in parts and np.array_equal(parts["spliced"], best.weights):
+        notes.append(f"{best.name} has the spliced molecules alone, as layers['spliced']; the others are left out")
+    others = [
+        f"{one.name} {one.doubt or 'holds counts too'} ({one.match.matched:,} genes)"
+        for one in places
+        if one is not best
+    ]
+    others += [f"{place} {fault}" for place, fault in faults.items()]
+    if others:
+        notes.append(f"counts are taken from {best.name}; besides, {'; '.join(others)}")
+    return best.name, best.position, replace(best.match, dataset=name, notes=(*notes, *best.match.notes))
 
 
-def _sampled_fault(cells: CellFile, place: str) -> str | None:
-    matrix = cells.matrix(place)
-    middle, end = (cells.n_cells - SAMPLE) // 2, cells.n_cells - SAMPLE
-    for start in sorted({0, max(0, middle), max(0, end)}):
-        values = _counts(matrix, cells.name, start, min(start + SAMPLE, cells.n_cells))
+def _sample(cells: CellFile, place: str) -> tuple[str | None, np.ndarray | None, str | None]:
+    """What is wrong with a matrix's beginning, middle and end; the sum of each gene, and what is odd about counts."""
+    matrix, n, weights, sums, greatest = cells.matrix(place), cells.n_cells, 0.0, [], 0.0
+    for start in sorted({0, max(0, (n - SAMPLE) // 2), max(0, n - SAMPLE)}):
+        values = _counts(matrix, cells.name, start, min(start + SAMPLE, n))
         if fault := corpus.count_fault(values):
-            return fault
-    return None
+            return f"{fault}{corpus.likeness(values)}", None, None
+        weights = weights + np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
+        sums.append(np.asarray(values.sum(axis=1, dtype=np.float64)).ravel())
+        greatest = max(greatest, float(values.max()))
+    return None, weights, corpus.doubt(np.concatenate(sums), greatest)
 
 
 def _counts(matrix: object, file: str, start: int, stop: int) -> sp.csr_matrix:
@@ -307,17 +382,13 @@ def _check_cell_names(cells: CellFile) -> None:
             raise CorpusError(f"{cells.name}: cell name {one[:100]!r} occurs more than once; make obs_names unique.")
 
 
-def _all_labels(cells: CellFile, key: str, role: str) -> set[str]:
-    """Every label of a column, which must be complete."""
-    found, n_missing = set(), 0
+def _all_labels(cells: CellFile, key: str, role: str, renamed: Mapping[str, str]) -> Counter[str]:
+    """Every label of a column, which must be complete, and its cells."""
+    found, n_missing = Counter(), 0
     for start in range(0, cells.n_cells, SCAN):
-        codes, labels = corpus.label_codes(cells.column(key, role, start, start + SCAN))
+        codes, labels = corpus.label_codes(cells.column(key, role, start, start + SCAN), renamed)
         n_missing += int((codes < 0).sum())
-        found.update(labels)
+        n_cells = np.bincount(codes[codes >= 0], minlength=len(labels))
+        found.update({label: int(n) for label, n in zip(labels, n_cells, strict=True) if n})
     corpus.check_labels(n_missing, cells.name, key, role)
     return found
-
-
-def _labels(cells: CellFile, key: str, role: str, start: int, stop: int) -> np.ndarray:
-    codes, labels = corpus.label_codes(cells.column(key, role, start, stop))
-    return labels[codes]

@@ -38,7 +38,12 @@ WITHOUT = {  # what a study does without a role
     "donor": "cells are split whoever they are from",
     "perturbation": "perturbation response is left out",
 }
-CONTROL = r"ctrl|control|untreated|unstim|vehicle|dmso|mock|pbs|naive|baseline|normal|healthy|wild.?type|^(wt|none|nt)$"
+CONTROL = (
+    r"ctrl|control|untreated|unstim|vehicle|dmso|mock|pbs|naive|baseline|normal|healthy|wild.?type|non.?target|scrambl|"
+    r"^(wt|none|ntc?)$"
+)
+KEYS = {"label": "cell_type_key", "batch": "batch_key", "donor": "donor_key", "perturbation": "perturbation_key"}
+KEYS["control"] = "control"  # of the study file, by option of the command
 NONE = "none"  # the answer that leaves a role out
 MOST_TYPES = 500
 FEW = 50  # cells; a subset with fewer teaches little
@@ -49,7 +54,15 @@ type Roles = dict[str, str | None]  # columns, and the control
 type Ask = Callable[[str, str], str]  # a question and the proposal; the answer
 
 
-def new(name: str, corpora: Sequence[str], given: Roles, *, ask: Ask | None, say: Callable[[str], None]) -> Path:
+def new(
+    name: str,
+    corpora: Sequence[str],
+    given: Roles,
+    *,
+    ask: Ask | None,
+    say: Callable[[str], None],
+    settings: dict[str, Any] | None = None,
+) -> Path:
     """Write `params/<name>.yaml` for a corpus, after a look into it.
 
     Parameters
@@ -65,6 +78,8 @@ def new(name: str, corpora: Sequence[str], given: Roles, *, ask: Ask | None, say
         Asks for what is not given; by default proposals are taken.
     say
         Tells what is found.
+    settings
+        More keys of the study file, and their values.
 
     Raises
     ------
@@ -74,15 +89,24 @@ def new(name: str, corpora: Sequence[str], given: Roles, *, ask: Ask | None, say
         If the name is none, a file breaks a rule or what was given is not there.
     """
     path = paths.repository() / "params" / f"{name}.yaml"
-    default = params.read(paths.repository() / "params" / "quick.yaml", {"study": name})
+    settings = settings or {}
+    if taken := [option for option, key in KEYS.items() if key in settings]:
+        raise ValueError(f"--set {KEYS[taken[0]]}: with --new, name it as --{taken[0]}.")
+    plain = {key: value for key, value in settings.items() if key in ("min_matched_genes", "held_out", "percentages")}
+    default = params.read(paths.repository() / "params" / "quick.yaml", {"study": name, **plain})
     if path.exists():
         raise FileExistsError(f"{path}: there is such a study file; choose another name, or remove it.")
-    looks = [inspection.look(one, min_matched=default.min_matched_genes) for one in corpora]
+    named = [key for role, key in given.items() if role != "control" and key]
+    looks = [inspection.look(one, named, min_matched=default.min_matched_genes) for one in corpora]
     for looked in looks:
         say(str(looked))
     looked = _joined(looks)
     roles = _choose(looked, given, ask, say)
+    for note in (note for each in looks for note in each.notes(roles)):
+        say(f"warning: {note}")
     text = study_file(name, [_portable(one) for one in corpora], looked, roles, default)
+    if settings:
+        text = _with(text, settings)
     params.check(params.from_yaml(text), path.name)
     store.write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
     return path
@@ -91,7 +115,7 @@ def new(name: str, corpora: Sequence[str], given: Roles, *, ask: Ask | None, say
 def propose(looked: Looked) -> Roles:
     """The columns that a study is likely to want, by role, and the `control`; None where no column looks like it.
 
-    A cell type, batch or donor needs at least two values and no gaps; a perturbation exactly two, one of them called
+    A cell type, batch or donor needs at least two values and no gaps; a perturbation two or more, one of them called
     like a control.
     """
     obs = looked.obs.loc[:, looked.obs.notna().all()]
@@ -108,10 +132,10 @@ def propose(looked: Looked) -> Roles:
 
 
 def control_of(labels: pd.Series) -> str | None:
-    """The value that means untreated, if there are two and one of them is called so."""
+    """The value that means untreated, if there are two or more and one of them alone is called so."""
     values = [str(value) for value in labels.dropna().unique()]
     controls = [value for value in values if re.search(CONTROL, value, re.IGNORECASE)]
-    return controls[0] if len(values) == 2 and len(controls) == 1 else None
+    return controls[0] if len(values) > 1 and len(controls) == 1 else None
 
 
 def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, default: params.Params) -> str:
@@ -203,7 +227,22 @@ def _joined(looks: list[Looked]) -> Looked:
     labels = [key for key in shared if all(key in one.obs for one in looks)]
     obs = pd.concat([one.obs[labels].astype(object) for one in looks], ignore_index=True).astype("category")
     names = ", ".join(one.name for one in looks)
-    return Looked(names, sum(one.n_cells for one in looks), looks[0].match, shared, obs)
+    unreadable = {key: why for one in looks for key, why in one.unreadable.items()}
+    return Looked(names, sum(one.n_cells for one in looks), looks[0].match, shared, obs, unreadable)
+
+
+def _with(text: str, settings: dict[str, Any]) -> str:
+    """A study file with more keys; one that it has already gets another value, in its place."""
+    lines = text.rstrip().split("\n")
+    for key, value in settings.items():
+        line = f"{key}: {_yaml(value)}"
+        at = next((i for i, old in enumerate(lines) if old.startswith(f"{key}:")), None)
+        if at is None:
+            lines += [*(["", "# As given with --set."] * ("# As given with --set." not in lines)), line]
+            continue
+        end = next((i for i in range(at + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
+        lines[at:end] = [line]
+    return "\n".join(lines) + "\n"
 
 
 def _portable(name: str) -> str:

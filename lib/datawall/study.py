@@ -51,6 +51,7 @@ class Run:
 
     model: str
     subset: Subset
+    budget: float = 1.0  # share of the model's steps
 
 
 type Source = Run | Embedding | str  # of an embedding; a string names a baseline
@@ -141,6 +142,16 @@ class Study(Curated):
             if run.subset.strategy == "untrained" or (run.model, run.subset.percentage, run.subset.seed) in chosen
         ]
 
+    def budget_runs(self) -> list[Run]:
+        """The runs of `budget_check`: those of `pretraining_runs`, with other budgets."""
+        runs = [Run(model, Subset(*subset), share) for model, subset, share in self.params.budget_runs()]
+        main = set(self.pretraining_runs())
+        return [run for run in runs if Run(run.model, run.subset) in main]
+
+    def steps_of(self, run: Run) -> int:
+        """Optimiser steps of a run."""
+        return max(1, round(self.params.steps_of(run.model) * run.budget))
+
     @property
     def chosen_path(self) -> Path:
         """Where an adaptive study keeps which runs it has chosen: percentages and seeds by model."""
@@ -164,7 +175,7 @@ class Study(Curated):
         else:
             record["subset"] = self.subset_unit(run.subset).key
             if hyperparameters.of_family(family).takes_steps:
-                record |= {"steps": self.params.steps_of(run.model), "init_seed": self.params.init_seed}
+                record |= {"steps": self.steps_of(run), "init_seed": self.params.init_seed}
         return Unit("model", record, ("study:_make_model", *_code(family)))
 
     def _control_seed(self, run: Run) -> int:
@@ -203,7 +214,8 @@ class Study(Curated):
             given = Path(scratch) / "given.yaml"
             given.write_text(params.to_yaml(self.params.model_dump()), encoding="utf-8")
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
-            of_run = [run.model, s.strategy, str(s.percentage), str(s.seed), "--out", str(self.folder)]
+            of_run = [run.model, s.strategy, str(s.percentage), str(s.seed), "--budget", str(run.budget)]
+            of_run += ["--out", str(self.folder)]
             ended = subprocess.run(
                 [sys.executable, "-m", *torchrun, "-m", "datawall.together", str(given), *of_run], check=False
             )
@@ -237,12 +249,13 @@ class Study(Curated):
         return models.model_class(run.model).load(self.model_artifact(run).folder)
 
     def pretrain(self) -> pd.DataFrame:
-        """Pretrain, or find, every model: a row each with the run's parameters and its budget as spent.
+        """Pretrain, or find, every model: a row for each of `pretraining_runs`, with its budget as spent.
 
         Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, unique_cells (different ones among
         them), passes (samples seen, for each of the n_cells), seconds, device; NaN for a model that takes no steps.
         """
-        missing = [run for run in self.pretraining_runs() if not self.store.find(self.model_unit(run))]
+        runs = [*self.pretraining_runs(), *self.budget_runs()]
+        missing = [run for run in runs if not self.store.find(self.model_unit(run))]
         for run in missing:
             self.rows(run.subset)  # once, here, rather than by every process that needs it
         cluster.run_units(self, Study.model_artifact, missing, "pretraining", lambda study, run: study.costs.run(run))
@@ -256,14 +269,18 @@ class Study(Curated):
         return table.assign(passes=table["samples_seen"].astype(float) / table["n_cells"])
 
     def histories(self) -> pd.DataFrame:
-        """Training loss of every run that took steps: model, strategy, percentage, seed, step, loss, learning_rate."""
+        """Training loss of every run that took steps, and that of the cells which choose the weights, where looked at.
+
+        Columns: model, strategy, percentage, seed, step, loss, learning_rate, validation_loss.
+        """
         tables = []
         for run in self.pretraining_runs():
             path = self.model_artifact(run).folder / "history.parquet"
             if path.exists():
                 tables.append(pd.read_parquet(path).assign(model=run.model, **asdict(run.subset)))
         if not tables:
-            return pd.DataFrame(columns=["step", "loss", "learning_rate", "model", "strategy", "percentage", "seed"])
+            of_run = ["model", "strategy", "percentage", "seed"]
+            return pd.DataFrame(columns=["step", "loss", "learning_rate", "validation_loss", *of_run])
         return pd.concat(tables, ignore_index=True)
 
     def _make_model(self, run: Run, folder: Path, checkpoint: Path) -> dict[str, Any]:
@@ -278,7 +295,7 @@ class Study(Curated):
         history = model.fit(
             cells.within(p.memory_gib),
             cells.obs,
-            steps=p.steps_of(run.model),
+            steps=self.steps_of(run),
             seed=subset.seed,
             init_seed=p.init_seed,
             checkpoint=checkpoint,
@@ -288,7 +305,9 @@ class Study(Curated):
             return {}
         curve = {"loss": history.loss, "learning_rate": history.learning_rate}
         steps = np.arange(1, len(history.loss) + 1)
-        pd.DataFrame({"step": steps, **curve}).to_parquet(folder / "history.parquet", index=False)
+        looks = pd.Series(history.validation_loss, history.validation_step, dtype=float).reindex(steps)
+        table = pd.DataFrame({"step": steps, **curve, "validation_loss": looks.to_numpy()})
+        table.to_parquet(folder / "history.parquet", index=False)
         spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
         return {"device": training.device().type, **spent}
 
@@ -305,7 +324,7 @@ class Study(Curated):
         return Unit("embedding", {"baseline": source, **data}, CODE["baseline"])
 
     def embedding(self, source: Source, dataset: str) -> np.ndarray:
-        """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by the baseline `HVG` or `PCA`.
+        """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by one of `baselines.EMBEDDINGS`.
 
         Raises
         ------
@@ -324,10 +343,10 @@ class Study(Curated):
                     )
             elif isinstance(source, Embedding):
                 embedding = external.read_embedding(source.file, source.obsm_key, cells.obs_names, dataset)
-            elif source == "HVG":
+            elif (n_components := baselines.EMBEDDINGS[source]) is None:
                 embedding = baselines.variable_gene_embedding(cells.X)
             else:
-                embedding = baselines.pca_embedding(cells.X)
+                embedding = baselines.pca_embedding(cells.X, n_components)
             np.save(folder / "embedding.npy", embedding)
 
         artifact = self.store.find_or_make(self.embedding_unit(source, dataset), make)

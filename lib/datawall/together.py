@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("strategy")
     parser.add_argument("percentage", type=float)
     parser.add_argument("seed", type=int)
+    parser.add_argument("--budget", type=float, default=1.0, help="share of the model's steps")
     parser.add_argument("--out", type=Path, help="run folder; the study's own by default")
     options = parser.parse_args(arguments)
     if "RANK" in os.environ:
@@ -30,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     study = open_study(options.study)
     study = Study(study.params, options.out or study.folder)
-    run = Run(options.model, Subset(options.strategy, options.percentage, options.seed))
-    if run not in study.pretraining_runs():
+    run = Run(options.model, Subset(options.strategy, options.percentage, options.seed), options.budget)
+    if run not in [*study.pretraining_runs(), *study.budget_runs()]:
         raise SystemExit(f"{options.study} has no such run: {run}")
     study.pretrain_together(run)
     if dist.is_initialized():

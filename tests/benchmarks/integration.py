@@ -11,8 +11,8 @@ the peer is timed without it; ours is timed with it, and with the intervals of a
 
 Where values differ by more than 0.01, this is why:
 
-- nmi, ari: scib clusters once, with leidenalg; ours as scib-metrics with igraph, and takes the mean of five times. At
-  the peer's clusters they are equal, which is what is asserted.
+- nmi, ari: scib clusters once, with leidenalg; ours as scib-metrics with igraph, the mean of five times.
+  At the peer's clusters they are equal, which is what is asserted.
 - isolated_labels: scib has no value if all labels are in all batches; ours is then that of all labels.
 - graph_connectivity: scib takes the symmetric graph of UMAP, ours as scib-metrics the directed one of neighbours, in
   which fewer cells hang together.

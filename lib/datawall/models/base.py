@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -13,12 +14,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from datawall import store, training
+from datawall import expression, store, training
 from datawall.cellstore import Cells
 from datawall.hyperparameters import Hyperparameters, check
 from datawall.training import History
 
 CONFIG, TENSORS = "model.json", "model.safetensors"
+HELD_OUT = 500  # cells at most that choose the best weights
+LOOKS = 10  # at their loss in the budget, at least
 
 
 class Model(Protocol):
@@ -69,9 +72,10 @@ class Model(Protocol):
 
 
 class Network:
-    """A family whose weights are one torch module over all genes of the corpus: its life apart from `fit` and `embed`.
+    """A family whose weights are one torch module over a panel of genes: its life apart from `fit` and `embed`.
 
-    A subclass names itself (`family`) and makes its module (`network`).
+    The panel is the `n_genes` most variable genes of the subset itself, or all genes. A subclass names itself
+    (`family`) and makes its module (`network`).
 
     Parameters
     ----------
@@ -83,18 +87,23 @@ class Network:
 
     def __init__(self, **hyperparameters: Any) -> None:
         self.hyperparameters = check(self.family, hyperparameters)
-        self.n_genes: int | None = None
+        self.n_genes: int | None = None  # of the corpus
+        self.genes: np.ndarray | None = None  # (n_panel,) positions in the corpus of the panel's genes
         self.module: nn.Module | None = None
 
     def network(self, n_genes: int) -> nn.Module:
         """The module for a number of genes, with random weights."""
         raise NotImplementedError
 
-    def build(self, n_genes: int, seed: int) -> nn.Module:
-        """Make the module with initial weights from a seed, on the device, in evaluation mode."""
-        self.n_genes = n_genes
-        self.module = training.seeded(lambda: self.network(n_genes), seed).eval()
+    def build(self, n_genes: int, seed: int, panel: np.ndarray | None = None) -> nn.Module:
+        """Make the module for a panel, or all genes, with initial weights from a seed, on the device, to evaluate."""
+        self.n_genes, self.genes = n_genes, np.arange(n_genes) if panel is None else panel
+        self.module = training.seeded(lambda: self.network(len(self.genes)), seed).eval()
         return self.module
+
+    def of_panel(self, X: sp.csr_matrix) -> sp.csr_matrix:
+        """The columns of the panel, (n_cells, n_panel), of a matrix over the corpus's genes."""
+        return X if len(self.genes) == X.shape[1] else X[:, self.genes]
 
     def ready(self, counts: sp.csr_matrix) -> nn.Module:
         """The module, if there is one and it was made for these genes."""
@@ -104,27 +113,71 @@ class Network:
         return self.module
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
-        """Random weights."""
+        """Random weights, over all genes: a panel would be learned from cells."""
         self.build(n_genes, seed)
         return self
 
     def save(self, folder: Path) -> None:
-        """Write weights and hyper-parameters."""
+        """Write panel, weights and hyper-parameters."""
         if self.module is None:
             raise NotFittedError(self.family)
         weights = {f"module.{name}": weight.cpu().numpy() for name, weight in self.module.state_dict().items()}
-        write(Path(folder), self.family, self.hyperparameters, {"n_genes": np.array([self.n_genes]), **weights})
+        arrays = {"n_genes": np.array([self.n_genes]), "genes": self.genes, **weights}
+        write(Path(folder), self.family, self.hyperparameters, arrays)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read a saved model."""
         hyperparameters, arrays = read(Path(folder))
         model = cls(**hyperparameters)
-        model.build(int(arrays.pop("n_genes")[0]), seed=0)
+        model.build(int(arrays.pop("n_genes")[0]), 0, arrays.pop("genes"))
         model.module.load_state_dict(
             {name.removeprefix("module."): torch.from_numpy(array) for name, array in arrays.items()}
         )
         return model
+
+
+def choose_panel(counts: sp.csr_matrix | Cells, n_genes: int | None) -> np.ndarray:
+    """Sorted positions of the `n_genes` most variable genes of a subset, or for None of all genes."""
+    if n_genes is None:
+        return np.arange(counts.shape[1])
+    if isinstance(counts, Cells):
+        return np.flatnonzero(expression.streamed_variable_genes(counts.count_blocks, n_genes))
+    return np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), n_genes))
+
+
+def hold_out(
+    model: Any, counts: sp.csr_matrix | Cells, obs: pd.DataFrame | None, rows: np.ndarray, *, seed: int
+) -> tuple[np.ndarray, Callable[[], float] | None]:
+    """Divide a subset into cells to train on and, with `keep="best"`, cells that choose which weights are kept.
+
+    The latter are a tenth, at least one cell and at most 500, drawn by the seed; a subset of one cell serves as both.
+
+    Parameters
+    ----------
+    model
+        With hyper-parameters (`keep`) and a loss of cells (`heldout_loss`).
+    counts, obs
+        The subset; `obs` where the loss reads it.
+    rows
+        Its cells that can be trained on.
+
+    Returns
+    -------
+    rows to train on, and the loss of the others in evaluation mode; None with `keep="last"`, which trains on all.
+    """
+    if model.hyperparameters.keep == "last" or not len(rows):
+        return rows, None
+    rows = np.random.default_rng([seed, 1]).permutation(rows)
+    n_held = min(HELD_OUT, max(1, len(rows) // 10))
+    held = np.sort(rows[:n_held])
+    X, of_held = counts[held], None if obs is None else obs.iloc[held]
+
+    def loss() -> float:
+        torch.manual_seed(0)  # the same masks at every look; the next step has its own seed
+        return model.heldout_loss(X, of_held)
+
+    return rows[n_held:] if len(rows) > 1 else rows, loss
 
 
 def check_genes(counts: sp.csr_matrix, n_genes: int, family: str) -> None:

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
-from datawall import expression, streaming, training
+from datawall import streaming, training
 from datawall.cellstore import Cells
 from datawall.hyperparameters import check
 from datawall.models import base
@@ -66,22 +66,17 @@ class Geneformer:
             If training diverges.
         """
         h = self.hyperparameters
-        self.n_corpus_genes = counts.shape[1]
-        self.genes = np.arange(counts.shape[1])
-        if isinstance(counts, Cells):
-            if h.n_genes is not None:
-                self.genes = np.flatnonzero(expression.streamed_variable_genes(counts.count_blocks, h.n_genes))
-            self.medians = streamed_gene_medians(counts.count_blocks)[self.genes]
-        else:
-            if h.n_genes is not None:
-                self.genes = np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), h.n_genes))
-            self.medians = gene_medians(counts)[self.genes]
+        self.n_corpus_genes, self.genes = counts.shape[1], base.choose_panel(counts, h.n_genes)
+        streamed = isinstance(counts, Cells)
+        medians = streamed_gene_medians(counts.count_blocks) if streamed else gene_medians(counts)
+        self.medians = medians[self.genes]
         tokenizer = self._build(seed if init_seed is None else init_seed)
         # A cell without a token teaches nothing.
         lengths = [(block[:, self.genes] > 0).getnnz(axis=1) for block in streaming.blocks(counts)]
         rows = np.flatnonzero(np.concatenate(lengths))
         if not len(rows):
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
+        learned, validation_loss = base.hold_out(self, counts, None, rows, seed=seed)
         where = training.device()
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> torch.Tensor:
@@ -93,13 +88,14 @@ class Geneformer:
             learning_rate=h.learning_rate,
             warmup=h.warmup,
             weight_decay=h.weight_decay,
+            validate_every=max(1, steps // base.LOOKS),
         )
         load = streaming.loader(
             counts, lambda cells: tokenizer.encode(cells[:, self.genes]), h.batch_size, take=Tokens.take
         )
-        batches = training.minibatches(rows, h.batch_size, steps, seed=seed)
-        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint}
-        return training.train(self.encoder, loss_of, len(rows), recipe, **options)
+        batches = training.minibatches(learned, h.batch_size, steps, seed=seed)
+        options = {"batches": batches, "load": load, "validation_loss": validation_loss, "checkpoint": checkpoint}
+        return training.train(self.encoder, loss_of, len(learned), recipe, seed=seed, **options)
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
         """Random weights, and nothing learned from cells: all genes in the vocabulary, each with a median of one."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import cellstore, expression, hyperparameters, paths, streaming, training
+from datawall import cellstore, hyperparameters, paths, streaming, training
 from datawall.models import base
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear, SparseNetwork, bernoulli
 from datawall.ontology import read as read_ontology
@@ -151,8 +151,8 @@ class SCimilarity(SparseNetwork):
     """Reconstruct expression, and bring cells of one type in different studies together.
 
     Supervised: it learns from `obs["cell_type"]`, which no other family reads; compare it with them in that light.
-    Defaults are the sizes and settings of DenAdel et al. 2026; the last weights are kept, as there. Expression is
-    log-normalised. The loss is `triplet_weight` times a triplet loss on the unit sphere, plus the rest of one times
+    Defaults are the sizes and settings of DenAdel et al. 2026, but for the weights kept (`base.hold_out`). Expression
+    is log-normalised. The loss is `triplet_weight` times a triplet loss on the unit sphere, plus the rest of one times
     the mean squared error over all genes, plus `l1` times the learning rate times the sum of one layer's absolute
     weights: the encoder's first, as was meant, or with `l1_layer="last"` its last, as it came out in theirs.
 
@@ -198,30 +198,42 @@ class SCimilarity(SparseNetwork):
         h = self.hyperparameters
         labels, studies, types = _codes(obs)
         kin = self._kin(types)
-        module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
+        learned, validation_loss = base.hold_out(self, counts, obs, np.arange(len(labels)), seed=seed)
+        panel = base.choose_panel(counts, h.n_genes)
+        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
         settings = h.model_dump(include={"batch_size", "learning_rate", "weight_decay"})
-        recipe = training.Recipe(steps=steps, decay="cosine", decay_vectors=True, **settings)
+        looks = {"validate_every": max(1, steps // base.LOOKS)}
+        recipe = training.Recipe(steps=steps, decay="cosine", decay_vectors=True, **looks, **settings)
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
             rows, X = cells
             relations = _relations(labels[rows], studies[rows] if studies.any() else None, kin)
             return forward(Cells.of(X), *relations, recipe.rate(step))
 
-        batches = weighted_batches(sampling_weights(labels, studies), h.batch_size, steps, seed=seed)
-        load = streaming.loader(counts, expression.lognormalise, h.batch_size)
-        options = {"seed": seed, "batches": batches, "load": load, "checkpoint": checkpoint}
-        return training.train(module, loss_of, len(labels), recipe, **options)
+        weights = sampling_weights(labels[learned], studies[learned])
+        drawn = weighted_batches(weights, h.batch_size, steps, seed=seed)
+        return training.train(
+            module,
+            loss_of,
+            len(learned),
+            recipe,
+            seed=seed,
+            batches=(learned[rows] for rows in drawn),
+            load=streaming.loader(counts, self.expression, h.batch_size),
+            validation_loss=validation_loss,
+            checkpoint=checkpoint,
+        )
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """The loss that is trained, without the penalty of weights: triplets are those among these cells."""
         labels, studies, types = _codes(obs)
         relations = _relations(labels, studies if studies.any() else None, self._kin(types))
-        return self.ready(counts)(Cells.of(expression.lognormalise(counts)), *relations, 0.0).item()
+        return self.ready(counts)(Cells.of(self.expression(counts)), *relations, 0.0).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         """That of the mean cell, for which no triplet counts."""
-        return (1 - self.hyperparameters.triplet_weight) * base.variance(expression.lognormalise(counts))
+        return (1 - self.hyperparameters.triplet_weight) * base.variance(self.expression(counts))
 
     def _kin(self, types: np.ndarray) -> np.ndarray:
         """Whether of two types one is no negative of the other, (n_types, n_types) bool."""

@@ -34,7 +34,8 @@ class ScVI(base.Network):
     of scTab it has 4,992,026 weights by default. scvi-tools has 12,454,434: it also makes an encoder of library sizes
     (2,475,010) and decoders of a cell's own dispersion and of dropout (2,493,699 each), all of them unused here.
 
-    A cell without counts embeds as zero, the prior's mean; in training it counts in the KL term alone.
+    A cell without counts of the panel embeds as zero, the prior's mean; in training it counts in the KL term alone.
+    A cell's library is its counts of the panel.
 
     Parameters
     ----------
@@ -67,16 +68,31 @@ class ScVI(base.Network):
         training.NonFiniteLossError
             If training diverges.
         """
-        h, n_cells = self.hyperparameters, counts.shape[0]
-        module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
+        h = self.hyperparameters
+        learned, validation_loss = base.hold_out(self, counts, None, np.arange(counts.shape[0]), seed=seed)
+        panel, n_cells = base.choose_panel(counts, h.n_genes), len(learned)
+        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
             return forward(cells[1], self.kl_weight(step, steps, n_cells))
 
-        recipe = training.Recipe(steps, h.batch_size, h.learning_rate, weight_decay=h.weight_decay, **ADAM)
-        load = streaming.loader(counts, lambda counts: counts, h.batch_size)
-        options = {"seed": seed, "load": load, "checkpoint": checkpoint}
-        return training.train(module, loss_of, n_cells, recipe, **options)
+        recipe = training.Recipe(
+            steps=steps,
+            validate_every=max(1, steps // base.LOOKS),
+            **h.model_dump(include={"batch_size", "learning_rate", "weight_decay"}),
+            **ADAM,
+        )
+        return training.train(
+            module,
+            loss_of,
+            n_cells,
+            recipe,
+            seed=seed,
+            batches=training.minibatches(learned, h.batch_size, steps, seed=seed),
+            load=streaming.loader(counts, self.of_panel, h.batch_size),
+            validation_loss=validation_loss,
+            checkpoint=checkpoint,
+        )
 
     def kl_weight(self, step: int, steps: int, n_cells: int) -> float:
         """Weight of the KL term at a step, counted from 0: rising to 1 in a share of them, or by 1/400 each pass."""
@@ -87,24 +103,24 @@ class ScVI(base.Network):
 
     @torch.no_grad()
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Posterior means, (n_cells, n_latent) float32; zero for a cell without counts."""
+        """Posterior means, (n_cells, n_latent) float32; zero for a cell without counts of the panel."""
         module = self.ready(counts)
         embedding = np.zeros((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
         for first in range(0, len(embedding), CELLS_AT_ONCE):
             block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.posterior(counts[block])[0].cpu().numpy()
-        embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
+            embedding[block] = module.posterior(self.of_panel(counts[block]))[0].cpu().numpy()
+        embedding[np.asarray(self.of_panel(counts).sum(axis=1)).ravel() == 0] = 0
         return embedding
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """Negative evidence lower bound, in nats a cell, with the KL term in full."""
-        return self.ready(counts)(counts, 1.0).item()
+        return self.ready(counts)(self.of_panel(counts), 1.0).item()
 
     @torch.no_grad()
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         """Negative log-likelihood of the mean cell's shares, in nats a cell, at the model's dispersions."""
-        module = self.ready(counts)
+        module, counts = self.ready(counts), self.of_panel(counts)
         n_cells, n_genes = counts.shape
         share = torch.from_numpy(np.asarray(counts.sum(axis=0)).ravel()).to(module.log_theta)
         nothing = share.new_zeros(n_cells, 1), share.new_zeros(n_genes, 1)

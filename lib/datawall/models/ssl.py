@@ -11,12 +11,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from datawall import cellstore, expression, hyperparameters, streaming, training
+from datawall import cellstore, hyperparameters, streaming, training
 from datawall.models import base, sparse
 from datawall.models.sparse import Cells
-
-HELD_OUT = 2000  # cells at most that choose the best weights
-LOOKS = 10  # at their loss, at least
 
 
 class Autoencoder(nn.Module):
@@ -64,9 +61,8 @@ class SSL(sparse.SparseNetwork):
 
     Three things differ from theirs by default, each with a switch back. The output is linear: a sigmoid cannot reach
     targets above one (`output`). The rate decays a number of times in the budget, and not every two passes, which
-    left a large subset a hundred times the budget of a small one (`schedule`). The weights kept are those of the
-    lowest loss on a tenth of the subset (at least one cell, at most 2,000, drawn by the seed) that is not trained on;
-    a subset of one cell serves as both; `keep="last"` trains on every cell and keeps what comes out.
+    left a large subset a hundred times the budget of a small one (`schedule`). The weights kept are the best
+    (`base.hold_out`).
 
     With `loss="vae"` nothing is hidden: the encoder gives a mean and a log-variance of a latent Gaussian, and the
     loss is scVI's with a Gaussian likelihood of unit variance for log-normalised expression, divided by the number of
@@ -104,20 +100,12 @@ class SSL(sparse.SparseNetwork):
             If training diverges.
         """
         h = self.hyperparameters
-        cells = np.random.default_rng([seed, 1]).permutation(counts.shape[0])
-        n_held = min(HELD_OUT, max(1, len(cells) // 10)) if h.keep == "best" else 0
-        held, learned = cells[:n_held], cells[n_held:] if len(cells) > 1 else cells
-        module = self.build(counts.shape[1], seed if init_seed is None else init_seed)
-
-        X_held = expression.lognormalise(counts[held])
+        learned, validation_loss = base.hold_out(self, counts, None, np.arange(counts.shape[0]), seed=seed)
+        panel = base.choose_panel(counts, h.n_genes)
+        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
 
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
             return forward(Cells.of(cells[1]))
-
-        def validation_loss() -> float:
-            torch.manual_seed(0)  # the same masks at every look; the next step has its own seed
-            blocks = (X_held[first : first + sparse.CELLS_AT_ONCE] for first in range(0, n_held, sparse.CELLS_AT_ONCE))
-            return sum(X.shape[0] * module(Cells.of(X)).item() for X in blocks) / n_held
 
         passes = max(1.0, len(learned) / h.batch_size)  # steps of one; a pass takes a step at least
         recipe = training.Recipe(
@@ -125,7 +113,7 @@ class SSL(sparse.SparseNetwork):
             decay="stepwise",
             decay_every=steps / h.n_decays if h.schedule == "steps" else 2 * passes,
             decay_vectors=True,
-            validate_every=max(1, steps // LOOKS),
+            validate_every=max(1, steps // base.LOOKS),
             **h.model_dump(include={"batch_size", "learning_rate", "weight_decay", "clip_norm"}),
         )
         return training.train(
@@ -135,17 +123,17 @@ class SSL(sparse.SparseNetwork):
             recipe,
             seed=seed,
             batches=training.minibatches(learned, h.batch_size, steps, seed=seed),
-            load=streaming.loader(counts, expression.lognormalise, h.batch_size),
-            validation_loss=validation_loss if n_held else None,
+            load=streaming.loader(counts, self.expression, h.batch_size),
+            validation_loss=validation_loss,
             checkpoint=checkpoint,
         )
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """The loss that is trained: of hidden entries alone, unless `loss` is "vae"."""
-        return self.ready(counts)(Cells.of(expression.lognormalise(counts))).item()
+        return self.ready(counts)(Cells.of(self.expression(counts))).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         """That of the mean cell."""
         h = self.hyperparameters
-        return (0.5 if h.loss == "vae" else h.mask) * base.variance(expression.lognormalise(counts))
+        return (0.5 if h.loss == "vae" else h.mask) * base.variance(self.expression(counts))

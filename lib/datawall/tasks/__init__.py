@@ -24,7 +24,7 @@ HEADLINE = {
     "zeroshot_integration": "avg_bio",
     "finetuned_classification": "micro_f1",
     "perturbation_response": "pearson_r",
-    "reconstruction": "loss",
+    "reconstruction": "explained",
 }  # the metric by which the original study judges each task; it had no reconstruction of all families
 
 

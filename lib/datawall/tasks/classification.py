@@ -51,31 +51,76 @@ def zeroshot_classification(
     ValueError
         If an embedding is not finite, or there are fewer training cells than neighbours.
     """
+    train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
+    predicted = _predictions(train_embedding, train_labels, test_embedding, [k, *more_k], probe)
+    return _all_metrics(test_labels, predicted, train_labels)
+
+
+def crossvalidated_classification(
+    embedding: np.ndarray,
+    labels: np.ndarray,
+    part: np.ndarray,
+    k: int = 5,
+    *,
+    more_k: Sequence[int] = (),
+    probe: bool = True,
+) -> Metrics:
+    """`zeroshot_classification` of every cell, by the cells of the other parts.
+
+    Parameters
+    ----------
+    embedding, labels
+        (n_cells, n_latent) and (n_cells,).
+    part
+        (n_cells,) the part of each cell; cells of each part in turn are test cells.
+    k, more_k, probe
+        As there.
+
+    Returns
+    -------
+    metrics of all cells together, as there.
+    """
+    labels, parts = np.asarray(labels), np.unique(part)
+    of_parts = [
+        _predictions(embedding[part != one], labels[part != one], embedding[part == one], [k, *more_k], probe)
+        for one in parts
+    ]
+    predicted = {name: np.empty_like(labels) for name in of_parts[0]}
+    for one, found in zip(parts, of_parts, strict=True):
+        for name, of_cells in found.items():
+            predicted[name][part == one] = of_cells
+    return _all_metrics(labels, predicted, labels)
+
+
+def _predictions(
+    train_embedding: np.ndarray, train_labels: np.ndarray, test_embedding: np.ndarray, ks: list[int], probe: bool
+) -> dict[str, np.ndarray]:
+    """Predicted labels by the prefix of their metrics; that of the first number of neighbours is empty."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
-    for n_neighbors in (k, *more_k):
-        if len(train_embedding) < n_neighbors:
-            raise ValueError(
-                f"{len(train_embedding)} training cells are fewer than k={n_neighbors} neighbours; lower k."
-            )
+    if len(train_embedding) < max(ks):
+        raise ValueError(f"{len(train_embedding)} training cells are fewer than k={max(ks)} neighbours; lower k.")
     check_embedding(train_embedding)
     check_embedding(test_embedding)
     if n_shared := len(shared_rows(train_embedding, test_embedding)):
         log.warning("%d of %d test cells have the embedding of a training cell.", n_shared, len(test_embedding))
-
-    def neighbours(k: int) -> np.ndarray:
-        return KNeighborsClassifier(k).fit(train_embedding, train_labels).predict(test_embedding)
-
-    others = {f"knn{other}_": neighbours(other) for other in more_k}
+    neighbours = KNeighborsClassifier(max(ks)).fit(train_embedding, train_labels)
+    types, codes = np.unique(train_labels, return_inverse=True)
+    nearest = codes[neighbours.kneighbors(test_embedding, return_distance=False)]  # (n_test_cells, k)
+    found = {}
+    for k in ks:
+        votes = (nearest[:, :k, None] == np.arange(len(types))).sum(axis=1)
+        found["" if k == ks[0] else f"knn{k}_"] = types[votes.argmax(axis=1)]
     if probe:
-        others["probe_"] = linear_probe(train_embedding, train_labels, test_embedding)
-    metrics = classification_metrics(test_labels, neighbours(k), train_labels)
-    return metrics.merged(
-        *(
-            classification_metrics(test_labels, predicted, train_labels, by_type=False).prefixed(prefix)
-            for prefix, predicted in others.items()
-        )
+        found["probe_"] = linear_probe(train_embedding, train_labels, test_embedding)
+    return found
+
+
+def _all_metrics(truth: np.ndarray, predicted: dict[str, np.ndarray], train_labels: np.ndarray) -> Metrics:
+    """Metrics of each kind of prediction under its prefix; those of types of the first alone."""
+    (_, first), *others = predicted.items()
+    return classification_metrics(truth, first, train_labels).merged(
+        *(classification_metrics(truth, of, train_labels, by_type=False).prefixed(prefix) for prefix, of in others)
     )
 
 
@@ -167,7 +212,7 @@ def classification_metrics(
         types, support = np.unique(truth, return_counts=True)
         values |= {f"f1[{name}]": f1 for name, f1 in f1_by_type(truth, predicted).items()}
         values |= {f"support[{name}]": n for name, n in zip(types, support, strict=True)}
-    return Metrics(values, intervals, chance)
+    return Metrics(values, intervals, chance, predicted=predicted)
 
 
 def shared_rows(train: np.ndarray | sp.csr_matrix, test: np.ndarray | sp.csr_matrix) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datawall import training
+from datawall.models.sparse import bernoulli
 from datawall.tasks.classification import check_embedding, classification_metrics
 from datawall.tasks.uncertainty import Metrics
 
@@ -51,7 +52,7 @@ def finetuned_classification(
     """Train an MLP head (128 hidden units) with early stopping, and score it on the test cells.
 
     Columns of the embedding are scaled to mean 0 and variance 1 over the training cells, so that every family's
-    head starts from the same scale.
+    head starts from the same scale. Of several folds, the heads are trained side by side, each as if alone.
 
     Parameters
     ----------
@@ -60,7 +61,8 @@ def finetuned_classification(
     labels
         (n_cells,) cell types.
     part
-        (n_cells,) `TRAIN`, `VALIDATION` or `TEST`, by cell or by donor.
+        (n_cells,) `TRAIN`, `VALIDATION` or `TEST`, by cell or by donor; or (n_folds, n_cells) for cross-validation, in
+        which each cell is a test cell once at most.
     seed
         Of the initial weights, the order of cells and dropout.
     recipe
@@ -71,7 +73,7 @@ def finetuned_classification(
 
     Returns
     -------
-    `classification_metrics`.
+    `classification_metrics` of the test cells, those of all folds together.
 
     Raises
     ------
@@ -79,11 +81,10 @@ def finetuned_classification(
         If the embedding is not finite or a part is empty.
     """
     check_embedding(embedding)
-    task = _Task(labels, part, class_weight)
-    X = _scaled(embedding, task.rows[TRAIN])
-    head = _fit_head(X, task, seed, recipe)
-    with torch.no_grad():
-        return task.score(head(X[task.rows[TEST]]))
+    folds = _Folds(labels, part, class_weight)
+    X = torch.stack([_scaled(embedding, rows) for rows in folds.rows[TRAIN]])
+    heads = _fit_heads(X, folds, seed, recipe)
+    return folds.score([heads.one(i, X[i, rows]) for i, rows in enumerate(folds.rows[TEST])])
 
 
 def fully_finetuned_classification(
@@ -101,7 +102,7 @@ def fully_finetuned_classification(
 
     The head is first trained on the frozen embedding, as in `finetuned_classification`, and then with the encoder: a
     head of random weights would lead the encoder astray (Kumar et al. 2022, "Fine-tuning can distort pretrained
-    features and underperform out-of-distribution"). The model itself is left as it was.
+    features and underperform out-of-distribution"). The model itself is left as it was; each fold begins from it.
 
     Parameters
     ----------
@@ -123,62 +124,152 @@ def fully_finetuned_classification(
     ValueError
         If an embedding is not finite or a part is empty.
     """
-    task = _Task(labels, part, class_weight)
+    folds = _Folds(labels, part, class_weight)
+    logits = [_fully_finetuned(model, counts, fold, seed, recipe, head_recipe) for fold in folds.each()]
+    return folds.score(logits, by_type=False).prefixed("full_")
+
+
+def _fully_finetuned(
+    model: Finetunable,
+    counts: sp.csr_matrix,
+    fold: _Folds,
+    seed: int,
+    recipe: training.Recipe,
+    head_recipe: training.Recipe,
+) -> Tensor:
+    """Logits of the test cells of one fold."""
+    train, validation, test = (rows for (rows,) in fold.rows)
     encoder, encode = model.finetunable()
     encoder.to(training.device()).eval()
-    embedding = np.concatenate([each.cpu().numpy() for each in _embedded(encode, counts, np.arange(len(labels)))])
+    blocks = _embedded(encode, counts, np.arange(counts.shape[0]))
+    embedding = np.concatenate([each.cpu().numpy() for each in blocks])
     check_embedding(embedding)
-    mean, deviation = _moments(embedding[task.rows[TRAIN]])
-    head = _fit_head(_scaled(embedding, task.rows[TRAIN]), task, seed, head_recipe)
-    both = nn.ModuleList([encoder, head])
+    mean, deviation = _moments(embedding[train])
+    head = _fit_heads(_scaled(embedding, train)[None], fold, seed, head_recipe)
 
     def logits(embedded: Tensor) -> Tensor:
-        return head((embedded - mean) / deviation)
+        return head(((embedded - mean) / deviation)[None])[0]
 
     def scores(cells: np.ndarray) -> Tensor:
         return torch.cat([logits(embedded) for embedded in _embedded(encode, counts, cells)])
 
-    rows = task.rows[TRAIN]
     training.train(
-        both,
-        lambda forward, cells, step: task.loss(logits(encode(counts[rows[cells]])), rows[cells]),
-        len(rows),
+        nn.ModuleList([encoder, head]),
+        lambda forward, cells, step: fold.loss(logits(encode(counts[train[cells]]))[None], train[cells][None]).sum(),
+        len(train),
         recipe,
         seed=seed,
-        validation_loss=lambda: task.loss(scores(task.rows[VALIDATION]), task.rows[VALIDATION]).item(),
+        validation_loss=lambda: fold.loss(scores(validation)[None], validation[None]).item(),
     )
-    return task.score(scores(task.rows[TEST]), by_type=False).prefixed("full_")
+    return scores(test)
 
 
-class _Task:
-    """The labels to learn: their codes, the cells of each part, the loss and the score."""
+class _Folds:
+    """The labels to learn: their codes, the cells of each part of each fold, the loss and the score."""
 
     def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: ClassWeight) -> None:
-        self.rows = [np.flatnonzero(part == value) for value in (TRAIN, VALIDATION, TEST)]
+        self.part, self.class_weight = np.atleast_2d(part), class_weight
+        # By part, a list of the rows of each fold.
+        self.rows = [[np.flatnonzero(fold == value) for fold in self.part] for value in (TRAIN, VALIDATION, TEST)]
         names = ("train", "validation", "test")
-        if missing := [name for name, rows in zip(names, self.rows, strict=True) if not len(rows)]:
+        if missing := [name for name, of in zip(names, self.rows, strict=True) if not all(map(len, of))]:
             raise ValueError(f"no cell in the {' and '.join(missing)} part; use a larger data set.")
         self.labels = np.asarray(labels)
         self.types, codes = np.unique(self.labels, return_inverse=True)
         self.target = torch.from_numpy(codes).to(training.device())
-        self.weight = None
+        weight = np.ones((len(self.part), len(self.types)))
         if class_weight == "balanced":
-            n = np.bincount(codes[self.rows[TRAIN]], minlength=len(self.types))
+            n = np.stack([np.bincount(codes[rows], minlength=len(self.types)) for rows in self.rows[TRAIN]])
+            mean = n.sum(axis=1, keepdims=True) / (n > 0).sum(axis=1, keepdims=True)
             # A type without training cells is never called, whatever its weight in the validation loss.
-            weight = np.where(n > 0, n[n > 0].mean() / np.maximum(n, 1), 1)
-            self.weight = torch.from_numpy(weight.astype(np.float32)).to(training.device())
+            weight = np.where(n > 0, mean / np.maximum(n, 1), 1)
         elif class_weight is not None:
             raise ValueError(f"class_weight {class_weight!r} is neither None nor 'balanced'.")
+        self.weight = torch.from_numpy(weight.astype(np.float32)).to(training.device())
 
-    def loss(self, logits: Tensor, cells: np.ndarray) -> Tensor:
-        """Cross-entropy of cells."""
-        return F.cross_entropy(logits, self.target[torch.from_numpy(cells)], self.weight)
+    def each(self) -> list[_Folds]:
+        """The folds, each on its own."""
+        return [_Folds(self.labels, fold, self.class_weight) for fold in self.part]
 
-    def score(self, logits: Tensor, *, by_type: bool = True) -> Metrics:
-        """Metrics of the test cells."""
-        predicted = self.types[logits.argmax(dim=1).cpu().numpy()]
-        train, test = (self.labels[self.rows[value]] for value in (TRAIN, TEST))
-        return classification_metrics(test, predicted, train, by_type=by_type)
+    def alike(self, part: int) -> np.ndarray:
+        """Rows of a part, (n_folds, n_rows): those of a fold that has fewer begin again at its end."""
+        length = max(map(len, self.rows[part]))
+        return np.stack([np.resize(rows, length) for rows in self.rows[part]])
+
+    def loss(self, logits: Tensor, rows: np.ndarray) -> Tensor:
+        """Mean weighted cross-entropy of each fold's cells, (n_folds,); logits (n_folds, n_rows, n_types)."""
+        target = self.target[torch.from_numpy(rows)]
+        weight = self.weight.gather(1, target)
+        entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        return (weight * entropy).sum(1) / weight.sum(1)
+
+    def score(self, logits: list[Tensor], *, by_type: bool = True) -> Metrics:
+        """Metrics of the test cells of all folds."""
+        test = np.concatenate(self.rows[TEST])
+        predicted = self.types[torch.cat(logits).argmax(dim=1).cpu().numpy()]
+        order = np.argsort(test)  # predictions in the order of the cells
+        train = self.labels if len(self.part) > 1 else self.labels[self.rows[TRAIN][0]]
+        return classification_metrics(self.labels[test[order]], predicted[order], train, by_type=by_type)
+
+
+class Heads(nn.Module):
+    """Heads as `training.Head`, one a fold, side by side: (n_heads, n_cells, n_inputs) to (…, n_outputs)."""
+
+    def __init__(self, n_heads: int, n_inputs: int, n_outputs: int) -> None:
+        super().__init__()
+        heads = [training.Head(n_inputs, n_outputs) for _ in range(n_heads)]
+        self.dropout = heads[0][2].p
+        for name, layer in (("first", 0), ("last", 3)):
+            weight = torch.stack([head[layer].weight.detach().T for head in heads]).contiguous()
+            bias = torch.stack([head[layer].bias.detach() for head in heads])[:, None]
+            setattr(self, f"{name}_weight", nn.Parameter(weight))  # (n_heads, n_inputs, n_outputs)
+            setattr(self, f"{name}_bias", nn.Parameter(bias))  # (n_heads, 1, n_outputs)
+
+    def forward(self, X: Tensor) -> Tensor:
+        hidden = torch.baddbmm(self.first_bias, X, self.first_weight).relu()
+        if self.training:  # torch's own dropout would take a third of a step
+            kept = bernoulli(hidden.numel(), 1 - self.dropout, hidden.device)
+            hidden = hidden * kept.view_as(hidden) / (1 - self.dropout)
+        return torch.baddbmm(self.last_bias, hidden, self.last_weight)
+
+    @torch.no_grad()
+    def one(self, head: int, X: Tensor) -> Tensor:
+        """Outputs of one head, (n_cells, n_outputs)."""
+        hidden = (X @ self.first_weight[head] + self.first_bias[head]).relu()
+        return hidden @ self.last_weight[head] + self.last_bias[head]
+
+
+def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> Heads:
+    """A head for each fold, trained on its embedding, (n_folds, n_cells, n_latent), as it is.
+
+    Each keeps the weights of its own lowest validation loss, and stops looking once its own patience is over.
+    """
+    n_folds, patience = len(X), np.inf if recipe.patience is None else recipe.patience
+    heads = training.seeded(lambda: Heads(n_folds, X.shape[2], len(folds.types)), seed)
+    train, validation = folds.alike(TRAIN), folds.alike(VALIDATION)
+    which = torch.arange(n_folds, device=X.device)[:, None]
+    held = X[which, torch.from_numpy(validation)]
+    lowest, waited = X.new_full((n_folds,), torch.inf), X.new_zeros(n_folds)
+    best = [weight.detach().clone() for weight in heads.parameters()]
+
+    def validation_loss() -> float:
+        nonlocal lowest, waited
+        losses = folds.loss(heads(held), validation)
+        better = (losses < lowest) & (waited < patience)
+        lowest, waited = torch.where(better, losses, lowest), torch.where(better, 0.0, waited + 1)
+        for kept, weight in zip(best, heads.parameters(), strict=True):
+            kept[better] = weight[better]
+        return lowest.sum().item()
+
+    def loss_of(forward: training.Forward, cells: np.ndarray, step: int) -> Tensor:
+        rows = train[:, cells]
+        return folds.loss(forward(X[which, torch.from_numpy(rows)]), rows).sum()
+
+    training.train(heads, loss_of, train.shape[1], recipe, seed=seed, validation_loss=validation_loss)
+    with torch.no_grad():
+        for kept, weight in zip(best, heads.parameters(), strict=True):
+            weight.copy_(kept)
+    return heads
 
 
 def _moments(embedding: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -192,21 +283,6 @@ def _scaled(embedding: np.ndarray, train: np.ndarray) -> Tensor:
     """The embedding with mean 0 and variance 1 over the training cells, on the device."""
     mean, deviation = _moments(embedding[train])
     return (torch.from_numpy(embedding.astype(np.float32)).to(training.device()) - mean) / deviation
-
-
-def _fit_head(X: Tensor, task: _Task, seed: int, recipe: training.Recipe) -> training.Head:
-    """A head trained on the embedding as it is."""
-    head = training.seeded(lambda: training.Head(X.shape[1], len(task.types)), seed)
-    train, validation = task.rows[TRAIN], task.rows[VALIDATION]
-    training.train(
-        head,
-        lambda forward, cells, step: task.loss(forward(X[train[cells]]), train[cells]),
-        len(train),
-        recipe,
-        seed=seed,
-        validation_loss=lambda: task.loss(head(X[validation]), validation).item(),
-    )
-    return head
 
 
 @torch.no_grad()

@@ -48,6 +48,9 @@ def reconstruction(model: Objective, counts: sp.csr_matrix, obs: pd.DataFrame, *
     -------
     loss
         Mean over blocks of 128 cells in random order, weighted by their cells; its interval is over blocks.
+    explained
+        Share of the loss of a model that knows nothing of a cell, which is gone: 1 - loss / chance. Models that see
+        other panels of genes have other losses; their shares can be compared.
 
     Raises
     ------
@@ -68,5 +71,7 @@ def reconstruction(model: Objective, counts: sp.csr_matrix, obs: pd.DataFrame, *
             losses.append(model.heldout_loss(counts[cells], obs.iloc[cells]))
     weights = np.vstack([np.ones(len(blocks)), uncertainty.resamples(len(blocks))]) * [len(cells) for cells in blocks]
     draws = weights @ np.array(losses) / weights.sum(axis=1)
-    intervals = {"loss": uncertainty.interval(draws[0], draws[1:])} if len(blocks) > 1 else {}
-    return Metrics({"loss": draws[0]}, intervals, {"loss": model.chance_loss(counts)})
+    chance = model.chance_loss(counts)
+    known = {"loss": draws, "explained": 1 - draws / chance}
+    intervals = {name: uncertainty.interval(of[0], of[1:]) for name, of in known.items()} if len(blocks) > 1 else {}
+    return Metrics({name: of[0] for name, of in known.items()}, intervals, {"loss": chance, "explained": 0.0})

@@ -25,6 +25,8 @@ class Metrics(dict[str, float]):
         Value that no knowledge of the cells reaches.
     ceiling
         Value that no prediction or embedding can be expected to exceed.
+    predicted
+        Of classification, the predicted label of each test cell.
     """
 
     def __init__(
@@ -33,10 +35,13 @@ class Metrics(dict[str, float]):
         intervals: Mapping[str, tuple[float, float]] | None = None,
         chance: Mapping[str, float] | None = None,
         ceiling: Mapping[str, float] | None = None,
+        *,
+        predicted: np.ndarray | None = None,
     ) -> None:
         super().__init__((name, float(value)) for name, value in values.items())
         known = (intervals or {}, chance or {}, ceiling or {})
         self.intervals, self.chance, self.ceiling = ({name: of[name] for name in self if name in of} for of in known)
+        self.predicted = predicted
 
     def rows(self) -> list[dict[str, Any]]:
         """A record of each metric: metric, value, low, high, chance and ceiling; None for what is unknown or NaN."""
@@ -57,7 +62,8 @@ class Metrics(dict[str, float]):
     def merged(self, *others: Metrics) -> Metrics:
         """These metrics, and others under other names."""
         parts = zip(*(metrics._parts() for metrics in (self, *others)), strict=True)
-        return Metrics(*({name: value for of in each for name, value in of.items()} for each in parts))
+        joined = ({name: value for of in each for name, value in of.items()} for each in parts)
+        return Metrics(*joined, predicted=self.predicted)
 
     def _parts(self) -> tuple[dict[str, Any], ...]:
         return dict(self), self.intervals, self.chance, self.ceiling
