@@ -33,6 +33,7 @@ def test_what_rules_say_is_what_they_say_of_one_curve():
         scores = power.simulated(truth, 5, 4, noise=0.006)
         found = power.judged(scores, power.SIZES, 10.0, 0.01, gain=0.0).set_index("rule")
         tables = [table(*curve(dict(zip(power.SIZES, of, strict=True)))) for of in scores]
+        tables = [of.assign(n_cells=of["percentage"] * 100) for of in tables]
         for rule, margin in (("published", None), ("mean", None), ("error", None), ("equivalence", 0.01)):
             points = [
                 saturation.saturation_points(of, "micro_f1", rule=rule, margin=margin, n_resamples=0)[
