@@ -5,7 +5,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
-.PHONY: run report lab test faults notebooks lint lock audit
+.PHONY: run report lab test test-more notebooks lint lock audit
 
 run: .venv/ready
 	$(BIN)/python run_all.py params/quick.yaml
@@ -21,8 +21,8 @@ test: .venv/ready
 	$(BIN)/python -m pytest notebooks
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-faults: .venv/ready  # all faults, on the whole tiny study; `make test` has a short form
-	DATAWALL_FAULTS=full $(BIN)/python -m pytest tests/faults
+test-more: .venv/ready .venv/moto/bin/moto_server  # what takes longer, or more than a clone: all faults, and an object store's server
+	DATAWALL_TESTS=more $(BIN)/python -m pytest tests/faults tests/test_shared.py
 
 notebooks: .venv/ready  # execute in place and store the outputs, and the figures
 	$(BIN)/python run_all.py params/quick.yaml
@@ -30,6 +30,7 @@ notebooks: .venv/ready  # execute in place and store the outputs, and the figure
 	$(CLEAN) $(NOTEBOOKS)
 	rm -rf figures && cp -r runs/quick/figures figures
 	$(BIN)/python -c "from datawall import store; print(store.session()['code'])" > figures/code.txt
+	$(BIN)/python tests/manifest.py
 
 lint: .venv/ready
 	$(BIN)/ruff check && $(BIN)/ruff format --check
@@ -37,6 +38,10 @@ lint: .venv/ready
 lock: .venv/ready  # after a change of dependencies
 	$(BIN)/python -m pip freeze --all --exclude-editable > requirements.lock
 	$(BIN)/python tests/licences.py
+
+.venv/moto/bin/moto_server: | .venv/ready  # an object store's server for tests; it asks for an older python-dateutil than all else here
+	$(PYTHON) -m venv .venv/moto
+	.venv/moto/bin/python -m pip install --quiet --disable-pip-version-check "moto[server]>=5,<6"
 
 audit:  # known weaknesses of the locked versions, asked of PyPI; in an environment of its own
 	$(PYTHON) -m venv .venv/audit

@@ -1,22 +1,57 @@
-"""What tests share: a thread for each process, and for tests of pages a browser, where the machine has one."""
+"""What tests share: a thread for each process, a browser, where the machine has one, and what may be left out."""
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: two processes test, and threads of both collide
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+MORE = os.environ.get("DATAWALL_TESTS") == "more"  # make test-more
+# In CI any other skip fails, so that nothing goes untested unnoticed; `.ci/run` adds what it could not install.
+MAY_SKIP = ["needs a GPU", "needs Slurm", "needs mounts", *os.environ.get("DATAWALL_MAY_SKIP", "").split(",")]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is of `make test-more` alone, and of a GPU where there is none."""
+    left_out = [item for item in items if item.get_closest_marker("more") and not MORE]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+    if of_gpu := [item for item in items if item.get_closest_marker("gpu")]:
+        import torch
+
+        for item in of_gpu if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def unexpected(reasons):
+    """Reasons of skips that are not on the list."""
+    return sorted({reason for reason in reasons if not any(name and name in reason for name in MAY_SKIP)})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """In CI, fail where something was skipped that is not on the list."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI", "false") == "false" or not reporter or hasattr(session.config, "workerinput"):
+        return
+    skipped = [report.longrepr[-1] for report in reporter.stats.get("skipped", ())]
+    if wrong := unexpected(reason.removeprefix("Skipped: ") for reason in skipped):
+        reporter.write_line(f"CI: these skips are not on the list in tests/conftest.py: {'; '.join(wrong)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="module")  # while it is there, its event loop runs, which papermill could not bear
 def chromium():
-    """A headless Chromium, for pages of this machine only."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium: apt-get install chromium")
-    with playwright.sync_playwright() as started:
+    """A headless Chromium, for pages of this machine only: the system's, or playwright's own."""
+    from playwright import sync_api
+
+    with sync_api.sync_playwright() as started:
+        path = next(filter(None, map(shutil.which, BROWSERS)), started.chromium.executable_path)
+        if not Path(path).exists():
+            pytest.skip("needs a browser: apt-get install chromium, or .venv/bin/playwright install chromium")
         # Without a sandbox, since CI runs as root; it opens what the tests wrote themselves.
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()

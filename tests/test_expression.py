@@ -1,26 +1,21 @@
 """Expression steps against scanpy and scikit-learn."""
 
 import tracemalloc
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
+import real
 import scanpy as sc
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
 from datawall import expression
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 @pytest.fixture(scope="module")
 def counts():
-    path = SHARED / "pbmc3k.h5ad"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    return ad.read_h5ad(path).X[:400]
+    return real.kang().X[:400]
 
 
 def in_blocks(counts, size):

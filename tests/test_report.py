@@ -339,7 +339,8 @@ KINDS_OF_PAGE += ["notebooks/01_first.html", "notebooks/02_second.html", "artifa
 @pytest.mark.parametrize("width", [1440, 390])
 @pytest.mark.parametrize("name", KINDS_OF_PAGE)
 def test_page_is_accessible_and_fits_the_screen(name, width, run, opened):
-    Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe
+    from axe_playwright_python.sync_playwright import Axe
+
     if name == "artifact":
         name = f"artifacts/{results.read_results(run)['run_id'].iloc[0]}.html"
     page = opened(name, width)

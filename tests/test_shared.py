@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tarfile
 import time
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
@@ -16,6 +17,7 @@ from datawall import params, processes
 from datawall.store import Store, Unit
 from datawall.study import Study
 
+ROOT = Path(__file__).resolve().parents[1]
 UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("sampling",))
 MINIMAL = {
     "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [50], "seeds": [0],
@@ -35,9 +37,9 @@ def refuse_to_make(folder):
 
 @pytest.fixture(scope="module")
 def s3():
-    """URLs in a bucket on a server of moto, a program that is installed apart (`pipx install 'moto[server]'`)."""
-    if not (program := shutil.which("moto_server")):
-        pytest.skip("moto_server is not installed")
+    """URLs in a bucket on a server of moto, which has an environment of its own: it asks for an older dateutil."""
+    if not (program := shutil.which("moto_server", path=f"{ROOT}/.venv/moto/bin:{os.environ['PATH']}")):
+        pytest.skip("needs an object store: make .venv/moto/bin/moto_server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,7 +54,7 @@ def s3():
                 while not (answers := _answers(port)) and server.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.1)
                 if not answers:
-                    pytest.skip("moto_server does not run here")
+                    pytest.skip("needs an object store: moto_server does not run here")
                 options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
                 files, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket?{options}")
                 files.create_dir("bucket")

@@ -9,6 +9,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import real
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,6 @@ BLOOD = {
     "classical monocyte": 10, "natural killer cell": 8, "naive B cell": 7, "memory B cell": 5,
     "capillary endothelial cell": 5, "mast cell": 2,
 }  # fmt: skip
-PBMC = Path(__file__).resolve().parents[2] / "shared" / "data" / "pbmc3k.h5ad"
 SMALL = Atlas(n_cells=1000, n_genes=200, composition=BLOOD)
 
 
@@ -136,14 +136,13 @@ def test_library_sizes_are_log_normal():
 
 
 def test_counts_look_like_those_of_real_cells():
-    if not PBMC.is_file():
-        pytest.skip(f"{PBMC} is absent")
-    real, _ = corpus.align(ad.read_h5ad(PBMC), "pbmc3k")
-    library = np.asarray(real.X.sum(axis=1)).ravel()
+    cells = real.kang()
+    kang, _ = corpus.align(cells[cells.obs["condition"] == "ctrl"].copy(), "kang2018")
+    library = np.asarray(kang.X.sum(axis=1)).ravel()
     spread = {"counts_per_cell": float(np.median(library)), "counts_spread": 0.3}
     blood = {"CD4-positive, alpha-beta T cell": 6, "classical monocyte": 3, "B cell": 2, "natural killer cell": 1}
-    cells = simulate.load(Atlas(n_cells=2000, n_genes=real.n_vars, composition=blood, treated=0.0, **spread))
-    genes, cells = curation.realism({"real": real.X, "simulated": cells.X})
+    cells = simulate.load(Atlas(n_cells=2000, n_genes=kang.n_vars, composition=blood, treated=0.0, **spread))
+    genes, cells = curation.realism({"real": kang.X, "simulated": cells.X})
     genes["fano"] = genes["variance"] / genes["mean"]
     genes["bin"] = pd.cut(genes["mean"], [0.01, 0.1, 0.3, 1, 3, 10])
     table = genes.pivot_table(["fano", "zeros"], "bin", "dataset", aggfunc="median", observed=True)

@@ -1,22 +1,11 @@
 """The tasks on real cells: what they say of embeddings whose worth is known beforehand."""
 
-from pathlib import Path
-
-import anndata as ad
 import numpy as np
 import pytest
+import real
 
-from datawall import baselines, expression, sampling, tasks
+from datawall import baselines, datasets, expression, sampling, simulate, tasks
 from datawall.tasks import perturbation
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def read(name):
-    path = SHARED / name
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    return ad.read_h5ad(path)
 
 
 def one_hot(labels):
@@ -28,10 +17,10 @@ def one_hot(labels):
 # Classification
 
 
-@pytest.fixture(scope="module", params=["pbmc3k.h5ad", "sc_mixology.h5ad"])
+@pytest.fixture(scope="module", params=[real.kang, datasets.load_pbmc68k])
 def typed(request):
     """Principal components, types, and which cells test."""
-    adata = read(request.param)
+    adata = request.param()
     labels = adata.obs["cell_type"].to_numpy().astype(str)
     return baselines.pca_embedding(adata.X), labels, sampling.stratified_split(labels, [0.5, 0.5], seed=0) == 1
 
@@ -47,18 +36,22 @@ def test_pca_is_far_above_chance(typed):
         if name.startswith("f1["):
             continue
         better = 1 if not name.endswith("error_rate") else -1
-        assert better * (metrics[name] - chance) > 0.5, name
+        assert better * (metrics[name] - chance) > 0.4, name
     majority = max(np.mean(labels[test] == label) for label in np.unique(labels))
     assert metrics["micro_f1"] > majority + 0.4
 
 
 def test_shuffled_labels_are_classified_by_chance(typed):
     X, labels, test = typed
-    labels = np.random.default_rng(0).permutation(labels)
-    metrics = classified(X, labels, test, probe=False)
-    assert metrics["micro_f1"] == pytest.approx(metrics.chance["micro_f1"], abs=0.04)
-    assert metrics["macro_f1"] == pytest.approx(metrics.chance["macro_f1"], abs=0.04)
-    assert metrics["balanced_accuracy"] == pytest.approx(metrics.chance["balanced_accuracy"], abs=0.04)
+    beyond = []
+    for seed in range(8):
+        labels = np.random.default_rng(seed).permutation(labels)
+        metrics = classified(X, labels, test, probe=False, more_k=(1,))
+        # One neighbour's label is a draw; a vote of five leans to the commonest type, and cannot beat it.
+        assert metrics["micro_f1"] < max(np.mean(labels[test] == label) for label in np.unique(labels)) + 0.05
+        names = ("knn1_micro_f1", "knn1_macro_f1", "knn1_balanced_accuracy")
+        beyond.append([metrics[name] - metrics.chance[name] for name in names])
+    np.testing.assert_allclose(np.mean(beyond, axis=0), 0, atol=0.03)
 
 
 def test_labels_as_embedding_are_classified_without_a_mistake(typed):
@@ -71,11 +64,17 @@ def test_labels_as_embedding_are_classified_without_a_mistake(typed):
 # Integration
 
 
-@pytest.fixture(scope="module", params=[("pbmc_3_technologies.h5ad", "batch"), ("sc_mixology.h5ad", "assay")])
+def simulated():
+    """Four types in three data sets, whose effects are planted."""
+    blood = {"CD4-positive, alpha-beta T cell": 5, "classical monocyte": 3, "B cell": 2, "natural killer cell": 2}
+    return simulate.load(simulate.Atlas(n_cells=1200, n_genes=500, composition=blood, n_datasets=3, dataset_effect=1.0))
+
+
+@pytest.fixture(scope="module", params=[(real.kang, "condition"), (simulated, "dataset_id")])
 def batched(request):
     """Principal components, types and batches."""
-    name, batch = request.param
-    adata = read(name)
+    load, batch = request.param
+    adata = load()
     labels, batches = (adata.obs[column].to_numpy().astype(str) for column in ("cell_type", batch))
     return baselines.pca_embedding(adata.X), labels, batches
 
@@ -94,9 +93,10 @@ def test_pca_integrates_types_far_above_chance(batched):
 
 def test_shuffled_labels_are_integrated_by_chance(batched):
     X, labels, batches = batched
-    metrics = integrated(X, np.random.default_rng(7).permutation(labels), batches, X)
-    for name in ("nmi", "ari", "nmi_fixed", "ari_fixed", "avg_bio", "asw_label", "clisi"):
-        assert metrics[name] == pytest.approx(metrics.chance[name], abs=0.04), name
+    names = ["nmi", "ari", "nmi_fixed", "ari_fixed", "avg_bio", "asw_label", "clisi"]
+    scores = [integrated(X, np.random.default_rng(seed).permutation(labels), batches, X) for seed in range(4)]
+    beyond = np.mean([[score[name] - score.chance[name] for name in names] for score in scores], axis=0)
+    np.testing.assert_allclose(beyond, 0, atol=0.04)
 
 
 def test_labels_as_embedding_have_the_best_bio_metrics(batched):
@@ -113,7 +113,7 @@ def test_batch_offset_lowers_the_batch_metrics_and_spares_the_others(batched):
     noise = 0.1 * np.random.default_rng(1).normal(size=(len(labels), len(np.unique(labels)) + 1))
     good = np.column_stack([one_hot(labels), np.zeros(len(labels))]) + noise
     offset = good.copy()
-    offset[:, -1] += 0.3 * np.unique(batches, return_inverse=True)[1]  # types are 1.4 apart
+    offset[:, -1] += 0.3 * (batches == np.unique(batches)[0])  # types are 1.4 apart
     before, after = (integrated(E, labels, batches, X) for E in (good, offset))
     for name in ("asw_batch", "ilisi", "kbet", "pcr_comparison"):
         assert after[name] < before[name] - 0.03, name
@@ -137,49 +137,51 @@ def test_removing_the_batch_means_raises_the_batch_metrics(batched):
 
 
 @pytest.fixture(scope="module")
-def drugged():
-    """Principal components, expression, whether treated, and patient."""
-    adata = read("glioblastoma_panobinostat.h5ad")
+def stimulated():
+    """Principal components, expression, whether treated, and type."""
+    adata = real.kang()
+    adata = adata[adata.obs["cell_type"] != "CD8 T cells"]  # 29 of which are untreated
     X = expression.lognormalise(adata.X)
-    treated = (adata.obs["condition"] == "panobinostat").to_numpy()
-    return expression.pca_scores(X, 20), X.toarray(), treated, adata.obs["donor"].to_numpy().astype(str)
+    X = X[:, expression.variable_genes(X, 300)]
+    treated = (adata.obs["condition"] == "stim").to_numpy()
+    return expression.pca_scores(X, 20), X.toarray(), treated, adata.obs["cell_type"].to_numpy().astype(str)
 
 
-def sides(X, treated, donor, held_out):
-    return X[treated & (donor == held_out)], X[~treated & (donor == held_out)]
+def sides(X, treated, context, held_out):
+    return X[treated & (context == held_out)], X[~treated & (context == held_out)]
 
 
-def test_drug_response_is_learnt_from_the_other_patients(drugged):
-    embedding, X, treated, donor = drugged
-    learnt, undrugged, directions = [], [], []
-    for held_out in np.unique(donor):
-        metrics = tasks.perturbation_response(embedding, X, treated, donor, held_out, seed=0)
+def test_response_is_learnt_from_the_other_types(stimulated):
+    embedding, X, treated, context = stimulated
+    learnt, untreated, directions = [], [], []
+    for held_out in np.unique(context):
+        metrics = tasks.perturbation_response(embedding, X, treated, context, held_out, seed=0)
         learnt.append(metrics["pearson_delta"])
         directions.append(metrics["direction_accuracy"])
-        # Other patients differ from this one, drug or no drug: that alone must not explain the agreement.
-        after, control = sides(X, treated, donor, held_out)
-        others = X[~treated & (donor != held_out)].mean(axis=0)
-        undrugged.append(perturbation.response_metrics(others, after, control)["pearson_delta"])
+        # Other types differ from this one, drug or no drug: that alone must not explain the agreement.
+        after, control = sides(X, treated, context, held_out)
+        others = X[~treated & (context != held_out)].mean(axis=0)
+        untreated.append(perturbation.response_metrics(others, after, control)["pearson_delta"])
     assert min(learnt) > 0.1
     assert np.mean(learnt) > 0.4
-    assert np.mean(learnt) > np.mean(undrugged) + 0.1
+    assert np.mean(learnt) > np.mean(untreated) + 0.1
     assert np.mean(directions) > 0.75
 
 
 @pytest.mark.parametrize("matching", ["nearest", "ot"])
-def test_matched_cells_learn_the_response_too(drugged, matching):
-    embedding, X, treated, donor = drugged
-    metrics = tasks.perturbation_response(embedding, X, treated, donor, "PW030", seed=0, matching=matching)
+def test_matched_cells_learn_the_response_too(stimulated, matching):
+    embedding, X, treated, context = stimulated
+    metrics = tasks.perturbation_response(embedding, X, treated, context, "CD14+ Monocytes", seed=0, matching=matching)
     assert metrics["pearson_delta"] > 0.4
     assert metrics["pearson_delta_top50"] > 0.5
 
 
-def test_mean_shift_beats_no_change_and_the_oracle_beats_all(drugged):
-    _, X, treated, donor = drugged
-    for held_out in np.unique(donor):
-        after, control = sides(X, treated, donor, held_out)
-        other = donor != held_out
-        of = donor[~treated & other], donor[treated & other]
+def test_mean_shift_beats_no_change_and_the_oracle_beats_all(stimulated):
+    _, X, treated, context = stimulated
+    for held_out in np.unique(context):
+        after, control = sides(X, treated, context, held_out)
+        other = context != held_out
+        of = context[~treated & other], context[treated & other]
         predicted = {
             "no change": baselines.no_change(control),
             "mean shift": baselines.mean_shift(control, X[~treated & other], X[treated & other], of),
@@ -190,15 +192,15 @@ def test_mean_shift_beats_no_change_and_the_oracle_beats_all(drugged):
         assert scores["mean shift"]["pearson_delta"] > 0.4
         assert scores["no change"]["pearson_delta"] == scores["no change"]["direction_accuracy"] == 0
         for name, score in scores.items():
-            assert score["mse"] > 5 * ceiling["mse"], name
+            assert score["mse"] > 1.5 * ceiling["mse"], name
             assert score["pearson_delta"] < ceiling["pearson_delta"], name
-            assert score["energy_distance"] > ceiling["energy_distance"] + 1, name
+            assert score["energy_distance"] > ceiling["energy_distance"] + 0.1, name
 
 
-def test_the_true_mean_reaches_the_ceiling(drugged):
-    _, X, treated, donor = drugged
-    for held_out in ("PW030", "PW040"):
-        after, control = sides(X, treated, donor, held_out)
+def test_the_true_mean_reaches_the_ceiling(stimulated):
+    _, X, treated, context = stimulated
+    for held_out in ("CD14+ Monocytes", "FCGR3A+ Monocytes"):
+        after, control = sides(X, treated, context, held_out)
         ceiling = perturbation.oracle(after, control)
         truth = perturbation.response_metrics(after.mean(axis=0), after, control)
         assert truth["mse"] == pytest.approx(0, abs=1e-9)

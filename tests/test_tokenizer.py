@@ -1,9 +1,8 @@
 import tracemalloc
-from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pytest
+import real
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +12,6 @@ from datawall import datasets, tokenizer
 from datawall.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
 from datawall.transformer import N_SPECIAL
 
-PBMC = Path(__file__).resolve().parents[2] / "shared" / "data" / "pbmc3k.h5ad"
 steady = settings(deadline=None, derandomize=True, max_examples=150)
 
 
@@ -69,10 +67,9 @@ def test_encoding_is_that_of_a_stable_sort(case, max_length):
     assert_same_cells(tokenizer.encode(with_all_entries_stored(dense)), expected)
 
 
-@pytest.mark.skipif(not PBMC.is_file(), reason=f"{PBMC} is not on this machine")
-@pytest.mark.parametrize("max_length", [200, 13_714])
+@pytest.mark.parametrize("max_length", [200, 14_053])
 def test_real_cells_are_encoded_as_by_a_stable_sort(max_length):
-    counts = sp.csr_matrix(ad.read_h5ad(PBMC).X[:200])
+    counts = real.kang().X[:200]
     medians = gene_medians(counts)
     tokens = RankTokenizer(medians, max_length).encode(counts)
     assert_same_cells(tokens, plain_encode(counts.toarray(), medians, max_length))
@@ -139,12 +136,6 @@ def test_every_gene_and_special_token_is_in_the_vocabulary():
 def test_counts_of_other_genes_are_refused():
     with pytest.raises(ValueError, match="4 genes, the tokenizer 3"):
         RankTokenizer(np.ones(3)).encode(sp.csr_matrix((2, 4)))
-
-
-@pytest.mark.parametrize("bad", [-1.0, np.nan])
-def test_values_that_are_no_counts_are_refused(bad):
-    with pytest.raises(ValueError, match="give raw counts"):
-        RankTokenizer(np.ones(3)).encode(sp.csr_matrix([[1, bad, 2]]))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])

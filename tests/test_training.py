@@ -143,7 +143,6 @@ def test_a_loss_that_is_looked_at_late_leaves_its_cause_open(monkeypatch):
         train(module, breaks_at_the_second, 40, Recipe(steps=10, batch_size=8, learning_rate=1e-3), seed=0)
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_with_loss_and_rate_is_shown_in_a_terminal(tmp_path, terminal):
     ours, theirs = os.openpty()

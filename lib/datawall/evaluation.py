@@ -73,10 +73,11 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
     if missing:
         for name in study.params.evaluation_sets():
             study.dataset_artifact(name)
-        why = study.not_judged(task)
-        missing = [one for one in missing if one.dataset not in why]
-        if not missing:
-            raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
+        joined = study.joined(task)
+        missing = [one for one in missing if one.dataset in joined]
+    if (why := study.not_judged(task)) and not study.joined(task):
+        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
+    if missing:
         study.pretrain()
     cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
     return results.select(_tabulate(study), task=task)
@@ -113,7 +114,11 @@ def grow(study: Study) -> pd.DataFrame:
     """
     p = study.params
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
-    scored = [task for task in p.tasks if not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))]
+    for name in p.evaluation_sets():
+        study.dataset_artifact(name)  # which tells what it can be judged by
+    scored = [
+        task for task in p.tasks if study.joined(task) and not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))
+    ]
     asking = {(model, task): adaptive.ask(plan) for model in p.models for task in scored}
     wanted, outcomes = {key: next(of) for key, of in asking.items()}, {}
     chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}

@@ -43,7 +43,7 @@ RECORDED_PACKAGES = (
 
 # Modules that no notebook uses: around a run, not in it.
 ASIDE = (
-    *("kernels", "report", "notebooks", "verdicts", "provenance"),
+    *("kernels", "report", "notebooks", "provenance"),
     *("planning", "calibration"),
     *("starter", "preflight", "inspection", "verify"),
 )

@@ -1,6 +1,6 @@
 """What the fault tests have in common: a study of every kind of unit, its command, its processes and its artifacts.
 
-`DATAWALL_FAULTS=full` (make faults) is the whole of the tiny study and many faults; without it, a part of it and few.
+`make test-more` is the whole of the tiny study and many faults; `make test` a part of it and few.
 """
 
 import os
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import nbformat
 import psutil
-import pytest
 
 import datawall as dw
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = os.environ.get("DATAWALL_FAULTS") == "full"
+FULL = os.environ.get("DATAWALL_TESTS") == "more"
 PART = [
     "strategies=[random,celltype_reweighted]",
     "percentages=[50,100]",
@@ -26,7 +25,6 @@ PART = [
 ]
 SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
 STAGES = [] if FULL else ["--stages", "2,3"]
-IN_FULL = pytest.mark.skipif(not FULL, reason="of the full form: make faults")
 STUDY = ["run_all.py", "params/tiny.yaml", *SETTINGS]
 SECONDS = 900  # for one command, on a busy machine
 

@@ -8,7 +8,7 @@ import sys
 
 import nbformat
 import pytest
-from harness import IN_FULL, ROOT, SECONDS, STAGES, STUDY, artifacts, environment, half_made, made, redone, same_results
+from harness import ROOT, SECONDS, STAGES, STUDY, artifacts, environment, half_made, made, redone, same_results
 
 from datawall import verify
 
@@ -19,9 +19,9 @@ OWN_MOUNTS = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
 @pytest.fixture(scope="module", autouse=True)
 def _mounts():
     if not shutil.which("unshare"):
-        pytest.skip("unshare is not installed")
+        pytest.skip("needs mounts: unshare is not installed")
     if subprocess.run([*OWN_MOUNTS, "mount -t tmpfs none /mnt"], capture_output=True, check=False).returncode:
-        pytest.skip("this system lets this user mount nothing")
+        pytest.skip("needs mounts, which this system lets this user not make")
 
 
 def in_shell(script, **names):
@@ -42,7 +42,7 @@ def in_shell(script, **names):
     return done.stdout
 
 
-@IN_FULL
+@pytest.mark.more
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
 def test_full_disk(share, undisturbed, tmp_path, capsys):
     """Full in the midst of a run; then there is room again."""

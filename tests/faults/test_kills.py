@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from dask_cluster import DaskCluster
-from harness import FULL, IN_FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, start
+from harness import FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, start
 
 EACH = 5 if FULL else 1  # times that each part is killed: 30 kills in the full form
 SOON = 2.0  # seconds at most, from when so many artifacts are there as chance wants to a kill
@@ -77,7 +77,7 @@ def disturb(place, folder, to_kill, rng, n_artifacts):
     return process.returncode == 0, killed
 
 
-@pytest.mark.parametrize("place", [Here, pytest.param(OnDask, marks=IN_FULL)], ids=["here", "on Dask"])
+@pytest.mark.parametrize("place", [Here, pytest.param(OnDask, marks=pytest.mark.more)], ids=["here", "on Dask"])
 def test_killed_study_ends_the_same(place, undisturbed, tmp_path, capsys):
     rng = np.random.default_rng(7)
     to_kill = rng.permutation(place.parts * EACH).tolist()

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from harness import IN_FULL, artifacts, ended, environment, processes, redone, run, same_results, start, wait_until
+from harness import artifacts, ended, environment, processes, redone, run, same_results, start, wait_until
 
 BACKWARDS = """
 import time
@@ -22,7 +22,8 @@ def with_modules_of(folder):
     return {**environment(), "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("subset", marks=IN_FULL), "model"])  # in the notebook, in its workers
+# In the notebook, in its workers.
+@pytest.mark.parametrize("kind", [pytest.param("subset", marks=pytest.mark.more), "model"])
 def test_run_refuses_another_stops_when_interrupted_and_resumes_by_whatever_clock(kind, undisturbed, tmp_path):
     folder = tmp_path / "run"
     # What a shell runs in the background ignores SIGINT, and so would this process.
@@ -57,7 +58,7 @@ def test_run_refuses_another_stops_when_interrupted_and_resumes_by_whatever_cloc
     assert same_results(folder, undisturbed)
 
 
-@IN_FULL
+@pytest.mark.more
 def test_units_that_hang_or_take_all_memory_are_named(undisturbed, tmp_path):
     """Two attempts each; without such models, the study ends the same."""
     folder, attempts = tmp_path / "run", tmp_path / "attempts"
