@@ -27,12 +27,12 @@ def oracle(score, *, noise=0.002, seed=0):
     return run
 
 
-def test_a_flat_curve_settles_on_two_sizes():
+def test_a_flat_curve_settles_on_two_runs_of_three_sizes():
     run = oracle(lambda percentage: 0.8, noise=0.0005)
     found = settle(run, Plan(margin=0.02, percentages=GRID))
     assert (found.verdict, found.percentage) == ("plateau", 1)
-    assert run.asked == [(1, 0), (1, 1), (10, 0), (10, 1)]
-    assert found.share == pytest.approx(4 / 30)
+    assert run.asked == [(1, 0), (1, 1), (10, 0), (10, 1), (100, 0), (100, 1)]
+    assert found.share == pytest.approx(6 / 30)
     assert found.runs[["percentage", "seed"]].to_numpy().tolist() == [list(each) for each in run.asked]
     assert "beyond 1 %" in found.reason
 
@@ -64,20 +64,41 @@ def test_scores_on_several_data_sets_are_averaged():
     found = settle(
         lambda percentage, seed: [0.7 + 0.001 * seed, 0.9 - 0.001 * seed], Plan(margin=0.02, percentages=GRID)
     )
-    assert found.runs["score"].tolist() == pytest.approx([0.8] * 4)
+    assert found.runs["score"].tolist() == pytest.approx([0.8] * 6)
 
 
-def test_what_is_still_to_come_is_the_bound_of_a_regression():
-    scores = {1: [0.70, 0.71], 10: [0.76, 0.77], 25: [0.77, 0.79]}
+@pytest.mark.parametrize("grid", [GRID, (1, 2, 5, 10, 25, 50, 100)])
+@pytest.mark.parametrize("begins", [10, 25, 50])
+def test_what_comes_late_is_not_called_a_plateau(grid, begins):
+    """Two points in every doubling from there on, or none; 200 draws: 1.5 % of Monte-Carlo error at 5 %."""
+    rng, found = np.random.default_rng(0), []
+    spreads = (0.002, 0.005, 0.01, 0.02)
+    for draw in range(200):
+        noise = spreads[draw % 4] * rng.standard_normal((len(grid), 5))
+        scores = dict(
+            zip(grid, 0.7 + 0.02 * np.log2(np.maximum(np.array(grid) / begins, 1))[:, None] + noise, strict=True)
+        )
+        found.append(settle(lambda p, seed, of=scores: of[p][seed], Plan(margin=0.01, percentages=grid)))
+    assert np.mean([of.verdict == "plateau" for of in found]) <= 0.05
+    assert np.mean([of.verdict == "still improving" for of in found]) > 0.6
+    assert all((of.runs["percentage"] == 100).sum() >= 2 for of in found)
+
+
+def test_what_is_still_to_come_is_the_larger_of_a_line_and_a_difference():
+    scores = {1: [0.70, 0.71], 10: [0.76, 0.77], 100: [0.77, 0.79]}
     plan = Plan(margin=0.02, percentages=GRID)
     of_all, of_two = adaptive.still_to_come(scores, plan)
-    x, y = np.log2([1, 1, 10, 10, 25, 25]), np.concatenate(list(scores.values()))
+    x, y = np.log2([1, 1, 10, 10, 100, 100]), np.concatenate(list(scores.values()))
     slope, intercept = np.polyfit(x, y, 1)
     error = np.sqrt(((y - slope * x - intercept) ** 2).sum() / 4 / ((x - x.mean()) ** 2).sum())
-    # Sizes 1, 10 and 100 are on the ladder: two looks share the doubt of 5 %.
-    assert plan.ladder() == [1, 10, 100]
-    upper = slope + stats.t.ppf(0.975, 4) * error
+    assert plan.test_confidence() == pytest.approx(0.99)  # five sizes where a plateau may begin share the doubt of 5 %
+    upper = slope + stats.t.ppf(0.99, 4) * error
     assert of_all == pytest.approx((1, slope * np.log2(100), upper * np.log2(100)))
+    late = {1: [0.70, 0.71], 10: [0.70, 0.71], 25: [0.70, 0.71], 100: [0.73, 0.74]}
+    of_all = adaptive.still_to_come(late, plan)[0]
+    assert of_all.expected == pytest.approx(0.03)  # which a line takes for less
+    interval = stats.ttest_ind([0.73, 0.74], [0.70, 0.71] * 3).confidence_interval(0.98)
+    assert of_all.at_most >= interval.high - 0.002
     assert of_two.start == 10
 
 
@@ -114,7 +135,7 @@ def test_ladder(percentages, ladder):
         ({"first_seeds": 1}, "at least 2"),
         ({"first_seeds": 6}, "at most the 5 seeds"),
         ({"margin": 0}, "above 0"),
-        ({"budget": 0.1}, "first two sizes"),
+        ({"budget": 0.1}, "first sizes"),
     ],
 )
 def test_plans_that_cannot_be_carried_out_are_refused(settings, message):
@@ -138,20 +159,29 @@ def test_budget_and_grid_are_kept_whatever_comes(levels, noise, margin, budget, 
     assert np.isnan(found.percentage) == (found.verdict != "plateau")
 
 
+def simulated(n_curves, n_seeds=5):
+    """Results of made-up runs, a task for each truth; data sets are its curves."""
+    rows = []
+    for truth in ("plateau at 1 %", "plateau at 10 %", "plateau at 25 %", "improves, .25 to .125"):
+        for number, scores in enumerate(power.simulated(truth, n_curves, n_seeds)):
+            by_size = dict(zip(power.SIZES, scores, strict=True))
+            rows += curve(by_size, task=truth, dataset=f"curve {number}", metric="score")
+    return table(*rows)
+
+
 def test_replay_agrees_with_all_runs_and_saves_most():
-    results = power.simulated_curves(6, 5)
-    replayed = adaptive.replay(results, "score", Plan(margin=power.MARGIN))
+    replayed = adaptive.replay(simulated(12), "score", Plan(margin=power.MARGIN))
     # Means over curves of one truth: what differs between them is averaged away.
     assert replayed.set_index("task")["full"].to_dict() == {
         "plateau at 1 %": "plateau", "plateau at 10 %": "plateau", "plateau at 25 %": "plateau",
-        "still improving": "still improving",
+        "improves, .25 to .125": "still improving",
     }  # fmt: skip
     assert (replayed["full"] == replayed["adaptive"]).mean() >= 0.75
     assert replayed["share"].mean() < 0.7
 
 
 def test_replay_turns_a_metric_that_is_better_when_lower():
-    results = power.simulated_curves(3, 5)
+    results = simulated(3)
     lower = results.assign(metric="mse", value=1 - results["value"])
     columns = ["task", "full", "adaptive", "share"]
     scored, turned = (

@@ -1,86 +1,104 @@
-"""A unit's key names all the code that decides its content: what it does not name is apart for a reason given here."""
+"""A unit's key names all the code that decides its content: its maker, what this imports, and so on; and no other."""
 
 import ast
 from types import SimpleNamespace
 
 import pytest
 
-from datawall import curated, evaluation, models, params, store, study, tasks
-from datawall.paths import LIBRARY
+from datawall import evaluation, models, params, store, study, tasks
+from datawall.curated import Subset
+from datawall.study import Run
 
-APART = {
-    "params": "values that matter are in the records",
-    "hyperparameters": "values are in the records",
-    "external": "a user's own file is in the record by its hash",
-    "store": "keeps what is made",
-    "shared": "keeps what is made",
-    "paths": "where files lie",
-    "cluster": "where units are made",
-    "costs": "when units are made",
-    "processes": "where units are made",
-    "models/__init__": "loads the others",
-    "models/families": "which family has which name",
-    "tasks/__init__": "which task has which name",
-    "study": "its functions are named one by one",
-    "curated": "its functions are named one by one",
-}
-UNUSED = {
-    ("PretrainedPCA", "training"): "it takes no steps",
-    ("reconstruction", "training"): "of `models/base`, the error of the mean cell alone",
-    ("corpus", "sampling"): "of `assembly`, for splits alone",
-    ("dataset", "sampling"): "of `assembly`, for splits alone",
-    ("contamination", "sampling"): "of `assembly`, for splits alone",
-}
-LISTS = {
-    **{kind: modules for kind, modules in curated.CODE.items() if kind != "corpus"},
-    **study.CODE,
-    **{task: evaluation.code(task) for task in tasks.TASKS},
+
+@pytest.fixture
+def library(monkeypatch):
+    """What a library of these modules says of a maker."""
+
+    def of(*makers, **sources):
+        monkeypatch.setattr(store, "SOURCES", {name.replace("__", "/"): text for name, text in sources.items()})
+        store.closure.cache_clear()
+        store._imported.cache_clear()
+        return store.closure(makers)
+
+    yield of
+    monkeypatch.undo()
+    store.closure.cache_clear()
+    store._imported.cache_clear()
+
+
+SOURCES = {
+    "a": "from datawall import b, params\nfrom datawall.models.c import C\nimport numpy",
+    "b": "def f():\n    from datawall.models import d as renamed\n",
+    "models__c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from datawall import e\nC = 1",
+    "models__d": "from datawall import a",  # in a circle
+    **{"e": "", "params": "from datawall import e", "f": ""},
 }
 
 
-def imports(module):
-    """Modules of the library that one imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse((LIBRARY / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "datawall":
-            base = node.module.split(".")[1:]
-            found |= {"/".join([*base, alias.name]) for alias in node.names} | {"/".join(base)}
-    whole = {name for name in found if (LIBRARY / f"{name}.py").exists()}
-    return whole | {f"{name}/__init__" for name in found if (LIBRARY / name / "__init__.py").exists()} - {"/__init__"}
+def test_closure_is_all_that_is_imported_and_what_that_imports(library):
+    assert library("a", **SOURCES) == ["a", "b", "models/c", "models/d"]
+    assert library("e", **SOURCES) == ["e"]
+    assert library("params", **SOURCES) == ["e", "params"]  # a maker counts, though nobody's import of it does
 
 
-def missing(kind, listed, known):
-    """Modules that what is listed imports, and that are neither listed nor known nor apart, with who imports them."""
-    found, open_, begun = {}, [name for name in listed if ":" not in name], set()
-    while open_:
-        begun.add(module := open_.pop())
-        for name in imports(module) - known.union(listed, APART):
-            if (kind, name) not in UNUSED:
-                found[name] = module
-        open_ += imports(module) - begun.union(APART)
-    return found
+def test_closure_of_a_function_is_of_what_it_uses(library):
+    text = "from datawall import b, e, f as g\ndef one():\n    return b.f\ndef other():\n    return g, e\n"
+    assert library("m:one", **SOURCES | {"m": text})[:2] == ["a", "b"]
+    assert library("m:other", **SOURCES | {"m": text}) == ["e", "f", "m:other"]
 
 
-def test_the_corpus_names_all_code_that_makes_it():
-    assert not missing("corpus", curated.CODE["corpus"], set())
+def study_of(folder, **changes):
+    values = {
+        "study": "mine", "corpus": "pbmc68k", "strategies": ["random", "untrained"], "percentages": [100],
+        "seeds": [3], "models": FAMILIES, "steps": 5, "tasks": ["zeroshot_classification"],
+    }  # fmt: skip
+    return study.Study(params.check({**values, **changes}, "mine"), folder)
 
 
-@pytest.mark.parametrize("kind", LISTS)
-def test_a_kind_names_all_code_that_makes_it_or_its_corpus(kind):
-    """All is made from the corpus, whose key they hold, and with it the code of that."""
-    assert not missing(kind, LISTS[kind], set(curated.CODE["corpus"]))
+def last(names):
+    """Names as they are whatever package a module is in."""
+    return {name.rpartition("/")[2] for name in names}
 
 
-@pytest.mark.parametrize("kind", ["corpus", *LISTS])
-def test_what_is_named_is_there(kind):
-    for name in {**LISTS, "corpus": curated.CODE["corpus"]}[kind]:
+def test_units_name_the_code_that_makes_them_and_none_beside_it(tmp_path):
+    of = study_of(tmp_path, also=[{"name": "sketch", "strategies": ["geometric_sketching"], "percentages": [10]}])
+    run = lambda name: Run(name, Subset("random", 100.0, 3))  # noqa: E731
+    code = {name: last(of.model_unit(run(name)).code) for name in FAMILIES}
+    code |= {kind: last(getattr(of, f"{kind}_unit").code) for kind in ("corpus", "split", "sketch")}
+    code |= {task: last(store.closure(evaluation.makers(task))) for task in tasks.TASKS}
+    expected = {
+        "PretrainedPCA": {"pca", "base", "expression"},
+        "scVI": {"scvi", "sparse", "base", "training", "streaming", "expression", "cellstore"},
+        "SSL": {"ssl", "sparse", "training", "streaming"},
+        "Geneformer": {"geneformer", "tokenizer", "transformer", "training", "streaming"},
+        "SCimilarity": {"scimilarity", "sparse", "ontology", "training"},
+        "corpus": {"assembly", "sources", "backed", "duplicates", "simulate", "census", "cellstore", "corpus"},
+        "split": {"assembly", "sampling", "curated:_make_split"},
+        "sketch": {"expression"},
+        "zeroshot_classification": {"classification", "uncertainty", "scoring", "sampling", "baselines"},
+        "zeroshot_integration": {"integration", "classification", "neighbourhood", "uncertainty"},
+        "finetuned_classification": {"finetuning", "classification", "training"},
+        "perturbation_response": {"perturbation", "classification", "training", "curated:response_genes"},
+        "reconstruction": {"reconstruction", "scoring"},
+    }
+    for kind, names in expected.items():
+        assert names <= code[kind], kind
+        beside = {"plots", "messages", "labels", "report", "results", "saturation", "planning", "cluster", "processes"}
+        assert not code[kind] & beside, kind
+    for name in FAMILIES:
+        assert not code[name] & {"scoring", "classification", "uncertainty", "baselines"}, name
+        assert sum(other in code[name] for other in ("pca", "scvi", "ssl", "geneformer", "scimilarity")) == 1
+
+
+def test_makers_are_there(tmp_path):
+    of = study_of(tmp_path)
+    units = [of.corpus_unit, of.split_unit, of.sketch_unit, of.contamination_unit(of.held_out_name)]
+    units += [of.embedding_unit(source, of.held_out_name) for source in ("PCA", *of.pretraining_runs())]
+    makers = {name for unit in units for name in unit.makers}.union(*map(evaluation.makers, tasks.TASKS))
+    for name in makers:
         module, _, function = name.partition(":")
-        defined = [
-            node.name
-            for node in ast.walk(ast.parse((LIBRARY / f"{module}.py").read_text()))
-            if isinstance(node, ast.FunctionDef)
-        ]
-        assert not function or defined.count(function) == 1, name
+        nodes = [node for node in ast.walk(ast.parse(store.SOURCES[module])) if isinstance(node, ast.FunctionDef)]
+        assert not function or [node.name for node in nodes].count(function) == 1, name
 
 
 def test_a_functions_code_is_its_own(monkeypatch):
@@ -98,11 +116,7 @@ FAMILIES = ["PretrainedPCA", "scVI", "SSL", "Geneformer", "SCimilarity"]
 
 def units(folder, **changes):
     """The pretrained models of a study, by family and strategy."""
-    values = {
-        "study": "mine", "corpus": "pbmc68k", "strategies": ["random", "untrained"], "percentages": [100],
-        "seeds": [3], "models": FAMILIES, "steps": 5, "tasks": ["zeroshot_classification"],
-    }  # fmt: skip
-    of = study.Study(params.check({**values, **changes}, "mine"), folder)
+    of = study_of(folder, **changes)
     return {(run.model, run.subset.strategy): of.model_unit(run).key for run in of.pretraining_runs()}
 
 

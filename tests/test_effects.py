@@ -220,22 +220,3 @@ def test_range_of_a_metric_is_from_the_better_guess_to_the_ceiling():
     )
     assert found.loc["pearson_r", ["range", "tells"]].tolist() == pytest.approx([0.09, False])
     assert found.loc["mse", ["floor", "range", "tells"]].tolist() == pytest.approx([0.2, 0.95, True])
-
-
-def test_loss_is_ranked_beside_scores_of_the_same_runs():
-    rng = np.random.default_rng(0)
-    scores = {size: rng.random(3) for size in (1, 10, 100)}
-    losses = {size: [5 - value for value in values] for size, values in scores.items()}
-    noisy = {size: rng.random(3) for size in scores}
-    results = table(
-        *curve(scores),
-        *curve(noisy, model="SSL"),
-        *curve(losses, task="reconstruction", metric="loss", dataset="held_out"),
-        *curve(losses, task="reconstruction", metric="loss", dataset="held_out", model="SSL"),
-        *curve({1: 0.5}, model="PCA", strategy="baseline"),
-    )
-    found = effects.loss_tells(results).set_index("model")
-    assert found.loc["scVI", ["runs", "spearman"]].tolist() == pytest.approx([9, -1])
-    ranks = [stats.rankdata(np.concatenate(list(of.values()))) for of in (noisy, losses)]
-    assert found.loc["SSL", "spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert set(found.index) == {"scVI", "SSL"}

@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 import datawall as dw
-from datawall import evaluation, joining, params, planning, plots, results, scoring, simulate
+from datawall import assembly, evaluation, joining, params, planning, plots, results, scoring, simulate
 from datawall.scoring import Evaluation
 from datawall.study import Study
 
@@ -339,6 +340,43 @@ def test_treatments_are_judged_one_by_one_by_name_or_those_with_the_most_cells()
         judged(["c"], ["T"])
     with pytest.raises(dw.corpus.CorpusError, match=r"\['d'\] are none; they are \['a', 'b', 'c', 'ctrl'\]"):
         judged(["a", "d"])
+
+
+def test_each_treatment_is_scored_as_if_it_were_the_only_one():
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"cell_type": np.tile(["B", "T"], 90), "perturbation": np.repeat(["ctrl", "a", "b"], 60)})
+    obs.index = obs.index.astype(str)
+    data = ad.AnnData(sp.csr_matrix(rng.poisson(2.0, (180, 80)).astype(np.float32)), obs=obs)
+    drug = {"file": "drug.h5ad", "perturbation_key": "drug", "control": "ctrl"}
+    p = params.check({**VALUES, "evaluation": [drug], "perturbation_genes": 50}, "mine")
+
+    def splits(cells):
+        of = SimpleNamespace(params=p, dataset=lambda _: cells, held_out_name="other")
+        found = scoring.score(of, Evaluation("perturbation_response", "drug", "MeanShift"))
+        return {split: dict(metrics) for split, metrics in found}
+
+    both, alone = splits(data), splits(data[obs["perturbation"] != "b"].copy())
+    assert list(both) == ["a, B held out", "a, T held out", "b, B held out", "b, T held out"]
+    assert {f"a, {split}": metrics for split, metrics in alone.items()} == {s: both[s] for s in list(both)[:2]}
+
+
+@pytest.mark.parametrize("by", ["dataset_id", "plate"])
+def test_whole_groups_of_any_column_are_held_out(by):
+    p = params.check({**VALUES, "split_by": by, "held_out": 0.25}, "mine")
+    role = "dataset_id" if by == "dataset_id" else "split"
+    assert (p.split_role, p.columns().get("split")) == (role, None if by == "dataset_id" else "plate")
+    obs = pd.DataFrame({role: pd.Categorical(np.repeat(list("abcd"), 10))})
+    held_out = assembly.held_out(p, obs)
+    assert held_out.sum() == 10
+    assert len(set(obs.loc[held_out, role])) == 1
+    with pytest.raises(dw.corpus.CorpusError, match=f"split_by: {by} has one value for all cells"):
+        assembly.held_out(p, obs[:10])
+
+
+def test_what_a_reader_should_know_is_told(study):
+    assert dw.curation.remarks(study)[0].startswith(
+        "cells: counts in X, 300 of 300 genes known by Ensembl id, with 100%"
+    )
 
 
 def test_rare_types_are_not_held_out_of_perturbation_response_unless_named():

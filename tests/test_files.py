@@ -331,7 +331,8 @@ KINDS = {
     "10x under its name": (of_another_format(tenx, ".h5"), "a 10x file.*scanpy.read_10x_h5.*write_h5ad"),
     "loom": (of_another_format(loom), "a loom file.*read_loom.*write_h5ad"),
     "h5mu": (of_another_format(h5mu), r"a MuData file.*read_h5mu.*\['rna'\].*write_h5ad"),
-    "Seurat": (bytes_in(".rds", b"\x1f\x8b"), "a Seurat file.*readRDS.*write_h5ad"),
+    "Seurat": (bytes_in(".rds", b"\x1f\x8b"), "a Seurat or other compressed file.*readRDS.*write_h5ad"),
+    "Seurat under another name": (bytes_in(".h5ad", b"\x1f\x8b"), "a Seurat .*readRDS.*write_h5ad"),
     "h5Seurat": (of_another_format(lambda root: root.create_group("assays"), ".h5seurat"), "Convert"),
     "table of text": (bytes_in(".csv", b"a,b\n"), "a csv file.*read_csv"),
     # Genes

@@ -1,7 +1,8 @@
-"""Malformed files, 200 generated variants: each ends in one line that names the file, or in a stated repair."""
+"""Malformed files, 300 generated variants: each ends in one line that names the file, or in a stated repair."""
 
 import json
 import shutil
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -9,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import yaml
 
-from datawall import corpus, datasets, sources
+from datawall import corpus, datasets, params, preflight, sources, starter
 
 TABLE = corpus.gene_table()
 N_CELLS, N_GENES = 24, 40
@@ -284,7 +286,7 @@ def damage_bytes(path, rng):
     path.write_bytes(content[: rng.integers(len(content))])
 
 
-VARIANTS = 200
+VARIANTS = 300
 
 
 def made(number, sound, folder):
@@ -330,6 +332,29 @@ def in_memory(path):
     return adata
 
 
+def new_and_check(path, number):
+    """Whether `--check` lets a file pass; it and `--new` say why in a line if they do not, and leave nothing half."""
+    study = path.with_name("study.yaml")
+    given = {"study": "s", "corpus": str(path), "strategies": ["random"], "percentages": [100], "seeds": [0]}
+    given |= {"models": ["PretrainedPCA"], "steps": 1, "tasks": ["reconstruction"], "min_matched_genes": 0.4}
+    study.write_text(yaml.safe_dump(given))
+    found = preflight.check(study)
+    assert all("\n" not in line for line in found.errors)
+    study.unlink()
+    written = Path("params") / f"s{number}.yaml"
+    try:
+        starter.new(written.stem, [str(path)], {}, ask=None, say=len, settings={"min_matched_genes": 0.4})
+    except (corpus.CorpusError, datasets.DatasetError) as error:
+        said = str(error)
+    else:
+        said = path.name
+    assert path.name in said
+    assert "\n" not in said
+    assert not [part for part in Path("params").iterdir() if part.suffix != ".yaml"]
+    assert not written.exists() or params.read(written).study == written.stem
+    return not found.errors
+
+
 def outcome(read, path, kind):
     """The cells and no message, or no cells and what the reader says; it may raise nothing else."""
     try:
@@ -345,8 +370,12 @@ def outcome(read, path, kind):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_generated_variants_are_refused_in_a_line_or_repaired(sound, tmp_path):
+def test_generated_variants_are_refused_in_a_line_or_repaired(sound, tmp_path, monkeypatch):
     seen = set()
+    for name in ("params", "notebooks"):
+        (tmp_path / name).mkdir()
+    shutil.copy(Path(__file__).parents[1] / "params" / "quick.yaml", tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
     for number in range(VARIANTS):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -355,6 +384,8 @@ def test_generated_variants_are_refused_in_a_line_or_repaired(sound, tmp_path):
         cells, message = outcome(by_blocks, path, kind)
         whole, _ = outcome(in_memory, path, kind)
         assert refused is None or (message is not None) == refused, f"{path.name} ({kind}): {message}"
+        passed = new_and_check(path, number)
+        assert not (passed and message), f"{path.name} ({kind}): --check passes what is refused: {message}"
         if cells is not None:
             assert (cells.X.data > 0).all()
             assert (cells.X.data == np.rint(cells.X.data)).all()

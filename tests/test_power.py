@@ -1,36 +1,81 @@
 import numpy as np
 import pytest
+from result_tables import curve, table
 from scipy import stats
 
-from datawall import power, saturation
+from datawall import power, saturation, scaling
 from datawall.saturation import Curve
 
 
 def test_simulated_curves_have_their_truth_and_the_published_spread():
-    results = power.simulated_curves(400, 5)
-    cells = results.groupby(["task", "dataset", "percentage"])["value"]
-    means = 1 - cells.mean().groupby(["task", "percentage"]).mean().unstack()
-    assert means.loc["plateau at 1 %"].tolist() == pytest.approx([0.25] * 6, abs=0.005)
-    assert means.loc["plateau at 10 %"].tolist() == pytest.approx([0.25] + [0.125] * 5, abs=0.005)
-    assert means.loc["plateau at 25 %"].iloc[[0, 2, 5]].tolist() == pytest.approx([0.25, 0.125, 0.125], abs=0.005)
-    improving = means.loc["still improving"]
-    assert improving.iloc[[0, -1]].tolist() == pytest.approx([0.25, 0.125], abs=0.005)
-    doublings = -np.diff(improving) / np.diff(np.log2(improving.index))
-    assert (doublings > power.MARGIN).all()
-    spread = cells.std()
+    for truth, (error, begins) in power.TRUTHS.items():
+        scores = power.simulated(truth, 400, 5)
+        expected = error(power.SIZES)
+        assert 1 - scores.mean(axis=(0, 2)) == pytest.approx(expected, abs=0.005), truth
+        later = expected[begins <= power.SIZES]
+        assert np.ptp(later) == 0 if len(later) else expected[3] - expected[5] > power.MARGIN, truth
+    halves = {
+        "improves, .25 to .125": (0.25, 0.125),
+        "improves, .7 to .35": (0.7, 0.35),
+        "late, from 50 %": (0.25, 0.125),
+    }
+    for truth, ends in halves.items():
+        assert power.TRUTHS[truth][0](power.SIZES)[[0, -1]] == pytest.approx(ends)
+    spread = scores.std(axis=2)
     assert spread.min() < 0.002  # PretrainedPCA's
     assert spread.max() > 0.05  # SSL's
+    fixed = power.simulated("plateau at 1 %", 400, 5, noise=0.01)
+    assert fixed.std(axis=2, ddof=1).mean() == pytest.approx(0.01, rel=0.1)
+
+
+def test_what_rules_say_is_what_they_say_of_one_curve():
+    for truth in ("plateau at 10 %", "late, from 50 %", "improves, .25 to .125"):
+        scores = power.simulated(truth, 5, 4, noise=0.006)
+        found = power.judged(scores, power.SIZES, 10.0, 0.01, gain=0.0).set_index("rule")
+        tables = [table(*curve(dict(zip(power.SIZES, of, strict=True)))) for of in scores]
+        tables = [of.assign(n_cells=of["percentage"] * 100) for of in tables]
+        for rule, margin in (("published", None), ("mean", None), ("error", None), ("equivalence", 0.01)):
+            points = [
+                saturation.saturation_points(of, "micro_f1", rule=rule, margin=margin, n_resamples=0)[
+                    "percentage"
+                ].item()
+                for of in tables
+            ]
+            row = found.loc[rule if margin is None else "equivalence, margin 0.01"]
+            assert row["plateau"] == np.mean(np.array(points) <= 50), (truth, rule)
+            assert row["in place"] == np.mean(np.array(points) == 10), (truth, rule)
+        gains = [scaling.scaling_curves(of, "micro_f1", margin=0.01, n_resamples=100).iloc[0] for of in tables]
+        assert found.loc["predicted gain", "plateau"] == np.mean([of["verdict"] == "plateau" for of in gains])
+        assert found.loc["predicted gain", "covered"] == np.mean(
+            [of["gain_low"] <= 0 <= of["gain_high"] for of in gains]
+        )
+        share = found.loc["published", "plateau"]
+        assert found.loc["published", "error"] == pytest.approx(np.sqrt(share * (1 - share) / 5))
+
+
+def test_the_packaged_table_is_what_the_simulation_finds():
+    packaged = power.table()
+    keys = ["truth", "noise", "seeds", "rule"]
+    assert not packaged.duplicated(keys).any()
+    assert len(packaged) == len(power.TRUTHS) * len(power.DESIGNS) * 7
+    again = power.rates(12, [("published", 5)]).merge(packaged, on=keys, suffixes=("", "_packaged"))
+    assert len(again) == len(power.TRUTHS) * 7
+    apart = (again["plateau"] - again["plateau_packaged"]).abs()
+    share = again["plateau_packaged"].clip(0.05, 0.95)
+    assert (apart < 4.5 * np.sqrt(share * (1 - share) / 12)).all()
 
 
 def test_the_table_shows_what_each_rule_is_worth():
-    table = power.rates(12, (5,), seed=1).set_index("rule")
-    assert table.loc["published", "false plateau"] == 1
-    assert table.loc["published", "missed plateau"] == 0
-    assert table.loc[f"equivalence, margin {power.MARGIN:g}", "false plateau"] <= 0.1
-    assert table.loc["adaptive", "runs"] < 0.6
-    assert table.drop(columns=["seeds"]).drop("predicted gain").notna().all(axis=None)
-    assert table.drop(columns="seeds").fillna(0).ge(0).all(axis=None)
-    assert table.drop(columns="seeds").fillna(0).le(1).all(axis=None)
+    rates = power.table()
+    plateau = rates.pivot_table(index=["noise", "seeds", "rule"], columns="truth", values="plateau")
+    published = plateau.xs("published", level="rule")
+    assert published["improves, .25 to .125"].min() > 0.95
+    assert published["improves, .7 to .35"].max() < 0.9
+    wrong = [truth for truth, (_, begins) in power.TRUTHS.items() if np.isinf(begins)]
+    assert plateau.xs("equivalence, margin 0.01", level="rule")[wrong].max(axis=None) <= 0.08
+    late = [truth for truth in wrong if truth.startswith("late")]
+    assert plateau.xs("adaptive", level="rule")[late].max(axis=None) <= 0.05
+    assert (rates["error"] <= 0.0501).all()
 
 
 def test_verdicts_of_designs_are_those_of_saturation_draw_by_draw():
@@ -38,8 +83,8 @@ def test_verdicts_of_designs_are_those_of_saturation_draw_by_draw():
     sizes = np.array([1.0, 10, 50, 100])
     errors = np.array([[0.0] * 4, [0.06, 0.03, 0.01, 0]])[:, :, None, None]
     runs = errors + 0.004 * rng.standard_normal((2, 4, 60, 3))
-    curve = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * 4, borrowed=False)
-    found = power._verdicts(list(runs), curve, 0.01, 0.95)
+    shape = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * 4, borrowed=False)
+    found = power._verdicts(list(runs), shape, 0.01, 0.95)
     one_by_one = [
         saturation.verdicts([Curve(("",) * 4, sizes, sizes, list(of[:, draw]), False) for of in runs], 0.01, 0.95)[1]
         for draw in range(60)

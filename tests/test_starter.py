@@ -144,6 +144,22 @@ def test_new_takes_what_is_given_and_leaves_out_what_is_not_there(compendium):
     assert p.tasks == ["zeroshot_classification", "finetuned_classification", "reconstruction"]
 
 
+def test_new_takes_more_settings(compendium, capsys):
+    path = cells(compendium / "cells.h5ad", **LABELLED)
+    words = ["--set", "steps=7", "--set", "min_matched_genes=0.1", "--set", "hyperparameters={}"]
+    assert run_all.main(["--new", "mine", "--corpus", path, *words]) == 0
+    p = params.read(Path("params/mine.yaml"))
+    assert (p.steps, p.min_matched_genes, p.hyperparameters) == (7, 0.1, {})
+    assert run_all.main(["--new", "other", "--corpus", path, "--set", "batch_key=x"]) == 2
+    assert "--set batch_key: with --new, name it as --batch." in capsys.readouterr().err
+
+
+def test_new_takes_a_column_of_numbers_that_is_named(compendium):
+    path = cells(compendium / "cells.h5ad", n_counts=[0.0, 1.0, 2.0, 3.0, 4.0])
+    assert run_all.main(["--new", "mine", "--corpus", path, "--label", "n_counts"]) == 0
+    assert params.read(Path("params/mine.yaml")).cell_type_key == "n_counts"
+
+
 def test_new_without_labels_clusters(compendium):
     path = cells(compendium / "cells.h5ad", batch=["a", "b"])
     assert run_all.main(["--new", "mine", "--corpus", path]) == 0
@@ -246,7 +262,7 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert found.errors == []
     assert "cell type: 3 values; the rarest is 'rare' with 10 cells" in found.facts
     assert "subsets of 420 cells: 10 % is 42, 100 % is 420" in found.facts
-    assert "work: 2 subsets, 2 models, 2 experiments, 2 baselines" in found.facts
+    assert "work: 2 subsets, 2 models, 2 experiments, 4 baselines" in found.facts
     assert [line for line in found.warnings if "under 50 cells to pretrain on at 10 %" in line]
     assert [line for line in found.warnings if "1 of 3 cell types" in line and "rare" in line]
 

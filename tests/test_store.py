@@ -51,30 +51,30 @@ def test_manifest_records_what_made_it(tmp_path):
 
 
 def test_units_do_not_share_artifacts(tmp_path):
-    other = Unit("subset", UNIT.record | {"seed": 1}, UNIT.modules)
+    other = Unit("subset", UNIT.record | {"seed": 1}, UNIT.makers)
     study = Store(tmp_path)
     study.find_or_make(UNIT, write_two_files)
     assert study.find(other) is None
     assert study.find_or_make(other, write_two_files).folder != study.find(UNIT).folder
 
 
-def test_key_follows_kind_record_and_modules():
+def test_key_follows_kind_record_and_makers():
     others = [
-        Unit("model", UNIT.record, UNIT.modules),
-        Unit("subset", UNIT.record | {"percentage": 10}, UNIT.modules),
-        Unit("subset", UNIT.record | {"more": None}, UNIT.modules),
+        Unit("model", UNIT.record, UNIT.makers),
+        Unit("subset", UNIT.record | {"percentage": 10}, UNIT.makers),
+        Unit("subset", UNIT.record | {"more": None}, UNIT.makers),
         Unit("subset", UNIT.record, ("diversity",)),
-        Unit("subset", UNIT.record, (*UNIT.modules, "diversity")),
+        Unit("subset", UNIT.record, (*UNIT.makers, "diversity")),
     ]
     assert len({UNIT.key, *(unit.key for unit in others)}) == 6
-    assert Unit("subset", dict(reversed(UNIT.record.items())), UNIT.modules).key == UNIT.key
+    assert Unit("subset", dict(reversed(UNIT.record.items())), UNIT.makers).key == UNIT.key
     assert len(UNIT.key) == 16
     assert set(UNIT.key) <= set("0123456789abcdef")
 
 
 def test_key_follows_code(monkeypatch):
     monkeypatch.setattr(store, "code_version", lambda name: "changed")
-    assert Unit(UNIT.kind, UNIT.record, UNIT.modules).key != UNIT.key
+    assert Unit(UNIT.kind, UNIT.record, UNIT.makers).key != UNIT.key
 
 
 def test_key_refuses_nan():

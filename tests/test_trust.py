@@ -90,6 +90,15 @@ def test_outputs_are_of_this_code(path):
     assert stored["code"] == store.code_key(), "run `make notebooks`: the library has changed since"
 
 
+def test_figures_are_of_this_code_and_of_the_stored_notebooks():
+    """`make notebooks` writes both; a run writes its figures into its own folder."""
+    figures = ROOT / "figures"
+    assert (figures / "code.txt").read_text().strip() == store.code_key(), "run `make notebooks`"
+    saved = re.findall(r'plots\.save\([^"]*"(\w+)"', "".join(cell.source for cell in cells_of(NOTEBOOKS[6], "code")))
+    assert saved
+    assert {f"{name}.csv" for name in saved} <= {path.name for path in figures.iterdir()}
+
+
 def test_modules_aside_are_used_by_no_notebook_and_no_other_module():
     for path in LIBRARY.rglob("*.py"):
         name = path.relative_to(LIBRARY).with_suffix("").as_posix()

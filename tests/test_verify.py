@@ -15,7 +15,7 @@ def run(tmp_path):
     """A run folder, and its artifacts by kind: a chain, and results of its end."""
     folder, keys, record = tmp_path / "run", {}, {"corpus_size": 10}
     for kind in ("corpus", "split", "embedding", "evaluation"):
-        unit = Unit(kind, record, ("curated:_make_split", "sampling") if kind == "split" else ())
+        unit = Unit(kind, record, ("diversity", "sampling") if kind == "split" else ())
         made = Store(folder / "store").find_or_make(unit, lambda scratch: store.write_json(scratch / "a.json", [1]))
         keys[kind], record = made.key, {kind: made.key, "seed": 0}
     row = dict.fromkeys(results.COLUMNS, 0) | {"run_id": keys["evaluation"]}
@@ -95,7 +95,7 @@ def test_why_tells_origin_and_fate(run, monkeypatch):
     said = verify.why(folder, keys["evaluation"]).splitlines()
     assert said[-3:-1] == [
         "changed since, so that a run makes it again, under another key:",
-        f"  the code of curated:_make_split, sampling, which made split {keys['split']}",
+        f"  the code of diversity, sampling, which made split {keys['split']}",
     ]
     monkeypatch.setattr(store, "SOURCES", {})  # the module has gone
     assert verify.why(folder, keys["evaluation"]).splitlines() == said

@@ -48,10 +48,8 @@ class Plan:
             raise ValueError(f"first_seeds {self.first_seeds}: at least 2, and at most the {len(self.seeds)} seeds.")
         if not self.margin > 0:
             raise ValueError(f"margin {self.margin}: a difference above 0, in the metric's units.")
-        if 2 * self.first_seeds > self.budget * self.n_runs:
-            raise ValueError(
-                f"budget {self.budget}: of {self.n_runs} runs, that is fewer than the first two sizes take."
-            )
+        if len(self.ladder()) * self.first_seeds > self.budget * self.n_runs:
+            raise ValueError(f"budget {self.budget}: of {self.n_runs} runs, that is fewer than the first sizes take.")
 
     @property
     def n_runs(self) -> int:
@@ -67,8 +65,8 @@ class Plan:
         return [*sizes, self.percentages[-1]]
 
     def test_confidence(self) -> float:
-        """Of a single look at the data: each size of the ladder has an equal share of the doubt (Bonferroni)."""
-        return 1 - (1 - self.confidence) / (len(self.ladder()) - 1)
+        """Of a single look: each size where a plateau may begin has an equal share of the doubt (Bonferroni)."""
+        return 1 - (1 - self.confidence) / (len(self.percentages) - 1)
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,16 @@ def settle(oracle: Oracle, plan: Plan) -> Outcome:
 def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
     """Yield the runs that are wanted next, take their scores, and return the outcome when it is settled.
 
-    Sizes are run from the smallest up, in large steps, with few seeds each, until `decide` has a verdict. While it has
-    none, the next size is run; once the full corpus is reached, the one at half of it, unless the means alone make a
-    plateau (without that size no model is called still improving); then the sizes at both ends of what may be a plateau
-    get a seed more; and when those have all seeds, the rest of the grid is filled in from its large end.
+    A few seeds of each size of the ladder are run, from the smallest to the full corpus: no verdict is told without it,
+    since what comes late shows there alone. While `decide` has none, the size at half of the corpus is run, unless the
+    means alone make a plateau (without that size no model is called still improving); then the sizes at both ends of
+    what may be a plateau get a seed more; and when those have all seeds, the rest of the grid is filled in from its
+    large end.
     """
     scores: Scores = {}
     ladder = plan.ladder()
     half = max((size for size in plan.percentages if size <= ladder[-1] / 2), default=ladder[0])
-    wanted = dict.fromkeys(ladder[:2], plan.first_seeds)
+    wanted = dict.fromkeys(ladder, plan.first_seeds)
     while True:
         runs = [
             (size, seed) for size, n_more in wanted.items() for seed in plan.seeds[len(scores.get(size, ())) :][:n_more]
@@ -125,9 +124,7 @@ def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
             break
         coming = still_to_come(scores, plan)
         flat = [each.start for each in coming if each.expected < plan.margin]
-        if ladder[-1] not in scores:
-            wanted = {ladder[ladder.index(max(scores)) + 1]: plan.first_seeds}
-        elif half not in scores and not flat:
+        if half not in scores and not flat:
             wanted = {half: plan.first_seeds}
         else:
             ends = (flat[0] if flat else coming[-1].start, ladder[-1])
@@ -148,13 +145,11 @@ def decide(scores: Scores, plan: Plan) -> tuple[str, float, str]:
     """Verdict on the scores so far, the percentage where a plateau begins, and the reason.
 
     A plateau begins at the smallest size beyond which at most less than the margin is `still_to_come`. Failing that,
-    and with runs of the full corpus, the verdict is that of the rule `equivalence` (`saturation.saturation_points`).
+    the verdict is that of the rule `equivalence` (`saturation.saturation_points`).
     """
     for coming in still_to_come(scores, plan):
         if coming.at_most < plan.margin:
             return PLATEAU, coming.start, f"beyond {coming.start:g} %, at most {coming.at_most:.2g} is to be gained"
-    if plan.percentages[-1] not in scores:
-        return UNDECIDED, np.nan, "the full corpus may gain more than the margin"
     sizes = np.array(sorted(scores))
     errors = [1 - np.array(scores[size]) for size in sizes]
     curve = Curve(("", "random", "", ""), 100 * sizes / sizes[-1], sizes, errors, borrowed=False)
@@ -171,21 +166,26 @@ class Coming(NamedTuple):
 
 
 def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
-    """What is to be gained from each size, but the largest run, to the full corpus.
+    """What is to be gained from each size to the full corpus, of which there are runs.
 
-    A line in the logarithm of the size is fitted to the runs from that size on (`scipy.stats.linregress`). As no
-    doubling is taken to gain more than those before it, its slope, and for `at_most` the slope's upper confidence
-    bound, is the most that each doubling to the full corpus gains.
+    It is the larger of two readings, each with its upper confidence bound for `at_most`. A line in the logarithm of the
+    size is fitted to the runs from that size on (`scipy.stats.linregress`); and the full corpus's mean is set beside
+    that of the runs below it, with the variance of all sizes from there on, so that a gain that comes late is not lost
+    among sizes that had none.
     """
     sizes = sorted(scores)
     coming = []
     for start in sizes[:-1]:
-        shown = [(np.log2(size), score) for size in sizes if size >= start for score in scores[size]]
-        line = stats.linregress(*zip(*shown, strict=True))
-        doublings = np.log2(plan.percentages[-1] / start)
-        error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
-        upper = line.slope + stats.t.ppf(plan.test_confidence(), len(shown) - 2) * error
-        coming.append(Coming(start, float(max(line.slope, 0) * doublings), float(max(upper, 0) * doublings)))
+        later = [np.array(scores[size]) for size in sizes if size >= start]
+        below, full, n_runs = np.concatenate(later[:-1]), later[-1], sum(map(len, later))
+        x = np.repeat(np.log2([size for size in sizes if size >= start]), [len(of) for of in later])
+        line, doublings = stats.linregress(x, np.concatenate(later)), x[-1] - x[0]
+        freedom, gap = n_runs - len(later), full.mean() - below.mean()
+        error = np.sqrt(sum(((of - of.mean()) ** 2).sum() for of in later) / freedom * (1 / len(below) + 1 / len(full)))
+        slope_error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
+        upper = line.slope + stats.t.ppf(plan.test_confidence(), n_runs - 2) * slope_error
+        most = max(upper * doublings, gap + stats.t.ppf(plan.test_confidence(), freedom) * error, 0)
+        coming.append(Coming(start, float(max(line.slope * doublings, gap, 0)), float(most)))
     return coming
 
 

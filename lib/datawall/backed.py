@@ -62,9 +62,12 @@ def reading(file: str) -> Iterator[None]:
         ) from error
 
 
-def _begins(path: Path, beginnings: tuple[bytes, ...]) -> bool:
+def _of_r(path: Path) -> bool:
+    """Whether a file begins as R's do, which are compressed as a rule."""
+    if not path.is_file() or path.suffix == ".gz":
+        return False
     with path.open("rb") as file:
-        return file.read(2) in beginnings
+        return file.read(2) in (b"\x1f\x8b", b"X\n", b"RD")
 
 
 def foreign(path: Path) -> str | None:
@@ -74,8 +77,8 @@ def foreign(path: Path) -> str | None:
     kind, remedy = path.suffix.lower() or "file", FOREIGN.get(path.suffix.lower())
     if path.is_dir() and any(path.glob("*.mtx*")):
         kind, remedy = "folder of a matrix", CONVERT.format(read="scanpy.read_10x_mtx({path!r})")
-    elif path.is_file() and path.suffix != ".gz" and _begins(path, (b"\x1f\x8b", b"X\n", b"RD")):
-        kind, remedy = "Seurat", SEURAT
+    elif _of_r(path):
+        kind, remedy = "Seurat or other compressed", SEURAT
     elif path.is_file() and h5py.is_hdf5(path):
         with reading(str(path)), h5py.File(path, "r") as file:
             keys = set(file)
@@ -108,7 +111,7 @@ class CellFile:
         self.name = str(path)
         if not path.exists():
             raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
-        if not names_file(path.name):
+        if not names_file(path.name) or _of_r(path):
             told = foreign(path) or f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata."
             raise CorpusError(told)
         with reading(self.name), ExitStack() as if_it_fails:

@@ -18,19 +18,7 @@ from datawall.cellstore import Cells
 from datawall.params import Params
 from datawall.store import Artifact, Unit
 
-# The modules, and functions of this one, whose code decides the content of each kind of unit.
-_DATA = ("assembly", "datasets", "annotation", "corpus", "expression")
-CODE = {
-    "corpus": (
-        "curated:corpus_artifact", *_DATA, "sources", "backed", "duplicates", "simulate", "census", "ontology",
-        "cellstore",
-    ),
-    "dataset": ("curated:dataset_artifact", *_DATA, "sources", "backed", "simulate"),
-    "split": ("curated:_make_split", "assembly", "sampling"),
-    "contamination": ("curated:contamination", "assembly", "duplicates"),
-    "sketch": ("curated:X_pca", "expression"),
-    "subset": ("curated:_make_subset", "sampling"),
-}  # fmt: skip
+HERE = store.module_name(__name__)
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 
@@ -103,7 +91,7 @@ class Curated:
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""
-        return Unit("corpus", assembly.identity(self.params), CODE["corpus"])
+        return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact",))
 
     @cached_property
     def split_unit(self) -> Unit:
@@ -112,7 +100,7 @@ class Curated:
         drop = [self.contamination_unit(one.dataset).key for one in p.evaluation] if p.drop_contaminated else []
         drawn = {"held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
         record = {"corpus": self.corpus_unit.key, **drawn, "drop": drop}
-        return Unit("split", record, CODE["split"])
+        return Unit("split", record, (f"{HERE}:_make_split",))
 
     @cache  # noqa: B019 - every key asks for it, and a folder's files take long to look through
     def dataset_unit(self, name: str) -> Unit:
@@ -127,13 +115,13 @@ class Curated:
             "columns": assembly.dataset_columns(p, name),
             "labels": p.labels,
         }
-        return Unit("dataset", record, CODE["dataset"])
+        return Unit("dataset", record, (f"{HERE}:dataset_artifact",))
 
     def contamination_unit(self, name: str) -> Unit:
         """What an evaluation data set shares with the corpus; held-out cells, with those that are pretrained on."""
         within = self.split_unit if name == self.held_out_name else self.corpus_unit
         record = {"dataset": self.dataset_unit(name).key, "cells": within.key}
-        return Unit("contamination", record, CODE["contamination"])
+        return Unit("contamination", record, (f"{HERE}:contamination",))
 
     @cached_property
     def corpus_artifact(self) -> Artifact:
@@ -232,7 +220,7 @@ class Curated:
     @cached_property
     def sketch_unit(self) -> Unit:
         """Principal components of the pretraining cells, for geometric sketching and for diversity."""
-        return Unit("sketch", {"split": self.split_unit.key}, CODE["sketch"])
+        return Unit("sketch", {"split": self.split_unit.key}, (f"{HERE}:X_pca",))
 
     @cached_property
     def X_pca(self) -> np.ndarray:  # noqa: N802 - AnnData's name for it
@@ -258,7 +246,7 @@ class Curated:
         """Rows of a subset."""
         sketch = {"sketch": self.sketch_unit.key} if sampling.STRATEGIES[subset.strategy].by == "X_pca" else {}
         record = {**asdict(subset), "nested": self.params.nested, "split": self.split_unit.key, **sketch}
-        return Unit("subset", record, CODE["subset"])
+        return Unit("subset", record, (f"{HERE}:_make_subset",))
 
     @cache  # noqa: B019
     def rows(self, subset: Subset) -> np.ndarray:

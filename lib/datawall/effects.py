@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall import tasks
 from datawall.results import BASELINE, ORACLE, lower_is_better, mean_over_splits, select
 from datawall.saturation import KEY, adjust, curves_of, one_sided_p, pretrained
 
@@ -212,36 +211,6 @@ def dynamic_range(results: pd.DataFrame) -> pd.DataFrame:
     floor, ceiling = without.max(axis=1).mask(lower, without.min(axis=1)), means[ORACLE]
     width = (ceiling - floor).mask(lower, 1 - ceiling / floor)
     return pd.DataFrame({"floor": floor, "ceiling": ceiling, "range": width, "tells": width >= RANGE}).reset_index()
-
-
-def loss_tells(results: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation of the pretraining loss of held-out cells with each task's headline, by model family.
-
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study, with reconstruction.
-
-    Returns
-    -------
-    table with the columns model, task, dataset, runs, spearman (-1 where a lower loss always means a higher score) and
-    its two-sided p (scipy); NaN where either does not vary. Losses are those on the same data set,
-    or on the first data set that has them.
-    """
-    key = ["model", "strategy", "percentage", "seed"]
-    losses = pretrained(mean_over_splits(select(results, task="reconstruction", metric="loss")))
-    rows = []
-    for task, metric in tasks.HEADLINE.items():
-        scores = pretrained(mean_over_splits(select(results, task=task, metric=metric)))
-        for (model, dataset), of in scores.groupby(["model", "dataset"]) if task != "reconstruction" else ():
-            of_model = select(losses, model=model)
-            known = [dataset, *sorted(of_model["dataset"].unique())]
-            loss = next((some for name in known if len(some := select(of_model, dataset=name))), of_model)
-            both = of.merge(loss[[*key, "value"]], on=key, suffixes=("", "_loss"))
-            varies = len(both) > 2 and both[["value", "value_loss"]].nunique().min() > 1
-            rho, p = stats.spearmanr(both["value"], both["value_loss"]) if varies else (np.nan, np.nan)
-            rows.append((model, task, dataset, len(both), rho, p))
-    return pd.DataFrame(rows, columns=["model", "task", "dataset", "runs", "spearman", "p"])
 
 
 def _pretrained(results: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall import adaptive, baselines, cluster, curation, external, results, scoring, store, tasks
+from datawall import adaptive, baselines, cluster, curated, curation, external, results, scoring, store, tasks
 from datawall.corpus import CorpusError
 from datawall.curated import Subset
 from datawall.params import Embedding
@@ -19,16 +19,6 @@ from datawall.scoring import BASELINES, Evaluation
 from datawall.store import Artifact, Unit
 from datawall.study import Run, Study
 
-# The modules whose code decides the metrics of each task, beside its own module and those of all tasks (`code`).
-CODE = {
-    "zeroshot_classification": ("corpus",),
-    "zeroshot_integration": ("tasks/classification", "tasks/neighbourhood"),
-    "finetuned_classification": (
-        "tasks/classification", "training", "corpus", "expression", "models/base", "models/sparse",
-    ),
-    "perturbation_response": ("curated:response_genes", "tasks/classification", "training", "expression"),
-    "reconstruction": ("models/base",),
-}  # fmt: skip
 LEFT_OUT = {
     "random": "what random subsets tell, such as what more cells are worth",
     "untrained": "what untrained models tell: what pretraining changes",
@@ -73,10 +63,11 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
     if missing:
         for name in study.params.evaluation_sets():
             study.dataset_artifact(name)
-        why = study.not_judged(task)
-        missing = [one for one in missing if one.dataset not in why]
-        if not missing:
-            raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
+        joined = study.joined(task)
+        missing = [one for one in missing if one.dataset in joined]
+    if (why := study.not_judged(task)) and not study.joined(task):
+        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
+    if missing:
         study.pretrain()
     cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
     return results.select(_tabulate(study), task=task)
@@ -113,7 +104,11 @@ def grow(study: Study) -> pd.DataFrame:
     """
     p = study.params
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
-    scored = [task for task in p.tasks if not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))]
+    for name in p.evaluation_sets():
+        study.dataset_artifact(name)  # which tells what it can be judged by
+    scored = [
+        task for task in p.tasks if study.joined(task) and not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))
+    ]
     asking = {(model, task): adaptive.ask(plan) for model in p.models for task in scored}
     wanted, outcomes = {key: next(of) for key, of in asking.items()}, {}
     chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
@@ -270,13 +265,13 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
         treatments = p.treatments if one.treatments is None else one.treatments
         contexts = {"control": one.control, "treatments": treatments, "held_out_contexts": one.held_out_contexts}
         record |= {**contexts, "genes": p.perturbation_genes, "matching": p.matching}
-    return Unit("evaluation", record, code(task))
+    return Unit("evaluation", record, makers(task))
 
 
-def code(task: str) -> tuple[str, ...]:
-    """The modules and functions whose code decides the metrics of a task."""
-    of_all = ("evaluation:make", "scoring", "joining", "baselines", "sampling", "tasks/uncertainty")
-    return *of_all, f"tasks/{tasks.TASKS[task]}", *CODE.get(task, ())
+def makers(task: str) -> tuple[str, ...]:
+    """What makes the metrics of a task: what feeds it, and its own module."""
+    genes = (f"{store.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
+    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task]}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:

@@ -19,8 +19,8 @@ def unfit(task: str, obs: pd.DataFrame, one: EvaluationSet, p: Params) -> str | 
 
     Reconstruction needs no labels, and what a task of the user's own needs nobody knows.
     """
-    if task not in JUDGED:
-        return None
+    if obs.empty or task not in JUDGED:
+        return "it has no cells" if obs.empty else None
     fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
     if len(obs) < fewest:
         return f"it has {len(obs):,} cells, and needs {fewest}"

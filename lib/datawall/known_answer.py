@@ -18,6 +18,7 @@ from datawall import models, paths, power, sampling, simulate, tasks
 from datawall.results import COLUMNS
 
 TABLE = paths.PACKAGE_DATA / "known_answer.csv.gz"  # what `learn` finds with `SEEDS`, made by its benchmark
+RATES = paths.PACKAGE_DATA / "known_answer_rates.csv"  # and `rates` of that
 SEEDS = range(100)
 PAIRS = {
     "T cells": ("CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"),
@@ -109,25 +110,21 @@ def plateaus(results: pd.DataFrame) -> pd.Series:
     return begins.where(begins <= 50, np.inf)
 
 
-def rates(
-    results: pd.DataFrame, n_seeds: Sequence[int] = (3, 5, 10), *, n_draws: int = 20, seed: int = 0
-) -> pd.DataFrame:
-    """How often each rule is right when it is given a few of the seeds, drawn time and again.
-
-    The pairs of a draw are one study's curves, and its tests one family.
+def rates(results: pd.DataFrame, n_seeds: Sequence[int] = (3, 5, 10), *, n_draws: int = 100) -> pd.DataFrame:
+    """How often each rule sees a plateau when it is given a few of the seeds, drawn time and again.
 
     Returns
     -------
-    table as `power.rates`, of the pairs in place of simulated curves.
+    table as `power.judged`, with the columns pair and seeds before. Draws share the hundred seeds, so that ten of them
+    are not as many studies as `error` takes them for.
     """
-    rng = np.random.default_rng(seed)
-    ends = plateaus(results)
-    seeds = results["seed"].unique()
+    rng, sizes = np.random.default_rng(0), np.array(PERCENTAGES, float)
+    runs = results.pivot_table(index="dataset", columns=["percentage", "seed"], values="value")
     rows = []
     for number in n_seeds:
-        drawn = [rng.choice(seeds, number, replace=False) for _ in range(n_draws)]
-        answers = [power.answers(results[results["seed"].isin(of)], "micro_f1", MARGIN) for of in drawn]
-        for rule in answers[0]:
-            found = pd.concat([each[rule] for each in answers], ignore_index=True)
-            rows.append({"rule": rule, "seeds": number, **power.summary(found, found["dataset"].map(ends))})
-    return pd.DataFrame(rows)
+        drawn = np.array([rng.choice(results["seed"].nunique(), number, replace=False) for _ in range(n_draws)])
+        for pair, begins in plateaus(results).items():
+            scores = runs.loc[pair].to_numpy().reshape(len(sizes), -1)[:, drawn]
+            found = power.judged(np.moveaxis(scores, 1, 0), sizes, begins, MARGIN)
+            rows.append(found.assign(pair=pair, seeds=number))
+    return power._ordered(rows, ["pair", "seeds"]).drop(columns="covered")

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from dask.system import CPU_COUNT
 
-from datawall import evaluation, processes, provenance, store
+from datawall import evaluation, power, processes, provenance, store
 from datawall.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
 from datawall.curated import Subset
+from datawall.params import Params
 from datawall.processes import Need
 from datawall.scoring import Evaluation
 from datawall.study import Run, Study
@@ -23,6 +24,7 @@ from datawall.study import Run, Study
 NOTEBOOK = 0.5  # of the time that a process takes to import all: a notebook's tables and figures
 SECONDS_PER_UNIT = 0.02  # to hand one out, write it, hash it and read it again
 BYTES_PER_EVALUATION = 6_000
+SPREAD = 0.01  # of a score over seeds, as in the default study on its smaller data set
 BYTES_PER_ROW = 200  # of the labels of a cell, and of its principal components
 
 
@@ -95,6 +97,35 @@ def work(study: Study) -> list[str]:
     """The counts in words, a line for the study's grid and for each grid in `also`."""
     words = {name: ", ".join(f"{n:,} {what}" for what, n in of.items() if n) for name, of in counts(study)}
     return [of if name == study.params.study else f"besides, {name}: {of}" for name, of in words.items()]
+
+
+def verdicts_to_expect(p: Params) -> tuple[str, bool]:
+    """In words, how often a curve that is flat in truth would be shown flat, and whether in four of five studies.
+
+    At a spread over seeds of `SPREAD`; a data set's own is known only once it has been judged.
+    """
+    n_seeds, sizes = len(p.seeds), sorted(p.percentages)
+    if "random" not in p.strategies or sizes[-1] != 100 or len(sizes) < 2 or n_seeds < 2:
+        return "no verdict can be reached: one takes random subsets, the full corpus (100 %) and two seeds", False
+    design = {"percentages": sizes, "n_curves": len(p.models)}
+    flat = power.of_design(SPREAD, n_seeds, p.margin, n_draws=400, **design).set_index("truth").loc["flat"]
+    needed = power.seeds_needed(SPREAD, p.margin, n_draws=200, **design)
+    enough = flat["right"] >= 0.8
+    more = "" if enough else f"; {needed or 'more than 50'} seeds would in four of five"
+    return (
+        f"of curves that are flat, {flat['right']:.0%} (± {flat['error']:.0%}) would be shown flat within "
+        f"{p.margin:g} with {n_seeds} seeds, at a spread of {SPREAD:g} over seeds{more}",
+        bool(enough),
+    )
+
+
+def passes(study: Study, costs: Costs) -> dict[str, float]:
+    """How often each model that takes batches draws a cell of the full corpus, on average."""
+    p, steps = study.params, {}
+    for name in p.models:
+        if size := costs.batch_size(name):
+            steps[name] = p.steps_of(name) * size / costs.n_pretraining
+    return steps
 
 
 def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
@@ -205,4 +236,5 @@ def table(study: Study, costs: Costs) -> str:
     if not costs.on_gpu:
         notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
     notes.append("memory: of one process at most; what comes over a network is not counted")
+    notes.append(f"verdicts: {verdicts_to_expect(study.params)[0]}")
     return "\n".join([head, *lines, *notes])

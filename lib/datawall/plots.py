@@ -404,7 +404,7 @@ def _percentage_axis(axis: plt.Axes, rows: pd.DataFrame, *, untrained: bool = Fa
     axis.set_xticks(list(names), names.values())
     axis.tick_params(axis="x", labelsize=7)
     axis.minorticks_off()
-    axis.set(xlabel="subset: % of corpus, cells" if "n_cells" in rows else "subset (% of corpus)")
+    axis.set(xlabel="% of corpus, cells" if "n_cells" in rows else "subset (% of corpus)")
     sns.despine(ax=axis)
 
 

@@ -49,6 +49,7 @@ def beside_published(table: pd.DataFrame) -> Figure:
             axis.plot(rows["n_cells"], rows["error"], markersize=4, linewidth=1, **style)
         axis.set(xscale="log", yscale="log", title=model, xlabel="pretraining cells")
         axis.xaxis.set_major_locator(mpl.ticker.LogLocator(numticks=4))
+        axis.yaxis.set_minor_locator(mpl.ticker.LogLocator(subs=(2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="both", which="both", labelsize=7)

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from datawall import published, saturation
+from datawall import paths, published, saturation
 from datawall.adaptive import Plan, settle
 from datawall.results import select
-from datawall.saturation import IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, curves_of, saturation_points
-from datawall.scaling import scaling_curves
+from datawall.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of
+from datawall.scaling import scale
 
+TABLE = paths.PACKAGE_DATA / "power.csv"  # what `rates` finds, made by its benchmark
 SIZES = np.array([1.0, 10, 25, 50, 75, 100])  # per cent, as published
-ERROR = 0.25  # at 1 %; plateaus lie at half of it, and the error that still falls is there at 100 %
-EXPONENT = np.log(2) / np.log(100)
-TRUTHS = {"plateau at 1 %": 1.0, "plateau at 10 %": 10.0, "plateau at 25 %": 25.0, "still improving": np.inf}
-MARGIN = 0.01  # the error that still falls loses 0.012 to 0.015 with every doubling from 25 % on
+MARGIN = 0.01
+NOISES = {"published": None, "SD .003": 0.003, "SD .01": 0.01}  # of runs; None draws that of a published curve
 
+DESIGNS = (("published", 3), ("published", 5), ("published", 10), ("SD .003", 5), ("SD .01", 5))
+
+
+def _halves(error: float, begin: float, end: float) -> Callable[[np.ndarray], np.ndarray]:
+    """An error that is flat, halves between two sizes by a power law, and is flat again."""
+    return lambda size: error * (np.clip(size, begin, end) / begin) ** -(np.log(2) / np.log(end / begin))
+
+
+# Error by size, also beyond the corpus, and where its plateau begins.
+TRUTHS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "plateau at 1 %": (lambda size: np.full(np.shape(size), 0.25), 1.0),
+    "plateau at 10 %": (_halves(0.25, 1, 10), 10.0),
+    "plateau at 25 %": (_halves(0.25, 1, 25), 25.0),
+    "improves, .25 to .125": (lambda size: 0.25 * size ** -(np.log(2) / np.log(100)), np.inf),
+    "improves, .7 to .35": (lambda size: 0.7 * size ** -(np.log(2) / np.log(100)), np.inf),
+    "improves, .8 to .4": (lambda size: 0.8 * size ** -(np.log(2) / np.log(100)), np.inf),
+    "late, from 25 %": (lambda size: 0.25 * np.maximum(size / 25, 1) ** -0.5, np.inf),
+    "late, from 50 %": (lambda size: 0.25 * np.maximum(size / 50, 1) ** -1.0, np.inf),
+    "broken line": (
+        lambda size: np.where(size < 10, 0.4 - 0.15 * np.log10(size), 0.25 - 0.05 * np.log10(size / 10)),
+        np.inf,
+    ),
+}
 RISES = {"flat": 0, "rises by the margin": 1, "rises by twice the margin": 2}  # margins gained with every doubling
 
 MOST_SEEDS = 50  # that are tried
@@ -124,90 +146,104 @@ def _verdicts(runs: list[np.ndarray], curve: Curve, margin: float, confidence: f
     return np.where(np.isinf(points), open_, PLATEAU)
 
 
-def simulated_curves(n_curves: int, n_seeds: int, *, seed: int = 0) -> pd.DataFrame:
-    """Results of made-up pretraining runs, `n_curves` of each of `TRUTHS`, named in the column `task`.
+def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = None, seed: int = 0) -> np.ndarray:
+    """Scores of made-up pretraining runs of one of `TRUTHS`, (n_curves, n_sizes, n_seeds).
 
-    The error follows a power law without an end, or a steeper one that ends in a plateau. The noise of each size is
-    normal, with the standard deviation over seeds of that size in one of the 20 published curves of zero-shot
-    classification (random subsets, micro-F1), drawn for each simulated curve.
+    Noise is normal, of the standard deviation given; by default with that over seeds of each size in one of the 20
+    published curves of zero-shot classification (random subsets, micro-F1), drawn for each simulated curve.
     """
     rng = np.random.default_rng(seed)
     shown = select(published.results(), task="zeroshot_classification", strategy="random")
     spreads = np.array([[runs.std(ddof=1) for runs in curve.runs] for curve in curves_of(shown, "micro_f1")])
-    tables = []
-    for truth, end in TRUTHS.items():
-        exponent = np.log(2) / np.log(end) if 1 < end < np.inf else EXPONENT
-        error = ERROR * np.minimum(SIZES, end) ** -exponent
-        spread = spreads[rng.integers(len(spreads), size=n_curves)]
-        values = 1 - error[:, None] + spread[:, :, None] * rng.standard_normal((n_curves, len(SIZES), n_seeds))
-        curve, size, run = np.indices(values.shape).reshape(3, -1)
-        names = np.array([f"curve {number}" for number in range(n_curves)])
-        of = {"dataset": names[curve], "percentage": SIZES[size], "seed": run, "value": np.minimum(values.ravel(), 1)}
-        tables.append(pd.DataFrame(of).assign(task=truth))
-    of_all = {"study": "simulated", "model": "model", "strategy": "random", "metric": "score", "split": ""}
-    results = pd.concat(tables, ignore_index=True).assign(**of_all)
-    return results.assign(n_cells=results["percentage"] * published.CELLS_PER_PERCENT)
+    spread = spreads[rng.integers(len(spreads), size=n_curves)] if noise is None else np.full((1, len(SIZES)), noise)
+    error = TRUTHS[truth][0](SIZES)
+    return np.minimum(1 - error[:, None] + spread[..., None] * rng.standard_normal((n_curves, len(SIZES), n_seeds)), 1)
 
 
-def rates(n_curves: int = 250, n_seeds: Sequence[int] = (3, 5, 10), *, seed: int = 0) -> pd.DataFrame:
-    """How often each rule sees a plateau at half of the corpus or less, by truth and number of seeds.
+def rates(n_curves: int = 100, designs: Iterable[tuple[str, int]] = DESIGNS) -> pd.DataFrame:
+    """How often each rule sees a plateau at half of the corpus or less, by truth, noise and number of seeds.
 
     Returns
     -------
-    table with a row per rule and number of seeds, and the columns: `false plateau` (share of the curves that still
-    improve on which the rule sees a plateau), `missed plateau` (share of the curves with a plateau on which it sees
-    none), `too early` (share of the plateaus at 10 and 25 % that it sees at a smaller size), `in place` (share of all
-    plateaus that it sees at their true beginning) and `runs` (share of the grid that it takes). The curve's predicted
-    gain has no place to give.
+    table as `judged`, with the columns truth, noise and seeds before.
     """
     rows = []
-    for number in n_seeds:
-        for rule, found in answers(simulated_curves(n_curves, number, seed=seed), "score", MARGIN, seed=seed).items():
-            rows.append({"rule": rule, "seeds": number, **summary(found, found["task"].map(TRUTHS))})
-    return pd.DataFrame(rows)
+    for noise, number in designs:
+        for truth, (error, begins) in TRUTHS.items():
+            gain = float(error(np.array(100.0)) - error(np.array(200.0)))
+            scores = simulated(truth, n_curves, number, noise=NOISES[noise])
+            found = judged(scores, SIZES, begins, MARGIN, gain=gain)
+            rows.append(found.assign(truth=truth, noise=noise, seeds=number))
+    return _ordered(rows, ["truth", "noise", "seeds"])
 
 
-def answers(results: pd.DataFrame, metric: str, margin: float, *, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """What each rule says of each curve, by rule: tables with the curves' keys and a percentage or a verdict."""
+def table() -> pd.DataFrame:
+    """`rates`, as they come with the package."""
+    return pd.read_csv(TABLE)
 
-    def points(rule: str, **more: float) -> pd.DataFrame:
-        return saturation_points(results, metric, rule=rule, n_resamples=0, **more)
 
-    return {
-        "published": points("published"),
-        "mean": points("mean"),
-        "error": points("error"),
-        "equivalence, margin 2 SD": points("equivalence"),
-        f"equivalence, margin {margin:g}": points("equivalence", margin=margin),
-        "predicted gain": scaling_curves(results, metric, margin=margin, n_resamples=100),
-        "adaptive": _adaptive(results, metric, margin, seed),
+def judged(
+    scores: np.ndarray, sizes: np.ndarray, begins: float, margin: float, *, gain: float | None = None
+) -> pd.DataFrame:
+    """What each rule says of curves with one truth, each judged alone.
+
+    Parameters
+    ----------
+    scores
+        (n_curves, n_sizes, n_seeds).
+    sizes
+        Percentages, ascending.
+    begins
+        Where the plateau begins in truth; infinite if there is none.
+    margin
+        Difference in score that does not matter.
+    gain
+        What the next doubling would gain in truth.
+
+    Returns
+    -------
+    table with a row per rule and the columns plateau (share of the curves on which it sees one at half of the corpus or
+    less, rightly or not), error (Monte-Carlo standard error of that share), too early (share on which it begins before
+    it does in truth), in place, runs (share of the grid that it takes) and covered (share of the intervals of the
+    predicted gain that hold `gain`); NaN where there is nothing to say.
+    """
+    plan = Plan(margin=margin, percentages=tuple(sizes.tolist()), seeds=tuple(range(scores.shape[2])))
+    by_size = list(np.moveaxis(scores, 1, 0))
+    curve = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * len(sizes), borrowed=False)
+
+    def points(rule: str, runs: list[np.ndarray], limit: float | None = None) -> tuple[np.ndarray, float]:
+        return saturation._points([runs], [curve], rule, limit, 1 - plan.confidence)[0], 1.0
+
+    errors = [1 - of for of in by_size]
+    settled = [settle(lambda size, seed, of=of: of[list(sizes).index(size), seed], plan) for of in scores]
+    found = {
+        "published": points("published", by_size),
+        "mean": points("mean", by_size),
+        "error": points("error", errors),
+        "equivalence, margin 2 SD": points("equivalence", errors),
+        f"equivalence, margin {margin:g}": points("equivalence", errors, margin),
+        "adaptive": (np.array([of.percentage for of in settled]), np.mean([of.share for of in settled])),
     }
-
-
-def _adaptive(results: pd.DataFrame, metric: str, margin: float, seed: int) -> pd.DataFrame:
-    """What `adaptive.settle` makes of each curve."""
     rows = []
-    for curve in curves_of(results, metric):
-        rng = np.random.default_rng(seed)
-        scores = {size: rng.permutation(runs) for size, runs in zip(curve.percentages, curve.runs, strict=True)}
-        plan = Plan(margin=margin, percentages=tuple(scores), seeds=tuple(range(len(curve.runs[0]))))
-        found = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], plan)
-        rows.append((*curve.key, found.percentage, found.share))
-    return pd.DataFrame(rows, columns=[*KEY, "percentage", "runs"])
+    for rule, (at, runs) in found.items():
+        place = {"too early": (at < begins).mean(), "in place": (at == begins).mean()} if np.isfinite(begins) else {}
+        rows.append({"rule": rule, "plateau": (at <= 50).mean(), **place, "runs": runs})
+    ends = np.array([_gain(Curve(curve.key, sizes, sizes, list(1 - of), borrowed=False)) for of in scores])
+    seen = {"rule": "predicted gain", "plateau": (ends[:, 1] <= margin).mean(), "runs": 1.0}
+    if gain is not None:
+        seen["covered"] = ((ends[:, 0] <= gain) & (gain <= ends[:, 1])).mean()
+    table = pd.DataFrame([*rows, seen])
+    return table.assign(error=np.sqrt(table["plateau"] * (1 - table["plateau"]) / len(scores)))
 
 
-def summary(found: pd.DataFrame, end: pd.Series) -> dict[str, float]:
-    """Rates of one rule (see `rates`), given where the plateau of each of its rows begins in truth."""
-    real = np.isfinite(end)
-    shares = {"runs": found["runs"].mean() if "runs" in found else 1.0}
-    if "percentage" not in found:
-        seen = found["verdict"] == PLATEAU
-        return {"false plateau": seen[~real].mean(), "missed plateau": 1 - seen[real].mean(), **shares}
-    seen = found["percentage"] <= 50
-    return {
-        "false plateau": seen[~real].mean(),
-        "missed plateau": 1 - seen[real].mean(),
-        "too early": (found["percentage"] < end)[real & (end > 1)].mean(),
-        "in place": (found["percentage"] == end)[real].mean(),
-        **shares,
-    }
+def _gain(curve: Curve) -> tuple[float, float]:
+    """Interval of the next doubling's gain, as `scaling_curves` has it."""
+    point, drawn = scale(curve, 100).gain()
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return min(low, point), max(high, point)
+
+
+def _ordered(rows: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """Tables of `judged` as one, the keys first."""
+    columns = [*keys, "rule", "plateau", "error", "too early", "in place", "runs", "covered"]
+    return pd.concat(rows, ignore_index=True).reindex(columns=columns)

@@ -61,8 +61,25 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     for task in (task for task in tasks.TASKS if task not in p.tasks):
         lacking = [key for key in params.NEEDED.get(task, ()) if getattr(p, key) is None]
         found.facts.append(f"left out: {task}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
-    found.facts += (f"work: {line}" for line in planning.work(Study(p, Path())))
+    study = Study(p, Path())
+    found.facts += (f"work: {line}" for line in planning.work(study))
+    if not found.errors:
+        _design(study, found)
     return found
+
+
+def _design(study: Study, found: Findings) -> None:
+    """Whether seeds and budgets let verdicts be reached."""
+    said, enough = planning.verdicts_to_expect(study.params)
+    (found.facts if enough else found.warnings).append(f"verdicts: {said}")
+    passes = planning.passes(study, study.costs)
+    if few := [f"{name} {n:.2g}" for name, n in passes.items() if n < 1]:
+        found.warnings.append(
+            f"a cell of the full corpus is drawn less than once on average ({', '.join(few)} times): raise steps, or "
+            "verdicts will be the budget's."
+        )
+    if passes and study.params.budget_check is None:
+        found.warnings.append("budget_check is not set: whether twice the steps would change a score stays unknown.")
 
 
 def _look(p: Params, found: Findings) -> None:

@@ -47,6 +47,7 @@ KEYS["control"] = "control"  # of the study file, by option of the command
 NONE = "none"  # the answer that leaves a role out
 MOST_TYPES = 500
 FEW = 50  # cells; a subset with fewer teaches little
+DEFAULT_CELLS = 9_799  # that the default study pretrains on
 STARTS = (1, 2, 3, 5, 10, 20, 50)  # smallest percentages to choose from
 TEMPLATE = "study.yaml.j2"
 
@@ -148,6 +149,9 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     environment = Environment(  # noqa: S701 - YAML, not HTML: values and comments pass through filters of their own
         loader=FileSystemLoader(paths.PACKAGE_DATA), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    # As many passes over the corpus as in the default study, and no fewer steps, but ten times as many at most.
+    longer = min(10.0, max(1.0, n_pretraining / DEFAULT_CELLS))
+    steps = {name: round(longer * n, -2) for name, n in {"": default.steps, **default.steps_by_model}.items()}
     environment.filters |= {"yaml": _yaml, "comment": lambda text: " ".join(str(text).split())}
     return environment.get_template(TEMPLATE).render(
         name=name,
@@ -157,6 +161,8 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
         about={role: describe(looked, key) if key else "" for role, key in roles.items()},
         n_pretraining=n_pretraining,
         sizes=sizes(n_pretraining, default.percentages),
+        steps=int(steps.pop("")),
+        steps_by_model={name: int(n) for name, n in steps.items()},
         tasks=[task for task in default.tasks if needed.get(task, True)],
         contexts=None if labels is None else labels.value_counts().index[:2].tolist(),
         default=default,

@@ -43,10 +43,20 @@ RECORDED_PACKAGES = (
 
 # Modules that no notebook uses: around a run, not in it.
 ASIDE = (
-    *("kernels", "report", "notebooks", "verdicts", "provenance"),
+    *("kernels", "report", "notebooks", "provenance"),
     *("planning", "calibration"),
     *("starter", "preflight", "inspection", "verify"),
 )
+
+# Modules that decide no artifact, though code that does imports them: last parts of their names.
+APART = {
+    **dict.fromkeys(("params", "hyperparameters"), "values that matter are in the records"),
+    "external": "a user's own file is in the record by its hash",
+    **dict.fromkeys(("store", "shared", "paths"), "where what is made is kept"),
+    **dict.fromkeys(("cluster", "processes", "forkserver", "costs"), "where and when units are made"),
+    **dict.fromkeys(("study", "curated", "evaluation"), "makers are named function by function"),
+    "families": "which family has which name",
+}
 
 # Names of what `temporary_folder` and `write_atomically` have not finished, and where in a run folder these are used.
 HALF_MADE = re.compile(r"\.making-[0-9a-f]{32}(-damaged)?|\..+\.[0-9a-f]{32}")
@@ -65,17 +75,17 @@ class Unit:
 
     kind: str  # `subset`, `model`, …: one folder of the store each
     record: Record  # all that it depends on, as JSON values: parameters, and the keys of other units
-    modules: tuple[str, ...]  # library modules (see `code_version`) whose code decides the content
+    makers: tuple[str, ...]  # library modules, or functions of them (see `code_version`), that make it
 
     @cached_property
     def key(self) -> str:
-        """Sixteen hexadecimal digits that change when the record, or the code of one of the modules, changes."""
+        """Sixteen hexadecimal digits that change with the record, and with the code of the makers' `closure`."""
         return key_of(self.kind, self.record, self.code)
 
     @property
     def code(self) -> dict[str, str]:
-        """Versions of the modules' code."""
-        return {name: code_version(name) for name in self.modules}
+        """Versions of all code that decides the content."""
+        return {name: code_version(name) for name in closure(self.makers)}
 
 
 def key_of(kind: str, record: Record, code: dict[str, str]) -> str:
@@ -377,6 +387,46 @@ def read_sources(library: Path) -> dict[str, str]:
 # all of them at once; without one, do not edit the library while a study runs.
 SOURCES = read_sources(paths.LIBRARY)
 MODULES = sorted(f"datawall.{name}".replace("/", ".").removesuffix(".__init__") for name in SOURCES)
+
+
+def module_name(module: str) -> str:
+    """How keys name a module of the library, from its `__name__`: `models/pca`."""
+    return module.removeprefix("datawall.").replace(".", "/")
+
+
+@cache
+def closure(makers: tuple[str, ...]) -> list[str]:
+    """All code that decides what these make: they, the library modules that they import, and so on; sorted names."""
+    found, waiting = set(), list(makers)
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            waiting += _imported(name)
+    return sorted(found)
+
+
+@cache
+def _imported(name: str) -> set[str]:
+    """Library modules that a module imports, or that one function of it uses, but for those of `APART`."""
+    module, _, function = name.partition(":")
+    tree, found = ast.parse(SOURCES[module]), set()
+    parts = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
+    used = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
+    for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    left_out = {id(inner) for node in for_types for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module.partition(".")[0] == "datawall"
+            and id(node) not in left_out
+        ):
+            for alias in node.names if not function else [a for a in node.names if (a.asname or a.name) in used]:
+                inner, outer = (
+                    f"{node.module}.{alias.name}",
+                    node.module,
+                )  # a module of a package, or a name of a module
+                found |= {module_name(inner)} & SOURCES.keys() or {module_name(outer)} & SOURCES.keys()
+    return {each for each in found if each.rpartition("/")[2] not in APART}
 
 
 @cache

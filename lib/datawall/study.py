@@ -29,20 +29,14 @@ from datawall.params import Embedding
 from datawall.processes import visible_gpus
 from datawall.store import Artifact, Unit
 
-# The modules whose code decides the content of each kind of unit, and of a module as large as this one the functions.
-_TRAINED = ("models/base", "training", "streaming")
-CODE = {
-    "PretrainedPCA": ("models/pca", "models/base", "expression"),
-    "scVI": ("models/scvi", "models/sparse", *_TRAINED, "expression"),
-    "SSL": ("models/ssl", "models/sparse", *_TRAINED, "expression"),
-    "Geneformer": ("models/geneformer", "tokenizer", "transformer", *_TRAINED, "expression"),
-    "SCimilarity": ("models/scimilarity", "models/sparse", "ontology", *_TRAINED, "expression"),
-    "external": ("external", *_TRAINED),
-    "embedding": ("study:embedding", "external"),
-    "baseline": ("study:embedding", "baselines", "expression"),
-    "layout": ("study:layout_artifact",),
-    "timing": ("study:embedding_seconds",),
-}
+HERE = store.module_name(__name__)
+FILES = {
+    "PretrainedPCA": "models/pca",
+    "scVI": "models/scvi",
+    "SSL": "models/ssl",
+    "Geneformer": "models/geneformer",
+    "SCimilarity": "models/scimilarity",
+}  # of the families, whose code decides their models
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,10 @@ class Layout:
     n_cells: int
 
 
-def _code(family: str) -> tuple[str, ...]:
-    """The modules whose code decides the content of a family's models and embeddings."""
-    return CODE["external" if external.is_external(family) else family]
+def _makers(family: str) -> tuple[str, ...]:
+    """Modules that make a family's models and embeddings; a user's own model may build on any family."""
+    own = store.module_name(external.__name__), *FILES.values()
+    return own if external.is_external(family) else (FILES[family],)
 
 
 @cache
@@ -176,7 +171,7 @@ class Study(Curated):
             record["subset"] = self.subset_unit(run.subset).key
             if hyperparameters.of_family(family).takes_steps:
                 record |= {"steps": self.steps_of(run), "init_seed": self.params.init_seed}
-        return Unit("model", record, ("study:_make_model", *_code(family)))
+        return Unit("model", record, (f"{HERE}:_make_model", *_makers(family)))
 
     def _control_seed(self, run: Run) -> int:
         """Seed of an untrained control: that of the weights which the runs of its own seed begin with."""
@@ -315,13 +310,14 @@ class Study(Curated):
         """Embedding of a data set: by a pretrained model, from a file, or by a baseline fitted to the data set."""
         data = {"dataset": self.dataset_unit(dataset).key}
         if isinstance(source, Run):
-            code = _code(hyperparameters.family(source.model))
-            return Unit("embedding", {"model": self.model_unit(source).key, **data}, ("study:embedding", *code))
+            record, makers = {"model": self.model_unit(source).key}, _makers(hyperparameters.family(source.model))
+            return Unit("embedding", {**record, **data}, (f"{HERE}:embedding", *makers))
         if isinstance(source, Embedding):
             path = external.embeddings_file(source.file)
             file = {"file": _file_sha256(path, path.stat().st_mtime_ns), "key": source.obsm_key}
-            return Unit("embedding", {**file, **data}, CODE["embedding"])
-        return Unit("embedding", {"baseline": source, **data}, CODE["baseline"])
+            makers = f"{HERE}:embedding", store.module_name(external.__name__)
+            return Unit("embedding", {**file, **data}, makers)
+        return Unit("embedding", {"baseline": source, **data}, (f"{HERE}:embedding",))
 
     def embedding(self, source: Source, dataset: str) -> np.ndarray:
         """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by one of `baselines.EMBEDDINGS`.
@@ -383,7 +379,7 @@ class Study(Curated):
             runs = [run for run in self.pretraining_runs() if run.model == name]
             run = max(runs, key=lambda run: run.subset.percentage)
             of = {"dataset": self.dataset_unit(self.held_out_name).key, "n_cells": n_cells, "n_repeats": n_repeats}
-            unit = Unit("timing", {"model": self.model_unit(run).key, **of}, CODE["timing"])
+            unit = Unit("timing", {"model": self.model_unit(run).key, **of}, (f"{HERE}:embedding_seconds",))
             artifact = self.store.find_or_make(unit, lambda folder, run=run: measure(run, folder))
             measured = json.loads((artifact.folder / "seconds.json").read_text(encoding="utf-8"))
             table.append({"model": name, **measured, "device": artifact.made["device"]})
@@ -413,7 +409,7 @@ class Study(Curated):
 
     def _layout_unit(self, one: Layout) -> Unit:
         record = {"embedding": self.embedding_unit(one.source, one.dataset).key, "n_cells": one.n_cells}
-        return Unit("layout", record, CODE["layout"])
+        return Unit("layout", record, (f"{HERE}:layout_artifact",))
 
     def _layout(self, one: Layout) -> pd.DataFrame:
         with np.load(self.layout_artifact(one).folder / "layout.npz", allow_pickle=False) as layout:

@@ -16,7 +16,7 @@ from datawall.transformer import N_SPECIAL
 
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
-ENTRIES_PER_BLOCK = 1 << 15  # detected genes encoded at once: what is made of them stays in a core's cache
+ENTRIES_PER_BLOCK = 1 << 16  # detected genes encoded at once: what is made of them stays in a core's cache
 
 
 class Tokens(NamedTuple):
@@ -167,39 +167,53 @@ class RankTokenizer:
         Raises
         ------
         ValueError
-            If the matrix has another number of genes than there are medians, or a negative value.
+            If the matrix has another number of genes than there are medians.
         """
         if counts.shape[1] != len(self.medians):
             raise ValueError(
                 f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them first."
             )
         counts = sp.csr_matrix(counts)
-        if not counts.data.min(initial=0) >= 0:
-            raise ValueError("counts have a negative or missing value; give raw counts.")
-        n_expressed = np.diff(counts.indptr)
-        if not counts.data.all():  # zeros are stored; they rank last and are cut off
-            n_expressed = np.diff(np.concatenate([[0], np.cumsum(counts.data > 0)])[counts.indptr])
-        lengths = np.minimum(n_expressed, self.max_length)
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        ids = np.empty(offsets[-1], dtype=np.int32)
+        begin = np.concatenate([[0], np.cumsum(np.minimum(np.diff(counts.indptr), self.max_length), dtype=np.int64)])
+        ids = np.zeros(begin[-1], dtype=np.int32)
+        cuts = np.searchsorted(counts.indptr, np.arange(0, counts.nnz, ENTRIES_PER_BLOCK))
+        blocks = pairwise(np.unique([0, *cuts, counts.shape[0]]).tolist())
 
-        def encode_block(first: int, last: int) -> None:
-            entries = slice(counts.indptr[first], counts.indptr[last])
-            genes, bounds = counts.indices[entries], counts.indptr[first : last + 1] - counts.indptr[first]
-            values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
-            # The bits of a float32 from 0 on, read as an integer, rise with it: keys sort by value, the highest first,
-            # then by gene.
-            keys = (-values.view(np.int32)).astype(np.int64) << 32 | genes + N_SPECIAL
-            for begin, end in pairwise(bounds.tolist()):
-                keys[begin:end].sort()
-            if len(keys) > offsets[last] - offsets[first]:
-                keys = keys[np.arange(len(keys)) < np.repeat(bounds[:-1] + lengths[first:last], np.diff(bounds))]
-            ids[offsets[first] : offsets[last]] = keys & 0xFFFF_FFFF
+        def encode_block(block: tuple[int, int]) -> np.ndarray:
+            tokens, lengths = self._encode_block(counts, *block)
+            ids[begin[block[0]] : begin[block[0]] + len(tokens)] = tokens
+            return lengths
 
-        blocks = np.unique(
-            [0, *np.searchsorted(counts.indptr, np.arange(0, counts.nnz, ENTRIES_PER_BLOCK)), len(lengths)]
-        )
         # numpy sorts without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(encode_block, blocks[:-1], blocks[1:]))
-        return Tokens(ids, offsets)
+            offsets = np.cumsum(np.concatenate([[0], *pool.map(encode_block, blocks)]), dtype=np.int64)
+        return Tokens(ids if len(ids) == offsets[-1] else ids[ids > 0], offsets)  # stored zeros left gaps
+
+    def _encode_block(self, counts: sp.csr_matrix, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of cells `first` to `last`, end to end, and how many each got."""
+        bounds = counts.indptr[first : last + 1]
+        entries = slice(bounds[0], bounds[-1])
+        genes = counts.indices[entries].astype(np.int32, copy=False)
+        values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
+        bounds, expressed = bounds - bounds[0], values > 0
+        if not expressed.all():
+            genes, values = genes[expressed], values[expressed]
+            bounds = np.concatenate([[0], np.cumsum(expressed)])[bounds]
+        lengths = np.diff(bounds)
+        # The bits of a positive float32 grow with its value, so what they lack to the largest sorts it descending.
+        # The highest bits, which that leaves free, number the cells: one call sorts as many as they tell apart.
+        keys = values.view(np.uint32)
+        keys = keys.max(initial=0) - keys
+        free = 32 - int(keys.max(initial=0)).bit_length()
+        keys |= np.repeat(np.arange(len(lengths), dtype=np.uint32) << np.uint32(32 - free), lengths)
+        # In two halves, because numpy sorts 16-bit integers by counting; stably, which keeps ties in gene order.
+        keys = [keys.astype(np.uint16), (keys >> 16).astype(np.uint16)]
+        if not counts.has_sorted_indices:
+            keys.insert(0, genes)
+        tokens = np.empty_like(genes)
+        for a, b in pairwise([*bounds[: -1 : 1 << free].tolist(), len(genes)]):
+            genes[a:b].take(np.lexsort([key[a:b] for key in keys]), out=tokens[a:b], mode="clip")
+        tokens += N_SPECIAL
+        if lengths.max(initial=0) > self.max_length:
+            tokens = tokens[np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths) < self.max_length]
+        return tokens, np.minimum(lengths, self.max_length)

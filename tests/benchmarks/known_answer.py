@@ -21,4 +21,6 @@ for statistic in ("mean", "std"):
     table = results.pivot_table(index="dataset", columns="percentage", values="value", aggfunc=statistic)
     print(f"\nmicro-F1, {statistic} over seeds\n{table.round(3).to_string()}")
 print("\nplateaus begin at", known_answer.plateaus(results).to_dict())
-print(known_answer.rates(results, n_draws=100).round(2).to_string(index=False, na_rep=""))
+rates = known_answer.rates(results)
+rates.to_csv(known_answer.RATES, index=False, float_format="%.3f")
+print(rates.round(2).to_string(index=False, na_rep=""))

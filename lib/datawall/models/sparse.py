@@ -17,7 +17,8 @@ from datawall import expression, training
 from datawall.models import base
 
 CELLS_AT_ONCE = 1024  # when embedding: bounds memory
-ENTRIES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # of a block of the reconstruction; a processor keeps it in its cache
+ENTRIES_AT_ONCE = {"cpu": 2**20}  # of a block of the reconstruction; a processor keeps it in its cache
+ON_GPU = 2**26  # and a GPU has a step's in one block, so that it is not asked where each begins
 
 
 class Cells(NamedTuple):
@@ -40,6 +41,8 @@ class Cells(NamedTuple):
 
     def thinned(self, kept: Tensor, scale: float) -> Self:
         """The cells with those values alone that are kept, (n_values,) uint8 by cell, and scaled."""
+        if kept.device.type != "cpu":  # how many are left a GPU would be waited for
+            return self._replace(data=self.data * kept * scale)
         by_gene = kept.index_select(0, self.order)
         before, before_by_gene = (F.pad(each.cumsum(0, dtype=torch.int32), (1, 0)) for each in (kept, by_gene))
         left, left_by_gene = kept.nonzero().view(-1), by_gene.nonzero().view(-1)
@@ -130,10 +133,10 @@ class _SquaredError(torch.autograd.Function):
         d_inputs = torch.zeros_like(inputs, dtype=torch.float32)
         d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
         total = torch.zeros((), device=inputs.device)
-        width = max(1, ENTRIES_AT_ONCE[inputs.device.type] // n_cells)
+        width = max(1, ENTRIES_AT_ONCE.get(inputs.device.type, ON_GPU) // n_cells)
         starts = [*range(0, n_genes, width), n_genes]
-        bounds = pairwise(cells.gene_offsets[starts].tolist())
-        for (first, last), (begin, end) in zip(pairwise(starts), bounds, strict=True):
+        ends = cells.gene_offsets[starts].tolist() if width < n_genes else [0, len(cells.data)]
+        for (first, last), (begin, end) in zip(pairwise(starts), pairwise(ends), strict=True):
             block, some = slice(first, last), slice(begin, end)
             error = F.linear(inputs, weight[block], bias[block]).float()  # here still the output, with x taken as 0
             if sigmoid:

@@ -1,0 +1,228 @@
+"""What a GPU makes of the library's networks: equality with the CPU, tokens a second, share of the peak, memory.
+
+    python tests/benchmarks/gpu.py            # on a GPU, at the original's sizes; at most six minutes
+    python tests/benchmarks/gpu.py --small    # a rehearsal on a CPU, which says nothing of speed
+
+It needs torch, numpy, scipy and what `datawall.models.sparse` imports (pandas, pydantic, safetensors, tqdm); no data.
+
+The peer is the same network with the same weights, run as `BertForMaskedLM` runs it: every cell padded to 2,048, a
+mask handed to SDPA, the head at every position, all logits at once (`tests/test_transformer.py` holds ours against
+transformers' own, number for number). The sparse layers are held against a dense product and a dense squared error.
+A share of the peak counts a multiplication and an addition as two operations, and no work that is done twice.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+
+from datawall import transformer
+from datawall.models.sparse import Cells, Reconstruction, SparseLinear
+from datawall.transformer import IGNORED, N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send, to_predict
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}  # dense bf16
+ORIGINAL_SECONDS = 116  # to embed 10,000 tokenised cells
+
+
+def wait():
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def seconds_of(run):
+    wait()
+    begin = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - begin
+
+
+def in_turn(peer, ours, repeats=5):
+    """Median seconds of each, and of the ratio, after one of each to warm up (and compile)."""
+    peer(), ours()
+    pairs = [(seconds_of(peer), seconds_of(ours)) for _ in range(repeats)]
+    return *(statistics.median(column) for column in zip(*pairs, strict=True)), statistics.median(
+        a / b for a, b in pairs
+    )
+
+
+def peak_memory(run):
+    if not on_gpu:
+        return "memory: GPU only"
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    wait()
+    return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at the peak"
+
+
+def batch(n_cells, config, seed=0):
+    """Random cells on the CPU: ids, offsets."""
+    lengths = np.clip(np.random.default_rng(seed).normal(0.81, 0.1, n_cells), 0.1, 1) * config.max_length
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths.astype(np.int64))]))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(N_SPECIAL, config.vocab_size, (int(offsets[-1]),), generator=generator), offsets
+
+
+def half():
+    return torch.autocast(where.type, torch.bfloat16, enabled=on_gpu)
+
+
+def padded_loss(encoder, ids, offsets, targets):
+    """The loss as `BertForMaskedLM` takes it."""
+    config, lengths = encoder.config, offsets.diff().tolist()
+    rows = [
+        torch.stack([F.pad(row, (0, config.max_length - len(row)), value=fill) for row in each.split(lengths)]).to(
+            where
+        )
+        for each, fill in ((ids, 0), (targets, IGNORED), (torch.ones_like(ids), 0))
+    ]
+    mask = rows[2].bool()[:, None, None]
+
+    def attend(q, k, v, *_):
+        q, k, v = (x.view(len(lengths), config.max_length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
+
+    x = encoder.tokens(rows[0]) + encoder.positions.weight
+    x = encoder.dropout(encoder.norm(x)).flatten(0, 1)
+    layout = Layout(torch.tensor([0, len(x)]))  # not looked at by `attend`
+    for layer in encoder.layers:
+        x = layer.finish(x, layer.attention(x, layout, attend))
+    return F.cross_entropy(encoder.logits(x).float(), rows[1].flatten(), ignore_index=IGNORED)
+
+
+def training_step(encoder, loss_of):
+    optimiser = torch.optim.AdamW(encoder.train().parameters(), lr=1e-4, fused=True)
+
+    def run():
+        with half():
+            loss = loss_of()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return run
+
+
+def operations(encoder, offsets, n_masked):
+    """Of a step, there and back."""
+    config, lengths = encoder.config, offsets.diff().double()
+    in_layers = sum(weight.numel() for weight in encoder.layers.parameters() if weight.ndim > 1)
+    in_head = encoder.tokens.weight.numel() + encoder.head.weight.numel()
+    pairs = float((lengths**2).sum()) * config.n_embd * config.n_layers
+    return 6 * in_layers * float(lengths.sum()) + 6 * in_head * n_masked + 12 * pairs
+
+
+def parity():
+    config = EncoderConfig(vocab_size=500, max_length=128, n_layers=3, n_embd=64, n_inner=128, dropout=0.0)
+    torch.manual_seed(0)
+    encoder = Encoder(config)
+    ids, offsets = batch(6, config)
+    masked, targets = mask_tokens(ids, config.vocab_size)
+    found = {}
+    for name, there, autocast in (("CPU", "cpu", False), ("float32", where, False), ("bf16", where, True)):
+        encoder.to(there).zero_grad()
+        with torch.autocast(torch.device(there).type, torch.bfloat16, enabled=autocast):
+            loss = encoder(send(masked, there), Layout(offsets, there), *(send(x, there) for x in to_predict(targets)))
+        loss.backward()
+        found[name] = loss.item(), torch.cat([weight.grad.flatten() for weight in encoder.parameters()]).cpu()
+    for name in ("float32", "bf16"):
+        loss, gradient = (abs(found[name][0] - found["CPU"][0]), (found[name][1] - found["CPU"][1]).norm())
+        print(f"parity in {name}: loss differs by {loss:.1e}, gradients by {gradient / found['CPU'][1].norm():.1e}")
+
+
+def pretraining(name, config, n_cells):
+    torch.manual_seed(0)
+    encoder = Encoder(config).to(where)
+    ids, offsets = batch(n_cells, config)
+    masked, targets = mask_tokens(ids, config.vocab_size)
+    n_masked = int((targets != IGNORED).sum())
+
+    def ours():
+        hidden = (send(each, where) for each in to_predict(targets))
+        return encoder(send(masked, where), Layout(offsets, where), *hidden)
+
+    with torch.no_grad(), half():
+        encoder.eval()
+        both = ours().item(), padded_loss(encoder, masked, offsets, targets).item()
+        attends = transformer.attention(where, config.n_embd // config.n_heads).__name__
+    assert abs(both[0] - both[1]) < 0.02, both
+    peer_step, our_step = (
+        training_step(encoder, each) for each in (lambda: padded_loss(encoder, masked, offsets, targets), ours)
+    )
+    peer, own, ratio = in_turn(peer_step, our_step)
+    n_operations = operations(encoder, offsets, n_masked)
+    share = f"{n_operations / own / peak:.0%} of the peak" if peak else "peak not known"
+    print(
+        f"{name}, {n_cells} cells, {len(ids):,} tokens, {attends}: {len(ids) / own:,.0f} tokens a second, {share}, "
+        f"{n_operations / len(ids) / 2e6:.1f} million multiplications a token; padded {len(ids) / peer:,.0f}; "
+        f"ratio {ratio:.1f}; {peak_memory(our_step)}, padded {peak_memory(peer_step)}",
+        flush=True,
+    )
+    if arguments.profile:
+        with torch.profiler.profile() as profile:
+            our_step(), wait()
+        print(profile.key_averages().table(sort_by=f"self_{where.type}_time_total", row_limit=15))
+    encoder.eval()
+    n_embedded = 20 * n_cells if arguments.small else 10_000
+
+    def embed():
+        for _ in range(0, n_embedded, n_cells):
+            encoder.embed(send(ids, where), Layout(offsets, where)).cpu()
+
+    embed()
+    scaled = seconds_of(embed) * 10_000 / n_embedded
+    print(f"{name}: 10,000 cells embedded in {scaled:.1f} s (the original took {ORIGINAL_SECONDS})", flush=True)
+
+
+def sparse_layers(n_cells, n_genes, n_detected, width):
+    """First layer and reconstruction of SSL and SCimilarity, there and back, against dense ones."""
+    rng = np.random.default_rng(0)
+    indices = np.concatenate([np.sort(rng.choice(n_genes, n_detected, replace=False)) for _ in range(n_cells)])
+    values = rng.gamma(4, 0.3, len(indices)).astype(np.float32)
+    X = sp.csr_matrix((values, indices, np.arange(n_cells + 1) * n_detected), shape=(n_cells, n_genes))
+    first, last = SparseLinear(n_genes, width).to(where), Reconstruction(width, n_genes).to(where)
+    cells, x = Cells.of(X), torch.from_numpy(X.toarray()).to(where)
+
+    def ours():
+        with half():
+            loss = last(first(cells), cells)
+        loss.backward()
+        return loss
+
+    def peer():
+        with half():
+            hidden = x @ first.weight + first.bias
+            loss = F.mse_loss(F.linear(hidden, last.weight, last.bias).float(), x)
+        loss.backward()
+        return loss
+
+    assert abs(ours().item() / peer().item() - 1) < 0.01
+    theirs, own, ratio = in_turn(peer, ours)
+    print(
+        f"sparse layers, {n_cells} cells of {n_genes:,} genes: {n_cells / own:,.0f} cells a second; dense "
+        f"{n_cells / theirs:,.0f}; ratio {ratio:.1f}; {peak_memory(ours)}, dense {peak_memory(peer)}",
+        flush=True,
+    )
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--small", action="store_true", help="sizes for a CPU")
+parser.add_argument("--profile", action="store_true", help="the kernels of one step")
+arguments = parser.parse_args()
+on_gpu = torch.cuda.is_available()
+where = torch.device("cuda" if on_gpu else "cpu")
+name_of_device = torch.cuda.get_device_name() if on_gpu else "CPU, where nothing here says what a GPU does"
+peak = next((peak for name, peak in PEAKS.items() if name in name_of_device), None)
+print(f"{name_of_device}, torch {torch.__version__}, layers compiled: {on_gpu and transformer.COMPILED}", flush=True)
+parity()
+if arguments.small:
+    pretraining("2 x 64", EncoderConfig(vocab_size=1_000, max_length=128, n_layers=2, n_embd=64, n_inner=128), 8)
+    sparse_layers(64, 2_000, 170, 32)
+else:
+    pretraining("6 x 256", EncoderConfig(vocab_size=25_426), 24)
+    pretraining("12 x 512", EncoderConfig(25_426, n_layers=12, n_heads=8, n_embd=512, n_inner=1024), 24)
+    sparse_layers(1_024, 19_331, 1_660, 512)
