@@ -39,6 +39,23 @@ def test_a_longer_budget_begins_with_the_same_batches():
     np.testing.assert_array_equal(np.stack(list(minibatches(50, 8, 5, seed=1))), long[:5])
 
 
+def test_every_step_has_random_numbers_of_its_own():
+    def drawn(seed, steps):
+        found, module = [], nn.Linear(1, 1)
+
+        def loss_of(forward, rows, step):
+            found.append(torch.rand(1).item())
+            return forward(torch.ones(1)).square().sum()
+
+        train(module, loss_of, 40, Recipe(steps=steps, batch_size=8, learning_rate=1e-3), seed=seed)
+        return found
+
+    first = drawn(0, 5)
+    assert len(set(first)) == 5
+    assert drawn(0, 8)[:5] == first
+    assert not set(first) & set(drawn(1, 5))
+
+
 def test_rate_rises_then_falls_linearly():
     recipe = Recipe(steps=10, batch_size=1, learning_rate=24.0, warmup=0.2)
     np.testing.assert_allclose([recipe.rate(step) for step in range(10)], [8, 16, 24, 21, 18, 15, 12, 9, 6, 3])
