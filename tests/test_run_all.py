@@ -42,6 +42,8 @@ def test_run_leaves_results_figures_and_executed_notebooks(tiny_run):
     assert list(results) == dw.results.COLUMNS
     pd.testing.assert_frame_equal(pd.read_csv(tiny_run / "results.csv"), results, check_dtype=False)
     figures = {path.stem for path in (tiny_run / "figures").glob("*.svg")}
+    pictures = (study.folder / "notebooks" / "07_figures.ipynb").read_text().count("image/png")
+    assert pictures > 2  # an executed notebook has them as a reader's would
     others = {"saturation_points", "verdicts", "beside_published", "loss_and_score"}
     assert figures == others | {f"learning_curves_{task}" for task in study.params.tasks}
     for name in figures:
