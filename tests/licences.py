@@ -36,7 +36,8 @@ FILES = {
     "lib/datawall/data/calibration/*.json": ("measured by this project", "MIT"),
     "lib/datawall/data/cell_types.obo": ("written for this project, after the Cell Ontology and scTab's types", "MIT"),
     "lib/datawall/data/kang2018_labels.csv": (KANG, KANG_TERMS),
-    "lib/datawall/data/known_answer.csv.gz": ("simulated by this project", "MIT"),
+    "lib/datawall/data/known_answer*": ("simulated by this project", "MIT"),
+    "lib/datawall/data/power.csv": ("simulated by this project", "MIT"),
     "lib/datawall/data/published/*": (
         "result tables of DenAdel et al. 2026, github.com/microsoft/scFM-dataselection",
         "MIT",

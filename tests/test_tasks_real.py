@@ -58,7 +58,8 @@ def test_labels_as_embedding_are_classified_without_a_mistake(typed):
     _, labels, test = typed
     metrics = classified(one_hot(labels), labels, test)
     assert metrics["micro_f1"] == metrics["macro_f1"] == metrics["probe_micro_f1"] == 1
-    assert metrics.intervals["micro_f1"] == (1, 1)
+    low, high = metrics.intervals["micro_f1"]
+    assert 0.98 < low < high == 1  # so many cells without a mistake do not rule one out
 
 
 # Integration
