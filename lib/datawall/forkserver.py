@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens, or "off"
-FIRST = ("ipykernel.kernelapp",)  # beside the library; not the inline backend, which looks for its shell once, on import
+# Beside the library; not matplotlib's inline backend, which looks for its shell once, when it is imported.
+FIRST = ("ipykernel.kernelapp",)
 # Of use to some stages only, none of them the first.
 WHEN_IDLE = ("torch._dynamo", "annbatch", "sklearn.neighbors", "scanpy", "umap", "statsmodels.api")
 GRACE = 5.0  # seconds in which a process that is told to end may end by itself
