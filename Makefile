@@ -11,13 +11,13 @@ run: .venv/ready
 	$(BIN)/python run_all.py params/quick.yaml
 
 report: .venv/ready
-	$(BIN)/python -m datawall.report runs/quick
+	$(BIN)/python -m datawall.reading.report runs/quick
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks/01_curation.ipynb
 
 test: .venv/ready
-	$(BIN)/python -m datawall.datasets
+	$(BIN)/python -m datawall.cells.datasets
 	$(BIN)/python -m pytest notebooks
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
@@ -29,7 +29,7 @@ notebooks: .venv/ready  # execute in place and store the outputs, and the figure
 	for n in $(NOTEBOOKS); do $(BIN)/jupyter execute --inplace $$n || exit 1; done
 	$(CLEAN) $(NOTEBOOKS)
 	rm -rf figures && cp -r runs/quick/figures figures
-	$(BIN)/python -c "from datawall import store; print(store.session()['code'])" > figures/code.txt
+	$(BIN)/python -c "from datawall.engine import store; print(store.session()['code'])" > figures/code.txt
 	$(BIN)/python tests/manifest.py
 
 lint: .venv/ready

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     only_looks = options.new or options.check or options.plan or options.calibrate or options.verify or options.why
     try:
-        from datawall import forkserver
+        from datawall.engine import forkserver
 
         # Before all else, as it has much to import, which takes as long as what comes before the first stage.
         with nullcontext() if only_looks else forkserver.server():
@@ -55,8 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
-    from datawall import params, paths, planning, provenance, store
-    from datawall.study import Study
+    from datawall.engine import paths, provenance, store
+    from datawall.planning import plan as planning
+    from datawall.study import params
+    from datawall.study.study import Study
 
     try:
         if options.new:
@@ -102,14 +104,14 @@ def _follow(options: argparse.Namespace) -> int:
 
 def _work(study: Any) -> str:
     """How many subsets, models and experiments a study has, and what it has besides, a line each."""
-    from datawall import planning
+    from datawall.planning import plan as planning
 
     return f"{study.params.study}: " + "\n  ".join(planning.work(study))
 
 
 def _calibrate(study: Any) -> int:
     """Measure what the units of a study cost on this machine."""
-    from datawall import calibration
+    from datawall.planning import calibration
 
     print(f"written: {calibration.calibrate(study.params)}; --plan now counts with it")
     return 0
@@ -117,7 +119,8 @@ def _calibrate(study: Any) -> int:
 
 def _look_into(folder: Path, key: str | None) -> int:
     """Say where an artifact of a run folder comes from or, without a key, what in the folder is damaged."""
-    from datawall import store, verify
+    from datawall.engine import store
+    from datawall.reading import verify
 
     if not store.is_run_folder(folder):
         raise FileNotFoundError(f"{folder}: no folder of a run (no study.yaml, no artifacts in store/); see --out.")
@@ -162,7 +165,7 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
 
 def _conclude(study: Any, failed: str | None) -> None:
     """Write the report and say where it is, what failed or else what the study found."""
-    from datawall import report
+    from datawall.reading import report
 
     site = report.Site(study)
     print(f"report: {_shown(site.write())}")
@@ -176,7 +179,7 @@ def _conclude(study: Any, failed: str | None) -> None:
 
 def _new(options: argparse.Namespace) -> int:
     """Write a study file for cells of the user's own; asks on a terminal, takes what it proposes elsewhere."""
-    from datawall import starter
+    from datawall.planning import starter
 
     if not options.corpus:
         raise ValueError("--new needs --corpus: the path of an .h5ad or .zarr file with raw counts, or several.")
@@ -193,7 +196,7 @@ def _new(options: argparse.Namespace) -> int:
 
 def _check(path: Path, overrides: dict[str, Any]) -> int:
     """Say what a study would do with its data, and what would stop it."""
-    from datawall import preflight
+    from datawall.planning import preflight
 
     found = preflight.check(path, overrides)
     for line in [*found.facts, *(f"warning: {line}" for line in found.warnings)]:
@@ -253,7 +256,7 @@ def _stages(options: argparse.Namespace) -> list[int]:
 
 def _overrides(given: list[str]) -> dict[str, Any]:
     """Values of `--set key=value`, read as YAML."""
-    from datawall import params
+    from datawall.study import params
 
     overrides = {}
     for text in given:
@@ -271,7 +274,7 @@ def _write_notebooks_whole() -> None:
     """Let papermill write a notebook, which it does after each cell, as all else is written: all of it, or nothing."""
     from papermill.iorw import LocalHandler, papermill_io
 
-    from datawall import store
+    from datawall.engine import store
 
     class Whole(LocalHandler):
         def write(self, text: str, path: str) -> None:
@@ -284,7 +287,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
 
-    from datawall import kernels, paths, provenance
+    from datawall.engine import kernels, paths, provenance
 
     name = STAGES[number]
     source = paths.repository() / "notebooks" / f"{name}.ipynb"
@@ -330,7 +333,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
 
 def _shown(path: Path) -> str:
     """A path as a reader wants it: relative to the repository where it lies within."""
-    from datawall import paths
+    from datawall.engine import paths
 
     repository = paths.repository()
     return str(path.relative_to(repository)) if path.is_relative_to(repository) else str(path)

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datawall import datasets, models, training
+from datawall import models
+from datawall.cells import datasets
+from datawall.models import training
 
 STEPS = 12
 SMALL = {

@@ -5,7 +5,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-from datawall import datasets
+from datawall.cells import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Licences

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from datawall.results import COLUMNS
+from datawall.analysis.results import COLUMNS
 
 DEFAULTS = {
     "study": "quick", "model": "scVI", "strategy": "random", "percentage": 1.0, "seed": 0, "n_cells": 100,

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 
-from datawall import training
+from datawall.models import training
 
 
 def head(checkpoint):

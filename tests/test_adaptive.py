@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from result_tables import curve, table
 from scipy import stats
 
-from datawall import adaptive, evaluation, params, power
-from datawall.adaptive import Plan, settle
-from datawall.results import mean_over_splits, read_results, select
-from datawall.saturation import saturation_points
-from datawall.study import Study
+from datawall.analysis import adaptive, power
+from datawall.analysis.adaptive import Plan, settle
+from datawall.analysis.results import mean_over_splits, read_results, select
+from datawall.analysis.saturation import saturation_points
+from datawall.study import evaluation, params
+from datawall.study.study import Study
 
 GRID = (1, 10, 25, 50, 75, 100)
 

@@ -8,7 +8,7 @@ import pytest
 import real
 import scipy.sparse as sp
 
-from datawall import annotation, datasets
+from datawall.cells import annotation, datasets
 
 
 @pytest.fixture(scope="module")

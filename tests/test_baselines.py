@@ -6,7 +6,7 @@ import pytest
 import real
 import scanpy as sc
 
-from datawall import baselines
+from datawall.tasks import baselines
 
 
 @pytest.fixture(scope="module")

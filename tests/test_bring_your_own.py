@@ -15,10 +15,14 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 import datawall as dw
-from datawall import curated, datasets, evaluation, external, params, results, scoring, simulate, tasks
-from datawall.params import Embedding, EvaluationSet
-from datawall.scoring import Evaluation
-from datawall.study import Study
+from datawall import tasks
+from datawall.analysis import results
+from datawall.cells import datasets, simulate
+from datawall.models import external
+from datawall.study import curated, evaluation, params, scoring
+from datawall.study.params import Embedding, EvaluationSet
+from datawall.study.study import Study
+from datawall.study.units import Evaluation
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]

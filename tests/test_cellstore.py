@@ -13,7 +13,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datawall import cellstore, datasets, store
+from datawall.cells import cellstore, datasets
+from datawall.engine import store
 
 SMALL_FILES = {"CHUNK": 4, "SHARD": 8, "NAMES": 3, "CELLS_AT_ONCE": 2, "NEARBY": 1}
 

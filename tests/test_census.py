@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from datawall import census, corpus, curation, ontology, params
-from datawall.census import Recipe
-from datawall.corpus import CorpusError
-from datawall.curated import Curated
-from datawall.datasets import DatasetError
+from datawall.cells import census, corpus, ontology
+from datawall.cells.census import Recipe
+from datawall.cells.corpus import CorpusError
+from datawall.cells.datasets import DatasetError
+from datawall.study import curation, params
+from datawall.study.curated import Curated
 
 # cell > native cell > a > b > c > d, with e beside d (two parents); engineered cell is native to nothing
 OBO = """format-version: 1.2

@@ -19,9 +19,10 @@ from dask_cluster import DaskCluster
 from distributed.security import Security
 from units import Item, lines
 
-from datawall import cluster, params, processes
-from datawall.cluster import Need, UnitsFailedError, run_units
-from datawall.study import Study
+from datawall.engine import cluster, processes
+from datawall.engine.cluster import Need, UnitsFailedError, run_units
+from datawall.study import params
+from datawall.study.study import Study
 
 TESTS = Path(__file__).parent
 MINIMAL = {
@@ -196,9 +197,9 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 import units
-from datawall import params
-from datawall.cluster import run_units
-from datawall.study import Study
+from datawall.study import params
+from datawall.engine.cluster import run_units
+from datawall.study.study import Study
 study = Study(params.check({settings}, "test"), Path(sys.argv[1]))
 run_units(study, units.misbehave, [units.Item("hangs_1"), units.Item("hangs_2")], "test")
 """

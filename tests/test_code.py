@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from datawall import evaluation, models, params, store, study, tasks
-from datawall.curated import Subset
-from datawall.study import Run
+from datawall import models, tasks
+from datawall.engine import store
+from datawall.study import evaluation, params, study
+from datawall.study.curated import Subset
+from datawall.study.units import Run
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def library(monkeypatch):
 
 
 SOURCES = {
-    "a": "from datawall import b, params\nfrom datawall.models.c import C\nimport numpy",
+    "a": "from datawall import b; from datawall.study import params\nfrom datawall.models.c import C\nimport numpy",
     "b": "def f():\n    from datawall.models import d as renamed\n",
     "models__c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from datawall import e\nC = 1",
     "models__d": "from datawall import a",  # in a circle
@@ -73,12 +75,12 @@ def test_units_name_the_code_that_makes_them_and_none_beside_it(tmp_path):
         "Geneformer": {"geneformer", "tokenizer", "transformer", "training", "streaming"},
         "SCimilarity": {"scimilarity", "sparse", "ontology", "training"},
         "corpus": {"assembly", "sources", "backed", "duplicates", "simulate", "census", "cellstore", "corpus"},
-        "split": {"assembly", "sampling", "curated:_make_split"},
+        "split": {"assembly", "sampling", "study/curated:_make_split"},
         "sketch": {"expression"},
         "zeroshot_classification": {"classification", "uncertainty", "scoring", "sampling", "baselines"},
         "zeroshot_integration": {"integration", "classification", "neighbourhood", "uncertainty"},
         "finetuned_classification": {"finetuning", "classification", "training"},
-        "perturbation_response": {"perturbation", "classification", "training", "curated:response_genes"},
+        "perturbation_response": {"perturbation", "classification", "training", "study/curated:response_genes"},
         "reconstruction": {"reconstruction", "scoring"},
     }
     for kind, names in expected.items():

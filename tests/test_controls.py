@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import real
 
-from datawall import baselines, expression, sampling, simulate, tasks, training
-from datawall.tasks import classification, perturbation
+from datawall import tasks
+from datawall.cells import expression, sampling, simulate
+from datawall.models import training
+from datawall.tasks import baselines, classification, perturbation
 
 SHORT = training.Recipe(steps=100, batch_size=64, learning_rate=3e-3, decay="none", validate_every=50, patience=3)
 

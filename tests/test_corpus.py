@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datawall import corpus, sampling
+from datawall.cells import corpus, sampling
 
 TABLE = corpus.gene_table()
 

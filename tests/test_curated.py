@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import cellstore, corpus, curation, datasets, params, simulate
-from datawall.curated import Curated, Subset
+from datawall.cells import cellstore, corpus, datasets, simulate
+from datawall.study import curation, params
+from datawall.study.curated import Curated, Subset
 
 ATLAS = simulate.Atlas(
     n_cells=100, n_genes=600, composition={"classical monocyte": 5, "naive B cell": 3, "natural killer cell": 2}

@@ -12,7 +12,8 @@ import pytest
 import real
 import scanpy as sc
 
-from datawall import datasets, store
+from datawall.cells import datasets
+from datawall.engine import store
 
 
 @pytest.fixture

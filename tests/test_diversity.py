@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from vendi_score import vendi as reference
 
-from datawall import diversity
+from datawall.cells import diversity
 
 measures = [diversity.shannon, diversity.inverse_simpson, diversity.gini_simpson]
 

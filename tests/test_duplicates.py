@@ -7,8 +7,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datawall import corpus, duplicates
-from datawall.duplicates import SeenCells, cell_hashes, contamination
+from datawall.cells import corpus, duplicates
+from datawall.cells.duplicates import SeenCells, cell_hashes, contamination
 
 GENES = corpus.gene_table().index
 

@@ -8,8 +8,8 @@ from result_tables import curve, table
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from datawall import effects, published
-from datawall.results import select
+from datawall.analysis import effects, published
+from datawall.analysis.results import select
 
 
 def two_strategies(shift, *, n_seeds=6, datasets=("a", "b", "c"), sizes=(1, 10), seed=0):

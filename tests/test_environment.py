@@ -15,7 +15,7 @@ import real
 import yaml
 from packaging.requirements import Requirement
 
-from datawall import datasets
+from datawall.cells import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

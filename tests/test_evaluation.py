@@ -17,9 +17,13 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 import datawall as dw
-from datawall import assembly, evaluation, joining, params, planning, plots, results, scoring, simulate
-from datawall.scoring import Evaluation
-from datawall.study import Study
+from datawall.analysis import results
+from datawall.cells import simulate
+from datawall.planning import plan as planning
+from datawall.reading import plots
+from datawall.study import assembly, evaluation, joining, params, scoring
+from datawall.study.study import Study
+from datawall.study.units import Evaluation
 
 TASKS = (
     "zeroshot_classification",
@@ -519,7 +523,7 @@ def test_what_is_added_to_all_values_changes_no_verdict(shift, seed):
 def test_numba_leaves_torch_its_one_thread():
     code = """
 import torch
-from datawall import processes
+from datawall.engine import processes
 processes.use_one_thread()
 from numba.np.ufunc import parallel
 parallel._launch_threads()

@@ -10,7 +10,7 @@ import scanpy as sc
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
-from datawall import expression
+from datawall.cells import expression
 
 
 @pytest.fixture(scope="module")

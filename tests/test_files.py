@@ -12,7 +12,9 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datawall import corpus, datasets, external, inspection, sources
+from datawall.cells import corpus, datasets, sources
+from datawall.models import external
+from datawall.planning import inspection
 
 TABLE = corpus.gene_table()
 N_CELLS = 40

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from result_tables import curve, table
 
-from datawall import foresight
+from datawall.analysis import foresight
 
 SIZES = np.array([1.0, 10, 25, 50, 100])
 

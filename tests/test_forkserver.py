@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from datawall import forkserver, kernels, store
+from datawall.engine import forkserver, kernels, store
 
 TESTS = Path(__file__).parent
 
@@ -137,7 +137,7 @@ def short_folder():
 def test_fork_and_its_children_end_when_who_asked_is_killed(short_folder):
     asks = textwrap.dedent("""
         import os, time
-        from datawall import forkserver, kernels
+        from datawall.engine import forkserver, kernels
         with forkserver.server():
             with kernels.forked():
                 process = forkserver.Forked("some name", "forked:hang_with_child", [], [1], dict(os.environ))

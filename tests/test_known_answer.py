@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import known_answer, simulate
-from datawall.known_answer import CORPUS, MARGIN, PAIRS, PERCENTAGES, SEEDS
+from datawall.analysis import known_answer
+from datawall.analysis.known_answer import CORPUS, MARGIN, PAIRS, PERCENTAGES, SEEDS
+from datawall.cells import simulate
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import nbformat
 import papermill
 import pytest
 
-from datawall import evaluation, params
-from datawall.study import Study
+from datawall.study import evaluation, params
+from datawall.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

@@ -7,8 +7,10 @@ from result_tables import curve, table
 from test_notebooks import ROOT, STAGES, declared, tags
 
 import run_all
-from datawall import params, plots, results, saturation
-from datawall.study import Study
+from datawall.analysis import results, saturation
+from datawall.reading import plots
+from datawall.study import params
+from datawall.study.study import Study
 
 NO_RANDOM, NO_UNTRAINED = "left out: what random subsets tell", "left out: what untrained models tell"
 NO_NEIGHBOURS = "left out: what zeroshot_classification tells"

@@ -12,7 +12,9 @@ import pytest
 import scipy.sparse as sp
 import yaml
 
-from datawall import corpus, datasets, params, preflight, sources, starter
+from datawall.cells import corpus, datasets, sources
+from datawall.planning import preflight, starter
+from datawall.study import params
 
 TABLE = corpus.gene_table()
 N_CELLS, N_GENES = 24, 40

@@ -8,9 +8,11 @@ import scipy.sparse as sp
 import torch
 from sklearn.decomposition import PCA
 
-from datawall import expression, hyperparameters, models
+from datawall import models
+from datawall.cells import expression
+from datawall.models import hyperparameters
 from datawall.models.base import NotFittedError
-from datawall.transformer import Encoder, EncoderConfig
+from datawall.models.transformer import Encoder, EncoderConfig
 
 N_GENES = 800
 SMALL = {

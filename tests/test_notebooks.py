@@ -10,7 +10,7 @@ import papermill
 import pytest
 
 import run_all
-from datawall import params
+from datawall.study import params
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [ROOT / "notebooks" / f"{name}.ipynb" for name in run_all.STAGES.values()]

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import real
 
-from datawall import expression, params, tasks
-from datawall.study import Study
+from datawall import tasks
+from datawall.cells import expression
+from datawall.study import params
+from datawall.study.study import Study
 
 OLD = {
     "OPENBLAS_CORETYPE": "Nehalem",
@@ -38,7 +40,7 @@ STUDY = {
 
 def child(folder):
     """Cells of every subset, and every result, of a small study."""
-    from datawall import evaluation
+    from datawall.study import evaluation
 
     study = Study(params.check(STUDY, "elsewhere"), Path(folder))
     results = evaluation.evaluate(study, "zeroshot_classification")

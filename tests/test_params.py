@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from datawall import params, paths
+from datawall.engine import paths
+from datawall.study import params
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MINIMAL = {

@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datawall import calibration, costs, evaluation, models, params, planning, simulate, store
-from datawall.curated import Subset
-from datawall.processes import Need
-from datawall.scoring import Evaluation
-from datawall.study import Run, Study
+from datawall import models
+from datawall.cells import simulate
+from datawall.engine import store
+from datawall.engine.processes import Need
+from datawall.planning import calibration
+from datawall.planning import plan as planning
+from datawall.study import costs, evaluation, params
+from datawall.study.curated import Subset
+from datawall.study.study import Study
+from datawall.study.units import Evaluation, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"once": 1.0, "cell": 0.01, "step": 0.5, "step_cell": 0.002, "n_latent": 8}
@@ -291,7 +296,7 @@ def test_units_declare_what_they_need(tmp_path, monkeypatch):
         for item in items:
             make(study, item)
 
-    monkeypatch.setattr("datawall.cluster.run_units", run_units)
+    monkeypatch.setattr("datawall.engine.cluster.run_units", run_units)
     evaluation.evaluate(study, "zeroshot_classification")
     assert {name: len(needs) for name, needs in declared.items()} == {"pretraining": 3, "zeroshot_classification": 7}
     assert min(sum(need.seconds for need in needs) for needs in declared.values()) > 0

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import labels, messages, plots, plots_published, results
+from datawall.analysis import results
+from datawall.reading import labels, messages, plots, plots_published
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching")
 SAME = {"study": "s", "n_cells": 1, "task": "zeroshot_classification", "metric": "micro_f1", "split": "cells 0"}

@@ -3,10 +3,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import effects, known_answer, published, saturation, scaling, tasks
-from datawall import plots_published as figures
-from datawall.plots import plt
-from datawall.results import select
+from datawall import tasks
+from datawall.analysis import effects, known_answer, published, saturation, scaling
+from datawall.analysis.results import select
+from datawall.reading import plots_published as figures
+from datawall.reading.plots import plt
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@ import pytest
 from result_tables import curve, table
 from scipy import stats
 
-from datawall import power, saturation, scaling
-from datawall.saturation import Curve
+from datawall.analysis import power, saturation, scaling
+from datawall.analysis.saturation import Curve
 
 
 def test_simulated_curves_have_their_truth_and_the_published_spread():

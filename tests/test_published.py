@@ -1,7 +1,8 @@
 import pytest
 
-from datawall import published, store
-from datawall.results import BASELINE, COLUMNS, select
+from datawall.analysis import published
+from datawall.analysis.results import BASELINE, COLUMNS, select
+from datawall.engine import store
 
 # Of the tables that the original study published, as they were read from its repository.
 SHA256 = {

@@ -14,9 +14,11 @@ import yaml
 
 import datawall
 import run_all
-from datawall import params, paths
-from datawall.curated import Subset
-from datawall.study import Run, open_study
+from datawall.engine import paths
+from datawall.study import params
+from datawall.study.curated import Subset
+from datawall.study.study import open_study
+from datawall.study.units import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,7 +49,7 @@ def settings():
 
 def names():
     """Every name of the library, `datawall.x` or `module.X`."""
-    modules = {path.stem for path in (ROOT / "lib" / "datawall").glob("*.py")} | {"models", "tasks"}
+    modules = set(datawall.__all__)
     found = [
         text.removeprefix("datawall.").removeprefix("dw.") for text in INLINE if re.match(r"(datawall|dw)\.\w", text)
     ]
@@ -179,7 +181,7 @@ def test_tables_list_every_notebook_and_result_column():
     there = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert set(re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", README)) == there
     listed = re.search(r"`(study, model, [^`]+)`", README)[1].split(", ")
-    assert listed == datawall.results.COLUMNS
+    assert listed == datawall.analysis.results.COLUMNS
 
 
 # What is published agrees
@@ -222,7 +224,7 @@ def test_binder_installs_the_lock_and_the_library():
     assert lines[1] == "--editable ."
     runtime = (ROOT / ".binder" / "runtime.txt").read_text().strip()
     assert runtime == f"python-{(ROOT / '.python-version').read_text().strip()}"
-    assert "python -m datawall.datasets" in (ROOT / ".binder" / "postBuild").read_text()
+    assert "python -m datawall.cells.datasets" in (ROOT / ".binder" / "postBuild").read_text()
 
 
 def test_nothing_names_a_place_outside_the_repository():

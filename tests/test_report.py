@@ -13,9 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import params, paths, plots, provenance, report, results, store, tasks, verdicts
-from datawall.store import Store, Unit
-from datawall.study import open_study
+from datawall import tasks
+from datawall.analysis import results, verdicts
+from datawall.engine import paths, provenance, store
+from datawall.engine.store import Store, Unit
+from datawall.reading import plots, report
+from datawall.study import params
+from datawall.study.study import open_study
 
 EVIL = "<script>window.pwned = 1</script> T & B"  # a cell type's name
 SIZES = (1.0, 10.0, 100.0)
@@ -271,7 +275,7 @@ def test_damaged_results_are_refused_in_one_line_with_the_remedy(name, harm, sai
     harm(folder / name)
     with pytest.raises(ValueError, match=f"^{folder}: {said}; run the study again"):
         report.write(folder)
-    ended = subprocess.run([sys.executable, "-m", "datawall.report", folder], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-m", "datawall.reading.report", folder], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert said in ended.stderr
 

@@ -12,8 +12,8 @@ import yaml
 from killed_fits import SMALL
 
 import datawall as dw
-from datawall import study as studies
-from datawall.training import Head, Recipe, seeded, train
+from datawall.models.training import Head, Recipe, seeded, train
+from datawall.study import study as studies
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -140,7 +140,7 @@ def test_torchrun_makes_a_model_of_a_study(tmp_path):
         "hyperparameters": {"Geneformer": {"n_layers": 2, "n_embd": 16, "max_length": 32, "batch_size": 8}},
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
-    command = [*TORCHRUN, "-m", "datawall.together", str(tmp_path), "Geneformer", "random", "100", "0"]
+    command = [*TORCHRUN, "-m", "datawall.study.together", str(tmp_path), "Geneformer", "random", "100", "0"]
     ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     study = dw.open_study(str(tmp_path))

@@ -15,7 +15,8 @@ import yaml
 
 import datawall as dw
 import run_all
-from datawall import forkserver
+from datawall.engine import forkserver
+from datawall.planning import plan as planning
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "params" / "tiny.yaml")
@@ -34,7 +35,7 @@ def artifacts(folder):
 
 def test_run_leaves_results_figures_and_executed_notebooks(tiny_run):
     study = dw.open_study(str(tiny_run))
-    ((_, plan),) = dw.planning.counts(study)
+    ((_, plan),) = planning.counts(study)
     results = dw.read_results(tiny_run)
     assert results["run_id"].nunique() == plan["experiments"] + plan["baselines"]
     assert set(results["task"]) == set(study.params.tasks)
@@ -62,7 +63,7 @@ def test_second_run_makes_nothing_again(tiny_run):
 
 
 def test_from_scratch_gives_the_same_numbers(tiny_run, tmp_path):
-    again = dw.study.Study(dw.open_study(str(tiny_run)).params, tmp_path)
+    again = dw.Study(dw.open_study(str(tiny_run)).params, tmp_path)
     for task in again.params.tasks:
         dw.evaluation.evaluate(again, task)
     pd.testing.assert_frame_equal(dw.read_results(tmp_path), dw.read_results(tiny_run), check_exact=True)
@@ -213,7 +214,7 @@ def test_interrupted_before_anything_is_done(tmp_path, capsys, monkeypatch, with
         raise KeyboardInterrupt
 
     without_kernels(True)
-    monkeypatch.setattr(dw.planning, "seconds_left", interrupted)
+    monkeypatch.setattr(planning, "seconds_left", interrupted)
     assert run_all.main([TINY, "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err.strip().startswith("Stopped.")
     assert not (tmp_path / "run").exists()

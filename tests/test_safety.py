@@ -25,9 +25,12 @@ from papermill.parameterize import parameterize_notebook
 
 import datawall as dw
 import run_all
-from datawall import forkserver, kernels, params, store, training
-from datawall.curated import Subset
-from datawall.study import Run, Study
+from datawall.engine import forkserver, kernels, store
+from datawall.models import training
+from datawall.study import params
+from datawall.study.curated import Subset
+from datawall.study.study import Study
+from datawall.study.units import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = {

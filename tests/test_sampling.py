@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from datawall import diversity, sampling, simulate
+from datawall.cells import diversity, sampling, simulate
 
 steady = settings(deadline=None, derandomize=True, max_examples=80)
 n_cells = st.integers(1, 300)

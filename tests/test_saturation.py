@@ -8,8 +8,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_ind
 
 import datawall as dw
-from datawall.results import ALL_COLUMNS, COLUMNS, headline, mean_over_splits, select, tables, write_tables
-from datawall.saturation import curves_of, mean_over_datasets, saturation_points
+from datawall.analysis.results import ALL_COLUMNS, COLUMNS, headline, mean_over_splits, select, tables, write_tables
+from datawall.analysis.saturation import curves_of, mean_over_datasets, saturation_points
 
 
 def point(results, metric="micro_f1", **settings):

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from result_tables import curve, table
 from scipy.optimize import curve_fit
 
-from datawall import published, scaling
-from datawall.results import select
-from datawall.saturation import curves_of
+from datawall.analysis import published, scaling
+from datawall.analysis.results import select
+from datawall.analysis.saturation import curves_of
 
 SIZES = np.array([0.01, 0.1, 0.25, 0.5, 0.75, 1.0])
 SCORES = (1.0, 10.0, 25.0, 50.0, 75.0, 100.0)

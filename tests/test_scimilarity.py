@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datawall import datasets, expression, hyperparameters, training
-from datawall.models import scimilarity
+from datawall.cells import datasets, expression
+from datawall.models import hyperparameters, scimilarity, training
 from datawall.models.base import NotFittedError
 from datawall.models.scimilarity import (
     SCimilarity,

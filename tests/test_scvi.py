@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.distributions import NegativeBinomial
 
-from datawall import datasets, training
-from datawall.hyperparameters import ScVI as Hyperparameters
+from datawall.cells import datasets
 from datawall.models import scvi as family
-from datawall.models import sparse
+from datawall.models import sparse, training
 from datawall.models.base import NotFittedError
+from datawall.models.hyperparameters import ScVI as Hyperparameters
 from datawall.models.scvi import Autoencoder, ScVI
 
 N_GENES = 120

@@ -13,12 +13,13 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 
-from datawall import params, processes
-from datawall.store import Store, Unit
-from datawall.study import Study
+from datawall.engine import processes
+from datawall.engine.store import Store, Unit
+from datawall.study import params
+from datawall.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
-UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("sampling",))
+UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("cells/sampling",))
 MINIMAL = {
     "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [50], "seeds": [0],
     "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 1,

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import run_all
-from datawall import corpus, curation, params, plots, simulate, study
+from datawall.cells import corpus, simulate
+from datawall.cells.simulate import Atlas, Cells
 from datawall.models.scimilarity import kinship
-from datawall.simulate import Atlas, Cells
+from datawall.reading import plots
+from datawall.study import curation, params, study
 
 BLOOD = {
     "classical monocyte": 10, "natural killer cell": 8, "naive B cell": 7, "memory B cell": 5,

@@ -14,9 +14,9 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datawall import backed, corpus, datasets, sources
-from datawall.corpus import CorpusError
-from datawall.sources import Options, open_source
+from datawall.cells import backed, corpus, datasets, sources
+from datawall.cells.corpus import CorpusError
+from datawall.cells.sources import Options, open_source
 
 TABLE = corpus.gene_table()
 LABELS = {"cell_type": "cell_type"}

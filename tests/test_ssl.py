@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from datawall import datasets, expression, hyperparameters, training
-from datawall.models import base, sparse
+from datawall.cells import datasets, expression
+from datawall.models import base, hyperparameters, sparse, training
 from datawall.models.base import NotFittedError
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear
 from datawall.models.ssl import SSL, Autoencoder

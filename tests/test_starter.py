@@ -14,7 +14,9 @@ import scipy.sparse as sp
 import yaml
 
 import run_all
-from datawall import corpus, datasets, inspection, params, preflight, sources, starter
+from datawall.cells import corpus, datasets, sources
+from datawall.planning import inspection, preflight, starter
+from datawall.study import params
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 600

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from datawall import paths, store
-from datawall.store import MANIFEST, Store, Unit, write_atomically, write_json
+from datawall.engine import paths, store
+from datawall.engine.store import MANIFEST, Store, Unit, write_atomically, write_json
 
-UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("sampling",))
+UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("cells/sampling",))
 
 
 def write_two_files(folder):
@@ -63,8 +63,8 @@ def test_key_follows_kind_record_and_makers():
         Unit("model", UNIT.record, UNIT.makers),
         Unit("subset", UNIT.record | {"percentage": 10}, UNIT.makers),
         Unit("subset", UNIT.record | {"more": None}, UNIT.makers),
-        Unit("subset", UNIT.record, ("diversity",)),
-        Unit("subset", UNIT.record, (*UNIT.makers, "diversity")),
+        Unit("subset", UNIT.record, ("cells/diversity",)),
+        Unit("subset", UNIT.record, (*UNIT.makers, "cells/diversity")),
     ]
     assert len({UNIT.key, *(unit.key for unit in others)}) == 6
     assert Unit("subset", dict(reversed(UNIT.record.items())), UNIT.makers).key == UNIT.key
@@ -133,21 +133,21 @@ def test_module_edited_after_import_keeps_the_version_of_the_code_that_runs(tmp_
     shutil.copytree(paths.LIBRARY, tmp_path / "datawall", ignore=shutil.ignore_patterns("__pycache__"))
     edit_and_fork = f"""
 import os
-from datawall import store
-path = {str(tmp_path / "datawall" / "diversity.py")!r}
+from datawall.engine import store
+path = {str(tmp_path / "datawall" / "cells" / "diversity.py")!r}
 with open(path, "a") as file:
     file.write("EDITED = True\\n")
 if os.fork() == 0:
-    print(store.code_version("diversity"), flush=True)
+    print(store.code_version("cells/diversity"), flush=True)
     os._exit(0)
 os.wait()
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", edit_and_fork]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == store.code_version("diversity")
-    edited = store.read_sources(tmp_path / "datawall")["diversity"]
-    assert edited == store.SOURCES["diversity"] + "EDITED = True\n"
+    assert printed.strip() == store.code_version("cells/diversity")
+    edited = store.read_sources(tmp_path / "datawall")["cells/diversity"]
+    assert edited == store.SOURCES["cells/diversity"] + "EDITED = True\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

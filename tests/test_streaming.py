@@ -9,7 +9,9 @@ import scipy.sparse as sp
 import torch
 from killed_fits import SMALL
 
-from datawall import cellstore, datasets, models, streaming, training
+from datawall import models
+from datawall.cells import cellstore, datasets
+from datawall.models import streaming, training
 
 STEPS = 9
 

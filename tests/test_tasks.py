@@ -17,8 +17,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_class_weight
 
-from datawall import baselines, sampling, tasks, training
-from datawall.tasks import classification, finetuning, perturbation
+from datawall import tasks
+from datawall.cells import sampling
+from datawall.models import training
+from datawall.tasks import baselines, classification, finetuning, perturbation
 
 
 def blobs(n_types=3, n_each=60, *, noise=0.3, seed=0):

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from datawall import models, tasks, training
+from datawall import models, tasks
+from datawall.models import training
 from datawall.tasks import finetuning
 
 RECIPE = training.Recipe(steps=5, batch_size=32, learning_rate=1e-3, validate_every=5)

@@ -7,7 +7,9 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
-from datawall import expression, models, sampling, tasks, training
+from datawall import models, tasks
+from datawall.cells import expression, sampling
+from datawall.models import training
 from datawall.tasks import finetuning
 
 FAMILIES = {

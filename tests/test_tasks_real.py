@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import real
 
-from datawall import baselines, datasets, expression, sampling, simulate, tasks
-from datawall.tasks import perturbation
+from datawall import tasks
+from datawall.cells import datasets, expression, sampling, simulate
+from datawall.tasks import baselines, perturbation
 
 
 def one_hot(labels):

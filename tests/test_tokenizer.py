@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from datawall import datasets, tokenizer
-from datawall.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
-from datawall.transformer import N_SPECIAL
+from datawall.cells import datasets
+from datawall.models import tokenizer
+from datawall.models.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
+from datawall.models.transformer import N_SPECIAL
 
 steady = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -78,7 +79,7 @@ def test_real_cells_are_encoded_as_by_a_stable_sort(max_length):
 @pytest.mark.parametrize("medians", [np.ones(8), np.linspace(0.5, 2, 8), np.geomspace(1e-30, 1e30, 8)])
 @pytest.mark.parametrize("entries", [1, 10, 100_000])
 def test_cells_encoded_together_do_not_change_one_another(monkeypatch, entries, medians):
-    monkeypatch.setattr("datawall.tokenizer.ENTRIES_PER_BLOCK", entries)
+    monkeypatch.setattr("datawall.models.tokenizer.ENTRIES_PER_BLOCK", entries)
     dense = np.random.default_rng(2).poisson(0.5, (30, 8))
     dense[[0, 7, 8, 29]] = 0
     for counts in (sp.csr_matrix(dense), with_all_entries_stored(dense)):

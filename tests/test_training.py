@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from datawall import training
-from datawall.training import Head, NonFiniteLossError, Recipe, minibatches, seeded, train
+from datawall.models import training
+from datawall.models.training import Head, NonFiniteLossError, Recipe, minibatches, seeded, train
 
 
 def test_every_cell_comes_once_a_pass():

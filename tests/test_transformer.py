@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from datawall import transformer
-from datawall.transformer import (
+from datawall.models import transformer
+from datawall.models.transformer import (
     IGNORED,
     MASK,
     N_SPECIAL,

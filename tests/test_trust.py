@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from datawall import store
+from datawall.engine import store
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "lib" / "datawall"
@@ -104,19 +104,21 @@ def test_modules_aside_are_used_by_no_notebook_and_no_other_module():
         name = path.relative_to(LIBRARY).with_suffix("").as_posix()
         imported = set()
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "datawall":
-                imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module.startswith("datawall."):
-                imported.add(node.module.removeprefix("datawall."))
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "datawall":
+                base = node.module.split(".")[1:]
+                imported |= {"/".join(base), *("/".join([*base, alias.name]) for alias in node.names)}
         assert name in store.ASIDE or not imported & set(store.ASIDE), name
     for path in NOTEBOOKS:
         source = "".join(cell.source for cell in cells_of(path, "code"))
-        assert not re.search(rf"\b(dw|datawall)\.({'|'.join(store.ASIDE)})\b", source), path
+        assert not re.search(
+            rf"\b(dw|datawall)\.({'|'.join(name.rpartition('/')[2] for name in store.ASIDE)})\b", source
+        ), path
 
 
 def test_code_key_sees_code_and_not_comments(tmp_path, monkeypatch):
     library = tmp_path / "datawall"
-    (library / "models").mkdir(parents=True)
+    for name in ("models", "reading"):
+        (library / name).mkdir(parents=True)
 
     def key(**modules):
         for name, text in modules.items():
@@ -126,9 +128,9 @@ def test_code_key_sees_code_and_not_comments(tmp_path, monkeypatch):
         return store.code_key()
 
     try:
-        first = key(sampling="x = 1", models__pca="y = 1", report="z = 1")
+        first = key(sampling="x = 1", models__pca="y = 1", reading__report="z = 1")
         assert key(sampling='"""A room."""\nx = 1  # one') == first
-        assert key(report="z = 2") == first
+        assert key(reading__report="z = 2") == first
         assert key(models__pca="y = 2") != first
         assert key(models__pca="y = 1") == first
         assert key(new="") != first

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall import power, results, saturation, verdicts
-from datawall.results import COLUMNS, KNOWN
+from datawall.analysis import power, results, saturation, verdicts
+from datawall.analysis.results import COLUMNS, KNOWN
 
 SIZES = (1.0, 10.0, 30.0, 100.0)
 

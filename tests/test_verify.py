@@ -6,8 +6,10 @@ import shutil
 import pandas as pd
 import pytest
 
-from datawall import results, store, verify
-from datawall.store import MANIFEST, Store, Unit
+from datawall.analysis import results
+from datawall.engine import store
+from datawall.engine.store import MANIFEST, Store, Unit
+from datawall.reading import verify
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """A study of how much pretraining data, and how diverse, a single-cell foundation model needs.
 
-Submodules load when first named (`dw.sampling`, `dw.models`, …), so that `import datawall` costs nothing.
+Eight packages, each of which may import from those after it: `reading`, `planning`, `study`, `analysis`, `tasks`,
+`models`, `cells`, `engine`. What is for users has a short name here (`dw.sampling`, `dw.open_study`, …) and loads when
+first named, so that `import datawall` costs nothing.
 """
 
 import warnings
@@ -12,15 +14,31 @@ __version__ = "0.1.0"
 # annbatch would have bars as widgets; the bars here are text, and come without them.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-_FUNCTIONS = {"open_study": "study", "read_results": "results"}
+_MODULES = {
+    "cells": ("annotation", "corpus", "datasets", "diversity", "sampling", "simulate", "sources"),
+    "models": ("external", "hyperparameters", "tokenizer", "training", "transformer"),
+    "analysis": ("adaptive", "effects", "known_answer", "power", "published", "results", "saturation", "scaling"),
+    "study": ("curated", "curation", "evaluation", "params"),
+    "engine": ("paths", "store"),
+    "reading": ("messages", "plots", "plots_published", "report"),
+}
+_PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
+_PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks"}  # packages that are for users themselves
+_CONTENTS = {
+    "Study": "datawall.study.study",
+    "open_study": "datawall.study.study",
+    "read_results": "datawall.analysis.results",
+}
+__all__ = sorted([*_PLACES, *_CONTENTS])
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(import_module(f"datawall.{_FUNCTIONS[name]}"), name)
-    try:
-        return import_module(f"datawall.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"datawall.{name}":
-            raise
-        raise AttributeError(f"module 'datawall' has no attribute {name!r}") from None
+    if name in _CONTENTS:
+        return getattr(import_module(_CONTENTS[name]), name)
+    if name in _PLACES:
+        return import_module(_PLACES[name])
+    raise AttributeError(f"module 'datawall' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

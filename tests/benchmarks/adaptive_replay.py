@@ -7,8 +7,9 @@ import sys
 
 import pandas as pd
 
-from datawall import adaptive, published, tasks
-from datawall.results import select
+from datawall import tasks
+from datawall.analysis import adaptive, published
+from datawall.analysis.results import select
 
 n_orders = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 results = published.results()

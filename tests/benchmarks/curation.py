@@ -39,7 +39,7 @@ STUDY = {
 def curate(n_cells: int) -> None:
     """Curate one size; prints step, seconds and peak memory (MiB), and a line of totals for `main`."""
     import datawall as dw
-    from datawall.curated import Curated
+    from datawall.study.curated import Curated
 
     parameters = dw.params.check({**STUDY, "simulation": {"n_cells": n_cells, "n_genes": 19_331}}, "benchmark")
     tables = dw.curation
@@ -81,7 +81,8 @@ def line(n_cells: int, name: str, seconds: np.ndarray) -> str:
 
 def beside(study) -> dict:
     """As `curation.beside_simulated`, which sets nothing beside a simulated corpus."""
-    from datawall import curation, simulate
+    from datawall.cells import simulate
+    from datawall.study import curation
 
     held_out = study.held_out_cells
     rows = np.sort(np.random.default_rng(0).permutation(held_out.n_obs)[: curation.COMPARED])

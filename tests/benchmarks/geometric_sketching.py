@@ -17,7 +17,7 @@ from geosketch import gs
 from scipy.stats import sem
 from sklearn.metrics import pairwise_distances_argmin_min
 
-from datawall import sampling
+from datawall.cells import sampling
 
 N_CELLS, N_COMPONENTS, N_BOXES = 200_000, 50, 2_000
 N_SEEDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5

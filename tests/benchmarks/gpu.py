@@ -20,9 +20,18 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
-from datawall import transformer
+from datawall.models import transformer
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear
-from datawall.transformer import IGNORED, N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send, to_predict
+from datawall.models.transformer import (
+    IGNORED,
+    N_SPECIAL,
+    Encoder,
+    EncoderConfig,
+    Layout,
+    mask_tokens,
+    send,
+    to_predict,
+)
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}  # dense bf16
 ORIGINAL_SECONDS = 116  # to embed 10,000 tokenised cells

@@ -32,8 +32,8 @@ import pandas as pd
 import scanpy as sc
 from alternate import report
 
-from datawall import baselines, datasets, expression
-from datawall.tasks import integration, neighbourhood
+from datawall.cells import datasets, expression
+from datawall.tasks import baselines, integration, neighbourhood
 
 N_CELLS = 10_000
 EXPLAINED = {"nmi", "ari", "nmi_fixed", "ari_fixed", "isolated_labels", "graph_connectivity", "clisi", "ilisi"}

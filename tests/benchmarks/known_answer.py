@@ -5,7 +5,7 @@ python tests/benchmarks/known_answer.py [seeds, 100]    three minutes; with all 
 
 import sys
 
-from datawall import known_answer
+from datawall.analysis import known_answer
 
 print("% of a corpus that it takes, as planted:", known_answer.percentage_needed().round(1).to_dict())
 if len(sys.argv) > 1 and (n_seeds := int(sys.argv[1])) < len(known_answer.SEEDS):

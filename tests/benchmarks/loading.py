@@ -28,7 +28,9 @@ import zarr
 from alternate import seconds_of
 from annbatch import Loader
 
-from datawall import cellstore, models, sampling, streaming, training
+from datawall import models
+from datawall.cells import cellstore, sampling
+from datawall.models import streaming, training
 
 N_CELLS, N_GENES = int(sys.argv[1]) if len(sys.argv) > 1 else 50_000, 19_331
 BATCH, BATCHES, STEPS, ROUNDS = 512, 64, 6, 5

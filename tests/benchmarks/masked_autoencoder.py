@@ -15,8 +15,8 @@ import torch
 from alternate import report
 from torch import nn
 
-from datawall import training
-from datawall.hyperparameters import SSL
+from datawall.models import training
+from datawall.models.hyperparameters import SSL
 from datawall.models.sparse import Cells
 from datawall.models.ssl import Autoencoder
 

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import datawall as dw
-from datawall import cluster, evaluation, store
+from datawall.engine import cluster, store
+from datawall.study import evaluation
 
 
 def memory_mib() -> float:
@@ -26,7 +27,7 @@ def memory_mib() -> float:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
-def seconds(study: dw.study.Study, n_units: int) -> float:
+def seconds(study: dw.Study, n_units: int) -> float:
     """Time by the clock of so many units, each of which looks a name up."""
     begin = time.perf_counter()
     cluster.run_units(study, getattr, ["folder"] * n_units, "empty units")
@@ -37,7 +38,7 @@ n_units = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
 executor = sys.argv[2] if len(sys.argv) > 2 else "local"
 with tempfile.TemporaryDirectory() as folder:
     opened = dw.open_study("tiny", workers=2, executor=executor)
-    study = dw.study.Study(opened.params, Path(folder))
+    study = dw.Study(opened.params, Path(folder))
     started = seconds(study, 2)
     before = memory_mib()
     took = seconds(study, n_units)

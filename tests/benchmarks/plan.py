@@ -16,8 +16,11 @@ from datetime import datetime
 from pathlib import Path
 
 import datawall as dw
-from datawall import costs, hyperparameters, planning, provenance
-from datawall.study import Run
+from datawall.engine import provenance
+from datawall.models import hyperparameters
+from datawall.planning import plan as planning
+from datawall.study import costs
+from datawall.study.units import Run
 
 CURATION = ("corpus", "dataset", "contamination", "split", "subset", "sketch")
 MARGIN = 0.3

@@ -5,7 +5,7 @@ python tests/benchmarks/power.py [curves of each truth, 100]    five minutes; wi
 
 import sys
 
-from datawall import power
+from datawall.analysis import power
 
 n_curves = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 table = power.rates(n_curves)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from alternate import report
 from torch import nn
 
-from datawall import training
-from datawall.hyperparameters import SCimilarity
+from datawall.models import training
+from datawall.models.hyperparameters import SCimilarity
 from datawall.models.scimilarity import TripletAutoencoder
 from datawall.models.sparse import Cells
 

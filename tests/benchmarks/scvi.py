@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import torch
 from alternate import report
 
-from datawall.hyperparameters import ScVI
+from datawall.models.hyperparameters import ScVI
 from datawall.models.scvi import Autoencoder
 
 torch.set_num_threads(1)  # as the study's processes have, and so that the number of cores does not matter

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datawall import corpus, curation, datasets, plots, simulate
+from datawall.cells import corpus, datasets, simulate
+from datawall.reading import plots
+from datawall.study import curation
 
 BLOOD = {
     "CD4-positive, alpha-beta T cell": 45, "classical monocyte": 28, "B cell": 10, "CD8-positive, alpha-beta T cell": 9,

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from alternate import report, seconds_of
 
-from datawall.tokenizer import RankTokenizer
+from datawall.models.tokenizer import RankTokenizer
 
 N_CELLS, N_GENES, DETECTED = 10_000, 19_331, 1_660
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from alternate import report, seconds_of
 
-from datawall.transformer import IGNORED, N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, to_predict
+from datawall.models.transformer import IGNORED, N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, to_predict
 
 sys.path.append(str(Path(__file__).parents[1]))
 from test_transformer import bert_with_the_weights_of, padded

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from harness import ROOT, SECONDS, STAGES, STUDY, artifacts, environment, half_made, made, redone, same_results
 
-from datawall import verify
+from datawall.reading import verify
 
 # A mount that is this command's own: needs no privileges where the system lets users have name spaces.
 OWN_MOUNTS = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]

@@ -1,6 +1,6 @@
-"""What is pretrained: one file a family, which `families` lists, and what they share.
+"""What is pretrained: one file a family, which `families` lists, their tokens and networks, and the one training loop.
 
-Loads when first named, as most of it needs torch.
+Serves notebook 2. May import `cells` and `engine`. Loads when first named, as most of it needs torch.
 """
 
 from importlib import import_module

@@ -14,10 +14,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from datawall import expression, store, training
-from datawall.cellstore import Cells
-from datawall.hyperparameters import Hyperparameters, check
-from datawall.training import History
+from datawall.cells import expression
+from datawall.cells.cellstore import Cells
+from datawall.engine import store
+from datawall.models import training
+from datawall.models.hyperparameters import Hyperparameters, check
+from datawall.models.training import History
 
 CONFIG, TENSORS = "model.json", "model.safetensors"
 HELD_OUT = 500  # cells at most that choose the best weights

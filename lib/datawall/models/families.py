@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datawall import external
-from datawall.hyperparameters import check, family
+from datawall.models import external
 from datawall.models.base import Model, read_config
 from datawall.models.geneformer import Geneformer
+from datawall.models.hyperparameters import check, family
 from datawall.models.pca import PretrainedPCA
 from datawall.models.scimilarity import SCimilarity
 from datawall.models.scvi import ScVI

@@ -14,12 +14,11 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
-from datawall import streaming, training
-from datawall.cellstore import Cells
-from datawall.hyperparameters import check
-from datawall.models import base
-from datawall.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
-from datawall.transformer import Encoder, EncoderConfig, Layout, mask_tokens, send, to_predict
+from datawall.cells.cellstore import Cells
+from datawall.models import base, streaming, training
+from datawall.models.hyperparameters import check
+from datawall.models.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
+from datawall.models.transformer import Encoder, EncoderConfig, Layout, mask_tokens, send, to_predict
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall import expression
-from datawall.cellstore import Cells
-from datawall.hyperparameters import check
+from datawall.cells import expression
+from datawall.cells.cellstore import Cells
 from datawall.models import base
+from datawall.models.hyperparameters import check
 
 
 class PretrainedPCA:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import cellstore, hyperparameters, paths, streaming, training
-from datawall.models import base
+from datawall.cells import cellstore
+from datawall.cells.ontology import read as read_ontology
+from datawall.engine import paths
+from datawall.models import base, hyperparameters, streaming, training
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear, SparseNetwork, bernoulli
-from datawall.ontology import read as read_ontology
 
 LABEL = "cell_type"
 STUDIES = ("dataset_id", "batch")  # the first of these columns with two values tells studies apart

@@ -15,8 +15,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from datawall import cellstore, hyperparameters, streaming, training
-from datawall.models import base, sparse
+from datawall.cells import cellstore
+from datawall.models import base, hyperparameters, sparse, streaming, training
 
 ADAM = {"optimiser": "Adam", "epsilon": 0.01, "decay_vectors": True, "decay": "none"}  # as in scvi-tools
 BLOCK = {"cpu": 64, "cuda": 4096}  # cells whose every gene is in memory at a time

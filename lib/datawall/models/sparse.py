@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import expression, training
-from datawall.models import base
+from datawall.cells import expression
+from datawall.models import base, training
 
 CELLS_AT_ONCE = 1024  # when embedding: bounds memory
 ENTRIES_AT_ONCE = {"cpu": 2**20}  # of a block of the reconstruction; a processor keeps it in its cache

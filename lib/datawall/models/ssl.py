@@ -11,8 +11,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from datawall import cellstore, hyperparameters, streaming, training
-from datawall.models import base, sparse
+from datawall.cells import cellstore
+from datawall.models import base, hyperparameters, sparse, streaming, training
 from datawall.models.sparse import Cells
 
 

@@ -1,7 +1,7 @@
-"""The evaluation tasks: each takes arrays and labels, knows no model, and returns metrics by name.
+"""How embeddings are judged: each task takes arrays and labels, knows no model, and returns metrics by name.
 
-Tasks load when first named, since some need torch. What each metric means, its best value and the
-level of chance are listed in `metrics.csv` beside this package.
+Serves notebooks 3 to 6. May import `models`, `cells` and `engine`. Tasks load when first named, since some need torch.
+What each metric means, its best value and the level of chance are listed in `metrics.csv` beside this page.
 """
 
 from importlib import import_module
@@ -39,7 +39,7 @@ def metrics_table() -> Any:
     """
     import pandas as pd
 
-    return pd.read_csv(files("datawall") / "metrics.csv", keep_default_na=False)
+    return pd.read_csv(files("datawall.tasks") / "metrics.csv", keep_default_na=False)
 
 
 def registered(metric: str) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall import training
+from datawall.models import training
 from datawall.models.sparse import bernoulli
 from datawall.tasks.classification import check_embedding, classification_metrics
 from datawall.tasks.uncertainty import Metrics

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datawall import training
+from datawall.models import training
 from datawall.tasks import uncertainty
 from datawall.tasks.classification import check_embedding
 from datawall.tasks.uncertainty import Metrics

@@ -1,0 +1,225 @@
+"""How little of a study's grid settles its verdict: sizes and seeds are added only while the verdict is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from datawall.analysis.results import lower_is_better
+from datawall.analysis.saturation import (
+    IMPROVING,
+    PLATEAU,
+    UNDECIDED,
+    Curve,
+    curves_of,
+    mean_over_datasets,
+    verdicts,
+)
+
+STEP = 4  # a size is at least so many times the one before, until one in between is needed
+
+type Oracle = Callable[[float, int], float | Sequence[float]]  # percentage and seed to score, or a score per data set
+type Asked = tuple[float, int]  # a run: percentage and seed
+type Scores = dict[float, list[float]]  # by percentage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The grid that may be run, and what would settle the question."""
+
+    margin: float  # difference in score that does not matter
+    percentages: tuple[float, ...] = (1, 2, 5, 10, 25, 50, 100)  # ascending; the last is the full corpus
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    first_seeds: int = 2  # run at once at each size
+    confidence: float = 0.95
+    budget: float = 0.8  # share of the grid's runs that may be spent
+
+    def __post_init__(self) -> None:
+        """Refuse plans that cannot be carried out."""
+        sizes = self.percentages
+        if len(sizes) < 2 or list(sizes) != sorted(set(sizes)) or sizes[0] <= 0:
+            raise ValueError(f"percentages {sizes}: two or more, above 0, ascending.")
+        if not 2 <= self.first_seeds <= len(self.seeds):
+            raise ValueError(f"first_seeds {self.first_seeds}: at least 2, and at most the {len(self.seeds)} seeds.")
+        if not self.margin > 0:
+            raise ValueError(f"margin {self.margin}: a difference above 0, in the metric's units.")
+        if len(self.ladder()) * self.first_seeds > self.budget * self.n_runs:
+            raise ValueError(f"budget {self.budget}: of {self.n_runs} runs, that is fewer than the first sizes take.")
+
+    @property
+    def n_runs(self) -> int:
+        """Runs of the full grid."""
+        return len(self.percentages) * len(self.seeds)
+
+    def ladder(self) -> list[float]:
+        """The sizes to be run first: each at least `STEP` times the one before, and the full corpus."""
+        sizes = [self.percentages[0]]
+        for size in self.percentages[1:-1]:
+            if STEP * sizes[-1] <= size <= self.percentages[-1] / STEP:
+                sizes.append(size)
+        return [*sizes, self.percentages[-1]]
+
+    def test_confidence(self) -> float:
+        """Of a single look: each size where a plateau may begin has an equal share of the doubt (Bonferroni)."""
+        return 1 - (1 - self.confidence) / (len(self.percentages) - 1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found, and at what cost."""
+
+    verdict: str  # plateau, still improving or undecided
+    percentage: float  # where the plateau begins, or NaN
+    reason: str
+    runs: pd.DataFrame  # percentage, seed, score: all that were spent
+    share: float  # of the full grid's runs
+
+
+def settle(oracle: Oracle, plan: Plan) -> Outcome:
+    """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
+
+    Parameters
+    ----------
+    oracle
+        Score of a run, higher is better, given its percentage and seed; or its scores on several data sets, of which
+        the mean is taken.
+    plan
+        The grid, margin, confidence and budget.
+    """
+    asking = ask(plan)
+    runs = next(asking)
+    while True:
+        try:
+            runs = asking.send([float(np.mean(oracle(percentage, seed))) for percentage, seed in runs])
+        except StopIteration as settled:
+            return settled.value
+
+
+def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
+    """Yield the runs that are wanted next, take their scores, and return the outcome when it is settled.
+
+    A few seeds of each size of the ladder are run, from the smallest to the full corpus: no verdict is told without it,
+    since what comes late shows there alone. While `decide` has none, the size at half of the corpus is run, unless the
+    means alone make a plateau (without that size no model is called still improving); then the sizes at both ends of
+    what may be a plateau get a seed more; and when those have all seeds, the rest of the grid is filled in from its
+    large end.
+    """
+    scores: Scores = {}
+    ladder = plan.ladder()
+    half = max((size for size in plan.percentages if size <= ladder[-1] / 2), default=ladder[0])
+    wanted = dict.fromkeys(ladder, plan.first_seeds)
+    while True:
+        runs = [
+            (size, seed) for size, n_more in wanted.items() for seed in plan.seeds[len(scores.get(size, ())) :][:n_more]
+        ]
+        for (size, _), score in zip(runs, (yield runs), strict=True):
+            scores.setdefault(size, []).append(score)
+        verdict, percentage, reason = decide(scores, plan)
+        if verdict == PLATEAU or (verdict == IMPROVING and half in scores):
+            break
+        coming = still_to_come(scores, plan)
+        flat = [each.start for each in coming if each.expected < plan.margin]
+        if half not in scores and not flat:
+            wanted = {half: plan.first_seeds}
+        else:
+            ends = (flat[0] if flat else coming[-1].start, ladder[-1])
+            wanted = {size: 1 for size in ends if len(scores[size]) < len(plan.seeds)}
+        if not wanted:
+            unfilled = [size for size in plan.percentages if len(scores.get(size, ())) < len(plan.seeds)]
+            wanted = dict.fromkeys(unfilled[-1:], 1)
+        spent = sum(map(len, scores.values()))
+        if not wanted or spent + sum(wanted.values()) > plan.budget * plan.n_runs:
+            verdict, percentage, reason = UNDECIDED, np.nan, f"open after {spent} of {plan.n_runs} runs"
+            break
+    rows = [(size, seed, score) for size, of in scores.items() for seed, score in zip(plan.seeds, of, strict=False)]
+    runs = pd.DataFrame(rows, columns=["percentage", "seed", "score"])
+    return Outcome(verdict, percentage, reason, runs, len(runs) / plan.n_runs)
+
+
+def decide(scores: Scores, plan: Plan) -> tuple[str, float, str]:
+    """Verdict on the scores so far, the percentage where a plateau begins, and the reason.
+
+    A plateau begins at the smallest size beyond which at most less than the margin is `still_to_come`. Failing that,
+    the verdict is that of the rule `equivalence` (`saturation.saturation_points`).
+    """
+    for coming in still_to_come(scores, plan):
+        if coming.at_most < plan.margin:
+            return PLATEAU, coming.start, f"beyond {coming.start:g} %, at most {coming.at_most:.2g} is to be gained"
+    sizes = np.array(sorted(scores))
+    errors = [1 - np.array(scores[size]) for size in sizes]
+    curve = Curve(("", "random", "", ""), 100 * sizes / sizes[-1], sizes, errors, borrowed=False)
+    (point,), (verdict,) = verdicts([curve], plan.margin, plan.test_confidence())
+    return str(verdict), float(point * sizes[-1] / 100), "by the rule equivalence"
+
+
+class Coming(NamedTuple):
+    """What is to be gained from a size to the full corpus."""
+
+    start: float  # percentage
+    expected: float
+    at_most: float
+
+
+def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
+    """What is to be gained from each size to the full corpus, of which there are runs.
+
+    It is the larger of two readings, each with its upper confidence bound for `at_most`. A line in the logarithm of the
+    size is fitted to the runs from that size on (`scipy.stats.linregress`); and the full corpus's mean is set beside
+    that of the runs below it, with the variance of all sizes from there on, so that a gain that comes late is not lost
+    among sizes that had none.
+    """
+    sizes = sorted(scores)
+    coming = []
+    for start in sizes[:-1]:
+        later = [np.array(scores[size]) for size in sizes if size >= start]
+        below, full, n_runs = np.concatenate(later[:-1]), later[-1], sum(map(len, later))
+        x = np.repeat(np.log2([size for size in sizes if size >= start]), [len(of) for of in later])
+        line, doublings = stats.linregress(x, np.concatenate(later)), x[-1] - x[0]
+        freedom, gap = n_runs - len(later), full.mean() - below.mean()
+        error = np.sqrt(sum(((of - of.mean()) ** 2).sum() for of in later) / freedom * (1 / len(below) + 1 / len(full)))
+        slope_error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
+        upper = line.slope + stats.t.ppf(plan.test_confidence(), n_runs - 2) * slope_error
+        most = max(upper * doublings, gap + stats.t.ppf(plan.test_confidence(), freedom) * error, 0)
+        coming.append(Coming(start, float(max(line.slope * doublings, gap, 0)), float(most)))
+    return coming
+
+
+def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> pd.DataFrame:
+    """Verdicts that `settle` would have reached on a study that has been run, beside those of all its runs.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study. A run's score is its mean over the data sets of a task.
+    metric
+        Any metric.
+    plan
+        Margin, confidence, budget and first seeds; percentages and seeds are the study's.
+    seed
+        Of the order in which the seeds of a size are taken.
+
+    Returns
+    -------
+    table with the columns model, strategy, task, full and full_percentage (`decide` on all runs), adaptive,
+    adaptive_percentage and share (of the runs).
+    """
+    rows = []
+    for curve in curves_of(mean_over_datasets(results, metric), metric):
+        rng = np.random.default_rng(seed)
+        sign = -1 if lower_is_better(metric) else 1
+        n_seeds = min(map(len, curve.runs))
+        scores = {
+            size: (sign * rng.permutation(runs)[:n_seeds]).tolist()
+            for size, runs in zip(curve.percentages.tolist(), curve.runs, strict=True)
+        }
+        of_curve = replace(plan, percentages=tuple(scores), seeds=tuple(range(n_seeds)))
+        full, full_percentage, _ = decide(scores, of_curve)
+        found = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], of_curve)
+        rows.append((*curve.key[:3], full, full_percentage, found.verdict, found.percentage, found.share))
+    columns = ["model", "strategy", "task", "full", "full_percentage", "adaptive", "adaptive_percentage", "share"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,230 @@
+"""What a subset's strategy and diversity are worth at equal size, and whether a model overtakes the baselines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from datawall.analysis.results import BASELINE, ORACLE, lower_is_better, mean_over_splits, select
+from datawall.analysis.saturation import KEY, adjust, curves_of, one_sided_p, pretrained
+
+MEASURES = ["shannon", "inverse_simpson", "vendi"]
+RUN = ["strategy", "percentage", "seed"]  # one pretrained model of a family
+RANGE = 0.2  # of a metric, from predictions without an embedding to its ceiling; on less, it tells little
+
+
+def strategy_effects(
+    results: pd.DataFrame, metric: str, *, reference: str = "random", confidence: float = 0.95
+) -> pd.DataFrame:
+    """What each strategy, spike-ins too, is worth over the reference, over all data sets and the sizes that both have.
+
+    The inference is to other runs and other data sets, for which a strategy may be worth more or less (see `_slope`).
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study.
+    metric
+        Any metric.
+    reference
+        The strategy that the others are compared with.
+    confidence
+        Of the intervals.
+
+    Returns
+    -------
+    table with the columns model, task, strategy, datasets (their number), difference (in the metric's units), low,
+    high, p (two-sided) and p_adjusted (Benjamini and Hochberg, over the table); NaN where nothing varies that could be
+    tested.
+
+    Raises
+    ------
+    ValueError
+        If no size has the reference and another strategy; and as `saturation_points`.
+    """
+    rows = []
+    for (model, task), group in _pretrained(results, metric).groupby(["model", "task"]):
+        for strategy in sorted(set(group["strategy"]) - {reference}):
+            both = group[group["strategy"].isin([strategy, reference])]
+            shared = both.groupby("percentage")["strategy"].nunique().eq(2)
+            runs = _by_dataset(both[both["percentage"].isin(shared[shared].index)])
+            if len(runs):
+                of = runs.index.get_level_values("strategy") == strategy
+                rows.append((model, task, strategy, runs.shape[1], *_slope(runs, of.astype(float))))
+    if not rows:
+        raise ValueError(f"no size has runs of {reference!r} and of another strategy.")
+    return _with_tests(rows, ["model", "task", "strategy"], confidence)
+
+
+def diversity_effects(
+    results: pd.DataFrame, diversity: pd.DataFrame, metric: str, *, confidence: float = 0.95
+) -> pd.DataFrame:
+    """How the score goes with the diversity of the subset, at equal size and over all data sets (see `_slope`).
+
+    Subsets differ in diversity mostly by their strategy, so that this tells runs apart, not strategies: there are only
+    as many ways of choosing as there are strategies.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study.
+    diversity
+        Diversity of each subset: strategy, percentage, seed, shannon, inverse_simpson, vendi.
+    metric
+        Any metric.
+    confidence
+        Of the intervals.
+
+    Returns
+    -------
+    table with the columns model, task, measure, datasets (their number), difference (in the metric's units, for one
+    standard deviation of the measure over subsets of equal size), low, high, p, p_adjusted (Benjamini and Hochberg,
+    over the table).
+
+    Raises
+    ------
+    ValueError
+        If no run has a subset in `diversity`; and as `saturation_points`.
+    """
+    runs = _pretrained(results, metric).merge(diversity[[*RUN, *MEASURES]], on=RUN)
+    if runs.empty:
+        raise ValueError("no run's strategy, percentage and seed are in the diversity table.")
+    rows = []
+    for (model, task), group in runs.groupby(["model", "task"]):
+        for measure in MEASURES:
+            # A size with one strategy says nothing of diversity.
+            data = (
+                group.dropna(subset=measure).groupby("percentage").filter(lambda of: len(of["strategy"].unique()) > 1)
+            )
+            if len(data):
+                z = data.drop_duplicates(RUN).set_index(RUN)[measure]
+                within = z - z.groupby("percentage").transform("mean")
+                table = _by_dataset(data)
+                slope = _slope(table, (z / within.std()).reindex(table.index).to_numpy())
+                rows.append((model, task, measure, table.shape[1], *slope))
+    return _with_tests(rows, ["model", "task", "measure"], confidence)
+
+
+def _by_dataset(runs: pd.DataFrame) -> pd.DataFrame:
+    """Scores of runs, by data set; only runs that have been judged on all of them."""
+    return runs.pivot_table(index=RUN, columns="dataset", values="value").dropna()
+
+
+def _slope(runs: pd.DataFrame, x: np.ndarray) -> tuple[float, float, float]:
+    """Slope of scores (runs by data sets) on x at equal size, mean over data sets; its error and degrees of freedom.
+
+    Runs vary, and what x is worth varies from one data set to the next; runs are judged on every data set, so that the
+    two are crossed, and the variance of the mean slope is the sum of both. Each is estimated with what is left besides,
+    which is taken off once; Satterthwaite's degrees of freedom (1946, Biometrics 2:110). With a single data set the
+    slope is that data set's alone.
+    """
+    sizes = runs.index.get_level_values("percentage")
+    X = np.column_stack([x, sizes.to_numpy()[:, None] == sizes.unique().to_numpy()])
+    Y = runs.to_numpy()
+    inverse, n_datasets, left = np.linalg.pinv(X.T @ X), Y.shape[1], len(X) - X.shape[1]
+    slopes = (inverse @ X.T @ Y)[0]
+    residuals = Y - X @ inverse @ X.T @ Y
+    if left < 1:
+        return slopes.mean(), np.nan, np.nan
+    common = residuals.mean(axis=1)
+    parts = [(common @ common / left * inverse[0, 0], left)]
+    if n_datasets > 1:
+        own = np.square(residuals - common[:, None]).sum() / (left * (n_datasets - 1))
+        parts.append((slopes.var(ddof=1) / n_datasets, n_datasets - 1))
+        parts.append((-own / n_datasets * inverse[0, 0], left * (n_datasets - 1)))
+    largest = max(parts[:2])
+    variance = sum(part for part, _ in parts)
+    if variance <= largest[0]:  # by chance
+        return slopes.mean(), np.sqrt(largest[0]), largest[1]
+    return slopes.mean(), np.sqrt(variance), variance**2 / sum(part**2 / freedom for part, freedom in parts)
+
+
+def overtaking(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
+    """The smallest percentage, if any, at which a model is better than the best baseline.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study, with baselines.
+    metric
+        Any metric.
+    confidence
+        Of the one-sided t tests of the runs of a size against the baseline, which are corrected over the table
+        (Benjamini and Hochberg).
+
+    Returns
+    -------
+    table with the columns model, strategy, task, dataset, baseline (the best one), score (the baseline's), lead (of the
+    best size's mean over it, in the metric's units, positive if the model is better) and percentage, NaN where no size
+    is better for certain. Data sets without a baseline are left out.
+
+    Raises
+    ------
+    ValueError
+        If there is no baseline; and as `saturation_points`.
+    """
+    sign = -1 if lower_is_better(metric) else 1
+    baselines = select(results, metric=metric, strategy=BASELINE)
+    if baselines.empty:
+        raise ValueError(f"no baseline has the metric {metric!r}.")
+    means = sign * baselines.groupby(["task", "dataset", "model"])["value"].mean()
+    best = means.groupby(["task", "dataset"]).idxmax()
+    curves = [curve for curve in curves_of(results, metric) if curve.key[2:] in best.index]
+    rows, p_values = [], []
+    for curve in curves:
+        own = [sign * runs for runs in curve.runs[: curve.n_own]]
+        score = means[best[curve.key[2:]]]
+        for runs in own:
+            n_runs = len(runs)
+            error = runs.std(ddof=1) / np.sqrt(n_runs) if n_runs > 1 else np.nan
+            p_values.append(float(one_sided_p(runs.mean() - score, np.float64(error), np.float64(n_runs - 1))))
+        lead = max(runs.mean() for runs in own) - score
+        rows.append((*curve.key, best[curve.key[2:]][2], sign * score, lead))
+    table = pd.DataFrame(rows, columns=[*KEY, "baseline", "score", "lead"])
+    better = np.split(adjust(np.array(p_values)) <= 1 - confidence, np.cumsum([c.n_own for c in curves])[:-1])
+    table["percentage"] = [
+        c.percentages[b.argmax()] if b.any() else np.nan for c, b in zip(curves, better, strict=True)
+    ]
+    return table
+
+
+def dynamic_range(results: pd.DataFrame) -> pd.DataFrame:
+    """How much room a metric of perturbation response has between predictions without an embedding and its ceiling.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study, with baselines.
+
+    Returns
+    -------
+    table with the columns dataset, metric, floor (the better of no change and mean shift, mean over splits), ceiling
+    (`tasks.perturbation.oracle`), range (of a score ceiling - floor, of an error the share of the floor's that the
+    ceiling does not have) and tells: whether the range is at least `RANGE`. On a metric with less, embeddings that
+    differ can hardly be told apart.
+    """
+    rows = select(results, task="perturbation_response", strategy=BASELINE)
+    means = rows.pivot_table("value", ["dataset", "metric"], "model")
+    lower = np.array([lower_is_better(metric) for metric in means.index.get_level_values("metric")], bool)
+    without = means[["NoChange", "MeanShift"]]
+    floor, ceiling = without.max(axis=1).mask(lower, without.min(axis=1)), means[ORACLE]
+    width = (ceiling - floor).mask(lower, 1 - ceiling / floor)
+    return pd.DataFrame({"floor": floor, "ceiling": ceiling, "range": width, "tells": width >= RANGE}).reset_index()
+
+
+def _pretrained(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Pretrained runs of a metric, means over splits."""
+    curves_of(results, metric)  # refuses what cannot be compared
+    return pretrained(mean_over_splits(select(results, metric=metric)))
+
+
+def _with_tests(rows: list[tuple], keys: list[str], confidence: float) -> pd.DataFrame:
+    """A table of keys, data sets, difference, error and degrees of freedom, with an interval and a two-sided test."""
+    table = pd.DataFrame(rows, columns=[*keys, "datasets", "difference", "error", "freedom"])
+    gap, error, freedom = (table[name].to_numpy(float) for name in ("difference", "error", "freedom"))
+    width = stats.t.ppf((1 + confidence) / 2, freedom) * error
+    p = np.where(np.isnan(error), np.nan, np.minimum(2 * one_sided_p(np.abs(gap), error, freedom), 1))
+    adjusted = np.full(len(table), np.nan)
+    adjusted[~np.isnan(p)] = adjust(p[~np.isnan(p)])
+    return table[[*keys, "datasets", "difference"]].assign(low=gap - width, high=gap + width, p=p, p_adjusted=adjusted)

@@ -1,0 +1,250 @@
+"""How often a rule is right: before a study is run, and on learning curves with the published results' spread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from datawall.analysis import published, saturation
+from datawall.analysis.adaptive import Plan, settle
+from datawall.analysis.results import select
+from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of
+from datawall.analysis.scaling import scale
+from datawall.engine import paths
+
+TABLE = paths.PACKAGE_DATA / "power.csv"  # what `rates` finds, made by its benchmark
+SIZES = np.array([1.0, 10, 25, 50, 75, 100])  # per cent, as published
+MARGIN = 0.01
+NOISES = {"published": None, "SD .003": 0.003, "SD .01": 0.01}  # of runs; None draws that of a published curve
+
+DESIGNS = (("published", 3), ("published", 5), ("published", 10), ("SD .003", 5), ("SD .01", 5))
+
+
+def _halves(error: float, begin: float, end: float) -> Callable[[np.ndarray], np.ndarray]:
+    """An error that is flat, halves between two sizes by a power law, and is flat again."""
+    return lambda size: error * (np.clip(size, begin, end) / begin) ** -(np.log(2) / np.log(end / begin))
+
+
+# Error by size, also beyond the corpus, and where its plateau begins.
+TRUTHS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "plateau at 1 %": (lambda size: np.full(np.shape(size), 0.25), 1.0),
+    "plateau at 10 %": (_halves(0.25, 1, 10), 10.0),
+    "plateau at 25 %": (_halves(0.25, 1, 25), 25.0),
+    "improves, .25 to .125": (lambda size: 0.25 * size ** -(np.log(2) / np.log(100)), np.inf),
+    "improves, .7 to .35": (lambda size: 0.7 * size ** -(np.log(2) / np.log(100)), np.inf),
+    "improves, .8 to .4": (lambda size: 0.8 * size ** -(np.log(2) / np.log(100)), np.inf),
+    "late, from 25 %": (lambda size: 0.25 * np.maximum(size / 25, 1) ** -0.5, np.inf),
+    "late, from 50 %": (lambda size: 0.25 * np.maximum(size / 50, 1) ** -1.0, np.inf),
+    "broken line": (
+        lambda size: np.where(size < 10, 0.4 - 0.15 * np.log10(size), 0.25 - 0.05 * np.log10(size / 10)),
+        np.inf,
+    ),
+}
+RISES = {"flat": 0, "rises by the margin": 1, "rises by twice the margin": 2}  # margins gained with every doubling
+
+MOST_SEEDS = 50  # that are tried
+
+
+def of_design(
+    spread: float | Sequence[float],
+    n_seeds: int | Sequence[int],
+    margin: float,
+    *,
+    percentages: Sequence[float] = (1, 10, 25, 50, 75, 100),
+    n_curves: int = 1,
+    confidence: float = 0.95,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How often the rule `equivalence` would give each verdict, by simulation through its own code.
+
+    Parameters
+    ----------
+    spread
+        Standard deviation over seeds, in the metric's units: of all sizes, or one for each.
+    n_seeds
+        Runs of each size; several numbers are tried in turn.
+    margin
+        Difference in score that does not matter.
+    percentages
+        Sizes of the design, ascending; the last is the full corpus, 100.
+    n_curves
+        Curves of one kind that are judged together, as one family of tests.
+    confidence
+        Of the tests.
+    n_draws
+        Simulated studies; noise is normal.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    table with the columns truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the
+    corpus), seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the
+    true one: the power) and error (Monte-Carlo standard error of it).
+    """
+    sizes = np.array(percentages, float)
+    if sizes[-1] != 100 or (np.diff(sizes) <= 0).any() or len(sizes) < 2:
+        raise ValueError(f"percentages {percentages}: two or more, ascending, up to 100, to which the rule compares.")
+    curve = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * len(sizes), borrowed=False)
+    spreads = np.broadcast_to(np.asarray(spread, float), sizes.shape)
+    rng, rows = np.random.default_rng(seed), []
+    for number in np.atleast_1d(n_seeds):
+        for truth, rise in RISES.items():
+            errors = rise * margin * np.log2(100 / sizes)
+            noise = rng.standard_normal((n_curves, len(sizes), n_draws, number))
+            found = _verdicts(list(errors[:, None, None] + spreads[:, None, None] * noise), curve, margin, confidence)
+            shares = {verdict: (found == verdict).mean() for verdict in (PLATEAU, IMPROVING, UNDECIDED)}
+            right = found == (IMPROVING if rise else PLATEAU)
+            error = right.mean(axis=0).std(ddof=1) / np.sqrt(n_draws)  # curves of one family depend on each other
+            rows.append({"truth": truth, "seeds": int(number), **shares, "right": right.mean(), "error": error})
+    return pd.DataFrame(rows)
+
+
+def seeds_needed(
+    spread: float | Sequence[float], margin: float, *, power: float = 0.8, most: int = 50, **design: Any
+) -> int | None:
+    """The fewest seeds at which a flat curve is shown flat with the given power, up to `most`; None if none are enough.
+
+    `design` holds the further arguments of `of_design`.
+    """
+    enough = (
+        number for number in range(2, most + 1) if of_design(spread, number, margin, **design)["right"].iloc[0] >= power
+    )
+    return next(enough, None)
+
+
+def seeds_to_decide(curve: Curve, margin: float, *, power: float = 0.8, n_draws: int = 500) -> int | None:
+    """How many seeds would give a curve of errors any verdict but undecided, were its means and spreads the truth.
+
+    The curve is judged on its own. None where the most that is tried, `MOST_SEEDS`, would not reach the power.
+    """
+    means = np.array([runs.mean() for runs in curve.runs])
+    spreads = np.array([runs.std(ddof=1) if len(runs) > 1 else np.nan for runs in curve.runs])
+    if curve.percentages[-1] != 100 or np.isnan(spreads).all():
+        return None
+    spreads, rng = np.nan_to_num(spreads, nan=np.nanmean(spreads)), np.random.default_rng(0)
+    for number in (*range(2, 11), 12, 15, 20, 30, MOST_SEEDS):
+        noise = rng.standard_normal((len(means), n_draws, number))
+        runs = means[:, None, None] + spreads[:, None, None] * noise
+        if (_verdicts([runs], curve, margin, 0.95) != UNDECIDED).mean() >= power:
+            return number
+    return None
+
+
+def _verdicts(runs: list[np.ndarray], curve: Curve, margin: float, confidence: float) -> np.ndarray:
+    """Verdicts on the simulated errors of each curve, (n_sizes, n_draws, n_seeds), as `saturation.verdicts` gives."""
+    alpha, family = 1 - confidence, [list(of) for of in runs]
+    points = np.array(saturation._points(family, [curve] * len(runs), "equivalence", margin, alpha))
+    half = np.flatnonzero(curve.percentages <= 50)
+    p = np.ones(points.shape)
+    if len(half):
+        p = np.array([saturation.one_sided_p(*saturation.difference(of[half[-1]], of[-1])) for of in family])
+    open_ = np.where(alpha >= saturation.adjust(p.T).T, IMPROVING, UNDECIDED)
+    return np.where(np.isinf(points), open_, PLATEAU)
+
+
+def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = None, seed: int = 0) -> np.ndarray:
+    """Scores of made-up pretraining runs of one of `TRUTHS`, (n_curves, n_sizes, n_seeds).
+
+    Noise is normal, of the standard deviation given; by default with that over seeds of each size in one of the 20
+    published curves of zero-shot classification (random subsets, micro-F1), drawn for each simulated curve.
+    """
+    rng = np.random.default_rng(seed)
+    shown = select(published.results(), task="zeroshot_classification", strategy="random")
+    spreads = np.array([[runs.std(ddof=1) for runs in curve.runs] for curve in curves_of(shown, "micro_f1")])
+    spread = spreads[rng.integers(len(spreads), size=n_curves)] if noise is None else np.full((1, len(SIZES)), noise)
+    error = TRUTHS[truth][0](SIZES)
+    return np.minimum(1 - error[:, None] + spread[..., None] * rng.standard_normal((n_curves, len(SIZES), n_seeds)), 1)
+
+
+def rates(n_curves: int = 100, designs: Iterable[tuple[str, int]] = DESIGNS) -> pd.DataFrame:
+    """How often each rule sees a plateau at half of the corpus or less, by truth, noise and number of seeds.
+
+    Returns
+    -------
+    table as `judged`, with the columns truth, noise and seeds before.
+    """
+    rows = []
+    for noise, number in designs:
+        for truth, (error, begins) in TRUTHS.items():
+            gain = float(error(np.array(100.0)) - error(np.array(200.0)))
+            scores = simulated(truth, n_curves, number, noise=NOISES[noise])
+            found = judged(scores, SIZES, begins, MARGIN, gain=gain)
+            rows.append(found.assign(truth=truth, noise=noise, seeds=number))
+    return _ordered(rows, ["truth", "noise", "seeds"])
+
+
+def table() -> pd.DataFrame:
+    """`rates`, as they come with the package."""
+    return pd.read_csv(TABLE)
+
+
+def judged(
+    scores: np.ndarray, sizes: np.ndarray, begins: float, margin: float, *, gain: float | None = None
+) -> pd.DataFrame:
+    """What each rule says of curves with one truth, each judged alone.
+
+    Parameters
+    ----------
+    scores
+        (n_curves, n_sizes, n_seeds).
+    sizes
+        Percentages, ascending.
+    begins
+        Where the plateau begins in truth; infinite if there is none.
+    margin
+        Difference in score that does not matter.
+    gain
+        What the next doubling would gain in truth.
+
+    Returns
+    -------
+    table with a row per rule and the columns plateau (share of the curves on which it sees one at half of the corpus or
+    less, rightly or not), error (Monte-Carlo standard error of that share), too early (share on which it begins before
+    it does in truth), in place, runs (share of the grid that it takes) and covered (share of the intervals of the
+    predicted gain that hold `gain`); NaN where there is nothing to say.
+    """
+    plan = Plan(margin=margin, percentages=tuple(sizes.tolist()), seeds=tuple(range(scores.shape[2])))
+    by_size = list(np.moveaxis(scores, 1, 0))
+    curve = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * len(sizes), borrowed=False)
+
+    def points(rule: str, runs: list[np.ndarray], limit: float | None = None) -> tuple[np.ndarray, float]:
+        return saturation._points([runs], [curve], rule, limit, 1 - plan.confidence)[0], 1.0
+
+    errors = [1 - of for of in by_size]
+    settled = [settle(lambda size, seed, of=of: of[list(sizes).index(size), seed], plan) for of in scores]
+    found = {
+        "published": points("published", by_size),
+        "mean": points("mean", by_size),
+        "error": points("error", errors),
+        "equivalence, margin 2 SD": points("equivalence", errors),
+        f"equivalence, margin {margin:g}": points("equivalence", errors, margin),
+        "adaptive": (np.array([of.percentage for of in settled]), np.mean([of.share for of in settled])),
+    }
+    rows = []
+    for rule, (at, runs) in found.items():
+        place = {"too early": (at < begins).mean(), "in place": (at == begins).mean()} if np.isfinite(begins) else {}
+        rows.append({"rule": rule, "plateau": (at <= 50).mean(), **place, "runs": runs})
+    ends = np.array([_gain(Curve(curve.key, sizes, sizes, list(1 - of), borrowed=False)) for of in scores])
+    seen = {"rule": "predicted gain", "plateau": (ends[:, 1] <= margin).mean(), "runs": 1.0}
+    if gain is not None:
+        seen["covered"] = ((ends[:, 0] <= gain) & (gain <= ends[:, 1])).mean()
+    table = pd.DataFrame([*rows, seen])
+    return table.assign(error=np.sqrt(table["plateau"] * (1 - table["plateau"]) / len(scores)))
+
+
+def _gain(curve: Curve) -> tuple[float, float]:
+    """Interval of the next doubling's gain, as `scaling_curves` has it."""
+    point, drawn = scale(curve, 100).gain()
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return min(low, point), max(high, point)
+
+
+def _ordered(rows: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """Tables of `judged` as one, the keys first."""
+    columns = [*keys, "rule", "plateau", "error", "too early", "in place", "runs", "covered"]
+    return pd.concat(rows, ignore_index=True).reindex(columns=columns)

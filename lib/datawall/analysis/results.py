@@ -1,0 +1,348 @@
+"""The tidy tables of a study: one number a row, what each is worth, and the scores of each cell type."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from datawall.engine import store
+
+COLUMNS = [
+    *("study", "model", "strategy", "percentage", "seed", "n_cells"),
+    *("task", "dataset", "metric", "value", "split", "run_id"),
+]
+RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
+KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are known
+ALL_COLUMNS = [*COLUMNS, *KNOWN, "budget"]  # the share of a model's steps
+OF_A_TYPE = r"(?s)^(?P<metric>f1|support)\[(?P<cell_type>.*)\]\Z"  # metrics of one cell type
+PER_CLASS = [*RUN[:-1], "split", "cell_type", "f1", "low", "high", "chance", "support"]
+AGAINST = [
+    *("task", "dataset", "model", "strategy", "percentage", "value", "baseline", "baseline_value", "difference"),
+    *("low", "high", "verdict"),
+]
+CHECKSUMS = "results.sha256"  # of the tables' files
+PARAMETERS = "results.json"  # of the study that the tables are of
+BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
+CHECKPOINT = "checkpoint"  # the strategy of models from elsewhere, pretrained on other cells; the rest as above
+CHANCE, ORACLE = "Chance", "Oracle"  # baselines that are no contenders: the floor and the ceiling
+DONORS = "donors "  # how the names of splits by donor begin
+
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables of `read_results` from rows with `ALL_COLUMNS`.
+
+    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which differ in them, if at all,
+    by their clusters.
+    """
+    of_type, checked = rows["metric"].str.match(OF_A_TYPE), rows["budget"].fillna(1.0) != 1
+    budgets = rows.loc[checked & ~of_type, [*RUN, "budget", "split", "value"]]
+    rows, of_type = rows[~checked], of_type[~checked]
+    scores = rows[~of_type]
+    scores = pd.concat([scores, _chance_rows(scores)], ignore_index=True) if len(scores) else scores
+    oracle = scores[scores["model"] == ORACLE].drop_duplicates(["task", "dataset", "metric", "split"])
+    if len(oracle):
+        levels = oracle.set_index(["task", "dataset", "metric", "split"])["value"]
+        keys = pd.MultiIndex.from_frame(scores[levels.index.names])
+        scores = scores.assign(
+            ceiling=scores["ceiling"].fillna(pd.Series(levels.reindex(keys).to_numpy(), scores.index))
+        )
+    return {
+        "results": _sorted(scores[COLUMNS]),
+        "intervals": _sorted(scores[[*RUN, "split", "value", *KNOWN]]),
+        "per_class": _per_class(rows[of_type]),
+        "budgets": _sorted(budgets),
+    }
+
+
+def _chance_rows(scores: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the baseline `Chance`: one per task, data set, metric and split of which a baseline knows it."""
+    keys = ["task", "dataset", "metric", "split"]
+    known = scores[(scores["strategy"] == BASELINE) & scores["chance"].notna()]
+    known = known[known["task"] != "perturbation_response"]  # whose level of chance is a baseline itself, NoChange
+    level = known.groupby(keys)["chance"].transform("mean")
+    return known.assign(model=CHANCE, value=level, **dict.fromkeys(KNOWN, np.nan)).drop_duplicates(keys)
+
+
+def _per_class(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per run, split and cell type, from rows of the metrics `f1[type]` and `support[type]`."""
+    parts = rows["metric"].str.extract(OF_A_TYPE)
+    rows = rows.assign(metric=parts["metric"], cell_type=parts["cell_type"])
+    keys = [*RUN[:-1], "split", "cell_type"]
+    f1 = rows[rows["metric"] == "f1"].rename(columns={"value": "f1"})[[*keys, "f1", "low", "high", "chance"]]
+    support = rows[rows["metric"] == "support"].rename(columns={"value": "support"})[[*keys, "support"]]
+    return _sorted(f1.merge(support, on=keys, how="left")[PER_CLASS])
+
+
+def _sorted(table: pd.DataFrame) -> pd.DataFrame:
+    return table.sort_values(list(table)[:-1], ignore_index=True)
+
+
+def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict[str, Any]) -> None:
+    """Write tables into a run folder, each as `<name>.parquet` and `<name>.csv`, each atomically.
+
+    The parameters of the study that they are of come with them: a later run may begin with others, and fail.
+    """
+    for name, table in tables.items():
+        store.write_atomically(
+            folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False)
+        )
+        store.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
+    store.write_json(folder / PARAMETERS, parameters)
+    files = [f"{name}.{suffix}" for name in tables for suffix in ("parquet", "csv")]
+    store.write_checksums(folder / CHECKSUMS, [*files, PARAMETERS])
+
+
+def parameters(folder: Path) -> dict[str, Any]:
+    """Parameters of the study that the tables of a run folder are of; nothing if there are no tables.
+
+    Raises
+    ------
+    ValueError
+        If they are not as they were written.
+    """
+    path = folder / PARAMETERS
+    if not path.is_file():
+        return {}
+    _refuse_damaged(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_ids(folder: Path) -> set[str]:
+    """Artifacts that the results of a run folder name; none if there are no results yet."""
+    path = folder / "results.parquet"
+    return set(pd.read_parquet(path, columns=["run_id"])["run_id"]) if path.is_file() else set()
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the tables of a run folder, a line each; nothing if there are none yet."""
+    if not (folder / CHECKSUMS).is_file():
+        return [f"{CHECKSUMS} is missing"] * (folder / "results.parquet").is_file()
+    return [f"{name} is missing, or not as it was written" for name in store.changed(folder / CHECKSUMS)]
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Refuse a file of the tables that is not as it was written, or cannot be known to be."""
+    if wrong := [line for line in damage(path.parent) if line.startswith((path.name, CHECKSUMS))]:
+        raise ValueError(f"{path.parent}: {wrong[0]}; run the study again, which makes it from the store in no time.")
+
+
+def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
+    """A table of a run.
+
+    Parameters
+    ----------
+    run_dir
+        Folder of the run, such as `runs/quick`.
+    table
+        `results`, `intervals`, `per_class` or `budgets`.
+
+    Returns
+    -------
+    All tables have the columns study, model, strategy, percentage (0 to 100), seed, n_cells (pretraining cells), task,
+    dataset and split (how test cells were told from training cells). Beside them,
+
+    results
+        one number a row: metric, value, run_id (the artifact it is from);
+    intervals
+        the same numbers: metric, value, low and high (95 % bootstrap interval over cells), chance and ceiling, each NaN
+        where it is not known;
+    per_class
+        cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
+    budgets
+        metric, value and budget (a share of the model's steps) of the runs of `budget_check`, which are in no other.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the run has no such table.
+    ValueError
+        If it is not as it was written.
+    """
+    path = Path(run_dir) / f"{table}.parquet"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run the study first: python run_all.py params/<study>.yaml")
+    _refuse_damaged(path)
+    return pd.read_parquet(path)
+
+
+def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of splits that are not by donor; all rows if there are no others."""
+    donors = table["split"].str.startswith(DONORS)
+    return table if donors.all() else table[~donors]
+
+
+def mean_over_splits(table: pd.DataFrame) -> pd.DataFrame:
+    """One value per run and metric: the mean over its splits, of low and high too where the table has them.
+
+    Splits by donor ask another question; they do not count, unless the table has no others. The mean of
+    intervals is no narrower than each: splits share their cells, and more of them are no more cells.
+    """
+    table = _by_cell(table)
+    columns = [name for name in ("value", "low", "high") if name in table]
+    return table.groupby(RUN, as_index=False, sort=True)[columns].mean()
+
+
+def select(results: pd.DataFrame, **values: str | float) -> pd.DataFrame:
+    """Rows whose columns have the values given, say `select(results, task="reconstruction", metric="mse")`."""
+    for name, value in values.items():
+        results = results[results[name] == value]
+    return results
+
+
+def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The claim in numbers: each model untrained and at every size of the random strategy, beside the baselines.
+
+    Means over splits and seeds; a row per data set and pretrained model, a column per size and per baseline. Empty
+    where there are no such results.
+    """
+    means = mean_over_splits(select(results, metric=metric))
+    means = means.groupby(["dataset", "model", "strategy", "percentage"], as_index=False)["value"].mean()
+    table = {}
+    for dataset, rows in means.groupby("dataset"):
+        of_baselines = select(rows, strategy=BASELINE).set_index("model")["value"].to_dict()
+        for model, runs in rows[~rows["strategy"].isin([BASELINE, CHECKPOINT])].groupby("model"):
+            runs = runs[runs["strategy"].isin(["random", "untrained"])]
+            sizes = {
+                "untrained" if p == 0 else f"{p:g} %": v for p, v in zip(runs["percentage"], runs["value"], strict=True)
+            }
+            table[dataset, model] = sizes | of_baselines
+    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
+    return pd.DataFrame(table.values(), index)
+
+
+def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
+    """In words, how each model at the best of its sizes compares with its untrained control and the baselines.
+
+    `above` or `below` by more than `margin`, in the metric's units, or else `within`; `unknown` without random subsets
+    or an untrained control. Rows and sizes are those of `headline`.
+    """
+    table = headline(results, metric)
+    best = table.filter(like="%").max(axis=1)
+    names = dict.fromkeys(["untrained", *(name for name in table if not name.endswith("%"))])
+    gap = -table.reindex(columns=list(names)).sub(best, axis=0)
+    words = gap.map(lambda value: "above" if value > margin else "below" if value < -margin else "within")
+    return words.where(gap.notna(), "unknown")
+
+
+def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """What more cells and what more diverse cells are worth, in the metric's units, means over splits and seeds.
+
+    A row per data set and model. `more cells` is the largest size over the smallest, of random subsets; a strategy's
+    column is its gain over random subsets of equal size, at the largest size that both have. NaN without such subsets.
+    """
+    means = mean_over_splits(select(results, metric=metric))
+    means = means[~means["strategy"].isin([BASELINE, CHECKPOINT])]
+    means = means.pivot_table(index=["dataset", "model", "strategy"], columns="percentage", values="value")
+    table = {}
+    for (dataset, model), of_model in means.groupby(["dataset", "model"]):
+        by_strategy = of_model.droplevel(["dataset", "model"])
+        random = by_strategy.reindex(["random"]).loc["random"].dropna()
+        table[dataset, model] = {"more cells": random.iloc[-1] - random.iloc[0] if len(random) else float("nan")}
+        for strategy in by_strategy.index.difference(["random", "untrained"]):
+            shared = (by_strategy.loc[strategy] - random).dropna()
+            table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")
+    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
+    return pd.DataFrame(table.values(), index)
+
+
+def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) -> pd.DataFrame:
+    """Of every pretrained run, how much of its pretraining loss is gone on held-out cells, and a downstream score.
+
+    Returns
+    -------
+    table with the columns model, strategy, percentage, seed, explained and score; runs without either are left out.
+    """
+    keys = ["model", "strategy", "percentage", "seed"]
+    runs = results[results["percentage"] > 0]
+    losses = mean_over_splits(select(runs, task="reconstruction", metric="explained")).set_index(keys)["value"]
+    scores = mean_over_splits(select(runs, task=task, metric=metric, dataset=dataset)).set_index(keys)["value"]
+    return pd.concat({"explained": losses, "score": scores}, axis=1).dropna().reset_index()
+
+
+def rank_correlations(both: pd.DataFrame) -> pd.Series:
+    """Spearman's correlation over runs of the two columns of `loss_and_score`, by model."""
+    by_model = {model: of["explained"].corr(of["score"], method="spearman") for model, of in both.groupby("model")}
+    return pd.Series(by_model, dtype=float)
+
+
+def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Who wins against the best baseline: differences with intervals, paired over the same splits.
+
+    An interval is of a bootstrap over seeds and splits, both drawn with replacement, with normal noise of the variance
+    over cells (of model and baseline, from their own intervals) added to each draw. That noise is taken as independent,
+    though both err on the same cells: intervals are too wide rather than too narrow, and a tie may be a small win.
+
+    Parameters
+    ----------
+    intervals
+        The table `intervals` of a study (`read_results`).
+    metric
+        Any of its metrics. The best baseline is that with the best mean over splits, `Chance` and `Oracle` left out.
+    n_resamples, seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    a row per task, data set and pretrained model, strategy and percentage: value, baseline (its name),
+    baseline_value, difference (value - baseline_value), low, high (95 %), verdict: `win` or `loss` if the interval
+    excludes zero, else `tie`; `unknown` for a single run and split without an interval over cells.
+    """
+    rows, sign = _by_cell(select(intervals, metric=metric)), -1 if lower_is_better(metric) else 1
+    table = []
+    for (task, dataset), of_data in rows.groupby(["task", "dataset"]):
+        baselines = of_data[(of_data["strategy"] == BASELINE) & ~of_data["model"].isin([CHANCE, ORACLE])]
+        if baselines.empty:
+            continue
+        best = (sign * baselines.groupby("model")["value"].mean()).idxmax()
+        baseline = baselines[baselines["model"] == best].set_index("split")
+        models = of_data[of_data["strategy"] != BASELINE].groupby(["model", "strategy", "percentage"], sort=True)
+        for (model, strategy, percentage), runs in models:
+            gap = runs.assign(value=runs["value"] - baseline["value"].reindex(runs["split"]).to_numpy())
+            gap = gap.pivot_table(index="seed", columns="split", values="value").to_numpy()
+            noise = np.hypot(_deviation(runs), _deviation(baseline))
+            low, high = _interval(gap, noise, n_resamples, seed)
+            means = runs["value"].mean(), best, baseline["value"].mean(), np.nanmean(gap)
+            verdict = _verdict(sign * low, sign * high)
+            table.append((task, dataset, model, strategy, percentage, *means, low, high, verdict))
+    return pd.DataFrame(table, columns=AGAINST)
+
+
+@cache
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is an error, as `tasks.metrics_table` says; metrics that it does not have are scores."""
+    from datawall import tasks
+
+    known = tasks.metrics_table().set_index("metric")["direction"]
+    return (known.get([tasks.registered(metric)], pd.Series(dtype=object)) == "lower").any()
+
+
+def _verdict(end: float, other_end: float) -> str:
+    """In a word, what an interval of an advantage says."""
+    if np.isnan(end):
+        return "unknown"
+    if min(end, other_end) > 0:
+        return "win"
+    return "loss" if max(end, other_end) < 0 else "tie"
+
+
+def _deviation(rows: pd.DataFrame) -> float:
+    """Standard deviation over cells, from 95 % intervals; 0 where there are none."""
+    deviation = ((rows["high"] - rows["low"]) / (2 * 1.959964)).mean()
+    return 0.0 if np.isnan(deviation) else float(deviation)
+
+
+def _interval(gap: np.ndarray, noise: float, n_resamples: int, seed: int) -> tuple[float, float]:
+    """Bootstrap interval of the mean of a table of differences, seeds by splits; NaN where nothing varies."""
+    if gap.size == 1 and noise == 0:
+        return np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    n_seeds, n_splits = gap.shape
+    rows = rng.integers(n_seeds, size=(n_resamples, n_seeds, 1))
+    columns = rng.integers(n_splits, size=(n_resamples, 1, n_splits))
+    means = np.nanmean(gap[rows, columns], axis=(1, 2)) + noise * rng.standard_normal(n_resamples)
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())

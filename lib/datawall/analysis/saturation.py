@@ -1,0 +1,324 @@
+"""Learning saturation points: the percentage of the corpus past which a model stops improving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from datawall.analysis.results import BASELINE, RUN, lower_is_better, mean_over_splits, select
+
+RULES = ("published", "mean", "error", "equivalence")
+PUBLISHED_THRESHOLD = 0.95
+TOLERANCE = 0.05  # of the lowest mean error, by default
+SPREADS = 2.0  # standard deviations over seeds that make up a margin, by default
+KEY = ["model", "strategy", "task", "dataset"]
+EXACT = 1e-12  # differences below this are rounding
+PLATEAU, IMPROVING, UNDECIDED = "plateau", "still improving", "undecided"
+LIMITED = "budget-limited"  # twice the steps still change the score by more than the margin (`verdicts`)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The pretrained runs of one model, strategy, task and data set, by size."""
+
+    key: tuple[str, ...]  # model, strategy, task, dataset
+    percentages: np.ndarray  # ascending
+    n_cells: np.ndarray  # of each size, mean over runs
+    runs: list[np.ndarray]  # scores of each size, ascending
+    borrowed: bool  # whether the last size is the full corpus, from runs of the strategy `random`
+
+    @property
+    def n_own(self) -> int:
+        """Number of sizes that the strategy itself has."""
+        return len(self.runs) - self.borrowed
+
+
+def saturation_points(
+    results: pd.DataFrame,
+    metric: str,
+    *,
+    rule: str = "published",
+    margin: float | None = None,
+    confidence: float = 0.95,
+    n_resamples: int = 1000,
+) -> pd.DataFrame:
+    """Saturation point of every model, strategy, task and data set.
+
+    Splits of one run are averaged first; untrained controls and baselines are left out. The rules:
+
+    - `published`, the original study's: of all runs, take the best score; the point is the smallest percentage at
+      which any single run exceeds 0.95 of it.
+    - `mean`: the same of the means over seeds.
+    - `error`: the smallest percentage whose mean error is within `margin` of the lowest mean error. The error is
+      1 - score, or the value itself where lower is better.
+    - `equivalence`: the smallest percentage from which on every size is equivalent to the full corpus: two one-sided
+      Welch tests (Schuirmann 1987, J Pharmacokinet Biopharm 15:657) place the difference of means within ± `margin`. A
+      strategy without runs at 100 % borrows those of `random`, unless it is a spike-in. The tests of all sizes and
+      curves in the results are one family, corrected by Benjamini and Hochberg (1995, J R Stat Soc B 57:289).
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study.
+    metric
+        The score, or for `error` and `equivalence` a metric that is better when lower.
+    rule
+        One of the above.
+    margin
+        For `error` a share of the lowest mean error, 0.05 by default. For `equivalence` in the metric's units, by
+        default twice the standard deviation over seeds at 100 %: a convenience, since a margin should be chosen before
+        the runs are seen.
+    confidence
+        Of the intervals and, for `equivalence`, of the tests.
+    n_resamples
+        Of the bootstrap over seeds that gives the intervals; 0 for none.
+
+    Returns
+    -------
+    table with the columns model, strategy, task, dataset, percentage, low, high; empty for results without rows. For
+    `equivalence`, percentage is NaN where none is established, and there are two more: the margin used, and the verdict
+    `plateau`, `still improving` (no plateau, and the full corpus is better than the largest subset of at most half of
+    it, by a one-sided Welch test corrected over the curves) or `undecided`. The interval is the bootstrap's, of runs
+    resampled within each size with their deviations scaled by √(n / (n - 1)), widened to hold the point; a bound is NaN
+    where it is not established, both where a size has a single run.
+
+    Raises
+    ------
+    ValueError
+        If the rule is unknown or needs a score and the metric is better when lower; if a value is NaN, a score above 1
+        is to be made an error, the metric has no rows, or the results are of several studies.
+    """
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; the rules are: {', '.join(RULES)}.")
+    if lower_is_better(metric) and rule in ("published", "mean"):
+        raise ValueError(
+            f"lower {metric} is better, and the rule {rule} needs a score; use pearson_r, say, or the rule error."
+        )
+    if margin is not None and not (margin >= 0 and rule in ("error", "equivalence")):
+        raise ValueError(f"margin {margin}: at least 0, and of the rules error and equivalence only.")
+    curves = curves_of(results, metric)
+    if rule in ("error", "equivalence"):
+        curves = [as_error(curve, metric) for curve in curves]
+    alpha = 1 - confidence
+    table = pd.DataFrame([curve.key for curve in curves], columns=KEY)
+    points = _points([curve.runs for curve in curves], curves, rule, margin, alpha) if curves else []
+    table["percentage"] = np.array(points, float)
+    table["low"], table["high"] = np.nan, np.nan
+    if n_resamples and curves:
+        drawn = _points([resampled(curve, n_resamples) for curve in curves], curves, rule, margin, alpha)
+        for row, curve in enumerate(curves):
+            if min(map(len, curve.runs)) > 1:
+                table.loc[row, ["low", "high"]] = _interval(drawn[row], points[row], alpha)
+    table = table.replace(np.inf, np.nan)
+    if rule == "equivalence":
+        table["margin"] = [float(margin_of(curve, margin)) for curve in curves]
+        table["verdict"] = verdicts(curves, margin, confidence)[1] if curves else []
+    return table
+
+
+def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
+    """`saturation_points` of every task that is judged by a score, by its headline metric; none if there is no such.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study.
+    options
+        Of `saturation_points`.
+    """
+    from datawall import tasks
+
+    of_tasks = [
+        saturation_points(rows, metric, **options)
+        for task, metric in tasks.HEADLINE.items()
+        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task, metric=metric)))
+    ]
+    return pd.concat(of_tasks, ignore_index=True) if of_tasks else saturation_points(results[:0], "", **options)
+
+
+def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.DataFrame:
+    """`saturation_points` by each rule, named in the column rule; the margin is that of equivalence."""
+    margins = dict.fromkeys(RULES) | {"equivalence": margin}
+    return pd.concat(
+        saturation_points(results, metric, rule=rule, margin=of_rule).assign(rule=rule)
+        for rule, of_rule in margins.items()
+    )
+
+
+def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Saturation points and verdicts of curves of errors by the rule `equivalence`, NaN where none is established."""
+    points = np.array(_points([curve.runs for curve in curves], curves, "equivalence", margin, 1 - confidence), float)
+    points[np.isinf(points)] = np.nan
+    return points, np.where(np.isnan(points), _improving(curves, 1 - confidence), PLATEAU)
+
+
+def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
+    """The curves of a metric, ordered by their keys; raises as `saturation_points` does."""
+    runs = pretrained(select(results, metric=metric))
+    if runs.empty and len(results):
+        raise ValueError(f"no pretrained run has the metric {metric!r}.")
+    if runs["value"].isna().any():
+        raise ValueError(f"{int(runs['value'].isna().sum())} values of {metric} are NaN; a saturation point needs all.")
+    if len(studies := runs["study"].unique()) > 1:
+        raise ValueError(f"the results are of several studies, {sorted(studies)}; select one.")
+    runs = mean_over_splits(runs).sort_values("value")
+    by_key = {key: dict(list(group.groupby("percentage"))) for key, group in runs.groupby(KEY)}
+    curves = []
+    for key, sizes in by_key.items():
+        model, strategy, *where = key
+        full = by_key.get((model, "random", *where), {}).get(100.0)
+        borrowed = 100.0 not in sizes and full is not None and not strategy.startswith("spikein")
+        if borrowed:
+            sizes = sizes | {100.0: full}
+        n_cells = [group["n_cells"].mean() for group in sizes.values()]
+        values = [group["value"].to_numpy() for group in sizes.values()]
+        curves.append(Curve(key, np.array(list(sizes), float), np.array(n_cells), values, borrowed))
+    return curves
+
+
+def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`.
+
+    Runs without a score on every data set that their model and strategy have are left out, since their mean would be of
+    something else.
+    """
+    runs = pretrained(mean_over_splits(select(results, metric=metric)))
+    n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform(lambda of: len(of.unique()))
+    run = [column for column in RUN if column != "dataset"]
+    complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]
+    return complete.groupby(run, as_index=False)["value"].mean().assign(dataset="all", split="")
+
+
+def pretrained(results: pd.DataFrame) -> pd.DataFrame:
+    """Rows of pretrained models: no baselines, no untrained controls."""
+    return results[(results["strategy"] != BASELINE) & (results["percentage"] > 0)]
+
+
+def as_error(curve: Curve, metric: str) -> Curve:
+    """A curve of errors: 1 - score, or the metric itself where lower is better."""
+    if lower_is_better(metric):
+        return curve
+    if max(runs.max() for runs in curve.runs) > 1:
+        raise ValueError(f"{metric} exceeds 1, so 1 - {metric} is no error; the rules published and mean apply.")
+    return Curve(curve.key, curve.percentages, curve.n_cells, [1 - runs for runs in curve.runs], curve.borrowed)
+
+
+def margin_of(curve: Curve, margin: float | None, runs: list[np.ndarray] | None = None) -> np.ndarray:
+    """The margin given, or twice the spread of the runs at 100 %; NaN without a spread. `runs` replace the curve's."""
+    if margin is not None:
+        return np.asarray(margin)
+    runs = curve.runs if runs is None else runs
+    if curve.percentages[-1] != 100 or runs[-1].shape[-1] < 2:
+        return np.asarray(np.nan)
+    return SPREADS * runs[-1].std(axis=-1, ddof=1)
+
+
+def resampled(curve: Curve, n_resamples: int) -> list[np.ndarray]:
+    """Runs of each size drawn with replacement, (n_resamples, n_runs).
+
+    Deviations from the mean are scaled by √(n / (n - 1)), so that few runs do not look too alike. The draws depend on
+    the numbers of runs only: curves and rows may come in any order, under any name.
+    """
+    rng = np.random.default_rng(0)
+    drawn = []
+    for runs in curve.runs:
+        mean, n_runs = runs.mean(), len(runs)
+        deviations = (runs - mean)[rng.integers(n_runs, size=(n_resamples, n_runs))]
+        drawn.append(mean + deviations * np.sqrt(n_runs / max(1, n_runs - 1)))
+    return drawn
+
+
+def difference(runs: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Difference of the means over the last axis, its standard error, and Welch's degrees of freedom.
+
+    The error is NaN where either has a single run.
+    """
+    n, m = runs.shape[-1], others.shape[-1]
+    gap = runs.mean(axis=-1) - others.mean(axis=-1)
+    if min(n, m) < 2:
+        return gap, np.full_like(gap, np.nan), np.full_like(gap, np.nan)
+    a, b = runs.var(axis=-1, ddof=1) / n, others.var(axis=-1, ddof=1) / m
+    with np.errstate(invalid="ignore"):  # no spread at all
+        freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
+    return gap, np.sqrt(a + b), freedom
+
+
+def one_sided_p(gap: np.ndarray, error: np.ndarray, freedom: np.ndarray) -> np.ndarray:
+    """P-value of a gap that is not above zero: 1 where it has no standard error; 0 or 1 where that is zero."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = stats.t.sf(gap / error, freedom)
+    exact = np.where(gap > EXACT, 0.0, 1.0)
+    return np.nan_to_num(np.where(error <= EXACT, exact, p), nan=1.0)
+
+
+def adjust(p: np.ndarray) -> np.ndarray:
+    """P-values of a family (the last axis), corrected by Benjamini and Hochberg."""
+    return stats.false_discovery_control(p, axis=-1) if p.shape[-1] else p
+
+
+type Runs = list[np.ndarray]  # of each size, (..., n_runs); the axes before the runs are resamples
+
+
+def _points(runs: list[Runs], curves: list[Curve], rule: str, margin: float | None, alpha: float) -> list[np.ndarray]:
+    """Saturation point of each curve and resample; infinite where there is none."""
+    if rule == "equivalence":
+        reached = _equivalent(runs, curves, margin, alpha)
+    else:
+        own = [of[: curve.n_own] for of, curve in zip(runs, curves, strict=True)]
+        reached = [_near_lowest(of, margin) if rule == "error" else _near_best(of, rule) for of in own]
+    points = []
+    for each, curve in zip(reached, curves, strict=True):
+        found = curve.percentages[each.argmax(axis=-1)] if each.shape[-1] else np.inf
+        points.append(np.where(each.any(axis=-1), found, np.inf))
+    return points
+
+
+def _near_best(runs: Runs, rule: str) -> np.ndarray:
+    """Which sizes exceed 0.95 of the best, by their best run or by their mean, (..., n_sizes)."""
+    scores = np.stack([each.max(axis=-1) if rule == "published" else each.mean(axis=-1) for each in runs], axis=-1)
+    best = scores.max(axis=-1, keepdims=True)
+    # The best itself always counts; where it is not positive, nothing else can exceed 0.95 of it.
+    return (scores > PUBLISHED_THRESHOLD * best) | (scores >= best - EXACT)
+
+
+def _near_lowest(runs: Runs, margin: float | None) -> np.ndarray:
+    """Which sizes have a mean error within a share of the lowest one, (..., n_sizes)."""
+    errors = np.stack([each.mean(axis=-1) for each in runs], axis=-1)
+    lowest = errors.min(axis=-1, keepdims=True)
+    return errors <= (1 + (TOLERANCE if margin is None else margin)) * lowest + EXACT
+
+
+def _equivalent(runs: list[Runs], curves: list[Curve], margin: float | None, alpha: float) -> list[np.ndarray]:
+    """Which sizes below 100 % are, with all above them, equivalent to the full corpus, (..., n_sizes - 1)."""
+    p_values = []
+    for of, curve in zip(runs, curves, strict=True):
+        limit = margin_of(curve, margin, of)
+        p = np.ones((*of[0].shape[:-1], len(of) - 1))
+        for size in range(len(of) - 1 if curve.percentages[-1] == 100 else 0):
+            gap, error, freedom = difference(of[size], of[-1])
+            p[..., size] = one_sided_p(limit - np.abs(gap) + 2 * EXACT, error, freedom)
+        p_values.append(p)
+    adjusted = adjust(np.concatenate(p_values, axis=-1))
+    ends = np.cumsum([p.shape[-1] for p in p_values])
+    equivalent = np.split(adjusted <= alpha, ends[:-1], axis=-1)
+    return [np.flip(np.logical_and.accumulate(np.flip(each, -1), axis=-1), -1) for each in equivalent]
+
+
+def _improving(curves: list[Curve], alpha: float) -> np.ndarray:
+    """The verdict on each curve of errors that has no plateau, by whether the full corpus is better than half of it."""
+    p = np.ones(len(curves))
+    for row, curve in enumerate(curves):
+        half = np.flatnonzero(curve.percentages <= 50)
+        if curve.percentages[-1] == 100 and len(half):
+            p[row] = one_sided_p(*difference(curve.runs[half[-1]], curve.runs[-1]))
+    return np.where(adjust(p) <= alpha, IMPROVING, UNDECIDED)
+
+
+def _interval(drawn: np.ndarray, point: float, alpha: float) -> tuple[float, float]:
+    """Percentile interval of resampled points, widened to hold the point; bounds may be infinite."""
+    low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2], method="inverted_cdf")
+    return min(low, point), max(high, point)

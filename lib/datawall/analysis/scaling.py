@@ -1,0 +1,292 @@
+"""Scaling curves: error against number of cells, and what the next doubling of the corpus would be worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from datawall.analysis.saturation import (
+    EXACT,
+    IMPROVING,
+    KEY,
+    PLATEAU,
+    UNDECIDED,
+    Curve,
+    as_error,
+    curves_of,
+)
+
+CONSTANT, POWER, EXPONENTIAL = "constant", "power law", "exponential"
+CHANGING = (POWER, EXPONENTIAL)
+FAMILIES = (CONSTANT, *CHANGING)
+SHAPES = {POWER: (0.02, 3.0), EXPONENTIAL: (0.003, 3.0)}  # exponents, and decays in units of the largest size
+COARSE, FINE, ROUNDS = 24, 7, 5  # shapes tried at first, and in each of the later rounds
+N_PARAMETERS = {CONSTANT: 1, POWER: 3, EXPONENTIAL: 3}
+WORTH = 0.01  # share of the error that a doubling must remove to be worth it, by default
+NUMBERS = [f"{name}{end}" for name in ("exponent", "irreducible", "gain") for end in ("", "_low", "_high")]
+MIN_SIZES = 4  # one more than a curve has parameters
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Curves fitted to one or many sets of mean errors; arrays are (...) over the sets.
+
+    With n in units of the largest size, the error is `floor` for the constant, floor + excess · n^(-shape) for the
+    power law (Hestness et al. 2017, arXiv 1712.00409) and floor + excess · exp(-n / shape) for the exponential.
+    """
+
+    family: str
+    floor: np.ndarray  # irreducible error
+    excess: np.ndarray
+    shape: np.ndarray  # exponent, or cells of a decay; NaN for the constant
+    loss: np.ndarray  # weighted sum of squares
+
+    def predict(self, n: np.ndarray) -> np.ndarray:
+        """Errors at sizes in units of the largest, (..., n_sizes)."""
+        floor, excess, shape = (each[..., None] for each in (self.floor, self.excess, self.shape))
+        if self.family == CONSTANT:
+            return np.broadcast_to(floor, (*self.floor.shape, len(n)))
+        return floor + excess * _basis(self.family, n, shape)
+
+
+def fit(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> Fit:
+    """Weighted least-squares fit of one curve to each set of errors; floor and excess are not negative.
+
+    Given the shape, floor and excess are a linear problem with a closed form. The shape is sought on a grid that is
+    refined around its best point, so that there is no start value to choose.
+
+    Parameters
+    ----------
+    family
+        `constant`, `power law` or `exponential`.
+    n
+        Sizes in units of the largest, (n_sizes,).
+    error
+        Mean errors, (..., n_sizes).
+    weight
+        Number of runs over the variance of a run, (n_sizes,).
+    """
+    total = weight.sum()
+    mean = (error * weight).sum(-1) / total
+    if family == CONSTANT:
+        loss = (weight * (error - mean[..., None]) ** 2).sum(-1)
+        return Fit(family, mean, np.zeros_like(mean), np.full_like(mean, np.nan), loss)
+    low, high = SHAPES[family]
+    step = (high / low) ** (1 / (COARSE - 1))
+    shapes = low * step ** np.arange(COARSE)
+    for _ in range(ROUNDS):
+        floor, excess, loss = _given_shape(_basis(family, n, shapes[..., None]), error, weight)
+        best = loss.argmin(-1)[..., None]
+        floor, excess, loss, shape = (
+            np.take_along_axis(np.broadcast_to(each, loss.shape), best, -1) for each in (floor, excess, loss, shapes)
+        )
+        shapes = np.clip(shape * step ** np.linspace(-1, 1, FINE), low, high)  # between the best's neighbours
+        step **= 2 / (FINE - 1)
+    return Fit(family, *(each[..., 0] for each in (floor, excess, shape, loss)))
+
+
+def _given_shape(x: np.ndarray, error: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Floor, excess and loss, (..., n_shapes) each, of basis functions x, (..., n_shapes, n_sizes)."""
+    error = error[..., None, :]
+    x_mean, mean = np.average(x, axis=-1, weights=weight), np.average(error, axis=-1, weights=weight)
+    centred = x - x_mean[..., None]
+    excess = (weight * centred * error).sum(-1) / (weight * centred**2).sum(-1)
+    excess = np.maximum(excess, 0)
+    floor = mean - excess * x_mean
+    through_zero = np.maximum((weight * x * error).sum(-1) / (weight * x**2).sum(-1), 0)
+    excess, floor = np.where(floor < 0, through_zero, excess), np.maximum(floor, 0)
+    loss = (weight * (error - floor[..., None] - excess[..., None] * x) ** 2).sum(-1)
+    return floor, excess, loss
+
+
+def aicc(fitted: Fit, within: float, n_runs: int) -> np.ndarray:
+    """Akaike's criterion, corrected for few runs (Hurvich and Tsai 1989, Biometrika 76:297), of Gaussian errors.
+
+    `within` is the weighted sum of squares of the runs around their sizes' means.
+    """
+    k = N_PARAMETERS[fitted.family] + 1  # and the variance
+    likelihood = n_runs * np.log(np.maximum(fitted.loss + within, EXACT) / n_runs)
+    return likelihood + 2 * k + 2 * k * (k + 1) / (n_runs - k - 1)
+
+
+def left_out(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> float:
+    """Root mean weighted squared error of each size's mean, predicted from the other sizes.
+
+    The smallest size stays in: the curves are to be read towards more cells, not fewer.
+    """
+    squares = []
+    for out in range(1, len(n)):
+        kept = np.arange(len(n)) != out
+        predicted = fit(family, n[kept], error[kept], weight[kept]).predict(n[[out]])[0]
+        squares.append(weight[out] * (predicted - error[out]) ** 2)
+    return float(np.sqrt(np.mean(squares)))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """All families fitted to a curve's runs, and those that can change to resamples of them."""
+
+    n: np.ndarray  # sizes in units of the largest
+    criteria: dict[str, float]  # AICc by family
+    left_out: dict[str, float]
+    fits: dict[str, Fit]
+    drawn: dict[str, Fit]  # of the resamples, by family of `CHANGING`
+    best: str  # lowest AICc
+    best_drawn: np.ndarray  # position in CHANGING, of each resample
+
+    def predict(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Errors at sizes in units of the largest, (n_sizes,), and those of the resamples, each by its best family."""
+        drawn = np.stack([self.drawn[family].predict(n) for family in CHANGING], axis=1)
+        return self.fits[self.best].predict(n), drawn[np.arange(len(drawn)), self.best_drawn]
+
+    def gain(self) -> tuple[float, np.ndarray]:
+        """How much less the error is predicted to be at twice the largest size; and of the resamples."""
+        point, drawn = self.predict(np.array([1.0, 2.0]))
+        return float(point[0] - point[1]), drawn[:, 0] - drawn[:, 1]
+
+
+def scale(curve: Curve, n_resamples: int) -> Scaling:
+    """Fit every family to a curve of errors with at least `MIN_SIZES` sizes of two runs or more.
+
+    A size weighs its number of runs over their variance, which is the mean of its own and of all sizes' average, since
+    few runs tell a variance badly. With that variance the means of the resamples are drawn, from a Student distribution
+    of twice as many degrees of freedom as the runs of a size have: a parametric bootstrap. Resampling five runs instead
+    gives intervals that are too narrow.
+
+    Each resample chooses its curve anew, between the power law and the exponential, by the better fit. The constant is
+    no candidate: it is either of them without an excess, and they come to that by themselves. As a candidate, AICc
+    would prefer it wherever runs are few, whatever the error does, and each resample would repeat the preference, with
+    an interval of no width: no interval after such a choice can be relied on (Leeb and Pötscher 2005, Econometric
+    Theory 21:21). As it is, the interval tells what the runs leave possible, also where a constant describes them best.
+    """
+    n = curve.n_cells / curve.n_cells.max()
+    n_runs = np.array([len(runs) for runs in curve.runs])
+    own = np.array([runs.var(ddof=1) for runs in curve.runs])
+    spread = own.max() > EXACT**2
+    variance = (own + own.mean()) / 2 if spread else np.ones_like(own)
+    weight = n_runs / variance
+    within = float(((n_runs - 1) * own / variance).sum())
+    error = np.array([runs.mean() for runs in curve.runs])
+    deviations = stats.multivariate_t(shape=np.diag(1 / weight), df=2 * (n_runs.min() - 1)).rvs(n_resamples, 0)
+    errors = error + spread * deviations
+    fits = {family: fit(family, n, error, weight) for family in FAMILIES}
+    drawn = {family: fit(family, n, errors, weight) for family in CHANGING}
+    criteria = {family: float(aicc(fits[family], within, n_runs.sum())) for family in FAMILIES}
+    best_drawn = np.stack([drawn[family].loss for family in CHANGING], axis=-1).argmin(axis=-1)
+    outside = {family: left_out(family, n, error, weight) for family in FAMILIES}
+    return Scaling(n, criteria, outside, fits, drawn, min(criteria, key=criteria.get), best_drawn)
+
+
+def scaling_curves(
+    results: pd.DataFrame,
+    metric: str,
+    *,
+    margin: float | None = None,
+    confidence: float = 0.95,
+    n_resamples: int = 300,
+) -> pd.DataFrame:
+    """Which curve each model's error follows, and whether twice as many cells would help.
+
+    Three curves are fitted to the error (1 - score, or the value itself where lower is better) against the number of
+    cells: a constant, a power law with an offset, and an exponential. The one with the lowest AICc predicts what the
+    next doubling gains. The intervals are of a bootstrap (see `scale`) that chooses anew each time, among the
+    curves that can change: runs that merely show no trend have a wide interval, and no plateau.
+
+    Parameters
+    ----------
+    results
+        Tidy results (`read_results`) of one study.
+    metric
+        The score, or a metric that is better when lower.
+    margin
+        The gain that would be worth a doubling, in the metric's units; by default one per cent of the error at the
+        largest size.
+    confidence
+        Of the intervals.
+    n_resamples
+        Of the bootstrap.
+
+    Returns
+    -------
+    table with a row per model, strategy, task and data set: `curve` (lowest AICc); `exponent` and `irreducible` (error
+    of infinitely many cells) of the power law and `gain` of the next doubling, each with _low and _high; `aicc_…`, less
+    the lowest, and `left_out_…` (error of a size predicted from the others, in standard errors) of each curve; margin;
+    verdict and reason. The verdict is `plateau` where the gain's interval lies below the margin, `still improving`
+    where it lies above, else `undecided`; also, with numbers NaN, where there are fewer than four sizes or a size has a
+    single run.
+
+    Raises
+    ------
+    ValueError
+        As `saturation_points`.
+    """
+    of_families = [f"{name}_{family.replace(' ', '_')}" for family in FAMILIES for name in ("aicc", "left_out")]
+    columns = [*KEY, "curve", *NUMBERS, *of_families, "margin", "verdict", "reason"]
+    rows = []
+    for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
+        row = dict(zip(KEY, curve.key, strict=True))
+        limit = WORTH * curve.runs[-1].mean() if margin is None else margin
+        if problem := unfit(curve):
+            rows.append(row | {"margin": limit, "verdict": UNDECIDED, "reason": problem})
+            continue
+        scaling = scale(curve, n_resamples)
+        gain, gains = scaling.gain()
+        power, powers = scaling.fits[POWER], scaling.drawn[POWER]
+        row["curve"] = scaling.best
+        for name, point, drawn in (
+            ("exponent", power.shape, powers.shape),
+            ("irreducible", power.floor, powers.floor),
+            ("gain", gain, gains),
+        ):
+            low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+            row |= {name: float(point), f"{name}_low": min(low, point), f"{name}_high": max(high, point)}
+        for family in FAMILIES:
+            row[f"aicc_{family.replace(' ', '_')}"] = scaling.criteria[family] - scaling.criteria[scaling.best]
+            row[f"left_out_{family.replace(' ', '_')}"] = scaling.left_out[family]
+        verdict, reason = judge(row["gain_low"], row["gain_high"], limit)
+        rows.append(row | {"margin": limit, "verdict": verdict, "reason": reason})
+    return pd.DataFrame(rows, columns=columns)
+
+
+def predictions(
+    results: pd.DataFrame, metric: str, *, confidence: float = 0.95, n_resamples: int = 300, beyond: float = 4.0
+) -> pd.DataFrame:
+    """The curves of `scaling_curves` drawn out: model, strategy, task, dataset, curve, n_cells, error, low, high.
+
+    From the smallest size to `beyond` times the largest. Models that `scaling_curves` cannot fit are left out.
+    """
+    tables = []
+    for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
+        if unfit(curve):
+            continue
+        scaling = scale(curve, n_resamples)
+        n = np.geomspace(scaling.n[0], beyond, 60)
+        point, drawn = scaling.predict(n)
+        low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+        low, high = np.minimum(low, point), np.maximum(high, point)
+        of = dict(zip(KEY, curve.key, strict=True)) | {"curve": scaling.best, "n_cells": n * curve.n_cells.max()}
+        tables.append(pd.DataFrame(of | {"error": point, "low": low, "high": high}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def unfit(curve: Curve) -> str:
+    """Why curves cannot be fitted; empty if they can."""
+    if (n_sizes := len(np.unique(curve.n_cells))) < MIN_SIZES:
+        return f"{n_sizes} sizes, counted in cells; a curve takes at least {MIN_SIZES}"
+    return "a size with a single run; the spread takes at least two" if min(map(len, curve.runs)) < 2 else ""
+
+
+def judge(low: float, high: float, margin: float) -> tuple[str, str]:
+    """The verdict on a predicted gain between two bounds, and its reason."""
+    if high <= margin:
+        return PLATEAU, f"the next doubling gains at most {high:.2g}, below the margin of {margin:.2g}"
+    if low >= margin:
+        return IMPROVING, f"the next doubling gains at least {low:.2g}, above the margin of {margin:.2g}"
+    return UNDECIDED, f"the next doubling gains {low:.2g} to {high:.2g}, about the margin of {margin:.2g}"
+
+
+def _basis(family: str, n: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    return n**-shape if family == POWER else np.exp(-n / shape)

@@ -1,0 +1,184 @@
+"""What the results of a study say, model by model, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from datawall import tasks
+from datawall.analysis import power, results, saturation
+from datawall.analysis.results import BASELINE, select
+from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
+
+VERDICTS = (PLATEAU, IMPROVING, LIMITED, UNDECIDED)
+AGAINST = {"win": "above", "tie": "level with", "loss": "below", "unknown": "not told from"}
+NOTHING = {"baseline": None, "baseline_value": float("nan"), "difference": float("nan"), "against": None}
+CURVE = ["task", "dataset", "model"]
+COLUMNS = [
+    *("model", "strategy", "task", "dataset", "percentage", "low", "high", "plateau", "verdict", "decides", "spread"),
+    *("gain", "gain_low", "gain_high", "metric", "value", "size", *NOTHING),
+]
+
+
+def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
+    """What half and twice the steps change in the headline metrics: means over the seeds that were checked.
+
+    Parameters
+    ----------
+    intervals, checked
+        The tables `intervals` and `budgets` of a study (`results.read_results`).
+
+    Returns
+    -------
+    table with the columns task, dataset, model, percentage, half, once, twice (the score after so many of the model's
+    steps), seeds (that were checked) and change (twice less once; of an error, with its sign turned).
+    """
+    heads = pd.Series(tasks.HEADLINE, name="metric").rename_axis("task").reset_index()
+    own = results.mean_over_splits(select(intervals, strategy="random")).assign(budget=1.0)
+    keys = [name for name in results.RUN if name != "value"]
+    other = checked.groupby([*keys, "budget"], as_index=False)["value"].mean()
+    rows = pd.concat([own[[*keys, "budget", "value"]], other]).merge(heads)
+    wide = rows.pivot_table(index=[*CURVE, "metric", "percentage", "seed"], columns="budget", values="value")
+    wide = wide.reindex(columns=[0.5, 1.0, 2.0]).set_axis(["half", "once", "twice"], axis=1).dropna()
+    by_size = wide.groupby(level=[*CURVE, "metric", "percentage"])
+    table = by_size.mean().assign(seeds=by_size.size()).reset_index()
+    sign = table["metric"].map(lambda metric: -1 if results.lower_is_better(metric) else 1).astype(float)
+    return table.assign(change=sign * (table["twice"] - table["once"])).drop(columns="metric")
+
+
+def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: float | None = None) -> pd.DataFrame:
+    """What results on random subsets say of every model, task and data set.
+
+    The verdict is that of the rule `equivalence`, the curves of a task being one family of tests. But a curve is
+    budget-limited where twice the steps gain more than the margin at a size that was checked, and more than the spread
+    over seeds lets one expect of two runs alike (one-sided, 5 %): it then tells of the budget and not of the data.
+
+    Parameters
+    ----------
+    intervals
+        The table `intervals` of a study (`results.read_results`).
+    checked
+        Its table `budgets`; without it, no curve is budget-limited.
+    margin
+        Difference in score that does not matter; by default twice the spread over seeds of each curve.
+
+    Returns
+    -------
+    table with the columns model, task, dataset, percentage, low, high (the saturation point, by the published rule;
+    by the rule `error` where lower is better), plateau (percentage; NaN without that verdict) and verdict, metric,
+    gain (of the full corpus over the largest subset of at most half of it), gain_low and gain_high (95 %, Welch),
+    spread (standard deviation over seeds, pooled over the sizes), decides (what would decide it, empty where it is
+    decided), value (the best of the sizes' means), size (its percentage), baseline (the best one), baseline_value,
+    difference from it at that size, and against (`AGAINST`, by `results.against_baselines`); the last four are empty
+    without one.
+    """
+    limited = pd.DataFrame(columns=[*CURVE, "percentage", "seeds", "change"])
+    if checked is not None and len(checked) and margin is not None:
+        limited = budgets(intervals, checked)
+    rows = []
+    for task, metric in tasks.HEADLINE.items():
+        of_task = select(intervals, task=task, metric=metric)
+        random = select(of_task, strategy="random")
+        if random.empty:
+            continue
+        lower = results.lower_is_better(metric)
+        points = saturation.saturation_points(random, metric, rule="error" if lower else "published")
+        plateaus = saturation.saturation_points(random, metric, rule="equivalence", margin=margin, n_resamples=0)
+        curves = {curve.key: saturation.as_error(curve, metric) for curve in saturation.curves_of(random, metric)}
+        means = results.mean_over_splits(random).groupby(["dataset", "model", "percentage"])["value"].mean()
+        compared = results.against_baselines(of_task[of_task["strategy"].isin(["random", BASELINE])], metric)
+        compared = compared.assign(against=compared["verdict"].map(AGAINST)).set_index(
+            ["dataset", "model", "percentage"]
+        )
+        for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
+            sizes = means[point["dataset"], point["model"]]
+            size = sizes.idxmin() if lower else sizes.idxmax()
+            place = point["dataset"], point["model"], size
+            curve = curves[tuple(point[name] for name in saturation.KEY)]
+            more = limited[(limited[CURVE] == [task, point["dataset"], point["model"]]).all(axis=1)]
+            gain = _gain(curve)
+            chance = stats.norm.ppf(0.95) * gain["spread"] * np.sqrt(2 / more["seeds"].astype(float))
+            more = more[(more["change"] > np.fmax(chance, -np.inf if margin is None else margin)).to_numpy(bool)]
+            rows.append(
+                point
+                | _verdict(plateau, more, curve, margin)
+                | gain
+                | {"metric": metric, "value": sizes[size], "size": size}
+                | (compared.loc[place, list(NOTHING)].to_dict() if place in compared.index else NOTHING)
+            )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _verdict(
+    plateau: dict[str, float | str], more: pd.DataFrame, curve: saturation.Curve, margin: float | None
+) -> dict[str, float | str]:
+    """Plateau, verdict, and what would decide it; `more` are the sizes at which twice the steps gain."""
+    if len(more):
+        best = more.loc[more["change"].idxmax()]
+        decides = f"more steps: twice as many gain {best['change']:.3f} at {best['percentage']:g} %"
+        return {"plateau": np.nan, "verdict": LIMITED, "decides": decides}
+    decides = ""
+    if plateau["verdict"] == UNDECIDED:
+        needed = power.seeds_to_decide(curve, plateau["margin"] if margin is None else margin)
+        decides = f"about {needed} seeds" if needed else f"more test cells; {power.MOST_SEEDS} seeds would not do"
+    return {"plateau": plateau["percentage"], "verdict": plateau["verdict"], "decides": decides}
+
+
+def _gain(curve: saturation.Curve) -> dict[str, float]:
+    """What the full corpus gains over the largest subset of at most half of it, and the spread over seeds."""
+    spread = float(np.sqrt(np.mean([runs.var(ddof=1) for runs in curve.runs if len(runs) > 1] or [np.nan])))
+    half = np.flatnonzero(curve.percentages <= 50)
+    if curve.percentages[-1] != 100 or not len(half):
+        return dict.fromkeys(("gain", "gain_low", "gain_high"), np.nan) | {"spread": spread}
+    gap, error, freedom = saturation.difference(curve.runs[half[-1]], curve.runs[-1])
+    reach = stats.t.ppf(0.975, freedom) * error if error > 0 else error
+    return {"gain": float(gap), "gain_low": float(gap - reach), "gain_high": float(gap + reach), "spread": spread}
+
+
+def design_power(found: pd.DataFrame, percentages: list[float], n_seeds: int, margin: float) -> pd.DataFrame:
+    """How often the design would find the truth at the spread that was measured (`power.of_design`, 400 draws).
+
+    Returns
+    -------
+    a row per task and data set, with the median spread of its curves, which are judged as one family, and per truth
+    (flat, or rising by one or two margins with every doubling of the corpus) the share of right verdicts.
+    """
+    tables = {}
+    for key, curves in found.groupby(["task", "dataset"]):
+        spread = curves["spread"].median()
+        design = {"percentages": sorted(percentages), "n_curves": len(curves), "n_draws": 400}
+        right = power.of_design(spread, n_seeds, margin, **design).set_index("truth")["right"]
+        tables[key] = {"spread": spread, **right}
+    index = pd.MultiIndex.from_tuples(tables, names=["task", "dataset"]) if tables else None
+    return pd.DataFrame(tables.values(), index, columns=["spread", *power.RISES])
+
+
+def tally(found: pd.DataFrame) -> str:
+    """How many curves have which verdict: `verdicts: 12 plateau, 9 still improving, …, of 35`."""
+    counts = found["verdict"].value_counts() if len(found) else {}
+    return "verdicts: " + ", ".join(f"{counts.get(name, 0)} {name}" for name in VERDICTS) + f", of {len(found)}"
+
+
+def sentences(found: pd.DataFrame) -> list[str]:
+    """The verdicts (`table`) in some sentences."""
+    if found.empty:
+        return ["No task has been evaluated on random subsets yet."]
+    n, early = len(found), int((found["percentage"] <= 10).sum())
+    compared = found["against"].dropna()
+    above, level, below = (int((compared == AGAINST[word]).sum()) for word in ("win", "tie", "loss"))
+    said = [
+        tally(found),
+        f"By the published rule, {early} of {n} curves, one for each model and data set, are saturated at 10\u00a0% of "
+        "the corpus or less.",
+        f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with it "
+        f"and {below} below.",
+    ]
+    improving = found[found["verdict"] == IMPROVING]
+    if len(improving):
+        most = improving.loc[improving["gain"].idxmax()]
+        said.append(
+            f"Of those that still improve, {most['model']} gains most from the last step in size: "
+            f"{1000 * most['gain']:.0f} in 1,000 ({most['task']}, {most['dataset']})."
+        )
+    return said

@@ -1,0 +1,129 @@
+"""Label cells from clusters and canonical marker genes, for a corpus that comes without labels."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from datawall.cells import expression
+
+PBMC_MARKERS = {
+    "B cells": ["MS4A1", "CD79A", "CD79B", "CD19"],
+    "CD4 T cells": ["CD3D", "IL7R", "CD4", "CCR7", "LEF1", "SELL", "TCF7"],
+    "CD8 T cells": ["CD3D", "CD8A", "CD8B", "CCL5", "GZMK"],
+    "NK cells": ["GNLY", "NKG7", "KLRD1", "KLRF1", "PRF1", "KLRC1"],
+    "CD14+ Monocytes": ["CD14", "S100A8", "S100A9", "CCL2", "LYZ", "FCN1"],
+    "FCGR3A+ Monocytes": ["FCGR3A", "MS4A7", "VMO1", "CDKN1C", "MS4A4A", "LST1"],
+    "Dendritic cells": ["FCER1A", "CLEC10A", "CD1C", "HLA-DQA1"],
+    "Plasmacytoid dendritic cells": ["LILRA4", "CLEC4C", "TSPAN13", "IL3RA"],
+    "Megakaryocytes": ["PPBP", "PF4", "GNG11", "SDPR"],
+    "Erythrocytes": ["HBB", "HBA1", "HBA2"],
+}
+PBMC_MARKER_SOURCES = {
+    "Butler et al. 2018, markers of these same cells": "10.1038/nbt.4096",
+    "Kang et al. 2018": "10.1038/nbt.4042",
+    "Villani et al. 2017, monocytes and dendritic cells": "10.1126/science.aah4573",
+    "Zheng et al. 2017, 10x PBMC": "10.1038/ncomms14049",
+}
+COMPONENTS, NEIGHBOURS, RESOLUTION = 20, 30, 0.8  # of the graph that cells are clustered in
+# Types so alike that clusters mix them: within each group a cell's own neighbourhood decides.
+PBMC_SIBLINGS = (
+    ("CD4 T cells", "CD8 T cells"),
+    ("CD14+ Monocytes", "FCGR3A+ Monocytes"),
+    ("Dendritic cells", "Plasmacytoid dendritic cells"),
+)
+
+
+def annotate(
+    counts: sp.csr_matrix,
+    genes: pd.Index,
+    batches: pd.Series,
+    markers: dict[str, list[str]],
+) -> tuple[pd.Categorical, pd.DataFrame]:
+    """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
+
+    1. Genes that vary within batches are log-normalised, centred and scaled within each batch, and reduced to
+       principal components.
+    2. Coarse Leiden clusters of the exact neighbour graph get the type whose markers, as mean z-scores within
+       batches, are highest.
+    3. Between siblings (say CD4 and CD8 T cells), which share a cluster, a cell gets the type whose marker score is
+       higher on average over itself and its neighbours.
+
+    Arithmetic is in double precision and the graph is exact and unweighted, so that labels come out the same on
+    another machine with the same package versions (approximate neighbours do not; scanpy#2956).
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_genes) raw counts.
+    genes
+        Symbols of the columns.
+    batches
+        (n_cells,) within which genes are centred and scaled: conditions, or samples.
+    markers
+        Marker symbols of each type; those absent from `genes` are passed over.
+
+    Returns
+    -------
+    types (n_cells,), and a table with a row per cluster: mean marker score of each type, `n_cells`, `cell_type`.
+
+    Raises
+    ------
+    ValueError
+        If a type has no marker among the genes.
+    """
+    import scanpy as sc
+    from sklearn.neighbors import kneighbors_graph
+
+    found = {name: [gene for gene in given if gene in genes] for name, given in markers.items()}
+    if absent := [name for name, given in found.items() if not given]:
+        raise ValueError(f"no marker of {absent} is among the genes; give symbols that the data set has.")
+    batch = pd.Categorical(batches).codes
+    adata = ad.AnnData(expression.lognormalise(counts), var=pd.DataFrame(index=genes))
+    adata.obs["batch"] = pd.Categorical(batch)
+    sc.pp.highly_variable_genes(adata, n_top_genes=min(2000, adata.n_vars), batch_key="batch")
+    X = _scaled_within(adata[:, adata.var["highly_variable"]].X.toarray().astype(np.float64), batch)
+    axes, _ = expression.principal_axes(np.clip(X, -10, 10), COMPONENTS)
+    neighbours = kneighbors_graph(np.clip(X, -10, 10) @ axes.T, NEIGHBOURS)
+    neighbours = neighbours.maximum(neighbours.T).tocsr()
+
+    every_marker = sorted({gene for given in found.values() for gene in given})
+    z = pd.DataFrame(_scaled_within(adata[:, every_marker].X.toarray().astype(np.float64), batch), columns=every_marker)
+    scores = pd.DataFrame({name: z[given].mean(axis=1) for name, given in found.items()})
+
+    sc.tl.leiden(
+        adata,
+        resolution=RESOLUTION,
+        adjacency=neighbours,
+        use_weights=False,
+        flavor="igraph",
+        directed=False,
+        n_iterations=-1,
+        random_state=0,
+    )
+    cluster = adata.obs["leiden"].to_numpy()
+    table = scores.groupby(cluster).mean()
+    table.index.name = "cluster"
+    labels = table.idxmax(axis=1).reindex(cluster).to_numpy(dtype=object)
+
+    own_and_neighbours = neighbours + sp.eye_array(len(labels), format="csr")
+    smooth = (own_and_neighbours @ scores.to_numpy()) / np.asarray(own_and_neighbours.sum(axis=1)).reshape(-1, 1)
+    smooth = pd.DataFrame(smooth, columns=scores.columns)
+    for group in PBMC_SIBLINGS:
+        among = np.isin(labels, group)
+        labels[among] = smooth.loc[among, list(group)].idxmax(axis=1)
+    table = table.assign(n_cells=pd.Series(cluster).value_counts(), cell_type=table.idxmax(axis=1))
+    return pd.Categorical(labels, categories=list(markers)).remove_unused_categories(), table
+
+
+def _scaled_within(X: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """Columns with mean 0 and standard deviation 1 within each batch; constant ones stay 0."""
+    scaled = np.empty_like(X)
+    for code in np.unique(batch):
+        rows = batch == code
+        centred = X[rows] - X[rows].mean(axis=0)
+        deviation = centred.std(axis=0)
+        scaled[rows] = centred / np.where(deviation > 0, deviation, 1)
+    return scaled

@@ -1,0 +1,482 @@
+"""`.h5ad` and `.zarr` files read in blocks of rows, and checked as they are read.
+
+Only the counts, the names of genes and cells, and the columns asked for are read: never `uns`, and nothing is ever
+unpickled (h5py cannot, and zarr refuses to). HDF5 and zarr files look alike from here: groups with attributes, and
+arrays that slice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from datawall.cells.corpus import CorpusError, check_shape, no_column
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".h5ad", ".zarr")
+# What files of other formats are, and how to convert them: two lines of Python, or of R.
+CONVERT = "`adata = {read}`, then `adata.write_h5ad('cells.h5ad')`"
+TENX, LOOM, H5MU = "scanpy.read_10x_h5({path!r})", "anndata.io.read_loom({path!r})", "mudata.read_h5mu({path!r})['rna']"
+SEURAT = "convert it in R: `x <- readRDS({path!r})`, then `anndataR::write_h5ad(x, 'cells.h5ad')`"
+FOREIGN = {
+    ".rds": SEURAT,
+    ".h5seurat": "convert it in R: `library(SeuratDisk)`, then `Convert({path!r}, dest = 'h5ad')`",
+    ".loom": CONVERT.format(read=LOOM),
+    ".h5mu": CONVERT.format(read=H5MU),
+    **dict.fromkeys((".csv", ".tsv", ".txt"), CONVERT.format(read="scanpy.read_csv({path!r}).T, cells by genes")),
+    ".mtx": CONVERT.format(read="scanpy.read_10x_mtx(its folder)"),
+}
+PIECE = 2**23  # values read at once from a dense matrix or from one stored by column: 64 MiB as float64
+PANEL = 2**26  # counts of a matrix stored by column that are held at once: about 1 GiB
+
+
+def names_file(name: str) -> bool:
+    """Whether a data set's name is that of a file: its ending says so."""
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Turn whatever a damaged file raises into one clear line that names it."""
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:
+        if "unable to lock file" in str(error):
+            raise CorpusError(
+                f"{file}: another program has it open for writing; close it there, or set the environment variable "
+                "HDF5_USE_FILE_LOCKING=FALSE if nothing is being written."
+            ) from error
+        raise CorpusError(
+            f"{file}: not readable as an AnnData file ({type(error).__name__}: {error}); "
+            "write it again with anndata's write_h5ad or write_zarr."
+        ) from error
+
+
+def _of_r(path: Path) -> bool:
+    """Whether a file begins as R's do, which are compressed as a rule."""
+    if not path.is_file() or path.suffix == ".gz":
+        return False
+    with path.open("rb") as file:
+        return file.read(2) in (b"\x1f\x8b", b"X\n", b"RD")
+
+
+def foreign(path: Path) -> str | None:
+    """What a file of another format is, and the lines that convert it; None if it is none that is known."""
+    import h5py
+
+    kind, remedy = path.suffix.lower() or "file", FOREIGN.get(path.suffix.lower())
+    if path.is_dir() and any(path.glob("*.mtx*")):
+        kind, remedy = "folder of a matrix", CONVERT.format(read="scanpy.read_10x_mtx({path!r})")
+    elif _of_r(path):
+        kind, remedy = "Seurat or other compressed", SEURAT
+    elif path.is_file() and h5py.is_hdf5(path):
+        with reading(str(path)), h5py.File(path, "r") as file:
+            keys = set(file)
+            if "mod" in keys:
+                kind, remedy = "MuData", FOREIGN[".h5mu"]
+            elif {"matrix", "row_attrs", "col_attrs"} <= keys:
+                kind, remedy = "loom", FOREIGN[".loom"]
+            elif any(isinstance(file[key], h5py.Group) and "barcodes" in file[key] for key in keys):
+                kind, remedy = "10x", CONVERT.format(read=TENX)
+            elif "assays" in keys:
+                kind, remedy = "h5Seurat", FOREIGN[".h5seurat"]
+    return f"{path}: a {kind.lstrip('.')} file, no AnnData; {remedy.format(path=str(path))}." if remedy else None
+
+
+class CellFile:
+    """A file of cells, open for reading; use it in a `with` block.
+
+    Parameters
+    ----------
+    path
+        Ends in one of `SUFFIXES`.
+
+    Raises
+    ------
+    datawall.cells.corpus.CorpusError
+        Here and from every method: if the file cannot be read, or its parts do not fit together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        if not path.exists():
+            raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
+        if not names_file(path.name) or _of_r(path):
+            told = foreign(path) or f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata."
+            raise CorpusError(told)
+        with reading(self.name), ExitStack() as if_it_fails:
+            self._root = _open(path)
+            if_it_fails.callback(self.close)
+            for part in ("obs", "var"):
+                if "mod" in self._root or part not in self._root or hasattr(self._at(part), "dtype"):
+                    raise CorpusError(
+                        foreign(path)
+                        or f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
+                    )
+            self._obs = self._at("obs")
+            self._obs_names = self._at(f"obs/{_text(self._obs.attrs.get('_index', '_index'))}")
+            self.n_cells = _length(self._obs_names)
+            if_it_fails.pop_all()
+
+    def __enter__(self) -> CellFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; HDF5 would give a file that is left open again, whatever has become of it since."""
+        if hasattr(self._root, "close"):
+            self._root.close()
+
+    def places(self) -> list[str]:
+        """The places of the file that hold a matrix: `X`, `raw.X`, and the layers, as `layers['counts']`."""
+        with reading(self.name):
+            held = self._at("layers") if "layers" in self._root else ()
+            layers = () if hasattr(held, "dtype") else sorted(held)
+            places = ["X", "raw.X", *(f"layers['{layer}']" for layer in layers)]
+            return [place for place in places if self._there(_matrix_key(place))]
+
+    def _there(self, key: str) -> bool:
+        return key in self._root and _text(self._at(key).attrs.get("encoding-type", "")) != "null"
+
+    def _at(self, key: str) -> Any:
+        """An element, which must be in this file itself, as its hash is that of this file."""
+        node = self._root
+        for part in key.split("/"):
+            link = node.get(part, getlink=True) if hasattr(node, "get") and hasattr(node, "visititems_links") else None
+            if (
+                type(link).__name__ == "ExternalLink"
+                or getattr(node[part], "is_virtual", False)
+                or (getattr(node[part], "external", None))
+            ):
+                raise CorpusError(
+                    f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
+                    "anndata and write it as one."
+                )
+            node = node[part]
+        return node
+
+    def genes(self, place: str) -> pd.DataFrame:
+        """Names and texts that describe the genes of a place, a row each."""
+        with reading(self.name):
+            var, index = self._var(place)
+            named = {_text(key) for key in var.attrs.get("column-order", ())} & set(var)
+            texts = {key: self._values(var[key]) for key in sorted(named - {index}) if _is_text(var[key])}
+            return pd.DataFrame(texts, index=pd.Index(self._values(var[index]).astype(str), dtype=object))
+
+    def matrix(self, place: str) -> Dense | Rows | Columns:
+        """The matrix of a place; its method `rows(start, stop)` gives CSR of the values as stored, in any order."""
+        with reading(self.name):
+            node = self._at(_matrix_key(place))
+            reader = _reader(node, f"{self.name}: {place}")
+            var, index = self._var(place)
+            shape = (self.n_cells, _length(var[index]))
+            check_shape(shape, self.name)
+            return reader(node, shape, f"{self.name}: {place}")
+
+    def columns(self) -> list[str]:
+        """Names of the columns of obs, those that a writer has not listed last."""
+        with reading(self.name):
+            listed = [_text(name) for name in self._obs.attrs.get("column-order", ())]
+            index = {_text(self._obs.attrs.get("_index", "_index")), "__categories"}
+            others = (name for name in self._obs if hasattr(self._obs[name], "dtype") or "codes" in self._obs[name])
+            return [name for name in dict.fromkeys([*listed, *others]) if name in self._obs and name not in index]
+
+    def has(self, key: str) -> bool:
+        """Whether obs has a column."""
+        return key in self._obs
+
+    def embedding(self, key: str) -> np.ndarray:
+        """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file.
+
+        Raises
+        ------
+        datawall.cells.corpus.CorpusError
+            If there is none of this name; the message lists those that are.
+        """
+        with reading(self.name):
+            there = list(self._at("obsm")) if "obsm" in self._root else []
+            if key not in there:
+                listed = ", ".join(map(repr, there)) or "none"
+                raise CorpusError(f"{self.name}: no {key!r} in obsm; it has {listed}. Name one as `key`.")
+            node = self._at(f"obsm/{key}")
+            if hasattr(node, "dtype"):
+                values = _array(node)[:]
+            elif _text(node.attrs.get("encoding-type", "")) == "dataframe":
+                values = np.stack([self._values(node[_text(name)]) for name in node.attrs["column-order"]], axis=1)
+            else:
+                shape = tuple(int(size) for size in _shape(node))
+                values = (
+                    _reader(node, f"{self.name}: obsm[{key!r}]")(node, shape, self.name).rows(0, shape[0]).toarray()
+                )
+            if values.ndim != 2 or len(values) != self.n_cells:
+                raise CorpusError(f"{self.name}: obsm[{key!r}] has the shape {values.shape} for {self.n_cells} cells.")
+            return values
+
+    def cell_names(self, start: int, stop: int) -> np.ndarray:
+        """Names of the cells of some rows."""
+        with reading(self.name):
+            return self._values(self._obs_names, slice(start, stop)).astype(str).astype(object)
+
+    def column(self, key: str, role: str, start: int, stop: int) -> np.ndarray:
+        """Values of a column of obs for some rows; None or NaN where missing."""
+        with reading(self.name):
+            if key not in self._obs:
+                missing = no_column(self.name, key, self.columns(), role)
+                raise CorpusError(f"{missing} Name the right column in the study file.")
+            node = self._at(f"obs/{key}")
+            if (n_values := _length(node)) != self.n_cells:
+                raise CorpusError(
+                    f"{self.name}: column {key!r} of obs has {n_values} values for {self.n_cells} cells; "
+                    "write the file again with anndata."
+                )
+            return self._values(node, slice(start, stop))
+
+    def _var(self, place: str) -> tuple[Any, str]:
+        """The table of the genes of a place, and the name of its index."""
+        var = self._at("raw/var" if place == "raw.X" else "var")
+        return var, _text(var.attrs.get("_index", "_index"))
+
+    def _values(self, node: Any, rows: slice = slice(None)) -> np.ndarray:
+        """Values of an element that has a row for each cell or gene, whichever of anndata's encodings it has."""
+        kind = _text(node.attrs.get("encoding-type", ""))
+        if kind == "categorical" or (not hasattr(node, "dtype") and {"codes", "categories"} <= set(node)):
+            return _decoded(_array(node["codes"])[rows], self._values(node["categories"]))
+        if kind.startswith("nullable"):
+            values = self._values(node["values"], rows).astype(object)
+            values[_array(node["mask"])[rows].astype(bool)] = None
+            return values
+        if "categories" in node.attrs:  # anndata 0.7 refers to the categories' place in the file
+            return _decoded(_array(node)[rows], self._values(self._root[node.attrs["categories"]]))
+        table, _, column = node.name.rpartition("/")
+        if f"{table}/__categories/{column}" in self._root and node.dtype.kind in "iu":  # or does not even that
+            return _decoded(_array(node)[rows], self._values(self._root[f"{table}/__categories/{column}"]))
+        array = _array(node)
+        try:
+            if hasattr(array, "asstr") and _is_text(array):
+                return array.asstr("utf-8")[rows]  # whatever its tag says
+            values = np.asarray(array[rows])
+            if values.ndim != 1:
+                raise CorpusError(f"{self.name}: {node.name} has {values.ndim} dimensions, not one.")
+            return np.char.decode(values, "utf-8").astype(object) if values.dtype.kind == "S" else values
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"{self.name}: {node.name.lstrip('/')} holds text that is not UTF-8; write it again."
+            ) from error
+
+
+class Dense:
+    """A dense matrix, read in pieces of at most `PIECE` values or one row."""
+
+    def __init__(self, array: Any, shape: tuple[int, int], name: str) -> None:
+        self._array = _array(array)
+        _check_fit(self._array.shape, shape, name)
+        if self._array.dtype.kind not in "fiub":
+            raise CorpusError(f"{name} holds {self._array.dtype} values, not numbers; store counts as numbers.")
+        self._n_rows = max(1, PIECE // shape[1])
+
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
+        """Some rows."""
+        begins = range(start, stop, self._n_rows)
+        pieces = [sp.csr_matrix(_numbers(self._array[i : min(i + self._n_rows, stop)])) for i in begins]
+        return sp.vstack(pieces, format="csr")
+
+
+class _Compressed:
+    """What matrices stored by row and by column have in common; `major` is the axis that they are stored by."""
+
+    major = 0
+
+    def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
+        self._name = name
+        self._shape = shape
+        _check_fit(tuple(_shape(group)), shape, name)
+        with _every_chunk(shape[1 - self.major] > 1):
+            self._data, self._indices = _array(group["data"]), _array(group["indices"])
+        self._indptr = _array(group["indptr"])
+        if self._data.dtype.kind not in "fiub":
+            raise CorpusError(f"{name} holds {self._data.dtype} values, not numbers; store counts as numbers.")
+        n_major = shape[self.major]
+        whole = [array.shape for array in (self._data, self._indices, self._indptr)]
+        n_values = int(self._indptr[-1]) if whole[2] == (n_major + 1,) else -1
+        if whole != [(n_values,), (n_values,), (n_major + 1,)] or self._indptr[0] != 0:
+            self._damaged("data, indices and indptr do not fit together")
+        if {self._indices.dtype.kind, self._indptr.dtype.kind} - set("iu"):
+            self._damaged("indices and indptr are not integers")
+
+    def _entries(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Values and indices of some stored entries, the indices checked."""
+        indices = self._indices[first:last]
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self._shape[1 - self.major]):
+            self._damaged("an index is out of range")
+        return _numbers(self._data[first:last]), indices.astype(np.int32)
+
+    def _offsets(self, start: int, stop: int) -> np.ndarray:
+        """Where each of some rows (or columns) begins, and the last ends."""
+        indptr = self._indptr[start : stop + 1].astype(np.int64)
+        lengths = np.diff(indptr)
+        if lengths.min() < 0 or indptr[0] < 0 or indptr[-1] > self._data.shape[0]:
+            self._damaged("indptr does not rise from 0 to the number of values")
+        if lengths.max() > self._shape[1 - self.major]:
+            self._damaged("a row or column has more values than it is long")
+        return indptr
+
+    def _damaged(self, what: str) -> None:
+        raise CorpusError(f"{self._name} is damaged: {what}; write the file again with anndata.")
+
+
+class Rows(_Compressed):
+    """A CSR matrix."""
+
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
+        """Some rows."""
+        indptr = self._offsets(start, stop)
+        values, indices = self._entries(indptr[0], indptr[-1])
+        return sp.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, self._shape[1]))
+
+
+class Columns(_Compressed):
+    """A CSC matrix: the whole is read, and as many rows of it kept as `PANEL` counts are, so often as that takes."""
+
+    major = 1
+
+    def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
+        super().__init__(group, shape, name)
+        n_values = self._data.shape[0]
+        self._n_rows = max(1, shape[0] * PANEL // max(1, n_values))
+        self._begin, self._panel = 0, sp.csr_matrix((0, shape[1]))
+        if n_values > PANEL:
+            passes = -(-shape[0] // self._n_rows)
+            log.warning("%s is stored by column (CSC) and will be read about %d times; CSR is faster.", name, passes)
+
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
+        """Some rows; those that follow are kept for the next call."""
+        if not (self._begin <= start and stop <= self._begin + self._panel.shape[0]):
+            self._begin, self._panel = start, None  # the old panel is freed before the new one is made
+            self._panel = self._read(start, min(self._shape[0], max(stop, start + self._n_rows)))
+        return self._panel[start - self._begin : stop - self._begin]
+
+    def _read(self, start: int, stop: int) -> sp.csr_matrix:
+        indptr = self._offsets(0, self._shape[1])
+        parts = []
+        for first in range(0, max(1, self._data.shape[0]), PIECE):
+            values, row = self._entries(first, first + PIECE)
+            kept = np.flatnonzero((start <= row) & (row < stop))
+            column = np.searchsorted(indptr, first + kept, side="right") - 1
+            parts.append((values[kept], row[kept] - start, column.astype(np.int32)))
+        values, row, column = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return sp.csr_matrix((values, (row, column)), shape=(stop - start, self._shape[1]))
+
+
+def _open(path: Path) -> Any:
+    if path.suffix.lower() == ".h5ad":
+        import h5py
+
+        return h5py.File(path, "r")
+    import zarr
+
+    return zarr.open_group(path, mode="r")
+
+
+@contextmanager
+def _every_chunk(required: bool) -> Iterator[None]:
+    """Let zarr refuse an array that lacks a chunk, where it would read zeros and nobody would know.
+
+    It leaves out chunks of zeros on purpose, but values and indices have none, unless the only index is 0.
+    """
+    import zarr
+
+    with zarr.config.set({"array.read_missing_chunks": not required}):
+        yield
+
+
+def _array(node: Any) -> Any:
+    """The element, which must be an array, and compressed by what is there to read it."""
+    if not hasattr(node, "dtype"):
+        raise TypeError(f"{node.name} is a group where an array should be")
+    if hasattr(node, "is_virtual"):
+        import h5py
+
+        made = node.id.get_create_plist()
+        for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
+            if not h5py.h5z.filter_avail(code):
+                with suppress(ImportError):
+                    import hdf5plugin  # noqa: F401 - it makes its filters known
+            if not h5py.h5z.filter_avail(code):
+                raise CorpusError(
+                    f"{node.file.filename}: {node.name.lstrip('/')} is compressed by {_text(name)!r} (HDF5 filter "
+                    f"{code}); `pip install hdf5plugin`, which reads it, or write the file again with gzip."
+                )
+    return node
+
+
+def _matrix_key(place: str) -> str:
+    """Where the matrix of a place lies in the file."""
+    return {"X": "X", "raw.X": "raw/X"}.get(place, f"layers/{place.removeprefix("layers['").removesuffix("']")}")
+
+
+def _shape(group: Any) -> Any:
+    """Shape of a sparse matrix as its group says, in the old way too."""
+    return group.attrs.get("shape", group.attrs.get("h5sparse_shape", ()))
+
+
+def _reader(node: Any, name: str) -> type[Dense | Rows | Columns]:
+    """What reads a matrix."""
+    stored = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    kind = "dense" if hasattr(node, "dtype") else stored
+    reader = {"dense": Dense, "csr_matrix": Rows, "csr": Rows, "csc_matrix": Columns, "csc": Columns}.get(kind)
+    if reader is None:
+        raise CorpusError(
+            f"{name} is stored as {kind!r}, which is neither a dense array nor CSR nor CSC; write it again as CSR."
+        )
+    return reader
+
+
+def _length(node: Any) -> int:
+    """Rows of an element of obs or var."""
+    return int((node if hasattr(node, "dtype") else node["codes"] if "codes" in node else node["values"]).shape[0])
+
+
+def _is_text(node: Any) -> bool:
+    if not hasattr(node, "dtype"):
+        kind = _text(node.attrs.get("encoding-type", ""))
+        return _is_text(node["categories"]) if kind == "categorical" else kind == "nullable-string-array"
+    if "categories" in node.attrs:
+        return True
+    return node.dtype.kind in "OTSU"
+
+
+def _decoded(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
+    """Values of codes among categories, None for -1."""
+    if len(codes) and not (codes.dtype.kind in "iu" and codes.min() >= -1 and codes.max() < len(categories)):
+        raise ValueError("codes of a categorical column are out of range")
+    return np.append(categories.astype(object), None)[codes]
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Native byte order, and single precision where half would not do for scipy."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values.astype(values.dtype.newbyteorder("="))
+
+
+def _check_fit(found: tuple[int, ...], expected: tuple[int, int], name: str) -> None:
+    found = tuple(int(size) for size in found)
+    if found != expected:
+        raise CorpusError(
+            f"{name} has the shape {found}, but there are names for {expected[0]} cells x {expected[1]} genes; "
+            "write the file again with anndata."
+        )
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

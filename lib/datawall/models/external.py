@@ -1,0 +1,191 @@
+"""What a user brings: a model as a class in a file of its own, and embeddings that were made elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from contextlib import suppress
+from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from datawall.cells.backed import CellFile
+from datawall.engine import paths, store
+
+METHODS = ("fit", "untrained", "embed", "save", "load")  # of `models.base.Model`
+
+
+def is_external(model: str) -> bool:
+    """Whether a model is named by its class, `module:Class`."""
+    return ":" in model
+
+
+def source_file(model: str) -> Path:
+    """File of a model named `module:Class`.
+
+    Looked for, like data files, from the working directory and then the repository; else among installed packages.
+    Nothing of it runs, nor of the packages that it is in.
+
+    Raises
+    ------
+    ValueError
+        If there is no such module.
+    """
+    module = model.partition(":")[0]
+    relative = Path(*module.split("."))
+    for folder in (Path.cwd(), paths.repository()):
+        for file in (folder / relative.with_suffix(".py"), folder / relative / "__init__.py"):
+            if file.is_file():
+                return file
+    if (spec := _spec(module)) is None or spec.origin is None:
+        raise ValueError(
+            f"{model!r}: no module {module!r}: neither {relative.with_suffix('.py')} from {Path.cwd()} or "
+            f"{paths.repository()}, nor an installed package; put the file there, or install it"
+        )
+    return Path(spec.origin)
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """Where a module is, as `importlib.util.find_spec` says it, which runs the packages that the module is in."""
+    top, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # no name, or a module without a place
+        return None
+    for name in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{name}", spec.submodule_search_locations)
+    return spec
+
+
+def version(model: str) -> str:
+    """Hash of a model's source files: part of the key of all that the model makes.
+
+    They are every Python file of its package or, where it is in none, its own file and the modules and
+    packages beside it that this one imports, and so on. What is found by other means or installed does not count.
+    """
+    root, files, _ = _sources(model)
+    listing = "\n".join(f"{path.relative_to(root).as_posix()} {store.file_sha256(path)}" for path in sorted(files))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _sources(model: str) -> tuple[Path, set[Path], bool]:
+    """Where a model is imported from, its source files, and whether it is the user's own, not an installed one."""
+    file = source_file(model)
+    depth = len(model.partition(":")[0].split(".")) - (file.name != "__init__.py")
+    root = file.parents[depth]
+    own = root in (Path.cwd(), paths.repository())
+    if depth:
+        return root, set(file.parents[depth - 1].rglob("*.py")), own
+    return root, _imported(file, root, set()) if own else {file}, own
+
+
+def _imported(file: Path, root: Path, known: set[Path]) -> set[Path]:
+    """A file, with the modules and packages in a folder that it imports, beside those that are known already."""
+    known.add(file)
+    names: list[str] = []
+    with suppress(SyntaxError):  # will be said when it is imported
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.append(node.module)
+    for top in {name.partition(".")[0] for name in names}:
+        for path in (root / f"{top}.py", *(root / top).rglob("*.py")):
+            if path not in known and path.is_file():
+                _imported(path, root, known)
+    return known
+
+
+def model_class(model: str) -> type[Any]:
+    """The class of a model named `module:Class`, as its file is now: an edited file is read again.
+
+    Raises
+    ------
+    ValueError
+        If the module has no such class, or the class lacks a method of `models.Model`.
+    """
+    return _model_class(model, source_file(model), version(model))
+
+
+@cache
+def _model_class(model: str, file: Path, sha256: str) -> type[Any]:
+    module_name, _, class_name = model.partition(":")
+    _, files, own = _sources(model)
+    if own:  # what it imported before may have been edited since
+        sources = set(map(str, files))
+        for name in [name for name, one in sys.modules.items() if getattr(one, "__file__", None) in sources]:
+            del sys.modules[name]
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:  # others may hold its classes already
+        module = importlib.import_module(module_name)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{model!r}: {file} defines no class {class_name!r}; name the one that is the model.")
+    if missing := [method for method in METHODS if not callable(getattr(found, method, None))]:
+        raise ValueError(f"{model!r}: {file}: {class_name} lacks {', '.join(missing)}; see datawall.models.Model.")
+    return found
+
+
+def embeddings_file(name: str) -> Path:
+    """Path of a file of embeddings, from the working directory or else the repository.
+
+    Raises
+    ------
+    ValueError
+        If it is no `.h5ad` file or does not exist.
+    """
+    if not name.endswith(".h5ad"):
+        raise ValueError(f"{name}: embeddings are read from .h5ad files; write them with AnnData's write_h5ad")
+    if not (path := paths.located(name)).is_file():
+        raise ValueError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}")
+    return path
+
+
+def read_embedding(name: str, key: str, cells: pd.Index, dataset: str) -> np.ndarray:
+    """Embedding of a data set's cells from a file, matched by name of the cell.
+
+    Parameters
+    ----------
+    name
+        Of the file, whose `obsm[key]` is (n_cells_of_the_file, n_latent) and whose other cells do not matter.
+    key
+        In `obsm`.
+    cells
+        Names of the cells of the data set.
+    dataset
+        Its name, for messages.
+
+    Returns
+    -------
+    (len(cells), n_latent) float32.
+
+    Raises
+    ------
+    ValueError
+        If the file has no such key, names a cell twice, or lacks one; or if the embedding of one is not finite.
+    """
+    with CellFile(embeddings_file(name)) as file:
+        names, embedding = pd.Index(file.cell_names(0, file.n_cells)), file.embedding(key)
+    if names.has_duplicates:
+        twice = names[names.duplicated()][0]
+        raise ValueError(f"{name}: cell name {twice} occurs more than once; cells are matched by obs_names.")
+    rows = names.get_indexer(cells)
+    if (rows < 0).any():
+        raise ValueError(
+            f"{name}: lacks {(rows < 0).sum()} of the {len(cells)} cells of {dataset} (first: {cells[rows < 0][0]}); "
+            "cells are matched by obs_names: embed every cell of the data set under its own name."
+        )
+    embedding = np.asarray(embedding[rows], dtype=np.float32)
+    if not np.isfinite(embedding).all():
+        raise ValueError(f"{name}: obsm[{key!r}] is NaN or infinite for cells of {dataset}; leave none without values.")
+    return embedding

@@ -1,0 +1,77 @@
+"""Cells for training: from memory, or read ahead from a store on disk; the same batches, to the bit, either way."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import scipy.sparse as sp
+
+from datawall.cells.cellstore import Cells, floats
+from datawall.models import training
+
+type Numbered = Iterator[tuple[int, np.ndarray]]
+
+END = object()
+PREPARED = 4  # batches, at most, that wait for training
+
+
+def loader[Prepared](
+    counts: sp.csr_matrix | Cells,
+    prepare: Callable[[sp.csr_matrix], Prepared],
+    batch_size: int,
+    *,
+    take: Callable[[Prepared, np.ndarray], Prepared] = operator.getitem,
+) -> training.Load:
+    """What gives `training.train` its batches, as pairs of rows and prepared cells.
+
+    Cells in memory are prepared all at once, before training. Those on disk are read by a thread, batches that share
+    blocks of cells together (see `training.minibatches`), up to so many batches ahead, so that up to 66,000 cells are
+    in memory, in the store's integers. Another thread prepares them, one batch after the other.
+
+    Parameters
+    ----------
+    counts
+        Raw counts.
+    prepare
+        What a model makes of counts, each cell on its own.
+    batch_size
+        Cells a step, over all processes.
+    take
+        Some cells of those that are prepared.
+    """
+    if not isinstance(counts, Cells):
+        prepared = prepare(counts)
+        return lambda shares: ((rows, take(prepared, rows)) for _, rows in shares)
+    together = training.batches_together(batch_size)
+
+    def read(shares: Numbered) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
+        for _, group in itertools.groupby(shares, key=lambda share: share[0] // together):
+            batches = [rows for _, rows in group]
+            yield from zip(batches, counts.read(batches), strict=True)
+
+    def load(shares: Numbered) -> Iterator[tuple[np.ndarray, Prepared]]:
+        return ((rows, prepare(floats(some))) for rows, some in ahead(read(shares), together))
+
+    return lambda shares: ahead(load(shares), PREPARED)
+
+
+def ahead[Item](items: Iterator[Item], n: int) -> Iterator[Item]:
+    """The same items, made by a thread that is up to `n` ahead; an error comes in its item's place."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(pool.submit(next, items, END) for _ in range(n))
+        while (item := waiting.popleft().result()) is not END:
+            waiting.append(pool.submit(next, items, END))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def blocks(counts: sp.csr_matrix | Cells) -> Iterator[sp.csr_matrix]:
+    """Raw counts of all cells block by block; of those in memory, one block."""
+    return counts.count_blocks() if isinstance(counts, Cells) else iter([counts])

@@ -1,0 +1,242 @@
+"""What a study will cost: units, time, memory and disk of every stage, before anything is done and without a network.
+
+`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, the longest first; a run
+imports the library once, each notebook draws its tables and figures, and each unit's result is read.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from dask.system import CPU_COUNT
+
+from datawall.analysis import power
+from datawall.engine import processes, provenance, store
+from datawall.engine.processes import Need
+from datawall.study import evaluation
+from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
+from datawall.study.curated import Subset
+from datawall.study.params import Params
+from datawall.study.study import Study
+from datawall.study.units import Evaluation, Run
+
+NOTEBOOK = 0.5  # of the time that a process takes to import all: a notebook's tables and figures
+SECONDS_PER_UNIT = 0.02  # to hand one out, write it, hash it and read it again
+BYTES_PER_EVALUATION = 6_000
+SPREAD = 0.01  # of a score over seeds, as in the default study on its smaller data set
+BYTES_PER_ROW = 200  # of the labels of a cell, and of its principal components
+
+
+@dataclass
+class Stage:
+    """What a stage costs."""
+
+    name: str
+    around: float  # seconds before and after its units
+    needs: list[Need] = field(default_factory=list)  # of each unit
+    in_turn: float = 0.0  # seconds of units that the notebook makes itself
+    gpu_seconds: float = 0.0
+    memory_gib: float = BASE_GIB  # of a process at most
+    n_bytes: float = 0.0  # stored
+
+    def add(self, need: Need, gpu_seconds: float, n_bytes: float) -> None:
+        """Count a unit."""
+        self.needs.append(need)
+        self.gpu_seconds += gpu_seconds
+        self.memory_gib = max(self.memory_gib, need.memory_gib)
+        self.n_bytes += n_bytes
+
+    def computing_seconds(self, n_workers: int) -> float:
+        """Time by the clock in which units are made, so many side by side."""
+        return self.in_turn + makespan((need.seconds for need in self.needs), n_workers)
+
+    def wall_seconds(self, n_workers: int) -> float:
+        """Time by the clock, all in all."""
+        return self.around + SECONDS_PER_UNIT * len(self.needs) + self.computing_seconds(n_workers)
+
+
+def makespan(seconds: Iterable[float], n_workers: int) -> float:
+    """When the last of several units ends that begin in order of their length, the longest first."""
+    ends = [0.0] * n_workers
+    for each in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def workers(study: Study) -> int:
+    """How many units run side by side."""
+    return study.params.workers or len(processes.visible_gpus()) or CPU_COUNT
+
+
+def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
+    """Subsets, models and experiments (model x task x data set) of the study's grid, then of each grid in `also`.
+
+    The study's name and counts come first, with embeddings of others among the experiments, and the baselines.
+    """
+    p, counted, subsets, runs = study.params, [], set(), set()
+    of_source = Counter(one.source for task in p.tasks for one in evaluation.evaluations(study, task))
+    for name, grid in [(p.study, p), *((grid.name, grid) for grid in p.also)]:
+        new = {Run(model, Subset(*subset)) for model, subset in p.runs_of(grid)} - runs
+        new &= set(study.pretraining_runs())
+        drawn = {run.subset for run in new if run.subset.strategy != "untrained"} - subsets
+        experiments = sum(of_source[run] for run in new)
+        counted.append((name, {"subsets": len(drawn), "models": len(new), "experiments": experiments}))
+        runs, subsets = runs | new, subsets | drawn
+    if checked := study.budget_runs():
+        counted.append(
+            ("half and twice the steps", {"models": len(checked), "experiments": sum(map(of_source.get, checked))})
+        )
+    baselines = sum(n for source, n in of_source.items() if isinstance(source, str))
+    counted[0][1]["experiments"] += of_source.total() - baselines - sum(of["experiments"] for _, of in counted)
+    counted[0][1]["baselines"] = baselines
+    return counted
+
+
+def work(study: Study) -> list[str]:
+    """The counts in words, a line for the study's grid and for each grid in `also`."""
+    words = {name: ", ".join(f"{n:,} {what}" for what, n in of.items() if n) for name, of in counts(study)}
+    return [of if name == study.params.study else f"besides, {name}: {of}" for name, of in words.items()]
+
+
+def verdicts_to_expect(p: Params) -> tuple[str, bool]:
+    """In words, how often a curve that is flat in truth would be shown flat, and whether in four of five studies.
+
+    At a spread over seeds of `SPREAD`; a data set's own is known only once it has been judged.
+    """
+    n_seeds, sizes = len(p.seeds), sorted(p.percentages)
+    if "random" not in p.strategies or sizes[-1] != 100 or len(sizes) < 2 or n_seeds < 2:
+        return "no verdict can be reached: one takes random subsets, the full corpus (100 %) and two seeds", False
+    design = {"percentages": sizes, "n_curves": len(p.models)}
+    flat = power.of_design(SPREAD, n_seeds, p.margin, n_draws=400, **design).set_index("truth").loc["flat"]
+    needed = power.seeds_needed(SPREAD, p.margin, n_draws=200, **design)
+    enough = flat["right"] >= 0.8
+    more = "" if enough else f"; {needed or 'more than 50'} seeds would in four of five"
+    return (
+        f"of curves that are flat, {flat['right']:.0%} (± {flat['error']:.0%}) would be shown flat within "
+        f"{p.margin:g} with {n_seeds} seeds, at a spread of {SPREAD:g} over seeds{more}",
+        bool(enough),
+    )
+
+
+def passes(study: Study, costs: Costs) -> dict[str, float]:
+    """How often each model that takes batches draws a cell of the full corpus, on average."""
+    p, steps = study.params, {}
+    for name in p.models:
+        if size := costs.batch_size(name):
+            steps[name] = p.steps_of(name) * size / costs.n_pretraining
+    return steps
+
+
+def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
+    """Every stage of the study with its cost, of the units that are missing; without one, all are."""
+    tasks, embedded = study.params.tasks, set()
+    return [
+        _curation(study, costs),
+        _pretraining(study, costs, missing),
+        *(_task(study, costs, task, missing, embedded) for task in tasks),
+        Stage("figures", NOTEBOOK * costs.known["start"]),
+    ]
+
+
+def _curation(study: Study, costs: Costs) -> Stage:
+    p, n_cells, known = study.params, costs.n_cells, costs.known["data"]
+    around = (1 + NOTEBOOK) * costs.known["start"]  # that of the run among it, whose other processes are forks
+    stage = Stage("curation", around, memory_gib=BASE_GIB + 0.5 + 100 * n_cells / 2**30)
+    sets = [costs.cells_of_set[one.dataset] for one in p.evaluation]
+    drawn = Counter(subset.strategy for subset in study.subsets())
+    stage.in_turn = sum(costs.known["named"].get(name, 0.0) for name in p.sources())
+    stage.in_turn += sum(costs.line(what, n_cells) for what in ("corpus", "split", "sketch", "tables"))
+    stage.in_turn += drawn["geometric_sketching"] * costs.line("geometric_sketching", n_cells)
+    stage.in_turn += sum(costs.line("dataset", n) for n in sets)
+    rows = sum(subset.percentage / 100 * costs.n_pretraining for subset in study.subsets())
+    of_counts = n_cells * known["bytes"]["corpus"] + sum(sets) * known["bytes"]["dataset"]
+    stage.n_bytes = costs.density * of_counts + BYTES_PER_ROW * costs.n_pretraining + 8 * rows
+    return stage
+
+
+def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> Stage:
+    stage = Stage("pretraining", NOTEBOOK * costs.known["start"])
+    for run in filter(missing, [*study.pretraining_runs(), *study.budget_runs()]):
+        need, steps = costs.run(run), costs.steps(run)
+        assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
+        of_gpu = need.gpus * need.seconds if costs.on_gpu else assumed
+        stage.add(need, of_gpu, costs.model_bytes(run.model) + BYTES_PER_STEP * steps)
+    return stage
+
+
+def _task(
+    study: Study, costs: Costs, task: str, missing: Callable[[Evaluation], bool], embedded: set[tuple[Run, str]]
+) -> Stage:
+    """A task, with the embeddings that no task before it needed."""
+    stage = Stage(task, NOTEBOOK * costs.known["start"])
+    for one in filter(missing, evaluation.evaluations(study, task)):
+        which = one.source, one.dataset
+        need, n_bytes, assumed = costs.evaluation(one, embedded=which in embedded), BYTES_PER_EVALUATION, 0.0
+        if isinstance(one.source, Run) and task != "reconstruction" and which not in embedded:
+            embedded.add(which)
+            n_cells = costs.cells_of_set[one.dataset]
+            n_bytes += 4 * n_cells * costs.model(one.source.model)[0]["n_latent"]
+            assumed = n_cells * costs.gpu_seconds_per_cell(one.source.model)
+        stage.add(need, need.gpus * need.seconds if costs.on_gpu else assumed, n_bytes)
+    return stage
+
+
+def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
+    """About how long each stage will compute, and what of it was made already, but by other versions of packages.
+
+    Returns
+    -------
+    seconds of `pretraining`, and of each task by name; and numbers of models and evaluations, by how versions differ.
+    """
+    made, otherwise = provenance.read(study.store.folder), Counter()
+
+    def missing(item: Run | Evaluation) -> bool:
+        unit = study.model_unit(item) if isinstance(item, Run) else evaluation.evaluation_unit(study, item)
+        if unit.key in made:
+            theirs = {**made[unit.key].made["versions"], "datawall": here["datawall"]}  # whose code is in the keys
+            otherwise.update(filter(None, [store.differing(theirs, here)]))
+        return unit.key not in made
+
+    here = store.versions()
+    left = {
+        stage.name: stage.computing_seconds(workers(study))
+        for stage in stages(study, study.costs, missing)
+        if stage.needs
+    }
+    return left, otherwise
+
+
+def table(study: Study, costs: Costs) -> str:
+    """A study's stages and their costs, as text."""
+    n_workers, known = workers(study), costs.known
+    rows = [
+        (
+            stage.name,
+            len(stage.needs),
+            stage.wall_seconds(n_workers),
+            stage.wall_seconds(1) / 3600,
+            stage.gpu_seconds / 3600,
+            stage.memory_gib,
+            stage.n_bytes / 2**30,
+        )
+        for stage in stages(study, costs)
+    ]
+    _, *columns = zip(*rows, strict=True)
+    rows.append(("all", *(sum(column) for column in columns[:4]), max(columns[4]), sum(columns[5])))
+    duration = provenance.duration
+    head = f"{'stage':26}{'units':>8}{'time':>14}{'core-hours':>14}{'GPU-hours':>14}{'memory':>12}{'disk':>14}"
+    lines = [
+        f"{name:26}{units:>8,}{duration(wall):>14}{cores:>14,.2f}{gpus:>14,.2f}{memory:>8.1f} GiB{disk:>10,.2f} GiB"
+        for name, units, wall, cores, gpus, memory, disk in rows
+    ]
+    notes = [f"time: {n_workers} side by side; costs as calibrated for {known['study']} on {known['machine']}"]
+    if not calibration_file(study.params.study).exists():
+        notes.append("that came along; --calibrate in place of --plan measures this study's costs on this machine")
+    if not costs.on_gpu:
+        notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
+    notes.append("memory: of one process at most; what comes over a network is not counted")
+    notes.append(f"verdicts: {verdicts_to_expect(study.params)[0]}")
+    return "\n".join([head, *lines, *notes])

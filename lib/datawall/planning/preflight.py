@@ -1,0 +1,242 @@
+"""What a study will do and what would stop it, found out before hours are spent: `run_all.py --check`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from datawall import tasks
+from datawall.cells import sampling
+from datawall.cells.corpus import CorpusError
+from datawall.cells.datasets import DatasetError
+from datawall.models import external
+from datawall.planning import inspection
+from datawall.planning import plan as planning
+from datawall.planning.starter import FEW
+from datawall.study import assembly, joining, params
+from datawall.study.params import Params
+from datawall.study.study import Study
+
+CONTEXTS = 3  # of perturbation response; when one is held out, two are too few to learn from
+RARE = 10  # held-out cells; on fewer, a type or context is judged by chance
+
+
+@dataclass
+class Findings:
+    """What a check found, a line each."""
+
+    facts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # what would stop the study
+
+
+def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
+    """Read every data set that a study file names, as the run would, and say what the study will do.
+
+    A first look, in which counts are sampled, collects mistakes. If there are none, all cells are read by the code
+    that a run reads them with, counted as it counts them, and split as it splits them. A simulated corpus is not
+    made, a Census not opened, and clusters that stand in for types are not sought.
+
+    Parameters
+    ----------
+    path
+        The study file.
+    overrides
+        As in `params.read`.
+    """
+    try:
+        p = params.read(path, overrides)
+    except params.ParamsError as error:
+        return Findings(errors=str(error).splitlines())
+    found = Findings()
+    if p.census is not None:
+        found.facts.append("corpus: selected from the CELLxGENE Census when the study runs")
+    elif p.simulation is not None:
+        found.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
+        _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), found)
+    else:
+        _look(p, found)
+        if not found.errors:
+            _read(p, found)
+    found.facts.append(f"tasks: {', '.join(p.tasks)}")
+    for task in (task for task in tasks.TASKS if task not in p.tasks):
+        lacking = [key for key in params.NEEDED.get(task, ()) if getattr(p, key) is None]
+        found.facts.append(f"left out: {task}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
+    study = Study(p, Path())
+    found.facts += (f"work: {line}" for line in planning.work(study))
+    if not found.errors:
+        _design(study, found)
+    return found
+
+
+def _design(study: Study, found: Findings) -> None:
+    """Whether seeds and budgets let verdicts be reached."""
+    said, enough = planning.verdicts_to_expect(study.params)
+    (found.facts if enough else found.warnings).append(f"verdicts: {said}")
+    passes = planning.passes(study, study.costs)
+    if few := [f"{name} {n:.2g}" for name, n in passes.items() if n < 1]:
+        found.warnings.append(
+            f"a cell of the full corpus is drawn less than once on average ({', '.join(few)} times): raise steps, or "
+            "verdicts will be the budget's."
+        )
+    if passes and study.params.budget_check is None:
+        found.warnings.append("budget_check is not set: whether twice the steps would change a score stays unknown.")
+
+
+def _look(p: Params, found: Findings) -> None:
+    """Look into every data set and its columns, and collect what is wrong."""
+    tables = []
+    for name in p.sources():
+        keys = {role: p.key(role, name) for role in p.columns()}
+        if looked := _look_into(p, name, keys, "corpus", found):
+            sound = {role: looked.obs[key].astype(object) for role, key in keys.items() if not looked.faults([key])}
+            tables.append(pd.DataFrame(sound, index=range(looked.n_cells)))
+    if len(tables) == len(p.sources()):
+        obs = pd.concat(tables, join="inner", ignore_index=True)
+        if "perturbation_response" in p.tasks and "perturbation" in obs:
+            try:
+                joining.check_treatments(sorted(obs["perturbation"].astype(str).unique()), p.control, p.treatments)
+                if "cell_type" in obs:
+                    joining.check_contexts(p, obs["cell_type"].replace(p.labels).unique())
+            except CorpusError as error:
+                found.errors.append(f"{p.perturbation_key}: {error}")
+    for name, one in list(p.evaluation_sets().items())[1:]:  # the first is the corpus's held-out cells
+        keys = assembly.dataset_columns(p, name)
+        if one.donor_key is None:
+            keys.pop("donor_id", None)  # the study's column, which not every data set has
+        _look_into(p, one.file, keys, f"evaluation set {name}", found)
+    if p.spike_in is not None:
+        _look_into(p, p.spike_in, {}, "cells to spike in", found)
+
+
+def _look_into(p: Params, name: str, keys: dict[str, str], what: str, found: Findings) -> inspection.Looked | None:
+    """Look into a data set; None if it cannot be used at all."""
+    try:
+        looked = inspection.look(name, keys.values(), others=False, min_matched=p.min_matched_genes)
+    except (CorpusError, DatasetError) as error:
+        found.errors.append(str(error))
+        return None
+    found.facts.append(f"{what}: {looked}")
+    found.errors += looked.faults(dict.fromkeys(keys.values()))
+    return looked
+
+
+def _read(p: Params, found: Findings) -> None:
+    """Read all cells as the run does; what it has of them, and what it can be judged by."""
+    reports: dict[str, Any] = {}
+    try:
+        labels = []
+        for block in assembly.read_corpus(p, reports):
+            labels.append(block.obs)
+        obs = pd.concat(labels)
+        n_spike_in = 0 if p.spike_in is None else sum(of.n_obs for of in assembly.read_spike_in(p, block, reports))
+        found.warnings += reports["notes"]
+        became = reports["cells"].drop(columns="dataset").sum()
+        told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
+        found.facts.append(f"cells of the corpus: {told}")
+        held_out = assembly.held_out(p, obs)
+        if held_out.all():
+            found.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
+            return
+        _labels(p, obs, held_out, found)
+        _subsets(p, int((~held_out).sum()), found, n_spike_in)
+        sets = {p.held_out_name: obs[held_out]}
+        for one in p.evaluation:
+            aligned, _, notes = assembly.read_dataset(p, one.dataset, block.var)
+            found.warnings += notes
+            sets[one.dataset] = aligned.obs
+    except (CorpusError, DatasetError, ValueError) as error:
+        found.errors.append(str(error))
+        return
+    _tasks(p, sets, found)
+    for one in p.embeddings:
+        try:
+            external.read_embedding(one.file, one.obsm_key, sets[one.dataset].index, one.dataset)
+        except ValueError as error:
+            found.errors.append(str(error))
+    if p.drop_contaminated:
+        found.facts.append("cells and donors of evaluation sets will be left out of pretraining, and sizes be smaller")
+
+
+def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, found: Findings) -> None:
+    """What the labels of the corpus are, and who is held out."""
+    for role in (role for role in obs if role in p.columns()):
+        counts = obs[role].value_counts()
+        counts = counts[counts > 0]
+        rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
+        found.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
+        if role == "cell_type" and len(counts) > inspection.MANY:
+            found.warnings.append(f"{p.key(role, p.sources()[0])!r} has {len(counts):,} cell types; is it the column?")
+    whose = ""
+    if p.split_role:
+        groups = sorted(obs.loc[held_out, p.split_role].astype(str).unique())
+        whose = f", those of {', '.join(groups[:5])}{', …' if len(groups) > 5 else ''}"
+        share = held_out.mean()
+        if not p.held_out / 2 <= share <= 2 * p.held_out:
+            found.warnings.append(f"{share:.0%} of the cells are held out, not {p.held_out:.0%}: groups stay whole.")
+    found.facts.append(f"held out: {held_out.sum():,} cells{whose}")
+    if "cell_type" in obs:
+        _few(obs.loc[held_out, "cell_type"].value_counts(), "cell types", found)
+
+
+def _subsets(p: Params, n_pretraining: int, found: Findings, n_spike_in: int | None = None) -> None:
+    """Sizes of the subsets, and whether there are cells enough to spike in.
+
+    Raises
+    ------
+    ValueError
+        If there are not.
+    """
+    sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
+    listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
+    found.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
+    if small := [f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW]:
+        found.warnings.append(f"under {FEW} cells to pretrain on at {', '.join(small)}; larger percentages teach more.")
+    for strategy, percentage, seed in p.subsets():
+        if strategy.startswith("spikein") and n_spike_in is not None:
+            size = sampling.subset_size(n_pretraining, percentage)
+            sampling.spike_in(size, n_spike_in, float(strategy.removeprefix("spikein_")), seed=seed)
+
+
+def _tasks(p: Params, sets: dict[str, pd.DataFrame], found: Findings) -> None:
+    """Which tasks cannot be judged on which data sets, and which contexts have few cells."""
+    judged = 0
+    for task in p.tasks:
+        for name, one in p.evaluation_sets().items():
+            if not one.joins(task):
+                continue
+            obs = sets[name]
+            if "cell_type" not in obs:
+                judged += 1
+                continue
+            if why := joining.unfit(task, obs, one, p):
+                found.facts.append(f"left out: {task} on {name}: {why}")
+                continue
+            judged += 1
+            if task == "perturbation_response":
+                cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
+                both = int(((cells[one.control] > 0) & (cells.drop(columns=one.control) > 0).any(axis=1)).sum())
+                if both <= CONTEXTS:
+                    found.warnings.append(
+                        f"{name}: perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, "
+                        "from which it cannot tell an embedding from noise; data of "
+                        f"{CONTEXTS + 1} contexts or more can."
+                    )
+                for treatment, contexts in joining.treatments(obs, one, p).items():
+                    few = cells.loc[contexts, [treatment, one.control]].min(axis=1)
+                    _few(few, f"contexts of {treatment!r} in {name}", found)
+    if not judged:
+        found.errors.append("no task is left to judge by; give more cells, types or columns.")
+
+
+def _few(n_held_out: pd.Series, what: str, found: Findings) -> None:
+    """Warn of groups with few held-out cells."""
+    if few := sorted(map(str, n_held_out.index[n_held_out < RARE])):
+        found.warnings.append(
+            f"{len(few)} of {len(n_held_out)} {what} have under {RARE} held-out cells, on which scores are chance: "
+            f"{', '.join(few[:5])}{', …' if len(few) > 5 else ''}."
+        )

@@ -1,0 +1,146 @@
+"""What a run folder holds: whether it is as it was written, what made it, and what would be made again."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from datawall.analysis import results
+from datawall.engine import provenance, store
+from datawall.engine.provenance import Made
+
+
+def problems(folder: Path) -> list[str]:
+    """All that is damaged in a run folder, or missing though results are made from it, a line each.
+
+    Every file of every artifact is read and hashed again.
+    """
+    places = _places(folder)
+    found = [f"{_shown(place)}: {what}" for place in places.values() for what in _wrong(place)]
+    of_tables = results.damage(folder)
+    if not of_tables:
+        lost = sorted(key for key in results.run_ids(folder) if key not in places)
+        found += [f"store/evaluation/{key}: is missing, and results.csv has numbers of it" for key in lost]
+    return found + of_tables
+
+
+def absent(folder: Path) -> list[str]:
+    """What others were made from and is not there, a line each: no damage, as what was made from it is whole."""
+    places, needed = _places(folder), {}
+    for one in provenance.read(folder / "store").values():
+        for name, given in one.record.items():
+            for value in provenance.texts(given):  # of a split, `drop` is a list
+                if re.fullmatch("[0-9a-f]{16}", value) and value not in places:
+                    needed.setdefault((name, value), []).append(one)
+    return [
+        f"not here: {name} {key}, from which {_counted(made)} {'was' if len(made) == 1 else 'were'} made; a run makes "
+        "it again if it needs it"
+        for (name, key), made in needed.items()
+    ]
+
+
+def count(folder: Path) -> int:
+    """Artifacts of a run folder."""
+    return len(_places(folder))
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Folders of the artifacts, damaged ones too, by key."""
+    return {path.name: path for path in sorted((folder / "store").glob("*/[!.]*")) if path.is_dir()}
+
+
+def _shown(place: Path) -> str:
+    return "/".join(place.parts[-3:])
+
+
+def _wrong(place: Path) -> list[str]:
+    """What is wrong with an artifact, or with where it is."""
+    if damaged := store.damage(place):
+        return damaged
+    made = store.read_manifest(place)
+    if (place.parent.name, place.name) != (made["kind"], made["key"]):
+        return [f"it is {made['kind']} {made['key']}, in the place of another"]
+    if store.key_of(made["kind"], made["record"], made["code"]) != made["key"]:
+        return ["its key is not that of its record"]
+    return []
+
+
+def why(folder: Path, key: str) -> str:
+    """What made an artifact, what has changed since, and what else would be made again with it; in words.
+
+    Parameters
+    ----------
+    folder
+        The run folder.
+    key
+        Its key, such as a `run_id` of the results, or how that begins.
+
+    Raises
+    ------
+    ValueError
+        If no artifact has that key, or more than one.
+    """
+    places = _places(folder)
+    matching = [name for name in places if name.startswith(key)]
+    if len(matching) != 1:
+        raise ValueError(
+            f"--why {key}: {len(matching) or 'no'} artifacts of {folder} have a key that begins so; give one of the "
+            "folder names under store/, or a run_id of the results."
+        )
+    (key,) = matching
+    if wrong := _wrong(places[key]):
+        return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
+    artifacts = provenance.read(folder / "store")
+    return "\n".join([*_origin(artifacts[key], artifacts), *_fate(artifacts[key], artifacts)])
+
+
+def _origin(one: Made, artifacts: dict[str, Made]) -> list[str]:
+    """Who made an artifact, and from what."""
+    of = one.made
+    return [
+        f"{one.kind} {one.key}",
+        f"made    {of['ended']} on {of['host']} ({of['device']}), {of['seconds']:g} s, {of['peak_memory_mib']} MiB",
+        f"with    {', '.join(f'{name} {version}' for name, version in of['versions'].items())}",
+        f"files   {', '.join(one.files)}",
+        "from",
+        *_tree(one, artifacts, "  "),
+    ]
+
+
+def _tree(one: Made, artifacts: dict[str, Made], indent: str) -> Iterator[str]:
+    """The record of an artifact and, below it, those of what it was made from."""
+    for name, value in one.record.items():
+        made = [artifacts[text] for text in provenance.texts(value) if text in artifacts]
+        for each in made:
+            yield f"{indent}{name}: {each.kind} {each.key}"
+            yield from _tree(each, artifacts, indent + "  ")
+        if not made:
+            yield f"{indent}{name}: {value}"
+
+
+def _fate(one: Made, artifacts: dict[str, Made]) -> list[str]:
+    """What has changed since, and what depends on an artifact."""
+    stale = {made: changed for made in [one, *provenance.upstream(one, artifacts)] if (changed := _changed(made))}
+    dependent = [other for other in artifacts.values() if one in provenance.upstream(other, artifacts)]
+    if stale:
+        lines = [f"  the code of {', '.join(of)}, which made {made.kind} {made.key}" for made, of in stale.items()]
+        begin = ["changed since, so that a run makes it again, under another key:", *lines]
+    else:
+        begin = ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
+    return [*begin, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."]
+
+
+def _changed(one: Made) -> list[str]:
+    """Modules whose code is no longer what made an artifact."""
+
+    def same(name: str, before: str) -> bool:
+        return name.partition(":")[0] in store.SOURCES and store.code_version(name) == before
+
+    return [name for name, before in one.code.items() if not same(name, before)]
+
+
+def _counted(made: list[Made]) -> str:
+    """How many artifacts of which kinds, in words."""
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(one.kind for one in made).items()))

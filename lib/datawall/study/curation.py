@@ -1,0 +1,237 @@
+"""Tables that describe a study's data and subsets, for the curation notebook."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from datawall.cells import annotation, cellstore, corpus, diversity, expression, simulate, sources
+from datawall.engine import paths
+from datawall.study.study import Study
+
+# The authors' labels of 973 cells of Kang et al., those that muscat's data set has labels of.
+KANG_LABELS = paths.PACKAGE_DATA / "kang2018_labels.csv"
+VENDI_CELLS = 500  # drawn of each subset
+COMPARED = 5000  # held-out cells that simulated ones are set beside
+
+
+def gene_matches(study: Study) -> pd.DataFrame:
+    """How the genes of each data set met the gene table, a row each (see `corpus.GeneMatch`).
+
+    Columns of the same gene are summed, and counted as `duplicated`.
+    `in_corpus` is the number of genes shared with the corpus, which is all that a model can see of a data set.
+    """
+    of_corpus = json.loads((study.corpus_artifact.folder / "genes.json").read_text(encoding="utf-8"))
+    rows = [{**match, "in_corpus": match["matched"]} for match in of_corpus]
+    if study.params.spike_in is not None:
+        rows.append(json.loads((study.corpus_artifact.folder / "spike_in_genes.json").read_text(encoding="utf-8")))
+    for one in study.params.evaluation:
+        rows.append(json.loads((study.dataset_artifact(one.dataset).folder / "genes.json").read_text(encoding="utf-8")))
+    return pd.DataFrame(rows).set_index("dataset")
+
+
+def remarks(study: Study) -> list[str]:
+    """What a reader should know of the data sets, a line each: where counts and genes were found, what is odd.
+
+    First, of each, which matrix was taken and how much of it is known; then what else could be counts, columns that
+    name genes otherwise, and labels that look alike or spell "missing".
+    """
+    folders = [study.corpus_artifact.folder]
+    folders += [study.dataset_artifact(one.dataset).folder for one in study.params.evaluation]
+    rows, notes = [], []
+    for folder in folders:
+        of = json.loads((folder / "genes.json").read_text(encoding="utf-8"))
+        rows += of if isinstance(of, list) else [of]
+        notes += json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+    known = [field.name for field in fields(corpus.GeneMatch) if field.name != "notes"]
+    return [*(f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in known})}" for row in rows), *notes]
+
+
+def reports(study: Study) -> dict[str, pd.DataFrame]:
+    """What became of the corpus's cells on the way to it, by name of the table.
+
+    For files: `cells` (read, empty, filtered, duplicate and kept, a row per file) and `duplicates` (see
+    `sources.Report`). For the Census: `census` and `types` (see `census.Selection`). For other data sets: `cells` with
+    read, empty and kept.
+    """
+    folder = study.corpus_artifact.folder
+    return {path.stem.removeprefix("report_"): pd.read_parquet(path) for path in sorted(folder.glob("report_*"))}
+
+
+def quality(study: Study) -> pd.DataFrame:
+    """Genes, counts and mitochondrial share (0 to 1) of the corpus's cells, a row each: 5 to 95 % quantiles."""
+    var = study.corpus.var
+    values = np.empty((len(sources.QUALITY), study.corpus.n_obs), np.float32)  # 12 bytes a cell, and exact
+    for rows, counts in study.corpus.blocks():
+        values[:, rows] = [*sources.quality(counts, var).values()]
+    quantiles = pd.Index([0.05, 0.25, 0.5, 0.75, 0.95], name="quantile")
+    table = [np.quantile(of_cells, quantiles, overwrite_input=True).astype(float) for of_cells in values]
+    return pd.DataFrame(table, pd.Index(sources.QUALITY, name="metric"), quantiles)
+
+
+def contamination(study: Study) -> pd.DataFrame:
+    """What each evaluation data set shares with the cells that models are pretrained on, or would be.
+
+    Columns: see `duplicates.Contamination.row`. With `drop_contaminated` in the study, the rows counted here are left
+    out of pretraining.
+    """
+    rows = {name: study.contamination(name).row() for name in study.params.evaluation_sets()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
+
+
+def beside_simulated(study: Study) -> dict[str, sp.csr_matrix]:
+    """Counts of held-out cells, `COMPARED` at most, and of as many simulated ones with as many genes: for `realism`.
+
+    Nothing where there is nothing to compare: the corpus is simulated itself, or has too few genes for an atlas.
+    """
+    held_out = study.held_out_cells
+    if study.params.simulation is not None or held_out.n_vars < simulate.MIN_GENES:
+        return {}
+    rows = np.sort(np.random.default_rng(0).permutation(held_out.n_obs)[:COMPARED])
+    atlas = simulate.Atlas(n_cells=len(rows), n_genes=held_out.n_vars)
+    return {study.held_out_name: held_out.counts(rows), "simulated": simulate.load(atlas).X}
+
+
+def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What counts look like, to set simulated cells beside real ones: a table of genes and a table of cells.
+
+    Parameters
+    ----------
+    counts
+        By name of the data set, (n_cells, n_genes) raw counts.
+
+    Returns
+    -------
+    genes that have a count (dataset, mean, variance, zeros: the share of cells without it) and cells (dataset,
+    library_size, n_genes).
+    """
+    genes, cells = [], []
+    for name, matrix in counts.items():
+        X = matrix.astype(np.float64)
+        mean = np.asarray(X.mean(axis=0)).ravel()
+        variance = np.asarray(X.multiply(X).mean(axis=0)).ravel() - mean**2
+        zeros = 1 - X.getnnz(axis=0) / X.shape[0]
+        genes.append(pd.DataFrame({"dataset": name, "mean": mean, "variance": variance, "zeros": zeros})[mean > 0])
+        library_size = np.asarray(X.sum(axis=1)).ravel()
+        cells.append(pd.DataFrame({"dataset": name, "library_size": library_size, "n_genes": X.getnnz(axis=1)}))
+    return pd.concat(genes, ignore_index=True), pd.concat(cells, ignore_index=True)
+
+
+def composition(study: Study) -> pd.DataFrame:
+    """Cells of each type in every subset: strategy, percentage, seed, cell_type, n_cells, share (0 to 1)."""
+    cell_type = study.corpus.obs["cell_type"].array
+    tables = []
+    for subset in study.subsets():
+        counted = pd.Series(cell_type[study.rows(subset)]).value_counts()
+        n_cells = counted[counted > 0].rename("n_cells").rename_axis("cell_type").reset_index()
+        tables.append(n_cells.assign(**asdict(subset), share=n_cells["n_cells"] / n_cells["n_cells"].sum()))
+    return pd.concat(tables, ignore_index=True)
+
+
+def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
+    """Write the names of the cells of every subset, to publish them: a text file each, a cell a line.
+
+    Names are those of the sources, with the file's name before them where the corpus has several files; those of the
+    Census are `soma_joinid`. So they mean the same to anyone who has the sources.
+
+    Parameters
+    ----------
+    study
+        Whose subsets.
+    folder
+        Made if need be; files in it are replaced.
+
+    Returns
+    -------
+    table with the columns file, strategy, percentage, seed, n_cells, which is also written, as `subsets.csv`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = []
+    for subset in study.subsets():
+        rows = study.rows(subset)
+        name = f"{subset.strategy}_{subset.percentage:g}_{subset.seed}.txt"
+        with (folder / name).open("w", encoding="utf-8") as file:
+            for first in range(0, len(rows), cellstore.NAMES):
+                names = study.corpus.names(rows[first : first + cellstore.NAMES])
+                file.writelines(f"{one}\n" for one in names)
+        table.append({"file": name, **asdict(subset), "n_cells": len(rows)})
+    table = pd.DataFrame(table)
+    table.to_csv(folder / "subsets.csv", index=False)
+    return table
+
+
+def subset_diversity(study: Study) -> pd.DataFrame:
+    """Diversity of every subset: n_cells, shannon (bits), inverse_simpson, vendi and vendi_sd.
+
+    Vendi grows with the number of cells, so it is the mean over ten draws of `VENDI_CELLS` cells of each subset, and
+    `vendi_sd` their standard deviation; both are NaN where a subset has fewer, as the number would not compare.
+    """
+    cell_type = study.corpus.obs["cell_type"].array
+    table = []
+    for subset in study.subsets():
+        rows = study.rows(subset)
+        measures = {
+            "n_cells": len(rows),
+            "shannon": diversity.shannon(cell_type[rows]),
+            "inverse_simpson": diversity.inverse_simpson(cell_type[rows]),
+            "vendi": np.nan,
+            "vendi_sd": np.nan,
+        }
+        if len(rows) >= VENDI_CELLS:
+            measures["vendi"], measures["vendi_sd"] = diversity.at_equal_n(
+                lambda drawn: diversity.vendi(study.pca_scores(drawn)), rows, VENDI_CELLS, seed=subset.seed
+            )
+        table.append({**asdict(subset), **measures})
+    return pd.DataFrame(table)
+
+
+def markers(study: Study) -> dict[str, list[str]]:
+    """Marker genes (symbols) of cell types: canonical ones of blood, or those planted in a simulated corpus."""
+    simulation = study.params.simulation
+    return annotation.PBMC_MARKERS if simulation is None else simulate.truth(simulation).markers()
+
+
+def authors_labels(study: Study, cells: pd.Index | None = None) -> pd.Series:
+    """The authors' labels of those cells that have one, by name of the cell; of the corpus, or of the cells given.
+
+    973 cells of Kang et al. have: those that muscat's data set names (Crowell et al. 2020, doi
+    10.1038/s41467-020-19894-4). None has if the corpus is another.
+    """
+    labels = pd.read_csv(KANG_LABELS, index_col="cell")["authors"]
+    cells = pd.Index(study.corpus.names()) if cells is None else cells
+    return labels[labels.index.isin(cells) & (study.params.corpus == "kang2018")]
+
+
+def both_labels(study: Study) -> pd.DataFrame:
+    """How many cells have a type by the authors' labels (rows) and by those that we gave (columns)."""
+    theirs = authors_labels(study)
+    ours = pd.Series(study.corpus.obs["cell_type"].to_numpy(str), study.corpus.names())
+    return pd.crosstab(theirs, ours.reindex(theirs.index).rename("ours"))
+
+
+def marker_expression(study: Study) -> pd.DataFrame:
+    """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types.
+
+    Genes that are the same in all types are left out: there are no others where there is one type.
+    """
+    marker_genes = markers(study)
+    symbols = pd.Index(study.corpus.var["feature_name"])
+    types = pd.Categorical(study.corpus.obs["cell_type"]).remove_unused_categories()
+    named = [name for name in marker_genes if name in types.categories]
+    order = named + sorted(set(types.categories) - set(named))
+    given = dict.fromkeys(gene for genes in marker_genes.values() for gene in genes)
+    genes = [gene for gene in given if gene in symbols]
+    columns = symbols.get_indexer(genes)
+    sums = np.zeros((len(types.categories), len(genes)))
+    for rows, counts in study.corpus.blocks():
+        of_type = sp.csr_array((np.ones(len(rows)), (types.codes[rows], np.arange(len(rows)))), (len(sums), len(rows)))
+        sums += (of_type @ expression.lognormalise(counts)[:, columns]).toarray()
+    means = pd.DataFrame(sums / types.value_counts().to_numpy()[:, None], types.categories, genes).loc[order]
+    deviation = means.std()
+    means = means.loc[:, deviation > 0]  # none where all cells are of one type
+    return ((means - means.mean()) / deviation[means.columns]).rename_axis(index="cell_type", columns="gene")

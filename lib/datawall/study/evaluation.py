@@ -1,0 +1,322 @@
+"""Evaluations of a study: every task on every model and baseline, and the tables they make."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from datawall import tasks
+from datawall.analysis import adaptive, results
+from datawall.cells.corpus import CorpusError
+from datawall.engine import cluster, store
+from datawall.engine.store import Artifact, Unit
+from datawall.models import external
+from datawall.study import curated, curation, scoring
+from datawall.study.curated import Subset
+from datawall.study.params import Embedding
+from datawall.study.scoring import BASELINES
+from datawall.study.study import Study
+from datawall.study.units import Evaluation, Run
+from datawall.tasks import baselines
+
+LEFT_OUT = {
+    "random": "what random subsets tell, such as what more cells are worth",
+    "untrained": "what untrained models tell: what pretraining changes",
+}  # by the strategy that a study lacks
+
+
+def evaluations(study: Study, task: str) -> list[Evaluation]:
+    """Every evaluation of a task: baselines, pretraining runs, embeddings from files; none if the study leaves it out.
+
+    A data set joins the tasks that its columns allow. Reconstruction is of the corpus's held-out cells, by models that
+    say how well they do it.
+    """
+    p = study.params
+    if task not in p.tasks:
+        return []
+    names = study.joined(task)
+    runs = [*study.pretraining_runs(), *study.budget_runs()]
+    brought = [one for one in p.embeddings if one.dataset in names]
+    if task == "reconstruction":
+        names, brought = [name for name in names if name == study.held_out_name], []
+        runs = [run for run in runs if reconstructs(run.model)]
+    sources = [*BASELINES.get(task, baselines.EMBEDDINGS), *runs]
+    return [
+        *(Evaluation(task, name, source) for source in sources for name in names),
+        *(Evaluation(task, one.dataset, one) for one in brought),
+    ]
+
+
+def reconstructs(model: str) -> bool:
+    """Whether a model can tell its loss on held-out cells: every family, and those of the user's own that say so."""
+    return not external.is_external(model) or hasattr(external.model_class(model), "heldout_loss")
+
+
+def evaluate(study: Study, task: str) -> pd.DataFrame:
+    """Make, or find, every evaluation of a task, and write the study's tables.
+
+    Returns
+    -------
+    the task's tidy results (see `results.read_results`).
+    """
+    missing = [one for one in evaluations(study, task) if not study.store.find(evaluation_unit(study, one))]
+    if missing:
+        for name in study.params.evaluation_sets():
+            study.dataset_artifact(name)
+        joined = study.joined(task)
+        missing = [one for one in missing if one.dataset in joined]
+    if (why := study.not_judged(task)) and not study.joined(task):
+        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
+    if missing:
+        study.pretrain()
+    cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
+    return results.select(_tabulate(study), task=task)
+
+
+def _tabulate(study: Study) -> pd.DataFrame:
+    """Write the tables of every evaluation of the study, as it is now, that has been made; returns the results.
+
+    What this process has written already is not written again: a notebook may ask for every task in turn.
+    """
+    every = [one for task in study.params.tasks for one in evaluations(study, task)]
+    made = [(one, found) for one in every if (found := study.store.find(evaluation_unit(study, one)))]
+    keys = [artifact.key for _, artifact in made]
+    if study.tabulated is None or study.tabulated[0] != keys:
+        rows = [row for one, artifact in made for row in _rows(study, one, artifact)]
+        tables = results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
+        results.write_tables(tables, study.folder, study.params.model_dump(mode="json"))
+        study.tabulated = keys, tables["results"]
+    return study.tabulated[1]
+
+
+def grow(study: Study) -> pd.DataFrame:
+    """Choose the runs of an adaptive study, and make them: sizes and seeds only until every verdict is settled.
+
+    Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
+    over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
+    and seed, and judged by all tasks; all models' wishes of a round are made side by side. A second call finds all of
+    it, and chooses the same.
+
+    Returns
+    -------
+    table with the columns model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs (that the
+    verdict took) and share (of the full grid's).
+    """
+    p = study.params
+    plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
+    for name in p.evaluation_sets():
+        study.dataset_artifact(name)  # which tells what it can be judged by
+    scored = [
+        task for task in p.tasks if study.joined(task) and not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))
+    ]
+    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in scored}
+    wanted, outcomes = {key: next(of) for key, of in asking.items()}, {}
+    chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
+    while wanted:
+        for (model, _), runs in wanted.items():
+            chosen[model] += [run for run in runs if run not in chosen[model]]
+        store.write_json(study.chosen_path, chosen)
+        study.pretrain()
+        scores = {task: _scores(evaluate(study, task), tasks.HEADLINE[task]) for task in scored}
+        for key, runs in list(wanted.items()):
+            model, task = key
+            try:
+                wanted[key] = asking[key].send([scores[task][model, *run] for run in runs])
+            except StopIteration as settled:
+                outcomes[key] = settled.value
+                del wanted[key]
+    rows = [
+        {"model": model, "task": task, "verdict": of.verdict, "percentage": of.percentage, "reason": of.reason}
+        | {"runs": len(of.runs), "share": of.share}
+        for (model, task), of in sorted(outcomes.items())
+    ]
+    return pd.DataFrame(rows)
+
+
+def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], float]:
+    """Mean over data sets of the metric of every run on a random subset, by model, percentage and seed."""
+    runs = results.mean_over_splits(results.select(of_task, metric=metric, strategy="random"))
+    return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
+
+
+def panels(study: Study) -> pd.DataFrame:
+    """How many genes the panels of random subsets have, by percentage: means over seeds.
+
+    The panel is the same for every network of the study with that many genes; the first is asked.
+
+    Returns
+    -------
+    table with the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of
+    each evaluation data set how many it measures; empty if no network of the study has a panel.
+    """
+    chosen = (name for name in study.params.models if getattr(study.params.hyperparameters_of(name), "n_genes", None))
+    if (name := next(chosen, None)) is None:
+        return pd.DataFrame()
+    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (name, "random")]
+    genes = {run.subset: study.model(run).genes for run in sorted(runs, key=lambda run: -run.subset.percentage)}
+    largest, rows = {}, []
+    measured = {name: np.ones(study.corpus.n_vars, bool) for name in study.params.evaluation_sets()}
+    for one in study.params.evaluation:
+        measured[one.dataset] = np.load(study.dataset_artifact(one.dataset).folder / "measured.npy")
+    for subset, panel in genes.items():
+        shared = np.intersect1d(panel, largest.setdefault(subset.seed, panel))
+        of_sets = {dataset: int(known[panel].sum()) for dataset, known in measured.items()}
+        rows.append({"percentage": subset.percentage, "genes": len(panel), "in_largest": len(shared), **of_sets})
+    return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
+
+
+def second_opinion(study: Study) -> pd.DataFrame:
+    """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
+
+    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice.
+
+    Returns
+    -------
+    table with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the
+    cells with the predicted type by either label) and judged (number of those cells); empty if none has labels.
+    """
+    name, task = study.held_out_name, "zeroshot_classification"
+    cells = study.dataset(name).obs["cell_type"].astype(str)
+    theirs = curation.authors_labels(study, cells.index)
+    rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
+    table = []
+    for one in evaluations(study, task) if judged else ():
+        if one.dataset != name or (isinstance(one.source, Run) and one.source.budget != 1):
+            continue
+        with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
+            shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
+        by_ours, by_theirs = np.mean(shares, axis=0)
+        of = _source_columns(study, one.source) | {"ours": by_ours, "authors": by_theirs, "judged": judged}
+        table.append({key: value for key, value in of.items() if key != "budget"})
+    return pd.DataFrame(table)
+
+
+def scope(study: Study, *tasks_told: str) -> str:
+    """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
+
+    Parameters
+    ----------
+    study
+        The study.
+    tasks_told
+        Tasks that the notebook tells of beside its own.
+    """
+    strategies = {run.subset.strategy for run in study.pretraining_runs()}
+    among = ", untrained ones among them," if "untrained" in strategies else ""
+    lines = [f"{len(study.pretraining_runs())} models{among} of {len(study.subsets())} subsets"]
+    lines += [f"left out: {told}" for name, told in LEFT_OUT.items() if name not in strategies]
+    lines += [f"left out: what {task} tells" for task in tasks_told if task not in study.params.tasks]
+    return "\n".join(lines)
+
+
+def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
+    """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
+
+    Parameters
+    ----------
+    study
+        Whose runs they are.
+    table
+        Its results of a task.
+    metric
+        The score; of several seeds' runs each stands for itself.
+
+    Returns
+    -------
+    runs by title, for pictures of their embeddings; none if the study pretrains no model.
+    """
+    first = study.first_dataset(table["task"].iloc[0])
+    means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
+    of_run = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
+    runs = {(run.model, *asdict(run.subset).values()): run for run in study.pretraining_runs()}
+    scores = of_run[of_run.index.isin([key for key in runs if key[1] != "untrained"])]
+    if scores.empty:
+        return {}
+    if results.lower_is_better(metric):
+        scores = -scores
+    best, worst = runs[scores.idxmax()], runs[scores.idxmin()]
+    chosen = {
+        f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in (("best", best), ("worst", worst))
+    }
+    controls = [run for run in runs.values() if run.model == best.model and run.subset.strategy == "untrained"]
+    return chosen | {f"untrained: {run.model}": run for run in controls[:1]}
+
+
+def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
+    """The metrics of an evaluation."""
+    task, source, p = evaluation.task, evaluation.source, study.params
+    record = {"task": task, "dataset": study.dataset_unit(evaluation.dataset).key}
+    if isinstance(source, Run) and task == "reconstruction":
+        record["model"] = study.model_unit(source).key
+    elif not isinstance(source, str) or source in baselines.EMBEDDINGS:
+        record["embedding"] = study.embedding_unit(source, evaluation.dataset).key
+        if not task.startswith("zeroshot"):
+            record["seed"] = evaluation.seed
+    else:
+        record["baseline"] = source
+    if task == "zeroshot_classification":
+        record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits}
+    if task == "zeroshot_integration":
+        record |= {"unintegrated": study.embedding_unit("PCA", evaluation.dataset).key, "cells": p.integration_cells}
+    if task == "finetuned_classification":
+        record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
+    if task == "perturbation_response":
+        one = p.evaluation_sets()[evaluation.dataset]
+        treatments = p.treatments if one.treatments is None else one.treatments
+        contexts = {"control": one.control, "treatments": treatments, "held_out_contexts": one.held_out_contexts}
+        record |= {**contexts, "genes": p.perturbation_genes, "matching": p.matching}
+    return Unit("evaluation", record, makers(task))
+
+
+def makers(task: str) -> tuple[str, ...]:
+    """What makes the metrics of a task: what feeds it, and its own module."""
+    genes = (f"{store.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
+    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task]}", *genes
+
+
+def make(study: Study, evaluation: Evaluation) -> Artifact:
+    """Make, or find, one evaluation: its metrics by split, each with its interval, chance and ceiling if known.
+
+    Of classification, the predicted labels of the test cells too, by split.
+    """
+
+    def write(folder: Path) -> None:
+        splits = dict(scoring.score(study, evaluation))
+        store.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
+        called = {split: metrics.predicted for split, metrics in splits.items() if metrics.predicted is not None}
+        if called:
+            np.savez_compressed(folder / "predicted.npz", **{split: of.astype(str) for split, of in called.items()})
+
+    return study.store.find_or_make(evaluation_unit(study, evaluation), write)
+
+
+def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:
+    """Rows of all tables, of one evaluation."""
+    of = {
+        **_source_columns(study, evaluation.source),
+        "study": study.params.study,
+        "task": evaluation.task,
+        "dataset": evaluation.dataset,
+        "run_id": artifact.key,
+    }
+    for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
+        for row in metrics:
+            yield {**of, "split": split, **row}
+
+
+def _source_columns(study: Study, source: Run | Embedding | str) -> dict[str, Any]:
+    """Model, strategy, percentage, seed and n_cells of a source."""
+    none = {"percentage": 0.0, "seed": -1, "n_cells": 0}
+    if isinstance(source, str):
+        return {"model": source, "strategy": results.BASELINE, **none}
+    if isinstance(source, Embedding) and source.strategy is None:
+        return {"model": source.model, "strategy": results.CHECKPOINT, **none}
+    subset = source.subset if isinstance(source, Run) else Subset(*source.subset())
+    budget = source.budget if isinstance(source, Run) else 1.0
+    return {"model": source.model, **asdict(subset), "n_cells": len(study.rows(subset)), "budget": budget}

@@ -1,0 +1,136 @@
+"""Which tasks a data set joins, told by the labels of its cells: known before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from datawall.cells.corpus import CorpusError
+from datawall.study.params import EvaluationSet, Params
+
+FEWEST = 20  # cells of a data set to judge on
+HELD_OUT_CELLS = 10  # of each treatment, at least, in a context that is held out unless contexts are named
+JUDGED = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
+
+
+def unfit(task: str, obs: pd.DataFrame, one: EvaluationSet, p: Params) -> str | None:
+    """Why a task cannot be judged on a data set that has its columns, told by the labels of its cells; None if it can.
+
+    Reconstruction needs no labels, and what a task of the user's own needs nobody knows.
+    """
+    if obs.empty or task not in JUDGED:
+        return "it has no cells" if obs.empty else None
+    fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
+    if len(obs) < fewest:
+        return f"it has {len(obs):,} cells, and needs {fewest}"
+    if (obs["cell_type"].value_counts() > 1).sum() < 2:
+        return f"its {len(obs):,} cells are all of one type, but for single ones"
+    if task == "zeroshot_integration":
+        batches = pd.crosstab(obs["cell_type"], obs["batch"]) > 0
+        if batches.shape[1] < 2:
+            return "its cells are all of one batch"
+        if batches.sum(axis=1).max() < 2:
+            return "no type has cells of two batches, so that batches and types cannot be told apart"
+    if task == "perturbation_response":
+        try:
+            treatments(obs, one, p)
+        except CorpusError as error:
+            return str(error)
+    return None
+
+
+def treatments(obs: pd.DataFrame, one: EvaluationSet, p: Params) -> dict[str, list[str]]:
+    """Treatments that perturbation response judges, each against the control, and the contexts held out in turn.
+
+    Raises
+    ------
+    CorpusError
+        If there is no control or nothing else; a treatment that is named has no cells, or no contexts to hold out (see
+        `contexts_held_out`); or, where none are named, no treatment has.
+    """
+    n_cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
+    wanted = p.treatments if one.treatments is None else one.treatments
+    check_treatments(list(n_cells), one.control, wanted)
+    pairs = n_cells.drop(columns=one.control).clip(upper=n_cells[one.control], axis=0)
+    if named := not isinstance(wanted, int):
+        names = wanted
+    else:
+        names = pairs.sum().sort_values(ascending=False, kind="stable").index
+    judged, why = {}, None
+    for name in names:
+        try:
+            judged[name] = contexts_held_out(pairs[name], one.held_out_contexts)
+        except CorpusError as error:
+            if named:
+                raise CorpusError(f"{name}: {error}") from None
+            why = why or error
+        if not named and len(judged) == wanted:
+            break
+    if not judged:
+        raise why
+    return judged
+
+
+def check_treatments(values: list[str], control: str, wanted: int | list[str]) -> None:
+    """Refuse treatments without the control or another, or without those that are named.
+
+    Raises
+    ------
+    CorpusError
+        If so.
+    """
+    told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
+    if control not in values or len(values) < 2:
+        raise CorpusError(
+            f"the treatments are {told}; perturbation response needs the control {control!r} and another. Name the "
+            "control."
+        )
+    if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
+        raise CorpusError(f"treatments: {absent} are none; they are {told}.")
+
+
+def check_contexts(p: Params, types: Iterable[str]) -> None:
+    """Refuse contexts to hold out of the corpus that are no cell types.
+
+    Raises
+    ------
+    CorpusError
+        If there are some.
+    """
+    if "perturbation_response" in p.tasks and (unknown := set(p.held_out_contexts or ()).difference(types)):
+        raise CorpusError(
+            f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but the types in {p.cell_type_key!r} are "
+            f"{sorted(types)}; name some of these."
+        )
+
+
+def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
+    """Contexts to hold out of perturbation response in turn.
+
+    Parameters
+    ----------
+    n_cells
+        By context, the number of cells of the treatment that has fewer.
+    named
+        The contexts that the study names; by default all with at least `HELD_OUT_CELLS`.
+
+    Raises
+    ------
+    CorpusError
+        If fewer than two contexts have both treatments, or none has cells enough, or a named one has fewer than two,
+        which have no spread to tell the ceiling from.
+    """
+    usable = sorted(n_cells.index[n_cells > 0])
+    if len(usable) < 2:
+        raise CorpusError(f"perturbation response needs two cell types with control and treated cells, not {usable}.")
+    few = [name for name in named or () if n_cells.get(name, 0) < 2]
+    if few:
+        raise CorpusError(f"held_out_contexts: {few} have fewer than two control or treated cells; leave them out.")
+    contexts = named or sorted(n_cells.index[n_cells >= HELD_OUT_CELLS])
+    if not contexts:
+        raise CorpusError(
+            f"no cell type has {HELD_OUT_CELLS} control and {HELD_OUT_CELLS} treated cells to hold out; name some in "
+            "held_out_contexts, or leave perturbation_response out."
+        )
+    return contexts
