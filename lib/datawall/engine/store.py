@@ -50,7 +50,7 @@ ASIDE = (
 
 # Modules that decide no artifact, though code that does imports them: last parts of their names.
 APART = {
-    **dict.fromkeys(("params", "hyperparameters"), "values that matter are in the records"),
+    **dict.fromkeys(("params", "units", "hyperparameters"), "values that matter are in the records"),
     "external": "a user's own file is in the record by its hash",
     **dict.fromkeys(("store", "shared", "paths"), "where what is made is kept"),
     **dict.fromkeys(("cluster", "processes", "forkserver", "costs"), "where and when units are made"),

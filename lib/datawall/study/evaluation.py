@@ -16,13 +16,10 @@ from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
 from datawall.engine import cluster, store
 from datawall.engine.store import Artifact, Unit
-from datawall.models import external
-from datawall.study import curated, curation, scoring
-from datawall.study.curated import Subset
-from datawall.study.params import Embedding
-from datawall.study.scoring import BASELINES
+from datawall.models.hyperparameters import ModelSpec
+from datawall.study import curated, curation, joining, scoring
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run
+from datawall.study.units import Evaluation, Run, Source
 from datawall.tasks import baselines
 
 LEFT_OUT = {
@@ -40,22 +37,19 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     p = study.params
     if task not in p.tasks:
         return []
-    names = study.joined(task)
-    runs = [*study.pretraining_runs(), *study.budget_runs()]
-    brought = [one for one in p.embeddings if one.dataset in names]
-    if task == "reconstruction":
-        names, brought = [name for name in names if name == study.held_out_name], []
-        runs = [run for run in runs if reconstructs(run.model)]
-    sources = [*BASELINES.get(task, baselines.EMBEDDINGS), *runs]
-    return [
-        *(Evaluation(task, name, source) for source in sources for name in names),
-        *(Evaluation(task, one.dataset, one) for one in brought),
-    ]
+    names, runs = study.joined(task), study.all_runs()
+    given = [embedding for embedding in p.embeddings if embedding.dataset in names]
+    if tasks.TASKS[task].judges == "models":
+        names, given = [name for name in names if name == study.held_out_name], []
+        runs = [run for run in runs if reconstructs(p.specs[run.model])]
+    sources = [*tasks.TASKS[task].baselines, *runs]
+    by_dataset = [Evaluation(task, name, source) for source in sources for name in names]
+    return by_dataset + [Evaluation(task, embedding.dataset, embedding) for embedding in given]
 
 
-def reconstructs(model: str) -> bool:
+def reconstructs(spec: ModelSpec) -> bool:
     """Whether a model can tell its loss on held-out cells: every family, and those of the user's own that say so."""
-    return not external.is_external(model) or hasattr(external.model_class(model), "heldout_loss")
+    return not spec.is_external or hasattr(spec.model_class, "heldout_loss")
 
 
 def evaluate(study: Study, task: str) -> pd.DataFrame:
@@ -65,17 +59,17 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
     -------
     the task's tidy results (see `results.read_results`).
     """
-    missing = [one for one in evaluations(study, task) if not study.store.find(evaluation_unit(study, one))]
+    missing = [item for item in evaluations(study, task) if not study.store.find(evaluation_unit(study, item))]
     if missing:
         for name in study.params.evaluation_sets():
             study.dataset_artifact(name)
         joined = study.joined(task)
-        missing = [one for one in missing if one.dataset in joined]
-    if (why := study.not_judged(task)) and not study.joined(task):
-        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
+        missing = [item for item in missing if item.dataset in joined]
+    if (reasons := study.not_judged(task)) and not study.joined(task):
+        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}.")
     if missing:
         study.pretrain()
-    cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
+    cluster.run_units(study, make, missing, task, lambda study, evaluation: study.costs.evaluation(evaluation))
     return results.select(_tabulate(study), task=task)
 
 
@@ -84,18 +78,18 @@ def _tabulate(study: Study) -> pd.DataFrame:
 
     What this process has written already is not written again: a notebook may ask for every task in turn.
     """
-    every = [one for task in study.params.tasks for one in evaluations(study, task)]
-    made = [(one, found) for one in every if (found := study.store.find(evaluation_unit(study, one)))]
+    wanted = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
+    made = [(item, artifact) for item in wanted if (artifact := study.store.find(evaluation_unit(study, item)))]
     keys = [artifact.key for _, artifact in made]
     if study.tabulated is None or study.tabulated[0] != keys:
-        rows = [row for one, artifact in made for row in _rows(study, one, artifact)]
+        rows = [row for evaluation, artifact in made for row in _rows(study, evaluation, artifact)]
         tables = results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
         results.write_tables(tables, study.folder, study.params.model_dump(mode="json"))
         study.tabulated = keys, tables["results"]
     return study.tabulated[1]
 
 
-def grow(study: Study) -> pd.DataFrame:
+def pretrain_adaptively(study: Study) -> pd.DataFrame:
     """Choose the runs of an adaptive study, and make them: sizes and seeds only until every verdict is settled.
 
     Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
@@ -112,18 +106,17 @@ def grow(study: Study) -> pd.DataFrame:
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
     for name in p.evaluation_sets():
         study.dataset_artifact(name)  # which tells what it can be judged by
-    scored = [
-        task for task in p.tasks if study.joined(task) and not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))
-    ]
-    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in scored}
-    wanted, outcomes = {key: next(of) for key, of in asking.items()}, {}
+    headlines = {task: tasks.TASKS[task].headline for task in p.tasks if study.joined(task)}
+    headlines = {task: metric for task, metric in headlines.items() if metric and not results.lower_is_better(metric)}
+    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in headlines}
+    wanted, outcomes = {key: next(questions) for key, questions in asking.items()}, {}
     chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
     while wanted:
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
         store.write_json(study.chosen_path, chosen)
         study.pretrain()
-        scores = {task: _scores(evaluate(study, task), tasks.HEADLINE[task]) for task in scored}
+        scores = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
         for key, runs in list(wanted.items()):
             model, task = key
             try:
@@ -132,9 +125,9 @@ def grow(study: Study) -> pd.DataFrame:
                 outcomes[key] = settled.value
                 del wanted[key]
     rows = [
-        {"model": model, "task": task, "verdict": of.verdict, "percentage": of.percentage, "reason": of.reason}
-        | {"runs": len(of.runs), "share": of.share}
-        for (model, task), of in sorted(outcomes.items())
+        {"model": model, "task": task, "verdict": end.verdict, "percentage": end.percentage, "reason": end.reason}
+        | {"runs": len(end.runs), "share": end.share}
+        for (model, task), end in sorted(outcomes.items())
     ]
     return pd.DataFrame(rows)
 
@@ -155,19 +148,19 @@ def panels(study: Study) -> pd.DataFrame:
     table with the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of
     each evaluation data set how many it measures; empty if no network of the study has a panel.
     """
-    chosen = (name for name in study.params.models if getattr(study.params.hyperparameters_of(name), "n_genes", None))
-    if (name := next(chosen, None)) is None:
+    specs = (study.params.specs[name] for name in study.params.models)
+    if (model := next((spec.name for spec in specs if getattr(spec.hyperparameters, "n_genes", None)), None)) is None:
         return pd.DataFrame()
-    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (name, "random")]
-    genes = {run.subset: study.model(run).genes for run in sorted(runs, key=lambda run: -run.subset.percentage)}
+    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (model, "random")]
     largest, rows = {}, []
-    measured = {name: np.ones(study.corpus.n_vars, bool) for name in study.params.evaluation_sets()}
-    for one in study.params.evaluation:
-        measured[one.dataset] = np.load(study.dataset_artifact(one.dataset).folder / "measured.npy")
-    for subset, panel in genes.items():
-        shared = np.intersect1d(panel, largest.setdefault(subset.seed, panel))
-        of_sets = {dataset: int(known[panel].sum()) for dataset, known in measured.items()}
-        rows.append({"percentage": subset.percentage, "genes": len(panel), "in_largest": len(shared), **of_sets})
+    measured = {study.held_out_name: np.ones(study.corpus.n_vars, bool)}
+    for dataset in study.params.evaluation:
+        measured[dataset.dataset] = np.load(study.dataset_artifact(dataset.dataset).folder / "measured.npy")
+    for run in sorted(runs, key=lambda run: -run.subset.percentage):
+        panel = study.model(run).genes
+        shared = np.intersect1d(panel, largest.setdefault(run.subset.seed, panel))
+        n_measured = {dataset: int(genes[panel].sum()) for dataset, genes in measured.items()}
+        rows.append({"percentage": run.subset.percentage, "genes": len(panel), "in_largest": len(shared), **n_measured})
     return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
 
 
@@ -186,26 +179,21 @@ def second_opinion(study: Study) -> pd.DataFrame:
     theirs = curation.authors_labels(study, cells.index)
     rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
     table = []
-    for one in evaluations(study, task) if judged else ():
-        if one.dataset != name or (isinstance(one.source, Run) and one.source.budget != 1):
+    for evaluation in evaluations(study, task) if judged else ():
+        if evaluation.dataset != name or (isinstance(evaluation.source, Run) and evaluation.source.budget != 1):
             continue
-        with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
+        with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
             shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
         by_ours, by_theirs = np.mean(shares, axis=0)
-        of = _source_columns(study, one.source) | {"ours": by_ours, "authors": by_theirs, "judged": judged}
-        table.append({key: value for key, value in of.items() if key != "budget"})
+        shares = {"ours": by_ours, "authors": by_theirs, "judged": judged}
+        table.append(_source_columns(study, evaluation.source) | shares)
     return pd.DataFrame(table)
 
 
-def scope(study: Study, *tasks_told: str) -> str:
+def summary(study: Study, *tasks_told: str) -> str:
     """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
 
-    Parameters
-    ----------
-    study
-        The study.
-    tasks_told
-        Tasks that the notebook tells of beside its own.
+    `tasks_told` are those that the notebook tells of beside its own.
     """
     strategies = {run.subset.strategy for run in study.pretraining_runs()}
     among = ", untrained ones among them," if "untrained" in strategies else ""
@@ -218,33 +206,22 @@ def scope(study: Study, *tasks_told: str) -> str:
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
 
-    Parameters
-    ----------
-    study
-        Whose runs they are.
-    table
-        Its results of a task.
-    metric
-        The score; of several seeds' runs each stands for itself.
-
-    Returns
-    -------
-    runs by title, for pictures of their embeddings; none if the study pretrains no model.
+    They are by title, for pictures of their embeddings; there are none if the study pretrains no model. `table` has the
+    results of one task; of several seeds' runs each stands for itself.
     """
     first = study.first_dataset(table["task"].iloc[0])
     means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
-    of_run = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
+    scores = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
     runs = {(run.model, *asdict(run.subset).values()): run for run in study.pretraining_runs()}
-    scores = of_run[of_run.index.isin([key for key in runs if key[1] != "untrained"])]
+    scores = scores[scores.index.isin([key for key, run in runs.items() if not run.subset.untrained])]
     if scores.empty:
         return {}
     if results.lower_is_better(metric):
         scores = -scores
     best, worst = runs[scores.idxmax()], runs[scores.idxmin()]
-    chosen = {
-        f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in (("best", best), ("worst", worst))
-    }
-    controls = [run for run in runs.values() if run.model == best.model and run.subset.strategy == "untrained"]
+    titled = {"best": best, "worst": worst}
+    chosen = {f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in titled.items()}
+    controls = [run for run in runs.values() if run.model == best.model and run.subset.untrained]
     return chosen | {f"untrained: {run.model}": run for run in controls[:1]}
 
 
@@ -252,8 +229,8 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     """The metrics of an evaluation."""
     task, source, p = evaluation.task, evaluation.source, study.params
     record = {"task": task, "dataset": study.dataset_unit(evaluation.dataset).key}
-    if isinstance(source, Run) and task == "reconstruction":
-        record["model"] = study.model_unit(source).key
+    if tasks.TASKS[task].judges == "models":
+        record |= {"model": study.model_unit(source).key, "cells": joining.RECONSTRUCTED}
     elif not isinstance(source, str) or source in baselines.EMBEDDINGS:
         record["embedding"] = study.embedding_unit(source, evaluation.dataset).key
         if not task.startswith("zeroshot"):
@@ -261,23 +238,23 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     else:
         record["baseline"] = source
     if task == "zeroshot_classification":
-        record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits}
+        record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits, "small": joining.SMALL}
     if task == "zeroshot_integration":
         record |= {"unintegrated": study.embedding_unit("PCA", evaluation.dataset).key, "cells": p.integration_cells}
     if task == "finetuned_classification":
-        record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
+        splits = {"splits": p.finetuned_splits or p.splits, "small": joining.SMALL}
+        record |= {"finetune": p.finetune, "class_weight": p.class_weight, **splits}
     if task == "perturbation_response":
-        one = p.evaluation_sets()[evaluation.dataset]
-        treatments = p.treatments if one.treatments is None else one.treatments
-        contexts = {"control": one.control, "treatments": treatments, "held_out_contexts": one.held_out_contexts}
-        record |= {**contexts, "genes": p.perturbation_genes, "matching": p.matching}
+        dataset = p.evaluation_sets()[evaluation.dataset]
+        record |= {key: getattr(dataset, key) for key in ("control", "treatments", "held_out_contexts")}
+        record |= {"genes": p.perturbation_genes, "matching": p.matching}
     return Unit("evaluation", record, makers(task))
 
 
 def makers(task: str) -> tuple[str, ...]:
     """What makes the metrics of a task: what feeds it, and its own module."""
     genes = (f"{store.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
-    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task]}", *genes
+    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task].module}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
@@ -289,17 +266,18 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
     def write(folder: Path) -> None:
         splits = dict(scoring.score(study, evaluation))
         store.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
-        called = {split: metrics.predicted for split, metrics in splits.items() if metrics.predicted is not None}
+        called = {name: split.predicted.astype(str) for name, split in splits.items() if split.predicted is not None}
         if called:
-            np.savez_compressed(folder / "predicted.npz", **{split: of.astype(str) for split, of in called.items()})
+            np.savez_compressed(folder / "predicted.npz", **called)
 
     return study.store.find_or_make(evaluation_unit(study, evaluation), write)
 
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:
     """Rows of all tables, of one evaluation."""
-    of = {
+    columns = {
         **_source_columns(study, evaluation.source),
+        "budget": evaluation.source.budget if isinstance(evaluation.source, Run) else 1.0,
         "study": study.params.study,
         "task": evaluation.task,
         "dataset": evaluation.dataset,
@@ -307,16 +285,13 @@ def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[
     }
     for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
         for row in metrics:
-            yield {**of, "split": split, **row}
+            yield {**columns, "split": split, **row}
 
 
-def _source_columns(study: Study, source: Run | Embedding | str) -> dict[str, Any]:
+def _source_columns(study: Study, source: Source) -> dict[str, Any]:
     """Model, strategy, percentage, seed and n_cells of a source."""
-    none = {"percentage": 0.0, "seed": -1, "n_cells": 0}
-    if isinstance(source, str):
-        return {"model": source, "strategy": results.BASELINE, **none}
-    if isinstance(source, Embedding) and source.strategy is None:
-        return {"model": source.model, "strategy": results.CHECKPOINT, **none}
-    subset = source.subset if isinstance(source, Run) else Subset(*source.subset())
-    budget = source.budget if isinstance(source, Run) else 1.0
-    return {"model": source.model, **asdict(subset), "n_cells": len(study.rows(subset)), "budget": budget}
+    if isinstance(source, Run) or (not isinstance(source, str) and source.subset):
+        return {"model": source.model, **asdict(source.subset), "n_cells": len(study.rows(source.subset))}
+    baseline = isinstance(source, str)
+    name, strategy = (source, results.BASELINE) if baseline else (source.model, results.CHECKPOINT)
+    return {"model": name, "strategy": strategy, "percentage": 0.0, "seed": -1, "n_cells": 0}
