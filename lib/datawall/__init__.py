@@ -17,26 +17,26 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 _MODULES = {
     "cells": ("annotation", "corpus", "datasets", "diversity", "sampling", "simulate", "sources"),
     "models": ("external", "hyperparameters", "tokenizer", "training", "transformer"),
-    "analysis": ("adaptive", "effects", "known_answer", "power", "published", "results", "saturation", "scaling"),
+    "analysis": (
+        *("adaptive", "effects", "foresight", "known_answer", "power", "published", "results", "saturation", "scaling"),
+        "verdicts",
+    ),
     "study": ("curated", "curation", "evaluation", "params"),
-    "engine": ("paths", "store"),
-    "reading": ("messages", "plots", "plots_published", "report"),
+    "engine": ("code", "paths", "store"),
+    "reading": ("messages", "plots", "plots_published"),
 }
-_PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
-_PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks"}  # packages that are for users themselves
-_CONTENTS = {
-    "Study": "datawall.study.study",
-    "open_study": "datawall.study.study",
-    "read_results": "datawall.analysis.results",
-}
-__all__ = sorted([*_PLACES, *_CONTENTS])
+# The module that each public name is, or is in.
+PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
+PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks"}  # packages that are for users themselves
+PLACES |= dict.fromkeys(("Study", "open_study"), "datawall.study.study")
+PLACES |= {"read_results": "datawall.analysis.results"}
+__all__ = sorted(PLACES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CONTENTS:
-        return getattr(import_module(_CONTENTS[name]), name)
-    if name in _PLACES:
-        return import_module(_PLACES[name])
+    if place := PLACES.get(name):
+        module = import_module(place)
+        return module if place.endswith(f".{name}") else getattr(module, name)
     raise AttributeError(f"module 'datawall' has no attribute {name!r}")
 
 
