@@ -6,8 +6,8 @@ first named, so that `import datawall` costs nothing.
 """
 
 import warnings
-from importlib import import_module
-from typing import Any
+
+from datawall.engine import lazy
 
 __version__ = "0.1.0"
 
@@ -25,20 +25,13 @@ _MODULES = {
     "engine": ("code", "paths", "store"),
     "reading": ("messages", "plots", "plots_published"),
 }
-# The module that each public name is, or is in.
+# Where each public name is: a module, or what is in one after a colon.
 PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
 PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks"}  # packages that are for users themselves
-PLACES |= dict.fromkeys(("Study", "open_study"), "datawall.study.study")
-PLACES |= {"read_results": "datawall.analysis.results"}
+PLACES |= {
+    "Study": "datawall.study.study:Study",
+    "open_study": "datawall.study.study:open_study",
+    "read_results": "datawall.analysis.results:read_results",
+}
 __all__ = sorted(PLACES)
-
-
-def __getattr__(name: str) -> Any:
-    if place := PLACES.get(name):
-        module = import_module(place)
-        return module if place.endswith(f".{name}") else getattr(module, name)
-    raise AttributeError(f"module 'datawall' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy.attach(__name__, PLACES)

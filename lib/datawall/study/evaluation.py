@@ -278,7 +278,7 @@ def makers(task: str) -> tuple[str, ...]:
     """What makes the metrics of a task: what feeds it, and its own module."""
     genes = (f"{code.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
     feeding = map(code.module_name, (scoring.__name__, joining.__name__))
-    return f"{code.module_name(__name__)}:make", *feeding, f"tasks/{tasks.TASKS[task]}", *genes
+    return f"{code.module_name(__name__)}:make", *feeding, f"tasks/{tasks.TASKS[task].module}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
