@@ -7,7 +7,8 @@ import pytest
 
 from datawall.cells import cellstore, corpus, datasets, simulate
 from datawall.study import curation, params
-from datawall.study.curated import Curated, Subset
+from datawall.study.curated import Curated
+from datawall.study.units import Subset
 
 ATLAS = simulate.Atlas(
     n_cells=100, n_genes=600, composition={"classical monocyte": 5, "naive B cell": 3, "natural killer cell": 2}

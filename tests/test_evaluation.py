@@ -202,7 +202,7 @@ def test_each_class_has_its_score_and_support(study, tables):
 
 
 def test_what_is_evaluated(study):
-    assert planning.work(study) == ["2 subsets, 6 models, 30 experiments, 13 baselines"]
+    assert planning.counts_in_words(study) == ["2 subsets, 6 models, 30 experiments, 13 baselines"]
     assert {one.source.model for one in evaluation.evaluations(study, "reconstruction")} == {"PretrainedPCA", "SSL"}
     assert evaluation.evaluations(study_of(study.folder.parent, tasks=[TASKS[0]]), TASKS[1]) == []
 

@@ -14,14 +14,13 @@ import pytest
 
 from datawall import models
 from datawall.cells import simulate
-from datawall.engine import store
+from datawall.engine import code
 from datawall.engine.processes import Need
 from datawall.planning import calibration
 from datawall.planning import plan as planning
 from datawall.study import costs, evaluation, params
-from datawall.study.curated import Subset
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run
+from datawall.study.units import Evaluation, Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"once": 1.0, "cell": 0.01, "step": 0.5, "step_cell": 0.002, "n_latent": 8}
@@ -67,7 +66,11 @@ def costs_of(study, *, work=None):
     n_genes, genes_per_cell = costs.size_of(study.params)
     known = {**KNOWN, "genes_per_cell": genes_per_cell}
     known["models"] = [
-        {**each, "work": work or costs.work(study.params, each["family"], n_genes, genes_per_cell)}
+        {
+            **each,
+            "work": work
+            or costs.work(models.resolve(each["family"], study.params.hyperparameters), n_genes, genes_per_cell),
+        }
         for each in KNOWN["models"]
     ]
     return costs.Costs(study.params, known)
@@ -158,7 +161,10 @@ def test_a_subset_that_is_streamed_is_read_in_every_step():
 
 def test_steps_cost_in_proportion_to_a_models_work():
     study = study_of()
-    run, work = Run("SSL", Subset("random", 10.0, 0)), costs.work(study.params, "SSL", *costs.size_of(study.params))
+    run, work = (
+        Run("SSL", Subset("random", 10.0, 0)),
+        costs.work(study.params.specs["SSL"], *costs.size_of(study.params)),
+    )
     seconds = costs_of(study, work=work / 3).run(run).seconds
     assert seconds == pytest.approx(1.0 + 0.01 * 80 + 3 * 40 * (0.5 + 0.002 * 32))
 
@@ -198,13 +204,13 @@ def test_work_is_the_weights_that_a_cell_meets():
     p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
     ssl = models.create("SSL").untrained(n_genes, seed=0).module
     weights = sum(each.numel() for each in ssl.parameters() if each.ndim == 2)
-    assert costs.work(p, "SSL", n_genes, n_genes) * 1e6 == pytest.approx(weights)  # a cell that has all genes
+    assert costs.work(p.specs["SSL"], n_genes, n_genes) * 1e6 == pytest.approx(weights)  # a cell that has all genes
     geneformer = models.create("Geneformer").untrained(n_genes, seed=0).encoder
     layers = sum(
         each.numel() for name, each in geneformer.named_parameters() if each.ndim == 2 and name.startswith("layers")
     )
     attention, output = 6 * 2 * 100 * 256, 0.15 * n_genes * 256
-    assert costs.work(p, "Geneformer", n_genes, 100) * 1e6 == pytest.approx(100 * (layers + attention + output))
+    assert costs.work(p.specs["Geneformer"], n_genes, 100) * 1e6 == pytest.approx(100 * (layers + attention + output))
 
 
 def test_weights_are_a_models_size():
@@ -212,7 +218,7 @@ def test_weights_are_a_models_size():
     for name, part in (("SSL", "module"), ("Geneformer", "encoder")):
         module = getattr(models.create(name).untrained(n_genes, seed=0), part)
         n_matrices = sum(each.numel() for each in module.parameters() if each.ndim == 2)
-        assert costs.n_weights(p, name, n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
+        assert costs.n_weights(p.specs[name], n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
 
 
 def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, monkeypatch):
@@ -276,7 +282,7 @@ def test_what_is_made_is_not_left_to_do(tmp_path):
 
 
 def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
-    study, here = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"]), store.versions()
+    study, here = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"]), code.versions()
     study.pretrain()
     n_models = len(study.pretraining_runs())
     for name, version, told in [
@@ -284,7 +290,7 @@ def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
         ("numpy", here["numpy"] + "+other.build", {}),
         ("datawall", "0.0.1", {}),  # whose code is in the keys
     ]:
-        monkeypatch.setattr(store, "versions", lambda name=name, version=version: {**here, name: version})
+        monkeypatch.setattr(code, "versions", lambda name=name, version=version: {**here, name: version})
         assert planning.seconds_left(study)[1] == told
 
 
@@ -322,7 +328,7 @@ def test_a_users_calibration_goes_before_that_which_comes_along(tmp_path, monkey
 def test_calibrations_that_come_along_are_of_studies_as_they_are(path):
     known, p = json.loads(path.read_text()), shipped(path.stem).params
     assert known["study"] == path.stem
-    works = [costs.work(p, name, *costs.size_of(p)) for name in p.models]
+    works = [costs.work(p.specs[name], *costs.size_of(p)) for name in p.models]
     assert [each["work"] for each in known["models"]] == pytest.approx(works)
     assert set(known["tasks"]) == set(p.tasks) - {"reconstruction"}
     assert re.search(r"core of|GPU", known["machine"])

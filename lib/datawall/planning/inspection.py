@@ -30,24 +30,24 @@ class Looked:
 
     def faults(self, keys: Iterable[str]) -> list[str]:
         """What is wrong with columns that a study names."""
-        found = []
+        faults = []
         for key in keys:
             if key not in self.columns:
-                found.append(corpus.no_column(self.name, key, self.columns))
+                faults.append(corpus.no_column(self.name, key, self.columns))
             elif key in self.unreadable:
-                found.append(self.unreadable[key])
+                faults.append(self.unreadable[key])
             elif key in self.obs and (missing := int(self.obs[key].isna().sum())):
-                found.append(f"{self.name}: column {key!r} is missing for {missing:,} cells; label or drop them.")
-        return found
+                faults.append(f"{self.name}: column {key!r} is missing for {missing:,} cells; label or drop them.")
+        return faults
 
     def notes(self, roles: dict[str, str]) -> list[str]:
         """What a reader should know: of the counts, the genes, and the labels of roles, by name of the column."""
-        of_labels = [
-            corpus.label_notes(self.obs[key].value_counts().to_dict(), f"{self.name}: {key!r}", role)
-            for role, key in roles.items()
-            if key in self.obs
-        ]
-        return [*(f"{self.name}: {note}" for note in self.match.notes), *(note for of in of_labels for note in of)]
+        notes = [f"{self.name}: {note}" for note in self.match.notes]
+        for role, key in roles.items():
+            if key in self.obs:
+                counts = self.obs[key].value_counts().to_dict()
+                notes += corpus.label_notes(counts, f"{self.name}: {key!r}", role)
+        return notes
 
 
 def look(name: str, keys: Iterable[str] = (), *, others: bool = True, min_matched: float = 0.5) -> Looked:

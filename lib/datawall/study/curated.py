@@ -18,13 +18,13 @@ from datawall.cells import cellstore, datasets, duplicates, expression, sampling
 from datawall.cells.cellstore import Cells
 from datawall.cells.corpus import CorpusError
 from datawall.cells.duplicates import Contamination
-from datawall.engine import store
+from datawall.engine import code, store
 from datawall.engine.store import Artifact, Unit
 from datawall.study import assembly, joining
 from datawall.study.params import Params
 from datawall.study.units import Subset
 
-HERE = store.module_name(__name__)
+HERE, ASSEMBLY = map(code.module_name, (__name__, assembly.__name__))
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 
@@ -64,7 +64,9 @@ class Curated:
     def joined(self, task: str) -> list[str]:
         """Data sets that a task is judged on; until they have been read, all whose columns allow it."""
         apart = self.not_judged(task)
-        return [name for name, dataset in self.params.evaluation_sets().items() if dataset.joins(task) and name not in apart]
+        return [
+            name for name, dataset in self.params.evaluation_sets().items() if dataset.joins(task) and name not in apart
+        ]
 
     def not_judged(self, task: str) -> dict[str, str]:
         """Data sets, read before, whose columns allow a task and whose cells do not, and why."""
@@ -92,7 +94,7 @@ class Curated:
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""
-        return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact",))
+        return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact", ASSEMBLY))
 
     @cached_property
     def corpus_artifact(self) -> Artifact:
@@ -124,7 +126,7 @@ class Curated:
         drop = [self.contamination_unit(name).key for name in self._dropped_for]
         drawn = {"held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
         record = {"corpus": self.corpus_unit.key, **drawn, "drop": drop}
-        return Unit("split", record, (f"{HERE}:_make_split",))
+        return Unit("split", record, (f"{HERE}:_make_split", ASSEMBLY))
 
     @property
     def _dropped_for(self) -> list[str]:
@@ -181,7 +183,7 @@ class Curated:
             "columns": assembly.dataset_columns(p, name),
             "labels": p.labels,
         }
-        return Unit("dataset", record, (f"{HERE}:dataset_artifact",))
+        return Unit("dataset", record, (f"{HERE}:dataset_artifact", ASSEMBLY))
 
     def dataset_artifact(self, name: str) -> Artifact:
         """An evaluation data set on disk (see `assembly.make_dataset`); of held-out cells, the split."""

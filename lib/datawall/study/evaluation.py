@@ -14,7 +14,7 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
-from datawall.engine import cluster, store
+from datawall.engine import cluster, code, disk
 from datawall.engine.store import Artifact, Unit
 from datawall.models.hyperparameters import ModelSpec
 from datawall.study import curated, curation, joining, scoring
@@ -114,7 +114,7 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
     while wanted:
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
-        store.write_json(study.chosen_path, chosen)
+        disk.write_json(study.chosen_path, chosen)
         study.pretrain()
         scores = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
         for key, runs in list(wanted.items()):
@@ -230,7 +230,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     task, source, p = evaluation.task, evaluation.source, study.params
     record = {"task": task, "dataset": study.dataset_unit(evaluation.dataset).key}
     if tasks.TASKS[task].judges == "models":
-        record |= {"model": study.model_unit(source).key, "cells": joining.RECONSTRUCTED}
+        record["model"] = study.model_unit(source).key
     elif not isinstance(source, str) or source in baselines.EMBEDDINGS:
         record["embedding"] = study.embedding_unit(source, evaluation.dataset).key
         if not task.startswith("zeroshot"):
@@ -238,12 +238,11 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     else:
         record["baseline"] = source
     if task == "zeroshot_classification":
-        record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits, "small": joining.SMALL}
+        record |= {"k": p.k, "more_k": p.more_k, "splits": p.splits}
     if task == "zeroshot_integration":
         record |= {"unintegrated": study.embedding_unit("PCA", evaluation.dataset).key, "cells": p.integration_cells}
     if task == "finetuned_classification":
-        splits = {"splits": p.finetuned_splits or p.splits, "small": joining.SMALL}
-        record |= {"finetune": p.finetune, "class_weight": p.class_weight, **splits}
+        record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
     if task == "perturbation_response":
         dataset = p.evaluation_sets()[evaluation.dataset]
         record |= {key: getattr(dataset, key) for key in ("control", "treatments", "held_out_contexts")}
@@ -253,8 +252,9 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
 
 def makers(task: str) -> tuple[str, ...]:
     """What makes the metrics of a task: what feeds it, and its own module."""
-    genes = (f"{store.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
-    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task].module}", *genes
+    genes = (f"{code.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
+    feeding = map(code.module_name, (scoring.__name__, joining.__name__))
+    return f"{code.module_name(__name__)}:make", *feeding, f"tasks/{tasks.TASKS[task].module}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
@@ -265,7 +265,7 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
 
     def write(folder: Path) -> None:
         splits = dict(scoring.score(study, evaluation))
-        store.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
+        disk.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
         called = {name: split.predicted.astype(str) for name, split in splits.items() if split.predicted is not None}
         if called:
             np.savez_compressed(folder / "predicted.npz", **called)

@@ -79,7 +79,9 @@ class Params(BaseModel):
     # What is held out: cells (`cell`), or whole donors (`donor_id`), data sets (`dataset_id`), groups of any column
     split_by: Column = "cell"
     split_seed: Seed = 0  # of the cells or groups held out
-    held_out_tasks: list[TaskName] | None = None  # that the cells held out join; by default all that their columns allow
+    held_out_tasks: list[TaskName] | None = (
+        None  # that the cells held out join; by default all that their columns allow
+    )
     evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
@@ -87,7 +89,9 @@ class Params(BaseModel):
     strategies: Annotated[list[StrategyName], Field(min_length=1)]
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    adaptive: bool = False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.pretrain_adaptively`
+    adaptive: bool = (
+        False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.pretrain_adaptively`
+    )
     margin: Annotated[float, Field(gt=0)] = 0.02  # difference in a score that does not matter
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
