@@ -457,7 +457,7 @@ def nearest_centroid(embedding, obs, *, seed):
 
 
 def test_a_task_is_a_function_and_a_line(here, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "nearest_centroid", "classification")
+    monkeypatch.setitem(tasks.TASKS, "nearest_centroid", tasks.Task("nearest_centroid", "classification"))
     monkeypatch.setattr(tasks.classification, "nearest_centroid", nearest_centroid, raising=False)
     study = study_of(here, tasks=["nearest_centroid"])
     table = evaluated(study, "nearest_centroid")

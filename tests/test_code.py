@@ -81,7 +81,7 @@ def test_units_name_the_code_that_makes_them_and_none_beside_it(tmp_path):
         "zeroshot_integration": {"integration", "classification", "neighbourhood", "uncertainty"},
         "finetuned_classification": {"finetuning", "classification", "training"},
         "perturbation_response": {"perturbation", "classification", "training", "study/curated:response_genes"},
-        "reconstruction": {"reconstruction", "scoring"},
+        "reconstruction": {"pretraining_loss", "scoring"},
     }
     for kind, names in expected.items():
         assert names <= code[kind], kind
@@ -139,10 +139,11 @@ def test_an_untrained_control_is_what_training_begins_with(tmp_path, monkeypatch
     }  # fmt: skip
     of, seeds = study.Study(params.check(given, "mine"), tmp_path), {}
     for name in given["models"]:
+        family = models.resolve(name).model_class
         monkeypatch.setattr(
-            models.FAMILIES[name], "untrained", lambda model, n, *, seed, name=name: seeds.update({name: seed}) or model
+            family, "untrained", lambda model, n, *, seed, name=name: seeds.update({name: seed}) or model
         )
-        monkeypatch.setattr(models.FAMILIES[name], "save", lambda model, folder: None)
+        monkeypatch.setattr(family, "save", lambda model, folder: None)
     monkeypatch.setattr(study.Study, "corpus", SimpleNamespace(n_vars=10))
     for run in [run for run in of.pretraining_runs() if run.subset.strategy == "untrained"]:
         of._make_model(run, tmp_path, tmp_path)

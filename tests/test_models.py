@@ -223,7 +223,7 @@ def test_scimilarity_counts_the_cells_that_it_drew():
 def test_a_variant_is_its_family_with_other_values(name):
     family, values = hyperparameters.VARIANTS[name]
     model = models.create(name)
-    assert type(model) is models.FAMILIES[family]
+    assert type(model) is models.resolve(family).model_class
     assert model.hyperparameters.model_dump() == {**models.create(family).hyperparameters.model_dump(), **values}
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from statsmodels.stats.proportion import proportion_confint
 
 from datawall.tasks import classification, uncertainty
-from datawall.tasks.uncertainty import Metrics
+from datawall.tasks.metrics import Metrics
 
 LABELS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=40)
 

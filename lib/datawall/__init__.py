@@ -6,8 +6,8 @@ first named, so that `import datawall` costs nothing.
 """
 
 import warnings
-from importlib import import_module
-from typing import Any
+
+from datawall.engine import lazy
 
 __version__ = "0.1.0"
 
@@ -24,21 +24,10 @@ _MODULES = {
 }
 _PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
 _PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks"}  # packages that are for users themselves
-_CONTENTS = {
-    "Study": "datawall.study.study",
-    "open_study": "datawall.study.study",
-    "read_results": "datawall.analysis.results",
+_PLACES |= {
+    "Study": "datawall.study.study:Study",
+    "open_study": "datawall.study.study:open_study",
+    "read_results": "datawall.analysis.results:read_results",
 }
-__all__ = sorted([*_PLACES, *_CONTENTS])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _CONTENTS:
-        return getattr(import_module(_CONTENTS[name]), name)
-    if name in _PLACES:
-        return import_module(_PLACES[name])
-    raise AttributeError(f"module 'datawall' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = sorted(_PLACES)
+__getattr__, __dir__ = lazy.attach(__name__, _PLACES)

@@ -1,10 +1,14 @@
-"""Hyper-parameters of every model family: names, defaults (the original study's) and allowed values.
+"""Models by name: families and their hyper-parameters, with defaults (the original study's) and allowed values.
 
 Apart from the models, so that a study file can be checked without loading torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -29,6 +33,7 @@ class Hyperparameters(BaseModel):
     """Hyper-parameters of a family."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    place: ClassVar[str]  # of the family's class: the module in `models`, and its name there
     takes_steps: ClassVar[bool] = True  # whether the number of steps and the initial weights decide what `fit` makes
 
 
@@ -42,6 +47,7 @@ class Network(Hyperparameters):
 class PretrainedPCA(Hyperparameters):
     """Hyper-parameters of PretrainedPCA."""
 
+    place: ClassVar[str] = "pca:PretrainedPCA"
     takes_steps: ClassVar[bool] = False
 
     n_components: PositiveInt = 50  # axes kept; fewer where the pretraining cells or variable genes are fewer
@@ -49,6 +55,8 @@ class PretrainedPCA(Hyperparameters):
 
 class Geneformer(Network):
     """Hyper-parameters of Geneformer, whose panel is its vocabulary."""
+
+    place: ClassVar[str] = "geneformer:Geneformer"
 
     max_length: PositiveInt = 2048  # tokens of a cell, its highest ranked genes
     n_layers: Annotated[int, Field(ge=2)] = 6  # the embedding is the second-to-last
@@ -71,6 +79,8 @@ class Geneformer(Network):
 class ScVI(Network):
     """Hyper-parameters of scVI."""
 
+    place: ClassVar[str] = "scvi:ScVI"
+
     n_hidden: PositiveInt = 128  # width of the one hidden layer of encoder and decoder
     n_latent: PositiveInt = 10
     n_layers: PositiveInt = 1
@@ -84,6 +94,8 @@ class ScVI(Network):
 
 class SSL(Network):
     """Hyper-parameters of SSL, the masked autoencoder."""
+
+    place: ClassVar[str] = "ssl:SSL"
 
     n_hidden: Annotated[list[PositiveInt], Field(min_length=1)] = [512, 512, 256, 256]  # of the encoder; mirrored
     n_latent: PositiveInt = 64
@@ -101,6 +113,8 @@ class SSL(Network):
 
 class SCimilarity(Network):
     """Hyper-parameters of SCimilarity."""
+
+    place: ClassVar[str] = "scimilarity:SCimilarity"
 
     n_hidden: Annotated[list[PositiveInt], Field(min_length=1)] = [1024, 1024, 1024]  # of the encoder; mirrored
     n_latent: PositiveInt = 128
@@ -147,47 +161,117 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def family(model: str) -> str:
-    """The family of a model: its own name, `module:Class`, or that of the family it is a variant of.
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the name of a model stands for; `resolve` makes it."""
+
+    name: str  # as in a study file: a family, a variant of one, or the user's own as `module:Class`
+    family: str  # of `scvi_2x` scVI; one of the user's own is its own family
+    hyperparameters: Hyperparameters  # complete with the variant's values and the family's defaults
+
+    @property
+    def is_external(self) -> bool:
+        """Whether it is the user's own."""
+        return external.is_external(self.name)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether its budget is counted in optimiser steps."""
+        return self.hyperparameters.takes_steps
+
+    @property
+    def module(self) -> str:
+        """The module of its class: `datawall.models.scvi`, or the user's own."""
+        return self._place[0]
+
+    @property
+    def model_class(self) -> type[Any]:
+        """Its class (see `base.Model`), which needs torch as a rule.
+
+        Raises
+        ------
+        ValueError
+            If the user's module has no such class, or the class lacks a method of `models.Model`.
+        """
+        module, name = self._place
+        return external.model_class(self.name) if self.is_external else getattr(import_module(module), name)
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        place = self.name if self.is_external else f"datawall.models.{self.hyperparameters.place}"
+        module, _, name = place.partition(":")
+        return module, name
+
+    def create(self) -> Any:
+        """A new model, not yet fitted."""
+        return self.model_class(**self.hyperparameters.model_dump())
+
+    def load(self, folder: Path) -> Any:
+        """Read one that was saved."""
+        return self.model_class.load(folder)
+
+
+def resolve(
+    name: str, given: Mapping[str, Mapping[str, Any]] | None = None, *, schedule: Schedule | None = None
+) -> ModelSpec:
+    """What a name stands for.
+
+    Parameters
+    ----------
+    name
+        Of the model.
+    given
+        Hyper-parameters by family and by model, as in a study file. Those of the family yield to those of a variant,
+        and these to those of the model.
+    schedule
+        For a family that has one and is given none.
 
     Raises
     ------
     ValueError
-        If there is no such model.
+        If there is no such model, or a hyper-parameter or its value is not allowed; in one line.
     """
-    if model in FAMILIES or external.is_external(model):
-        return model
-    if model not in VARIANTS:
+    if name not in FAMILIES and name not in VARIANTS and not external.is_external(name):
         raise ValueError(
-            f"{model!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"
+            f"{name!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"
         )
-    return VARIANTS[model][0]
-
-
-def takes_steps(model: str) -> bool:
-    """Whether a model's budget is counted in optimiser steps."""
-    return of_family(family(model)).takes_steps
-
-
-def of_family(name: str) -> type[Hyperparameters]:
-    """The hyper-parameters that a family has."""
-    return FAMILIES.get(name, External)
-
-
-def check(model: str, values: dict[str, Any]) -> Hyperparameters:
-    """Hyper-parameters of a model, complete with its variant's values and its family's defaults.
-
-    Raises
-    ------
-    ValueError
-        If the model, a name or a value is not allowed; in one line.
-    """
-    values = {**VARIANTS[model][1], **values} if model in VARIANTS else values
+    given, (family, values) = given or {}, VARIANTS.get(name, (name, {}))
+    kind = FAMILIES.get(family, External)
+    scheduled = {"schedule": schedule} if schedule and "schedule" in kind.model_fields else {}
+    values = {**scheduled, **given.get(family, {}), **values, **given.get(name, {})}
     try:
-        return of_family(family(model))(**values)
+        return ModelSpec(name, family, kind(**values))
     except ValidationError as error:
         mistakes = "; ".join(
             f"{mistake['loc'][0]} {mistake['input']!r}: {mistake['msg']}" if mistake["loc"] else mistake["msg"]
             for mistake in error.errors()
         )
-        raise ValueError(f"{model}: {mistakes}") from None
+        raise ValueError(f"{name}: {mistakes}") from None
+
+
+def check(model: str, values: dict[str, Any]) -> Hyperparameters:
+    """Hyper-parameters of a model, complete; raises as `resolve` does."""
+    return resolve(model, {model: values}).hyperparameters
+
+
+# Names that `ModelSpec` replaces.
+
+
+def family(model: str) -> str:
+    """The family of a model."""
+    return resolve(model).family
+
+
+def takes_steps(model: str) -> bool:
+    """Whether a model's budget is counted in optimiser steps."""
+    return resolve(model).takes_steps
+
+
+def model_class(name: str) -> type[Any]:
+    """The class of a model."""
+    return resolve(name).model_class
+
+
+def of_family(name: str) -> type[Hyperparameters]:
+    """The hyper-parameters that a family has."""
+    return FAMILIES.get(name, External)

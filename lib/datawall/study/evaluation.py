@@ -294,7 +294,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
 def makers(task: str) -> tuple[str, ...]:
     """What makes the metrics of a task: what feeds it, and its own module."""
     genes = (f"{store.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
-    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task]}", *genes
+    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task].module}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:

@@ -4,57 +4,65 @@ Serves notebooks 3 to 6. May import `models`, `cells` and `engine`. Tasks load w
 What each metric means, its best value and the level of chance are listed in `metrics.csv` beside this page.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
-from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-# Not when first named: a module that is loaded later would take the name from its function.
-from datawall.tasks.reconstruction import reconstruction as reconstruction
+from datawall.engine import lazy
+from datawall.tasks.baselines import EMBEDDINGS
 
-# A task and the module of the function of that name; a line here adds one.
+if TYPE_CHECKING:
+    from datawall.tasks.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the library knows of a task."""
+
+    name: str
+    module: str  # of this package, which has the function of the task's name
+    headline: str | None = None  # the metric that decides: the original study's, where it has the task
+    needs: tuple[str, ...] = ()  # keys of a study file, for the columns that are needed beside the cell type
+    baselines: tuple[str, ...] = tuple(EMBEDDINGS)  # what models are compared with
+    judges: Literal["embeddings", "models"] = "embeddings"
+    repeated: Literal["once", "by split", "by context"] = "once"  # on a data set
+
+    @property
+    def function(self) -> Callable[..., Metrics]:
+        """What computes its metrics."""
+        return getattr(import_module(f"{__name__}.{self.module}"), self.name)
+
+
 TASKS = {
-    "zeroshot_classification": "classification",
-    "zeroshot_integration": "integration",
-    "finetuned_classification": "finetuning",
-    "perturbation_response": "perturbation",
-    "reconstruction": "reconstruction",
-}
-HEADLINE = {
-    "zeroshot_classification": "micro_f1",
-    "zeroshot_integration": "avg_bio",
-    "finetuned_classification": "micro_f1",
-    "perturbation_response": "pearson_r",
-    "reconstruction": "explained",
-}  # the metric by which the original study judges each task; it had no reconstruction of all families
+    task.name: task
+    for task in (
+        Task("zeroshot_classification", "classification", "micro_f1", repeated="by split"),
+        Task("zeroshot_integration", "integration", "avg_bio", needs=("batch_key",)),
+        Task(
+            name="finetuned_classification",
+            module="finetuning",
+            headline="micro_f1",
+            baselines=("LogisticRegression",),
+            repeated="by split",
+        ),
+        Task(
+            name="perturbation_response",
+            module="perturbation",
+            headline="pearson_r",
+            needs=("perturbation_key", "control"),
+            baselines=("NoChange", "MeanShift", "TreatedMean", "Oracle"),
+            repeated="by context",
+        ),
+        Task("reconstruction", "pretraining_loss", "explained", baselines=(), judges="models"),
+    )
+}  # by name; a line here adds one
+HEADLINE = {task.name: task.headline for task in TASKS.values() if task.headline}
 
-
-def metrics_table() -> Any:
-    """Every metric of every task.
-
-    Returns
-    -------
-    table with the columns metric (of a metric by type or number of neighbours, that part is left out: `f1[]`,
-    `knn_micro_f1`), task, definition, best, direction (`higher`, `lower`, or `none`), chance, version (counts up when
-    a metric changes its meaning or a mistake in it is mended) and source.
-    """
-    import pandas as pd
-
-    return pd.read_csv(files("datawall.tasks") / "metrics.csv", keep_default_na=False)
-
-
-def registered(metric: str) -> str:
-    """The name under which a metric stands in `metrics.csv`: `f1[]` for `f1[B cell]`, `knn_micro_f1` for k = 15."""
-    import re
-
-    return re.sub(r"^knn\d+_", "knn_", re.sub(r"(?s)\[.*\]\Z", "[]", metric))
-
-
-def __getattr__(name: str) -> Any:
-    if name in TASKS:
-        return getattr(import_module(f"datawall.tasks.{TASKS[name]}"), name)
-    try:
-        return import_module(f"datawall.tasks.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"datawall.tasks.{name}":
-            raise
-        raise AttributeError(f"module 'datawall.tasks' has no attribute {name!r}") from None
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {task.name: f"{__name__}.{task.module}:{task.name}" for task in TASKS.values()}
+    | {name: f"{__name__}.metrics:{name}" for name in ("metrics_table", "registered")},
+)

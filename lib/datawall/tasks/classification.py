@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from datawall.tasks import uncertainty
-from datawall.tasks.uncertainty import Metrics
+from datawall.tasks.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datawall.models import training
 from datawall.models.sparse import bernoulli
 from datawall.tasks.classification import check_embedding, classification_metrics
-from datawall.tasks.uncertainty import Metrics
+from datawall.tasks.metrics import Metrics
 
 # Budget, warm-up and patience are in steps, so that a small data set trains as long as a large one: the original's, in
 # passes over the data, left small ones under-trained.

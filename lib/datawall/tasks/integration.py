@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from datawall.tasks import neighbourhood, uncertainty
 from datawall.tasks.classification import check_embedding
-from datawall.tasks.uncertainty import Metrics
+from datawall.tasks.metrics import Metrics
 
 N_NEIGHBORS = 15  # of the graph, the cell itself among them
 N_LOCAL = 90  # of LISI, the cell itself among them

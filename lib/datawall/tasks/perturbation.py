@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datawall.models import training
 from datawall.tasks import uncertainty
 from datawall.tasks.classification import check_embedding
-from datawall.tasks.uncertainty import Metrics
+from datawall.tasks.metrics import Metrics
 
 RECIPE = training.Recipe(steps=200, batch_size=128, learning_rate=1e-3)
 MATCHED = 2000  # control and treated cells at most, of a context, that are matched one to one

@@ -2,71 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 N_RESAMPLES = 200
 LEVEL = 0.95
 Z = 1.959964  # of a normal distribution, at that level
-
-
-class Metrics(dict[str, float]):
-    """Metrics by name; beside them, by the same names, what is known of each.
-
-    Parameters
-    ----------
-    values
-        Of the metrics.
-    intervals
-        Low and high end of the 95 % bootstrap interval over cells.
-    chance
-        Value that no knowledge of the cells reaches.
-    ceiling
-        Value that no prediction or embedding can be expected to exceed.
-    predicted
-        Of classification, the predicted label of each test cell.
-    """
-
-    def __init__(
-        self,
-        values: Mapping[str, float],
-        intervals: Mapping[str, tuple[float, float]] | None = None,
-        chance: Mapping[str, float] | None = None,
-        ceiling: Mapping[str, float] | None = None,
-        *,
-        predicted: np.ndarray | None = None,
-    ) -> None:
-        super().__init__((name, float(value)) for name, value in values.items())
-        known = (intervals or {}, chance or {}, ceiling or {})
-        self.intervals, self.chance, self.ceiling = ({name: of[name] for name in self if name in of} for of in known)
-        self.predicted = predicted
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A record of each metric: metric, value, low, high, chance and ceiling; None for what is unknown or NaN."""
-        rows = []
-        for name, value in self.items():
-            low, high = self.intervals.get(name, (None, None))
-            numbers = (value, low, high, self.chance.get(name), self.ceiling.get(name))
-            known = (float(number) if number is not None and np.isfinite(number) else None for number in numbers)
-            rows.append(
-                {"metric": name, **dict(zip(("value", "low", "high", "chance", "ceiling"), known, strict=True))}
-            )
-        return rows
-
-    def prefixed(self, prefix: str) -> Metrics:
-        """The same metrics under longer names."""
-        return Metrics(*({prefix + name: value for name, value in of.items()} for of in self._parts()))
-
-    def merged(self, *others: Metrics) -> Metrics:
-        """These metrics, and others under other names."""
-        parts = zip(*(metrics._parts() for metrics in (self, *others)), strict=True)
-        joined = ({name: value for of in each for name, value in of.items()} for each in parts)
-        return Metrics(*joined, predicted=self.predicted)
-
-    def _parts(self) -> tuple[dict[str, Any], ...]:
-        return dict(self), self.intervals, self.chance, self.ceiling
 
 
 def resamples(n_cells: int, n_resamples: int = N_RESAMPLES, *, seed: int = 0) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from datawall.tasks import uncertainty
-from datawall.tasks.uncertainty import Metrics
+from datawall.tasks.metrics import Metrics
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,89 @@
+"""Metrics by name: what a task returns, and the list of them all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Metrics(dict[str, float]):
+    """Metrics by name; beside them, by the same names, what is known of each.
+
+    Parameters
+    ----------
+    values
+        Of the metrics.
+    intervals
+        Low and high end of the 95 % bootstrap interval over cells.
+    chance
+        Value that no knowledge of the cells reaches.
+    ceiling
+        Value that no prediction or embedding can be expected to exceed.
+    predicted
+        Of classification, the predicted label of each test cell.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, float],
+        intervals: Mapping[str, tuple[float, float]] | None = None,
+        chance: Mapping[str, float] | None = None,
+        ceiling: Mapping[str, float] | None = None,
+        *,
+        predicted: np.ndarray | None = None,
+    ) -> None:
+        super().__init__((name, float(value)) for name, value in values.items())
+        known = (intervals or {}, chance or {}, ceiling or {})
+        self.intervals, self.chance, self.ceiling = ({name: of[name] for name in self if name in of} for of in known)
+        self.predicted = predicted
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record of each metric: metric, value, low, high, chance and ceiling; None for what is unknown or NaN."""
+        rows = []
+        for name, value in self.items():
+            low, high = self.intervals.get(name, (None, None))
+            numbers = (value, low, high, self.chance.get(name), self.ceiling.get(name))
+            known = (float(number) if number is not None and np.isfinite(number) else None for number in numbers)
+            rows.append(
+                {"metric": name, **dict(zip(("value", "low", "high", "chance", "ceiling"), known, strict=True))}
+            )
+        return rows
+
+    def prefixed(self, prefix: str) -> Metrics:
+        """The same metrics under longer names."""
+        return Metrics(*({prefix + name: value for name, value in of.items()} for of in self._parts()))
+
+    def merged(self, *others: Metrics) -> Metrics:
+        """These metrics, and others under other names."""
+        parts = zip(*(metrics._parts() for metrics in (self, *others)), strict=True)
+        joined = ({name: value for of in each for name, value in of.items()} for each in parts)
+        return Metrics(*joined, predicted=self.predicted)
+
+    def _parts(self) -> tuple[dict[str, Any], ...]:
+        return dict(self), self.intervals, self.chance, self.ceiling
+
+
+def metrics_table() -> pd.DataFrame:
+    """Every metric of every task.
+
+    Returns
+    -------
+    table with the columns metric (of a metric by type or number of neighbours, that part is left out: `f1[]`,
+    `knn_micro_f1`), task, definition, best, direction (`higher`, `lower`, or `none`), chance, version (counts up when
+    a metric changes its meaning or a mistake in it is mended) and source.
+    """
+    import pandas as pd
+
+    return pd.read_csv(files("datawall.tasks") / "metrics.csv", keep_default_na=False)
+
+
+def registered(metric: str) -> str:
+    """The name under which a metric stands in `metrics.csv`: `f1[]` for `f1[B cell]`, `knn_micro_f1` for k = 15."""
+    return re.sub(r"^knn\d+_", "knn_", re.sub(r"(?s)\[.*\]\Z", "[]", metric))
