@@ -211,7 +211,7 @@ def right_cells(study: Study) -> pd.Series:
                 splits = [split for split in predicted if not split.startswith(results.DONORS)] or list(predicted)
                 shares = np.mean([predicted[split] == labels for split in splits], axis=0)
             right[tuple(source[key] for key in keys)] = shares
-    return pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=keys), dtype=object)
+    return pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=keys), dtype=object).sort_index()
 
 
 def scope(study: Study, *tasks_told: str) -> str:
