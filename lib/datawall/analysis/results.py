@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall.engine import store
+from datawall.engine import disk
 from datawall.tasks import uncertainty
 
 COLUMNS = [
@@ -90,13 +90,11 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict
     The parameters of the study that they are of come with them: a later run may begin with others, and fail.
     """
     for name, table in tables.items():
-        store.write_atomically(
-            folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False)
-        )
-        store.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
-    store.write_json(folder / PARAMETERS, parameters)
+        disk.write_atomically(folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
+        disk.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
+    disk.write_json(folder / PARAMETERS, parameters)
     files = [f"{name}.{suffix}" for name in tables for suffix in ("parquet", "csv")]
-    store.write_checksums(folder / CHECKSUMS, [*files, PARAMETERS])
+    disk.write_checksums(folder / CHECKSUMS, [*files, PARAMETERS])
 
 
 def parameters(folder: Path) -> dict[str, Any]:
@@ -118,7 +116,7 @@ def damage(folder: Path) -> list[str]:
     """What is wrong with the tables of a run folder, a line each; nothing if there are none yet."""
     if not (folder / CHECKSUMS).is_file():
         return [f"{CHECKSUMS} is missing"] * (folder / "results.parquet").is_file()
-    return [f"{name} is missing, or not as it was written" for name in store.changed(folder / CHECKSUMS)]
+    return [f"{name} is missing, or not as it was written" for name in disk.changed_files(folder / CHECKSUMS)]
 
 
 def _refuse_damaged(path: Path) -> None:

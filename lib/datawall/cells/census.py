@@ -23,7 +23,7 @@ from datawall.cells import corpus, ontology
 from datawall.cells.cellstore import CELLS_AT_ONCE
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
-from datawall.engine import paths, store
+from datawall.engine import disk, paths, store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -159,7 +159,7 @@ def identity(recipe: Recipe) -> store.Record:
     """What fixes the content of the corpus: the recipe as JSON values, the ontology by the hash of its file."""
     values = recipe.model_dump()
     if recipe.ontology is not None:
-        values["ontology"] = f"sha256:{store.file_sha256(paths.located(recipe.ontology))}"
+        values["ontology"] = f"sha256:{disk.file_sha256(paths.located(recipe.ontology))}"
     return values
 
 

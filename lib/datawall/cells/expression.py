@@ -15,7 +15,7 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm import tqdm
 
-from datawall.engine import store
+from datawall.engine import disk
 
 type Blocks = Callable[[], Iterable[sp.csr_matrix]]
 
@@ -153,7 +153,7 @@ def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks | None = None) -> n
             begin = end
         scores.flush()
 
-    store.write_atomically(path, write)
+    disk.write_atomically(path, write)
     return np.load(path, mmap_mode="r")
 
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from datawall.cells import corpus, ontology
 from datawall.cells.cellstore import CELLS_AT_ONCE
-from datawall.engine import paths, store
+from datawall.engine import disk, paths, store
 
 ONTOLOGY = paths.PACKAGE_DATA / "cell_types.obo"  # a tree over scTab's cell types, also for SCimilarity's `ontology`
 COMPOSITION = paths.PACKAGE_DATA / "sctab_cell_types.csv"  # cells of each type in scTab's test split
@@ -118,7 +118,7 @@ class Truth:
         for name in ("types", "programmes", "donors"):
             table = getattr(self, name).reset_index().astype(object)
             tables[name] = table.where(table.notna(), None).to_dict("list")
-        store.write_json(folder / "truth.json", {"atlas": self.atlas.model_dump(), **tables})
+        disk.write_json(folder / "truth.json", {"atlas": self.atlas.model_dump(), **tables})
         arrays = {name: getattr(self, name) for name in ("weights", "donor_share", "capture")}
         arrays |= {"genes": self.genes.index.to_numpy(str), "theta": self.genes["theta"].to_numpy()}
         arrays["loadings"] = self.loadings.astype(np.float32)
@@ -309,7 +309,7 @@ def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData
 
 def identity(atlas: Atlas) -> store.Record:
     """What fixes the content of an atlas, as JSON values: its settings and the facts that it is made from."""
-    files = {path.name: store.file_sha256(path) for path in (COMPOSITION, ONTOLOGY)}
+    files = {path.name: disk.file_sha256(path) for path in (COMPOSITION, ONTOLOGY)}
     return {"simulated": atlas.model_dump(), **files}
 
 

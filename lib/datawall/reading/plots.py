@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure, SubFigure
 
 from datawall.analysis.results import BASELINE, CHANCE, CHECKPOINT, ORACLE, mean_over_splits, select
-from datawall.engine import store
+from datawall.engine import disk
 from datawall.models.hyperparameters import FAMILIES, VARIANTS, family
 from datawall.reading import messages
 from datawall.reading.labels import drawn as label
@@ -47,11 +47,11 @@ def save(figure: Figure, name: str, table: pd.DataFrame, folder: Path) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # it is laid out, and would be again for each file
     for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-        store.write_atomically(
+        disk.write_atomically(
             folder / f"{name}.{suffix}",
             lambda path, suffix=suffix, metadata=metadata: figure.savefig(path, format=suffix, metadata=metadata),
         )
-    store.write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+    disk.write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
 
 
 def composition(table: pd.DataFrame) -> Figure:
