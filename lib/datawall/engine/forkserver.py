@@ -10,6 +10,7 @@ scratch, with the same results.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -92,6 +93,7 @@ def serve(number: int) -> None:
                 continue
             connection, _ = listener.accept()
             with connection:
+                gc.freeze()  # a collection in a fork would walk, and so copy, all that is imported here
                 if os.fork() == 0:
                     listener.close()
                     _guard(connection)

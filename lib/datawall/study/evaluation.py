@@ -164,6 +164,15 @@ def panels(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
 
 
+def _predictions(study: Study, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Columns of each model and baseline of zero-shot classification, and the labels that it predicts, by split."""
+    for evaluation in evaluations(study, "zeroshot_classification"):
+        checked = isinstance(evaluation.source, Run) and evaluation.source.budget != 1
+        if evaluation.dataset == dataset and not checked:
+            with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
+                yield _source_columns(study, evaluation.source), dict(predicted)
+
+
 def second_opinion(study: Study) -> pd.DataFrame:
     """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
 
@@ -174,20 +183,31 @@ def second_opinion(study: Study) -> pd.DataFrame:
     table with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the
     cells with the predicted type by either label) and judged (number of those cells); empty if none has labels.
     """
-    name, task = study.held_out_name, "zeroshot_classification"
-    cells = study.dataset(name).obs["cell_type"].astype(str)
+    cells = study.dataset(study.held_out_name).obs["cell_type"].astype(str)
     theirs = curation.authors_labels(study, cells.index)
     rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
     table = []
-    for evaluation in evaluations(study, task) if judged else ():
-        if evaluation.dataset != name or (isinstance(evaluation.source, Run) and evaluation.source.budget != 1):
-            continue
-        with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
-            shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
+    for columns, predicted in _predictions(study, study.held_out_name) if judged else ():
+        shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
         by_ours, by_theirs = np.mean(shares, axis=0)
-        shares = {"ours": by_ours, "authors": by_theirs, "judged": judged}
-        table.append(_source_columns(study, evaluation.source) | shares)
+        table.append(columns | {"ours": by_ours, "authors": by_theirs, "judged": judged})
     return pd.DataFrame(table)
+
+
+def right_cells(study: Study) -> pd.Series:
+    """Which cells zero-shot classification names right: a share of the splits by cell for each, (n_cells,) arrays.
+
+    By dataset, model, strategy, percentage and seed; for `results.against_baselines`.
+    """
+    right, keys = {}, ["model", "strategy", "percentage", "seed"]
+    for dataset in study.joined("zeroshot_classification"):
+        labels = study.dataset(dataset).obs["cell_type"].to_numpy().astype(str)
+        for columns, predicted in _predictions(study, dataset):
+            splits = [split for split in predicted if not split.startswith(results.DONORS)] or list(predicted)
+            shares = np.mean([predicted[split] == labels for split in splits], axis=0)
+            right[dataset, *(columns[key] for key in keys)] = shares
+    index = pd.MultiIndex.from_tuples(right, names=["dataset", *keys])
+    return pd.Series(right, index=index, dtype=object).sort_index()
 
 
 def summary(study: Study, *tasks_told: str) -> str:
