@@ -64,10 +64,7 @@ def look(name: str, keys: Iterable[str] = (), *, others: bool = True, min_matche
     min_matched
         See `corpus.check_match`.
 
-    Raises
-    ------
-    datawall.cells.corpus.CorpusError, datawall.cells.datasets.DatasetError
-        If the data set breaks a rule, columns apart.
+    Raises CorpusError or DatasetError if the data set breaks a rule, columns apart.
     """
     keys = set(keys)
     if name in datasets.DATASETS:

@@ -189,9 +189,8 @@ def _task(
 def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
     """About how long each stage will compute, and what of it was made already, but by other versions of packages.
 
-    Returns
-    -------
-    seconds of `pretraining`, and of each task by name; and numbers of models and evaluations, by how versions differ.
+    Returns seconds of `pretraining`, and of each task by name; and numbers of models and evaluations, by how versions
+    differ.
     """
     made, otherwise = provenance.read(study.store.folder), Counter()
 

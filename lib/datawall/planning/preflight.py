@@ -179,10 +179,7 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, found: Findings)
 def _subsets(p: Params, n_pretraining: int, found: Findings, n_spike_in: int | None = None) -> None:
     """Sizes of the subsets, and whether there are cells enough to spike in.
 
-    Raises
-    ------
-    ValueError
-        If there are not.
+    Raises ValueError if there are not.
     """
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())

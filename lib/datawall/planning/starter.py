@@ -85,12 +85,8 @@ def new(
     settings
         More keys of the study file, and their values.
 
-    Raises
-    ------
-    FileExistsError
-        If there is such a study file.
-    datawall.study.params.ParamsError, datawall.cells.corpus.CorpusError, datawall.cells.datasets.DatasetError
-        If the name is none, a file breaks a rule or what was given is not there.
+    Raises FileExistsError if there is such a study file. Raises ParamsError, CorpusError or DatasetError if the name
+    is none, a file breaks a rule or what was given is not there.
     """
     path = paths.repository() / "params" / f"{name}.yaml"
     settings = settings or {}

@@ -26,10 +26,7 @@ LABELS = ["cell_type", "batch", "perturbation"]  # what held-out cells have in p
 def identity(p: Params) -> store.Record:
     """What fixes the content of the corpus, as JSON values.
 
-    Raises
-    ------
-    datawall.cells.datasets.DatasetError
-        If a file is missing or a name unknown.
+    Raises DatasetError if a file is missing or a name unknown.
     """
     if p.simulation is not None:
         source = simulate.identity(p.simulation)
@@ -48,12 +45,8 @@ def make_corpus(p: Params, folder: Path) -> None:
 
     `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
     genes were matched (`spike_in_genes.json` of those cells), `notes.json` what a reader should know of the sources,
-    and `report_<table>.parquet` what else became of the cells on the way.
-
-    Raises
-    ------
-    datawall.cells.corpus.CorpusError, datawall.cells.datasets.DatasetError
-        If a source breaks a rule.
+    and `report_<table>.parquet` what else became of the cells on the way. Raises CorpusError or DatasetError if a
+    source breaks a rule.
     """
     n_cells, reports = 0, {}
 
@@ -190,10 +183,7 @@ def clusters(cells: Cells) -> pd.Categorical:
 def held_out(p: Params, obs: pd.DataFrame) -> np.ndarray:
     """(n_cells,) bool: which cells of the corpus are held out, told by their labels.
 
-    Raises
-    ------
-    datawall.cells.corpus.CorpusError
-        If whole groups are to be held out and there is but one.
+    Raises CorpusError if whole groups are to be held out and there is but one.
     """
     shares = [1 - p.held_out, p.held_out]
     if p.split_role is None:
@@ -237,10 +227,7 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
 def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, dict[str, Any], list[str]]:
     """An evaluation set with the genes of the corpus, how its genes were matched, and what a reader should know.
 
-    Raises
-    ------
-    datawall.cells.corpus.CorpusError, datawall.cells.datasets.DatasetError
-        If it breaks a rule, or shares no gene with the corpus.
+    Raises CorpusError or DatasetError if it breaks a rule, or shares no gene with the corpus.
     """
     dataset = p.evaluation_sets()[name]
     simulated = simulate.cells_named(dataset.file)

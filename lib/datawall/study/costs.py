@@ -99,15 +99,7 @@ def _encoder(h: Hyperparameters) -> tuple[int, int]:
 
 
 class Costs:
-    """The costs of a study's units, one core or GPU each.
-
-    Parameters
-    ----------
-    p
-        The study.
-    known
-        A calibration; by default `calibration_of` it.
-    """
+    """The costs of a study's units, one core or GPU each, by what is known: its calibration, unless one is given."""
 
     def __init__(self, p: Params, known: Record | None = None) -> None:
         self.p, self.known = p, known or calibration_of(p.study)
@@ -123,10 +115,7 @@ class Costs:
     def n_cells(self) -> int:
         """Cells of the corpus, before any is filtered out.
 
-        Raises
-        ------
-        datawall.cells.datasets.DatasetError, datawall.cells.corpus.CorpusError
-            If a file is missing or not readable.
+        Raises DatasetError or CorpusError if a file is missing or not readable.
         """
         if self.p.simulation is not None:
             return self.p.simulation.n_cells

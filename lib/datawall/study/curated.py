@@ -29,15 +29,7 @@ KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the on
 
 
 class Curated:
-    """What a study works on.
-
-    Parameters
-    ----------
-    parameters
-        The checked study file.
-    folder
-        The run folder, where all that is made goes.
-    """
+    """What a study works on: its checked study file, and the run folder, where all that is made goes."""
 
     def __init__(self, parameters: Params, folder: Path) -> None:
         self.params = parameters
@@ -110,10 +102,7 @@ class Curated:
     def corpus(self) -> Cells:
         """The corpus, on disk: counts by row, genes by Ensembl id, `obs` with cell_type and what else is known.
 
-        Raises
-        ------
-        datawall.cells.corpus.CorpusError
-            If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
+        Raises CorpusError if the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
         """
         cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
         joining.check_contexts(self.params, cells.obs["cell_type"].unique())

@@ -55,9 +55,7 @@ def reconstructs(spec: ModelSpec) -> bool:
 def evaluate(study: Study, task: str) -> pd.DataFrame:
     """Make, or find, every evaluation of a task, and write the study's tables.
 
-    Returns
-    -------
-    the task's tidy results (see `results.read_results`).
+    Returns the task's tidy results (see `results.read_results`).
     """
     missing = [item for item in evaluations(study, task) if not study.store.find(evaluation_unit(study, item))]
     if missing:
@@ -95,12 +93,8 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
     Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
     over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
     and seed, and judged by all tasks; all models' wishes of a round are made side by side. A second call finds all of
-    it, and chooses the same.
-
-    Returns
-    -------
-    table with the columns model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs (that the
-    verdict took) and share (of the full grid's).
+    it, and chooses the same. Columns: model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs
+    (that the verdict took) and share (of the full grid's).
     """
     p = study.params
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
@@ -141,12 +135,9 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
 def panels(study: Study) -> pd.DataFrame:
     """How many genes the panels of random subsets have, by percentage: means over seeds.
 
-    The panel is the same for every network of the study with that many genes; the first is asked.
-
-    Returns
-    -------
-    table with the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of
-    each evaluation data set how many it measures; empty if no network of the study has a panel.
+    The panel is the same for every network of the study with that many genes; the first is asked. Returns a table with
+    the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of each
+    evaluation data set how many it measures; empty if no network of the study has a panel.
     """
     specs = (study.params.specs[name] for name in study.params.models)
     if (model := next((spec.name for spec in specs if getattr(spec.hyperparameters, "n_genes", None)), None)) is None:
@@ -176,12 +167,9 @@ def _predictions(study: Study, dataset: str) -> Iterator[tuple[dict[str, Any], d
 def second_opinion(study: Study) -> pd.DataFrame:
     """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
 
-    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice.
-
-    Returns
-    -------
-    table with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the
-    cells with the predicted type by either label) and judged (number of those cells); empty if none has labels.
+    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice. Returns table
+    with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the cells
+    with the predicted type by either label) and judged (number of those cells); empty if none has labels.
     """
     cells = study.dataset(study.held_out_name).obs["cell_type"].astype(str)
     theirs = curation.authors_labels(study, cells.index)

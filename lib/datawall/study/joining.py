@@ -54,11 +54,8 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
 def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]]:
     """Treatments that perturbation response judges, each against the control, and the contexts held out in turn.
 
-    Raises
-    ------
-    CorpusError
-        If there is no control or nothing else; a treatment that is named has no cells, or no contexts to hold out (see
-        `contexts_held_out`); or, where none are named, no treatment has.
+    Raises CorpusError if there is no control or nothing else; a treatment that is named has no cells, or no contexts to
+    hold out (see `contexts_held_out`); or, where none are named, no treatment has.
     """
     n_cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
     wanted = dataset.treatments
@@ -104,18 +101,9 @@ def check_contexts(p: Params, types: Iterable[str]) -> None:
 def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
     """Contexts to hold out of perturbation response in turn: those named, or all with cells enough.
 
-    Parameters
-    ----------
-    n_cells
-        By context, the number of cells of the treatment that has fewer.
-    named
-        The contexts that the study names.
-
-    Raises
-    ------
-    CorpusError
-        If fewer than two contexts have both treatments, or none has `HELD_OUT_CELLS`, or a named one has fewer than
-        two, which have no spread to tell the ceiling from.
+    `n_cells` are, by context, those of the treatment that has fewer. Raises CorpusError if fewer than two contexts
+    have both treatments, or none has `HELD_OUT_CELLS`, or a named one has fewer than two, which have no spread to
+    tell the ceiling from.
     """
     usable = sorted(n_cells.index[n_cells > 0])
     if len(usable) < 2:

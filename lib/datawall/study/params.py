@@ -349,10 +349,7 @@ for _yaml in (_Loader, _Dumper):
 def from_yaml(text: str) -> Any:
     """The value that a text spells.
 
-    Raises
-    ------
-    yaml.YAMLError
-        If it spells none.
+    Raises YAMLError if it spells none.
     """
     loader = _Loader(text)
     try:
@@ -369,10 +366,7 @@ def to_yaml(value: Any, **style: Any) -> str:
 def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     """Read and check a study file, a YAML file whose keys are those of `Params`; `overrides` replace its values.
 
-    Raises
-    ------
-    ParamsError
-        If the file is not a YAML mapping, or a key or value is not allowed; one line per mistake.
+    Raises ParamsError if the file is not a YAML mapping, or a key or value is not allowed; one line per mistake.
     """
     try:
         values = from_yaml(path.read_text(encoding="utf-8"))
@@ -398,10 +392,7 @@ def _from_text(value: Any) -> Any:
 def check(values: dict[str, Any], source: str) -> Params:
     """Check the values of a study; `source` names their origin in messages.
 
-    Raises
-    ------
-    ParamsError
-        One line per mistake.
+    Raises ParamsError, with one line per mistake.
     """
     values = {str(key): value for key, value in values.items()}
     try:

@@ -27,9 +27,8 @@ def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]
 def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """Divisions in two, the same for every model: by cell in proportion to types, and by donor where there are two.
 
-    Returns
-    -------
-    the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1; each tests the other.
+    Returns the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1; each tests the
+    other.
     """
     p, obs = study.params, study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
@@ -45,11 +44,8 @@ def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
 
     Of a small data set every cell is tested: each third in turn, with a tenth of the others to stop by. A larger one
     has 80 % training, 10 % validation and 10 % test cells. By donor, the test cells are whole donors', a fifth of the
-    cells or so, and the validation cells come from the donors that are trained on.
-
-    Returns
-    -------
-    the name of each division, and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
+    cells or so, and the validation cells come from the donors that are trained on. Returns the name of each division,
+    and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
     """
     obs = study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)

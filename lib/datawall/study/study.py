@@ -52,14 +52,8 @@ def _file_sha256(path: Path, mtime_ns: int) -> str:
 def open_study(study: str, **overrides: Any) -> Study:
     """Open a study by name (`quick`), by the path of its file, or by the folder of an earlier run.
 
-    Overrides, such as a notebook's own parameters, replace values of the study file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such study.
-    datawall.study.params.ParamsError
-        If the study file or an override is wrong.
+    Overrides, such as a notebook's own parameters, replace values of the study file. Raises FileNotFoundError if there
+    is no such study. Raises ParamsError if the study file or an override is wrong.
     """
     path = paths.study_file(study)
     checked = params.read(path, overrides)
@@ -163,10 +157,7 @@ class Study(Curated):
     def _launch(self, run: Run, n_processes: int) -> None:
         """Pretrain a model in processes of `torchrun`, one per GPU.
 
-        Raises
-        ------
-        RuntimeError
-            If they fail; what they wrote is in the output of this process.
+        Raises RuntimeError if they fail; what they wrote is in the output of this process.
         """
         subset = run.subset
         with tempfile.TemporaryDirectory() as scratch:
@@ -281,10 +272,7 @@ class Study(Curated):
     def embedding(self, source: Source, dataset: str) -> np.ndarray:
         """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by one of `baselines.EMBEDDINGS`.
 
-        Raises
-        ------
-        ValueError
-            If what a model of the user's own gives is not that, or a file of embeddings breaks a rule.
+        Raises ValueError if what a model of the user's own gives is not that, or a file of embeddings breaks a rule.
         """
 
         def make(folder: Path) -> None:
