@@ -102,7 +102,7 @@ def test_minimal_study_is_filled_with_defaults():
     ],
 )
 def test_one_mistake_is_one_line_that_says_what_to_do(refused, changes, parts):
-    [line] = refused(**changes)
+    [line] = refused(yaml.safe_dump(MINIMAL | changes))
     assert line.startswith("mine.yaml: ")
     for part in parts:
         assert part in line

@@ -9,7 +9,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 from datawall import models
@@ -188,10 +190,22 @@ def test_an_evaluation_costs_a_power_of_its_cells_each_split_and_its_embedding()
     assert by_donor.evaluation(baseline).seconds == pytest.approx(2 * 3 * 8.0 * 2**2)
 
 
-def test_perturbation_response_costs_each_context():
-    one = Evaluation("perturbation_response", "simulated_held_out", "NoChange")
-    assert costs_of(study_of(held_out_contexts=["naive B cell"])).evaluation(one).seconds == pytest.approx(0.5)
-    assert costs_of(study_of()).evaluation(one).seconds == pytest.approx(0.5 * costs.CONTEXTS)
+def test_perturbation_response_costs_each_treatment_and_context(tmp_path):
+    def seconds(dataset, **changes):
+        return (
+            costs_of(study_of(**changes)).evaluation(Evaluation("perturbation_response", dataset, "NoChange")).seconds
+        )
+
+    one = {"held_out_contexts": ["naive B cell"]}
+    assert seconds("simulated_held_out", **one) == pytest.approx(0.5)
+    assert seconds("simulated_held_out") == pytest.approx(0.5 * costs.CONTEXTS)
+    assert seconds("simulated_held_out", treatments=["a", "b"], **one) == pytest.approx(0.5 * 2)
+    obs = pd.DataFrame({"drug": np.resize(["ctrl", "a", "b", "c"], 100)}, index=map(str, range(100)))
+    ad.AnnData(np.ones((100, 1), np.float32), obs=obs).write_h5ad(tmp_path / "drug.h5ad")
+    drug = {"file": str(tmp_path / "drug.h5ad"), "perturbation_key": "drug", "control": "ctrl"} | one
+    for treatments, n_judged in ((5, 3), (2, 2), (["c"], 1)):
+        found = seconds("drug", evaluation=[drug | {"treatments": treatments}])
+        assert found == pytest.approx(0.5 * n_judged)
 
 
 def test_reconstruction_is_of_a_thousand_cells_at_most():
@@ -233,14 +247,9 @@ def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, m
 # Stages
 
 
-def test_makespan_of_one_worker_is_the_sum_and_of_many_the_longest():
-    seconds = [3.0, 1.0, 2.0]
-    assert planning.makespan(seconds, 1) == 6
-    assert planning.makespan(seconds, 5) == 3
-    assert planning.makespan([], 2) == 0
-
-
 def test_makespan_is_that_of_the_longest_first():
+    assert [planning.makespan([3.0, 1.0, 2.0], n_workers) for n_workers in (1, 5)] == [6, 3]
+    assert planning.makespan([], 2) == 0
     rng = np.random.default_rng(0)
     for seconds in rng.integers(1, 10, size=(20, 6)):
         ends = [0, 0]
@@ -390,10 +399,6 @@ def test_plan_of_the_published_study_needs_no_network(tmp_path):
     assert json.loads((costs.SHIPPED / "paper.json").read_text())["machine"] in shown
     assert "--calibrate" in shown
     assert not (ROOT / "runs" / "paper").exists()
-
-
-def test_plan_says_what_the_rehearsal_comes_to():
-    assert "paper_rehearsal: 80 subsets, 400 models, 6,400 experiments, 52 baselines\n" in plan("paper_rehearsal")
 
 
 # Evaluation on cells beyond the simulated corpus

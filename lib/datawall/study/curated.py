@@ -71,15 +71,13 @@ class Curated:
         """`obs` of an evaluation data set; None if that has not been made."""
         if name not in self._obs and self.store.folder.is_dir():
             with suppress(datasets.DatasetError):  # a file that is not there, of a study that is planned
-                if self.store.find(self.dataset_unit(name)) and self.store.find(self.corpus_unit):
-                    self._obs[name] = self._read_obs(name)
+                found = self.store.find(self.dataset_unit(name)) if self.store.find(self.corpus_unit) else None
+                if found and name == self.held_out_name:
+                    self._obs[name] = self.held_out_cells.obs
+                elif found:
+                    with h5py.File(found.folder / "cells.h5ad") as file:
+                        self._obs[name] = ad.io.read_elem(file["obs"])
         return self._obs.get(name)
-
-    def _read_obs(self, name: str) -> pd.DataFrame:
-        if name == self.held_out_name:
-            return self.held_out_cells.obs
-        with h5py.File(self.dataset_artifact(name).folder / "cells.h5ad") as file:
-            return ad.io.read_elem(file["obs"])
 
     # The corpus, and how it is split
 

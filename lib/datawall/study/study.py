@@ -76,8 +76,7 @@ class Study(Curated):
 
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
-        text = params.to_yaml(self.params.model_dump())
-        disk.write_text(self.folder / "study.yaml", text)
+        disk.write_text(self.folder / "study.yaml", params.to_yaml(self.params.model_dump()))
 
     @cached_property
     def costs(self) -> Costs:
@@ -219,15 +218,11 @@ class Study(Curated):
 
         Columns: model, strategy, percentage, seed, step, loss, learning_rate, validation_loss.
         """
-        tables = []
-        for run in self.pretraining_runs():
-            path = self.model_artifact(run).folder / "history.parquet"
-            if path.exists():
-                tables.append(pd.read_parquet(path).assign(model=run.model, **asdict(run.subset)))
-        if not tables:
-            of_run = ["model", "strategy", "percentage", "seed"]
-            return pd.DataFrame(columns=["step", "loss", "learning_rate", "validation_loss", *of_run])
-        return pd.concat(tables, ignore_index=True)
+        names = ["step", "loss", "learning_rate", "validation_loss", "model", "strategy", "percentage", "seed"]
+        paths = {run: self.model_artifact(run).folder / "history.parquet" for run in self.pretraining_runs()}
+        paths = {run: path for run, path in paths.items() if path.exists()}
+        tables = [pd.read_parquet(path).assign(model=run.model, **asdict(run.subset)) for run, path in paths.items()]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=names)
 
     def _make_model(self, run: Run, folder: Path, checkpoint: Path) -> dict[str, Any]:
         from datawall.models import training
