@@ -280,20 +280,13 @@ def test_stages_take_their_units_and_what_is_around_them():
     assert figures.wall_seconds(2) == pytest.approx(planning.NOTEBOOK * 3.0)
 
 
-def test_what_is_made_is_not_left_to_do(tmp_path):
+def test_what_is_made_is_not_left_to_do_and_counted_if_other_versions_made_it(tmp_path, monkeypatch):
     study = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"])
     before, _ = planning.seconds_left(study)
     assert set(before) == {"pretraining", "zeroshot_classification"}
     study.pretrain()
     assert set(planning.seconds_left(study)[0]) == {"zeroshot_classification"}
-    evaluation.evaluate(study, "zeroshot_classification")
-    assert planning.seconds_left(study) == ({}, {})
-
-
-def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
-    study, here = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"]), code.versions()
-    study.pretrain()
-    n_models = len(study.pretraining_runs())
+    n_models, here = len(study.pretraining_runs()), code.versions()
     for name, version, told in [
         ("numpy", "0.1", {f"numpy 0.1 in place of {here['numpy']}": n_models}),
         ("numpy", here["numpy"] + "+other.build", {}),
@@ -301,6 +294,9 @@ def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
     ]:
         monkeypatch.setattr(code, "versions", lambda name=name, version=version: {**here, name: version})
         assert planning.seconds_left(study)[1] == told
+    monkeypatch.undo()
+    evaluation.evaluate(study, "zeroshot_classification")
+    assert planning.seconds_left(study) == ({}, {})
 
 
 def test_units_declare_what_they_need(tmp_path, monkeypatch):
