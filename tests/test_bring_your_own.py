@@ -25,7 +25,7 @@ from datawall.study.params import Embedding, EvaluationSet
 from datawall.study.study import Study
 from datawall.study.units import Evaluation
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[1] / "params" / "README.md").read_text()
 SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", SECTION, flags=re.S) for kind in ("python", "yaml")}
 ATLAS = simulate.Atlas(

@@ -9,7 +9,7 @@ import warnings
 
 from datawall.engine import lazy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # annbatch would have bars as widgets; the bars here are text, and come without them.
 warnings.filterwarnings("ignore", message="IProgress not found")

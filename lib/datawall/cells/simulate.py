@@ -297,24 +297,8 @@ def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData
     """All cells of an atlas, a block at a time; memory does not grow with the number of cells.
 
     The cells come out the same however they are cut into blocks, since each run of `CHUNK` cells has a random generator
-    of its own, seeded by the atlas and the run's number.
-
-    Parameters
-    ----------
-    atlas
-        The settings.
-    block_size
-        Cells in a block, at least one; the last may have fewer.
-
-    Yields
-    ------
-    AnnData with int32 CSR counts, `obs` with cell_type, donor_id, dataset_id, assay and condition (ctrl or treated) as
-    categoricals, and one `var` for all blocks: `feature_name` by Ensembl id.
-
-    Raises
-    ------
-    ValueError
-        If a block would have no cells.
+    of its own, seeded by the atlas and the run's number. Counts are int32; `obs` has cell_type, donor_id, dataset_id,
+    assay and condition (ctrl or treated), and `var` is one for all blocks: `feature_name` by Ensembl id.
     """
     if block_size < 1:
         raise ValueError(f"block_size {block_size} must be at least 1.")
@@ -342,13 +326,7 @@ def cells_named(name: str) -> range | None:
 
 
 class Cells:
-    """The cells that follow from a truth; any of them can be made alone.
-
-    Parameters
-    ----------
-    planted
-        The truth.
-    """
+    """The cells that follow from a truth; any of them can be made alone."""
 
     def __init__(self, planted: Truth) -> None:
         atlas, kind = planted.atlas, planted.programmes["kind"].to_numpy()

@@ -197,6 +197,23 @@ def second_opinion(study: Study) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def right_cells(study: Study) -> pd.Series:
+    """Which cells zero-shot classification names right: a share of the splits by cell for each, (n_cells,) arrays.
+
+    By dataset, model, strategy, percentage and seed; for `results.against_baselines`.
+    """
+    right, keys = {}, ["dataset", "model", "strategy", "percentage", "seed"]
+    for one in evaluations(study, "zeroshot_classification"):
+        source = {"dataset": one.dataset, **_source_columns(study, one.source)}
+        if source.get("budget", 1) == 1:
+            labels = study.dataset(one.dataset).obs["cell_type"].to_numpy().astype(str)
+            with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
+                splits = [split for split in predicted if not split.startswith(results.DONORS)] or list(predicted)
+                shares = np.mean([predicted[split] == labels for split in splits], axis=0)
+            right[tuple(source[key] for key in keys)] = shares
+    return pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=keys), dtype=object).sort_index()
+
+
 def scope(study: Study, *tasks_told: str) -> str:
     """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
 
