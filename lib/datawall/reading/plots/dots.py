@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,13 +35,13 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
     if points.empty:
         return style.nothing("the study has no such runs")
     points = style.in_order(points)
-    datasets, sizes = points["dataset"].unique(), points[["percentage"]].dropna()
-    figure, axes = _panels_of_models(points, datasets, 0.62)
+    models, datasets = list(points["model"].unique()), points["dataset"].unique()
+    figure, axes = _panels_of_models(models, len(datasets), 0.62)
     for axis, dataset in zip(axes[0], datasets, strict=True):
         axis.axvspan(170, 530, color="0.93", linewidth=0)
         shown = select(points, dataset=dataset).fillna({"low": NEVER, "high": NEVER, "percentage": NEVER})
-        _dots(axis, shown, "rule", "percentage", RULES)
-        style.size_axis(axis, sizes)
+        _dots(axis, models, shown, "rule", "percentage", RULES)
+        style.size_axis(axis, points[["percentage"]].dropna())
         ticks = [tick.get_text() for tick in axis.get_xticklabels()]
         axis.set_xticks([*axis.get_xticks(), NEVER], [*ticks, "none"])
         axis.set(xlim=(0.6, 530), xlabel="% of the corpus", title=drawn(dataset).replace("-\n", ""))
@@ -58,9 +60,10 @@ def cells_saved(points: pd.DataFrame) -> Figure:
     points = style.in_order(points).assign(saved=lambda table: 100 - table["percentage"].fillna(100))
     means = points.groupby(["task", "rule", "model"], sort=False, as_index=False)["saved"].mean()
     means, tasks = means.assign(low=0, high=means["saved"]), points["task"].unique()
-    figure, axes = _panels_of_models(points, tasks, 0.5)
+    models = list(points["model"].unique())
+    figure, axes = _panels_of_models(models, len(tasks), 0.5)
     for axis, task in zip(axes[0], tasks, strict=True):
-        _dots(axis, select(means, task=task), "rule", "saved", RULES)
+        _dots(axis, models, select(means, task=task), "rule", "saved", RULES)
         axis.set(xlim=(-3, 103), title=drawn(task).replace(" ", "\n"), xlabel="cells saved (%)")
     saved = titles.listed(points.groupby("rule", sort=False)["saved"].mean(), "{:.0f} %")
     return finish(figure, f"Cells saved by stopping at the saturation point, mean: {saved}", axes[0, 0], left=False)
@@ -73,11 +76,12 @@ def effects(table: pd.DataFrame, title: str) -> Figure:
     """
     table, columns = style.in_order(table), ["difference", "low", "high"]
     points, tasks = table.assign(**100 * table[columns]), table["task"].unique()
-    figure, axes = _panels_of_models(table, tasks, 0.5)
+    models = list(table["model"].unique())
+    figure, axes = _panels_of_models(models, len(tasks), 0.5)
     shown = {name: marks for name, marks in (STRATEGIES | SPIKED).items() if name in set(table["strategy"])}
     for axis, task in zip(axes[0], tasks, strict=True):
         axis.axvline(0, color="black", linewidth=1)
-        _dots(axis, select(points, task=task), "strategy", "difference", shown)
+        _dots(axis, models, select(points, task=task), "strategy", "difference", shown)
         axis.set(title=drawn(task).replace(" ", "\n"), xlabel="points of score")
         axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     certain = table.loc[table["p_adjusted"] < 0.05, "difference"]
@@ -137,10 +141,9 @@ def embedding_seconds(table: pd.DataFrame) -> Figure:
     return finish(figure, says, left=False)
 
 
-def _panels_of_models(table: pd.DataFrame, columns: np.ndarray, row_height: float) -> tuple[Figure, np.ndarray]:
-    """A panel per column, each with a row per model; heights in inches."""
-    models = list(table["model"].unique())
-    figure, axes = panels(1, len(columns), row_height * len(models) + 1.8, sharey=True)
+def _panels_of_models(models: list[str], n_columns: int, row_height: float) -> tuple[Figure, np.ndarray]:
+    """Panels beside one another, each with a row per model; heights in inches."""
+    figure, axes = panels(1, n_columns, row_height * len(models) + 1.8, sharey=True)
     for axis in axes[0]:
         _model_axis(axis, models, first=axis is axes[0, 0])
     return figure, axes
@@ -154,9 +157,10 @@ def _model_axis(axis: plt.Axes, models: list[str], *, first: bool) -> None:
         axis.axhline(edge, color="0.9", linewidth=1, zorder=0)
 
 
-def _dots(axis: plt.Axes, table: pd.DataFrame, by: str, value: str, marks: dict[str, tuple[object, str]]) -> None:
+def _dots(
+    axis: plt.Axes, models: list[str], table: pd.DataFrame, by: str, value: str, marks: dict[str, tuple[Any, str]]
+) -> None:
     """In the row of each model, a dot for each of what the table is divided by, and the line from `low` to `high`."""
-    models = [tick.get_text() for tick in axis.get_yticklabels()]
     for offset, (name, (colour, marker)) in zip(np.linspace(-0.25, 0.25, len(marks)), marks.items(), strict=True):
         shown = select(table, **{by: name}).set_index("model").reindex(models)
         places = np.arange(len(models)) + offset
