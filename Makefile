@@ -29,7 +29,7 @@ notebooks: .venv/ready  # execute in place and store the outputs, and the figure
 	for n in $(NOTEBOOKS); do $(BIN)/jupyter execute --inplace $$n || exit 1; done
 	$(CLEAN) $(NOTEBOOKS)
 	rm -rf figures && cp -r runs/quick/figures figures
-	$(BIN)/python -c "from datawall.engine import store; print(store.session()['code'])" > figures/code.txt
+	$(BIN)/python -c "from datawall.engine import code; print(code.session()['code'])" > figures/code.txt
 	$(BIN)/python tests/manifest.py
 
 lint: .venv/ready

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
-    from datawall.engine import paths, provenance, store
+    from datawall.engine import disk, paths, provenance
     from datawall.planning import plan as planning
     from datawall.study import params
     from datawall.study.study import Study
@@ -77,7 +77,7 @@ def _follow(options: argparse.Namespace) -> int:
         if options.plan:
             print(_work(study), planning.table(study, study.costs), sep="\n")
             return 0
-        store.check_run_folder(study.folder)
+        disk.check_run_folder(study.folder)
         left, otherwise = ({}, {}) if parameters.census else planning.seconds_left(study)
     except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -88,7 +88,7 @@ def _follow(options: argparse.Namespace) -> int:
         print(f"of other versions: {n} models and evaluations, used as they are: made before {differ}.")
         print("To make all of them anew, give a new folder with --out.")
     try:
-        with store.reserved(study.folder):
+        with disk.reserve(study.folder):
             return _run(study, stages, left)
     except BlockingIOError as error:
         print(error, file=sys.stderr)
@@ -119,10 +119,10 @@ def _calibrate(study: Any) -> int:
 
 def _look_into(folder: Path, key: str | None) -> int:
     """Say where an artifact of a run folder comes from or, without a key, what in the folder is damaged."""
-    from datawall.engine import store
+    from datawall.engine import disk
     from datawall.reading import verify
 
-    if not store.is_run_folder(folder):
+    if not disk.is_run_folder(folder):
         raise FileNotFoundError(f"{folder}: no folder of a run (no study.yaml, no artifacts in store/); see --out.")
     if key:
         print(verify.why(folder, key))
@@ -274,11 +274,11 @@ def _write_notebooks_whole() -> None:
     """Let papermill write a notebook, which it does after each cell, as all else is written: all of it, or nothing."""
     from papermill.iorw import LocalHandler, papermill_io
 
-    from datawall.engine import store
+    from datawall.engine import disk
 
     class Whole(LocalHandler):
         def write(self, text: str, path: str) -> None:
-            store.write_atomically(Path(path), lambda scratch: scratch.write_text(text, encoding="utf-8"))
+            disk.write_text(Path(path), text)
 
     papermill_io.register("/", Whole())  # of absolute paths
 

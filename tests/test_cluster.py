@@ -338,8 +338,8 @@ def test_what_a_unit_takes_of_dask_workers():
 
 
 def written_keys(folder):
-    """Dask's settings as the README has them, with certificates of an authority that is made for them."""
-    readme = (TESTS.parent / "README.md").read_text()
+    """Dask's settings as `params/CLUSTER.md` has them, with certificates of an authority that is made for them."""
+    readme = (TESTS.parent / "params" / "CLUSTER.md").read_text()
     (text,) = re.findall(r"```yaml\n(distributed:.*?)```", readme, re.S)
     keys = Security.temporary()
     folder.mkdir()

@@ -1,12 +1,18 @@
 """A unit's key names all the code that decides its content: its maker, what this imports, and so on; and no other."""
 
 import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+import datawall as dw
 from datawall import models, tasks
-from datawall.engine import store
+from datawall.engine import code, paths
 from datawall.study import evaluation, params, study
 from datawall.study.curated import Subset
 from datawall.study.units import Run
@@ -16,37 +22,42 @@ from datawall.study.units import Run
 def library(monkeypatch):
     """What a library of these modules says of a maker."""
 
-    def of(*makers, **sources):
-        monkeypatch.setattr(store, "SOURCES", {name.replace("__", "/"): text for name, text in sources.items()})
-        store.closure.cache_clear()
-        store._imported.cache_clear()
-        return store.closure(makers)
+    def closure(*makers, **sources):
+        monkeypatch.setattr(code, "SOURCES", {name.replace("__", "/"): text for name, text in sources.items()})
+        code.closure.cache_clear()
+        code._imports.cache_clear()
+        return code.closure(makers)
 
-    yield of
+    yield closure
     monkeypatch.undo()
-    store.closure.cache_clear()
-    store._imported.cache_clear()
+    code.closure.cache_clear()
+    code._imports.cache_clear()
 
 
 SOURCES = {
-    "a": "from datawall import b; from datawall.study import params\nfrom datawall.models.c import C\nimport numpy",
-    "b": "def f():\n    from datawall.models import d as renamed\n",
-    "models__c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from datawall import e\nC = 1",
-    "models__d": "from datawall import a",  # in a circle
-    **{"e": "", "params": "from datawall import e", "f": ""},
-}
+    "cells__a": "from datawall.cells import b; from datawall.engine import disk\nfrom datawall.models.c import C",
+    "cells__b": "def f():\n    from datawall.models import d as renamed\n    from datawall.models import values\n",
+    "models__c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from datawall.tasks import e\nC = 1",
+    "models__d": "from datawall.cells import a",  # in a circle
+    "models__values": "from datawall.tasks import e\nIN_NO_KEY = 'they are in the records'\n",
+    **{"tasks__e": "", "engine__disk": "from datawall.tasks import e", "tasks__f": ""},
+}  # fmt: skip
 
 
 def test_closure_is_all_that_is_imported_and_what_that_imports(library):
-    assert library("a", **SOURCES) == ["a", "b", "models/c", "models/d"]
-    assert library("e", **SOURCES) == ["e"]
-    assert library("params", **SOURCES) == ["e", "params"]  # a maker counts, though nobody's import of it does
+    assert library("cells/a", **SOURCES) == ["cells/a", "cells/b", "models/c", "models/d"]
+    assert library("tasks/e", **SOURCES) == ["tasks/e"]
+    # A maker counts, though nobody's import of it does.
+    assert library("engine/disk", **SOURCES) == ["engine/disk", "tasks/e"]
+    assert library("models/values", **SOURCES) == ["models/values", "tasks/e"]
 
 
 def test_closure_of_a_function_is_of_what_it_uses(library):
-    text = "from datawall import b, e, f as g\ndef one():\n    return b.f\ndef other():\n    return g, e\n"
-    assert library("m:one", **SOURCES | {"m": text})[:2] == ["a", "b"]
-    assert library("m:other", **SOURCES | {"m": text}) == ["e", "f", "m:other"]
+    text = "from datawall.cells import b\nfrom datawall.tasks import e, f as g\nfrom datawall.study import params\n"
+    text += "def one():\n    return b.f, params\ndef other():\n    return g, e\n"
+    sources = SOURCES | {"study__m": text, "study__params": ""}
+    assert library("study/m:one", **sources) == ["cells/a", "cells/b", "models/c", "models/d", "study/m:one"]
+    assert library("study/m:other", **sources) == ["study/m:other", "tasks/e", "tasks/f"]
 
 
 def study_of(folder, **changes):
@@ -65,9 +76,9 @@ def last(names):
 def test_units_name_the_code_that_makes_them_and_none_beside_it(tmp_path):
     of = study_of(tmp_path, also=[{"name": "sketch", "strategies": ["geometric_sketching"], "percentages": [10]}])
     run = lambda name: Run(name, Subset("random", 100.0, 3))  # noqa: E731
-    code = {name: last(of.model_unit(run(name)).code) for name in FAMILIES}
-    code |= {kind: last(getattr(of, f"{kind}_unit").code) for kind in ("corpus", "split", "sketch")}
-    code |= {task: last(store.closure(evaluation.makers(task))) for task in tasks.TASKS}
+    made_by = {name: last(of.model_unit(run(name)).code) for name in FAMILIES}
+    made_by |= {kind: last(getattr(of, f"{kind}_unit").code) for kind in ("corpus", "split", "sketch")}
+    made_by |= {task: last(code.closure(evaluation.makers(task))) for task in tasks.TASKS}
     expected = {
         "PretrainedPCA": {"pca", "base", "expression"},
         "scVI": {"scvi", "sparse", "base", "training", "streaming", "expression", "cellstore"},
@@ -75,21 +86,21 @@ def test_units_name_the_code_that_makes_them_and_none_beside_it(tmp_path):
         "Geneformer": {"geneformer", "tokenizer", "transformer", "training", "streaming"},
         "SCimilarity": {"scimilarity", "sparse", "ontology", "training"},
         "corpus": {"assembly", "sources", "backed", "duplicates", "simulate", "census", "cellstore", "corpus"},
-        "split": {"assembly", "sampling", "study/curated:_make_split"},
+        "split": {"assembly", "sampling", "curated:_make_split"},
         "sketch": {"expression"},
         "zeroshot_classification": {"classification", "uncertainty", "scoring", "sampling", "baselines"},
         "zeroshot_integration": {"integration", "classification", "neighbourhood", "uncertainty"},
         "finetuned_classification": {"finetuning", "classification", "training"},
-        "perturbation_response": {"perturbation", "classification", "training", "study/curated:response_genes"},
+        "perturbation_response": {"perturbation", "classification", "training", "curated:response_genes"},
         "reconstruction": {"pretraining_loss", "scoring"},
     }
     for kind, names in expected.items():
-        assert names <= code[kind], kind
-        beside = {"plots", "messages", "labels", "report", "results", "saturation", "planning", "cluster", "processes"}
-        assert not code[kind] & beside, kind
+        assert names <= made_by[kind], kind
+        beside = {"curves", "titles", "labels", "report", "results", "saturation", "planning", "cluster", "processes"}
+        assert not made_by[kind] & beside, kind
     for name in FAMILIES:
-        assert not code[name] & {"scoring", "classification", "uncertainty", "baselines"}, name
-        assert sum(other in code[name] for other in ("pca", "scvi", "ssl", "geneformer", "scimilarity")) == 1
+        assert not made_by[name] & {"scoring", "classification", "uncertainty", "baselines"}, name
+        assert sum(other in made_by[name] for other in ("pca", "scvi", "ssl", "geneformer", "scimilarity")) == 1
 
 
 def test_makers_are_there(tmp_path):
@@ -99,14 +110,82 @@ def test_makers_are_there(tmp_path):
     makers = {name for unit in units for name in unit.makers}.union(*map(evaluation.makers, tasks.TASKS))
     for name in makers:
         module, _, function = name.partition(":")
-        nodes = [node for node in ast.walk(ast.parse(store.SOURCES[module])) if isinstance(node, ast.FunctionDef)]
+        nodes = [node for node in ast.walk(ast.parse(code.SOURCES[module])) if isinstance(node, ast.FunctionDef)]
         assert not function or [node.name for node in nodes].count(function) == 1, name
+
+
+CODE = '''"""About."""
+
+class Adder:
+    """Adds."""
+
+    def add(self, a, b=1):
+        """Sum."""
+        return a + b  # together
+'''
+
+
+def version_of(text, folder, monkeypatch):
+    (folder / "adder.py").write_text(text)
+    monkeypatch.setattr(code, "SOURCES", code.read_sources(folder))
+    return code.code_version.__wrapped__("adder")  # past the cache
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# together", "# as one"),
+        ("Sum.", "Both."),
+        ('    """Adds."""\n', ""),
+        ("About.", "On."),
+        ("a + b", "a  +  (b)"),
+    ],
+)
+def test_comments_docstrings_and_layout_leave_the_code_version(old, new, tmp_path, monkeypatch):
+    assert old in CODE
+    before = version_of(CODE, tmp_path, monkeypatch)
+    assert version_of(CODE.replace(old, new), tmp_path, monkeypatch) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("a + b", "a - b"), ("b=1", "b=2"), ("return a + b", 'return "Sum."'), ("Adder", "A")]
+)
+def test_code_changes_the_code_version(old, new, tmp_path, monkeypatch):
+    before = version_of(CODE, tmp_path, monkeypatch)
+    assert version_of(CODE.replace(old, new), tmp_path, monkeypatch) != before
+
+
+def test_a_function_that_is_only_a_docstring_has_a_version(tmp_path, monkeypatch):
+    text = 'def nothing():\n    """Later."""\n'
+    assert version_of(text, tmp_path, monkeypatch) == version_of("def nothing():\n    pass\n", tmp_path, monkeypatch)
+
+
+def test_module_edited_after_import_keeps_the_version_of_the_code_that_runs(tmp_path):
+    """Also in a fork, which has neither imported nor hashed the module itself before the edit."""
+    shutil.copytree(paths.LIBRARY, tmp_path / "datawall", ignore=shutil.ignore_patterns("__pycache__"))
+    edit_and_fork = f"""
+import os
+from datawall.engine import code, paths
+path = {str(tmp_path / "datawall" / "cells" / "diversity.py")!r}
+with open(path, "a") as file:
+    file.write("EDITED = True\\n")
+if os.fork() == 0:
+    print(code.code_version("cells/diversity"), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", edit_and_fork]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == code.code_version("cells/diversity")
+    edited = code.read_sources(tmp_path / "datawall")["cells/diversity"]
+    assert edited == code.SOURCES["cells/diversity"] + "EDITED = True\n"
 
 
 def test_a_functions_code_is_its_own(monkeypatch):
     def version(text):
-        monkeypatch.setitem(store.SOURCES, "a", text)
-        return store.code_version.__wrapped__("a:f")
+        monkeypatch.setitem(code.SOURCES, "a", text)
+        return code.code_version.__wrapped__("a:f")
 
     text = "def f():\n    return 1\n\n\ndef g():\n    return 2\n"
     assert version(text) == version(text.replace("2", "3"))
@@ -148,3 +227,31 @@ def test_an_untrained_control_is_what_training_begins_with(tmp_path, monkeypatch
     for run in [run for run in of.pretraining_runs() if run.subset.strategy == "untrained"]:
         of._make_model(run, tmp_path, tmp_path)
     assert seeds == {"scVI": 7, "PretrainedPCA": 3}
+
+
+def test_stored_outputs_depend_on_what_notebooks_can_reach():
+    names = set(code.notebook_code())
+    for path in paths.repository().glob("notebooks/*.ipynb"):
+        used = set(re.findall(r"\bdw\.(\w+)", path.read_text()))
+        assert used <= set(dw.PLACES), path
+    assert {"study/params", "models/geneformer", "tasks/integration", "tasks/__init__", "reading/labels"} <= names
+    assert not [name for name in names if name.startswith("planning/")]
+    assert not names & {"reading/report", "reading/notebooks", "reading/verify", "engine/kernels", "engine/provenance"}
+
+
+def test_code_key_sees_code_and_not_comments(library, monkeypatch):
+    monkeypatch.setattr(dw, "PLACES", {"models": "datawall.models", "a": "datawall.cells.a"})
+
+    def key(**sources):
+        library("models/pca", **SOURCES | {"models__pca": "y = 1", "reading__report": "z = 1"} | sources)
+        code.code_version.cache_clear()
+        return code.code_key()
+
+    try:
+        first = key()
+        assert key(models__pca='"""A room."""\ny = 1  # one') == first
+        assert key(reading__report="z = 2", tasks__f="z = 2") == first
+        for changed in ({"models__pca": "y = 2"}, {"tasks__e": "y = 2"}, {"models__new": ""}):
+            assert key(**changed) != first, changed
+    finally:
+        code.code_version.cache_clear()

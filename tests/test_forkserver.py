@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from datawall.engine import forkserver, kernels, store
+from datawall.engine import code, forkserver, kernels
 
 TESTS = Path(__file__).parent
 
@@ -163,4 +163,4 @@ def test_a_fork_has_all_of_the_library(server, tmp_path, monkeypatch):
         process = forkserver.Forked("some name", "forked:print_modules", [], [], dict(os.environ), file.fileno())
         assert process.wait(60) == 0
         file.seek(0)
-        assert set(store.MODULES) <= set(file.read().split())
+        assert set(code.MODULES) <= set(file.read().split())

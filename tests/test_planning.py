@@ -14,7 +14,7 @@ import pytest
 
 from datawall import models
 from datawall.cells import simulate
-from datawall.engine import store
+from datawall.engine import code
 from datawall.engine.processes import Need
 from datawall.planning import calibration
 from datawall.planning import plan as planning
@@ -276,7 +276,7 @@ def test_what_is_made_is_not_left_to_do(tmp_path):
 
 
 def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
-    study, here = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"]), store.versions()
+    study, here = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"]), code.versions()
     study.pretrain()
     n_models = len(study.pretraining_runs())
     for name, version, told in [
@@ -284,7 +284,7 @@ def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
         ("numpy", here["numpy"] + "+other.build", {}),
         ("datawall", "0.0.1", {}),  # whose code is in the keys
     ]:
-        monkeypatch.setattr(store, "versions", lambda name=name, version=version: {**here, name: version})
+        monkeypatch.setattr(code, "versions", lambda name=name, version=version: {**here, name: version})
         assert planning.seconds_left(study)[1] == told
 
 

@@ -84,7 +84,7 @@ def test_verdicts_of_designs_are_those_of_saturation_draw_by_draw():
     errors = np.array([[0.0] * 4, [0.06, 0.03, 0.01, 0]])[:, :, None, None]
     runs = errors + 0.004 * rng.standard_normal((2, 4, 60, 3))
     shape = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * 4, borrowed=False)
-    found = power._verdicts(list(runs), shape, 0.01, 0.95)
+    found = saturation.verdicts([shape] * 2, 0.01, 0.95, list(runs))[1]
     one_by_one = [
         saturation.verdicts([Curve(("",) * 4, sizes, sizes, list(of[:, draw]), False) for of in runs], 0.01, 0.95)[1]
         for draw in range(60)
@@ -116,7 +116,7 @@ def test_seeds_needed_are_the_fewest_with_the_power():
     flat = table[table["truth"] == "flat"].set_index("seeds")["right"]
     assert flat[needed - 1] < 0.85
     assert flat[needed] > 0.75
-    assert power.seeds_needed(0.01, 0.001, most=5, n_draws=200) is None
+    assert power.seeds_needed(0.01, 0.001, n_draws=20) is None
     one = power.of_design(0.01, 1, 0.02)
     assert (one["undecided"] == 1).all()
     with pytest.raises(ValueError, match="up to 100"):

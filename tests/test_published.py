@@ -2,7 +2,7 @@ import pytest
 
 from datawall.analysis import published
 from datawall.analysis.results import BASELINE, COLUMNS, select
-from datawall.engine import store
+from datawall.engine import disk
 
 # Of the tables that the original study published, as they were read from its repository.
 SHA256 = {
@@ -20,7 +20,7 @@ def everything():
 
 
 def test_the_packaged_tables_are_the_published_ones():
-    assert {path.name: store.file_sha256(path) for path in published.TABLES.glob("*.csv*")} == SHA256
+    assert {path.name: disk.file_sha256(path) for path in published.TABLES.glob("*.csv*")} == SHA256
 
 
 def test_results_have_the_columns_of_a_study_and_one_row_a_run(everything):

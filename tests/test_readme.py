@@ -1,4 +1,4 @@
-"""Whatever the README tells a reader to do can be done: commands, names, keys, links; and what is published agrees."""
+"""What README and the pages that it names tell a reader to do can be done: commands, names, keys, links; all agrees."""
 
 import importlib
 import json
@@ -21,7 +21,8 @@ from datawall.study.study import open_study
 from datawall.study.units import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / name for name in ("README.md", "params/README.md", "params/CLUSTER.md", "tests/benchmarks/README.md")]
+README = "\n".join(path.read_text() for path in PAGES)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
@@ -157,12 +158,11 @@ def test_code_compiles(code):
     compile(code, "README.md", "exec")
 
 
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)\s]+)\)", README)
-    assert len(targets) > 10
-    for target in targets:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith(("https://", "../../actions/", "#")):
-            assert (ROOT / target.partition("#")[0]).exists(), target
+            assert (page.parent / target.partition("#")[0]).exists(), target
 
 
 def test_badges_say_what_the_project_says():
@@ -214,7 +214,8 @@ def test_version_title_and_licence_are_the_same_everywhere():
     assert zenodo["title"] == citation["title"]
     assert [each["name"] for each in zenodo["creators"]] == [each["name"] for each in citation["authors"]]
     assert zenodo["license"].upper() == citation["license"] == PROJECT["license"]
-    assert citation["version"] == PROJECT["version"] == datawall.__version__
+    assert citation["version"] == zenodo["version"] == PROJECT["version"] == datawall.__version__
+    assert f"\n## {citation['version']} ({citation['date-released']})\n" in (ROOT / "CHANGELOG.md").read_text()
     assert zenodo["related_identifiers"][0]["identifier"] == citation["preferred-citation"]["doi"]
 
 
@@ -228,5 +229,5 @@ def test_binder_installs_the_lock_and_the_library():
 
 
 def test_nothing_names_a_place_outside_the_repository():
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for path in (*PAGES, ROOT / "CONTRIBUTING.md"):
         assert str(paths.repository()) not in path.read_text()

@@ -37,7 +37,8 @@ for task in study.params.tasks:
 rows = dw.results.select(dw.read_results(study.folder), task="zeroshot_classification")
 for name, figure in {"seeds": dw.plots.seeds(rows, "kappa"), "curves": dw.plots.learning_curves(rows, "kappa")}.items():
     dw.plots.save(figure, name, rows, study.folder / "figures")
-dw.report.write(study.folder)
+from datawall.reading import report
+report.write(study.folder)
 """
 
 

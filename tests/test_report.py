@@ -15,7 +15,7 @@ import pytest
 
 from datawall import tasks
 from datawall.analysis import results, verdicts
-from datawall.engine import paths, provenance, store
+from datawall.engine import disk, paths, provenance
 from datawall.engine.store import Store, Unit
 from datawall.reading import plots, report
 from datawall.study import params
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 
     def add(kind, record, **content):
         def make(scratch):
-            store.write_json(scratch / "content.json", content)
+            disk.write_json(scratch / "content.json", content)
 
         return made.find_or_make(Unit(kind, record, ()), make).key
 

@@ -89,8 +89,8 @@ def test_a_run_without_a_fork_server_gives_the_same_numbers(copy, monkeypatch, c
     before = dw.results.select(dw.read_results(copy), task="zeroshot_classification")
     shutil.rmtree(copy / "store" / "evaluation")
     monkeypatch.setenv(forkserver.ADDRESS, "off")
-    versions = {**dw.store.versions(), "numpy": "0.1"}
-    monkeypatch.setattr(dw.store, "versions", lambda: versions)
+    versions = {**dw.code.versions(), "numpy": "0.1"}
+    monkeypatch.setattr(dw.code, "versions", lambda: versions)
     assert run_all.main([TINY, "--out", str(copy), "--stages", "3"]) == 0
     said = capsys.readouterr().out
     assert "numpy 0.1 in place of" in said  # models are used as they are

@@ -25,7 +25,7 @@ from papermill.parameterize import parameterize_notebook
 
 import datawall as dw
 import run_all
-from datawall.engine import forkserver, kernels, store
+from datawall.engine import code, disk, forkserver, kernels, store
 from datawall.models import training
 from datawall.study import params
 from datawall.study.curated import Subset
@@ -157,7 +157,7 @@ def test_pickled_extension_type_in_a_table(tmp_path, trap):
     mark = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(trap)}
     table = pa.table([pa.array([1])], schema=pa.schema([pa.field("value", pa.int64(), metadata=mark)]))
     pq.write_table(table, tmp_path / "results.parquet")
-    dw.store.write_checksums(tmp_path / dw.results.CHECKSUMS, ["results.parquet"])
+    disk.write_checksums(tmp_path / dw.results.CHECKSUMS, ["results.parquet"])
     assert dw.read_results(tmp_path)["value"].tolist() == [1]
 
 
@@ -316,12 +316,12 @@ def test_names_in_a_study_file_lead_nowhere_else(tmp_path):
 
 def test_manifest_that_names_files_elsewhere(tmp_path):
     unit = store.Unit("subset", {}, ())
-    artifact = store.Store(tmp_path).find_or_make(unit, lambda folder: store.write_json(folder / "a", 1))
+    artifact = store.Store(tmp_path).find_or_make(unit, lambda folder: disk.write_json(folder / "a", 1))
     outside = tmp_path / "outside"
     outside.write_text("secret")
     manifest = store.read_manifest(artifact.folder)
-    manifest["files"]["../../outside"] = store.file_sha256(outside)
-    store.write_json(artifact.folder / store.MANIFEST, {**manifest, "sha256": store._sha256(manifest)})
+    manifest["files"]["../../outside"] = disk.file_sha256(outside)
+    disk.write_json(artifact.folder / disk.MANIFEST, {**manifest, "sha256": code.json_sha256(manifest)})
     assert store.damage(artifact.folder) == ["../../outside is missing"]
 
 

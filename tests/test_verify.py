@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from datawall.analysis import results
-from datawall.engine import store
+from datawall.engine import code, disk
 from datawall.engine.store import MANIFEST, Store, Unit
 from datawall.reading import verify
 
@@ -17,8 +17,8 @@ def run(tmp_path):
     """A run folder, and its artifacts by kind: a chain, and results of its end."""
     folder, keys, record = tmp_path / "run", {}, {"corpus_size": 10}
     for kind in ("corpus", "split", "embedding", "evaluation"):
-        unit = Unit(kind, record, ("diversity", "sampling") if kind == "split" else ())
-        made = Store(folder / "store").find_or_make(unit, lambda scratch: store.write_json(scratch / "a.json", [1]))
+        unit = Unit(kind, record, ("cells/diversity", "cells/sampling") if kind == "split" else ())
+        made = Store(folder / "store").find_or_make(unit, lambda scratch: disk.write_json(scratch / "a.json", [1]))
         keys[kind], record = made.key, {kind: made.key, "seed": 0}
     row = dict.fromkeys(results.COLUMNS, 0) | {"run_id": keys["evaluation"]}
     results.write_tables({"results": pd.DataFrame([row])}, folder, {})
@@ -48,7 +48,7 @@ def test_key_that_is_not_of_the_record_is_named(run):
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     manifest["record"]["seed"] = 1  # by somebody who hashes the manifest again
-    store.write_json(path, {**manifest, "sha256": store._sha256(manifest)})
+    disk.write_json(path, {**manifest, "sha256": code.json_sha256(manifest)})
     assert verify.problems(folder) == [f"store/split/{keys['split']}: its key is not that of its record"]
 
 
@@ -70,7 +70,7 @@ def test_removed_artifact_that_others_were_made_from_is_told(run):
 def test_what_a_split_drops_is_looked_for_and_told(run):
     folder, keys = run
     unit = Unit("split", {"corpus": keys["corpus"], "drop": [keys["embedding"], 16 * "e"]}, ())
-    made = Store(folder / "store").find_or_make(unit, lambda scratch: store.write_json(scratch / "a.json", [1]))
+    made = Store(folder / "store").find_or_make(unit, lambda scratch: disk.write_json(scratch / "a.json", [1]))
     (said,) = verify.absent(folder)
     assert said.startswith(f"not here: drop {16 * 'e'}, from which 1 split was made;")
     assert f"  drop: embedding {keys['embedding']}" in verify.why(folder, made.key).splitlines()
@@ -93,13 +93,13 @@ def test_why_tells_origin_and_fate(run, monkeypatch):
     assert said[-1] == "Made from it: 1 embedding, 1 evaluation."
     assert verify.why(folder, keys["evaluation"]).endswith("Nothing was made from it.")
 
-    monkeypatch.setattr(store, "code_version", lambda name: "edited")
+    monkeypatch.setattr(code, "code_version", lambda name: "edited")
     said = verify.why(folder, keys["evaluation"]).splitlines()
     assert said[-3:-1] == [
         "changed since, so that a run makes it again, under another key:",
-        f"  the code of diversity, sampling, which made split {keys['split']}",
+        f"  the code of cells/diversity, cells/sampling, which made split {keys['split']}",
     ]
-    monkeypatch.setattr(store, "SOURCES", {})  # the module has gone
+    monkeypatch.setattr(code, "SOURCES", {})  # the module has gone
     assert verify.why(folder, keys["evaluation"]).splitlines() == said
     assert "finds it" in verify.why(folder, keys["corpus"])
 

@@ -9,7 +9,7 @@ import warnings
 
 from datawall.engine import lazy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # annbatch would have bars as widgets; the bars here are text, and come without them.
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -17,17 +17,21 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 _MODULES = {
     "cells": ("annotation", "corpus", "datasets", "diversity", "sampling", "simulate", "sources"),
     "models": ("external", "hyperparameters", "tokenizer", "training", "transformer"),
-    "analysis": ("adaptive", "effects", "known_answer", "power", "published", "results", "saturation", "scaling"),
+    "analysis": (
+        *("adaptive", "effects", "foresight", "known_answer", "power", "published", "results", "saturation", "scaling"),
+        "verdicts",
+    ),
     "study": ("curated", "curation", "evaluation", "params"),
-    "engine": ("paths", "store"),
-    "reading": ("messages", "plots", "plots_published", "report"),
+    "engine": ("code", "paths", "store"),
+    "reading": ("titles",),
 }
-_PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
-_PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks"}  # packages that are for users themselves
-_PLACES |= {
+# Where each public name is: a module, or what is in one after a colon.
+PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
+PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks", "plots": "datawall.reading.plots"}
+PLACES |= {
     "Study": "datawall.study.study:Study",
     "open_study": "datawall.study.study:open_study",
     "read_results": "datawall.analysis.results:read_results",
 }
-__all__ = sorted(_PLACES)
-__getattr__, __dir__ = lazy.attach(__name__, _PLACES)
+__all__ = sorted(PLACES)
+__getattr__, __dir__ = lazy.attach(__name__, PLACES)

@@ -83,13 +83,8 @@ class Outcome:
 def settle(oracle: Oracle, plan: Plan) -> Outcome:
     """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
 
-    Parameters
-    ----------
-    oracle
-        Score of a run, higher is better, given its percentage and seed; or its scores on several data sets, of which
-        the mean is taken.
-    plan
-        The grid, margin, confidence and budget.
+    The oracle gives the score of a run, higher is better; or its scores on several data sets, of which the mean is
+    taken.
     """
     asking = ask(plan)
     runs = next(asking)
@@ -192,21 +187,9 @@ def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
 def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> pd.DataFrame:
     """Verdicts that `settle` would have reached on a study that has been run, beside those of all its runs.
 
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study. A run's score is its mean over the data sets of a task.
-    metric
-        Any metric.
-    plan
-        Margin, confidence, budget and first seeds; percentages and seeds are the study's.
-    seed
-        Of the order in which the seeds of a size are taken.
-
-    Returns
-    -------
-    table with the columns model, strategy, task, full and full_percentage (`decide` on all runs), adaptive,
-    adaptive_percentage and share (of the runs).
+    A run's score is its mean over the data sets of a task. Percentages and seeds are the study's, and `seed` gives the
+    order in which the seeds of a size are taken. Columns model, strategy, task, full and full_percentage (`decide` on
+    all runs), adaptive, adaptive_percentage and share (of the runs).
     """
     rows = []
     for curve in curves_of(mean_over_datasets(results, metric), metric):

@@ -14,46 +14,25 @@ RUN = ["strategy", "percentage", "seed"]  # one pretrained model of a family
 RANGE = 0.2  # of a metric, from predictions without an embedding to its ceiling; on less, it tells little
 
 
-def strategy_effects(
-    results: pd.DataFrame, metric: str, *, reference: str = "random", confidence: float = 0.95
-) -> pd.DataFrame:
-    """What each strategy, spike-ins too, is worth over the reference, over all data sets and the sizes that both have.
+def strategy_effects(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
+    """What each strategy, spike-ins too, is worth over `random`, over all data sets and the sizes that both have.
 
     The inference is to other runs and other data sets, for which a strategy may be worth more or less (see `_slope`).
-
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    metric
-        Any metric.
-    reference
-        The strategy that the others are compared with.
-    confidence
-        Of the intervals.
-
-    Returns
-    -------
-    table with the columns model, task, strategy, datasets (their number), difference (in the metric's units), low,
-    high, p (two-sided) and p_adjusted (Benjamini and Hochberg, over the table); NaN where nothing varies that could be
-    tested.
-
-    Raises
-    ------
-    ValueError
-        If no size has the reference and another strategy; and as `saturation_points`.
+    Columns model, task, strategy, datasets (their number), difference (in the metric's units), low, high, p (two-sided)
+    and p_adjusted (Benjamini and Hochberg, over the table); NaN where nothing varies that could be tested. Raises
+    ValueError if no size has the reference and another strategy.
     """
     rows = []
     for (model, task), group in _pretrained(results, metric).groupby(["model", "task"]):
-        for strategy in sorted(set(group["strategy"]) - {reference}):
-            both = group[group["strategy"].isin([strategy, reference])]
+        for strategy in sorted(set(group["strategy"]) - {"random"}):
+            both = group[group["strategy"].isin([strategy, "random"])]
             shared = both.groupby("percentage")["strategy"].nunique().eq(2)
             runs = _by_dataset(both[both["percentage"].isin(shared[shared].index)])
             if len(runs):
-                of = runs.index.get_level_values("strategy") == strategy
-                rows.append((model, task, strategy, runs.shape[1], *_slope(runs, of.astype(float))))
+                chosen = runs.index.get_level_values("strategy") == strategy
+                rows.append((model, task, strategy, runs.shape[1], *_slope(runs, chosen.astype(float))))
     if not rows:
-        raise ValueError(f"no size has runs of {reference!r} and of another strategy.")
+        raise ValueError("no size has runs of 'random' and of another strategy.")
     return _with_tests(rows, ["model", "task", "strategy"], confidence)
 
 
@@ -63,29 +42,9 @@ def diversity_effects(
     """How the score goes with the diversity of the subset, at equal size and over all data sets (see `_slope`).
 
     Subsets differ in diversity mostly by their strategy, so that this tells runs apart, not strategies: there are only
-    as many ways of choosing as there are strategies.
-
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    diversity
-        Diversity of each subset: strategy, percentage, seed, shannon, inverse_simpson, vendi.
-    metric
-        Any metric.
-    confidence
-        Of the intervals.
-
-    Returns
-    -------
-    table with the columns model, task, measure, datasets (their number), difference (in the metric's units, for one
-    standard deviation of the measure over subsets of equal size), low, high, p, p_adjusted (Benjamini and Hochberg,
-    over the table).
-
-    Raises
-    ------
-    ValueError
-        If no run has a subset in `diversity`; and as `saturation_points`.
+    as many ways of choosing as there are strategies. `diversity` has a row per subset: strategy, percentage, seed and
+    `MEASURES`. Columns as `strategy_effects`, but measure for strategy; the difference is for one standard deviation of
+    the measure over subsets of equal size. Raises ValueError if no run has a subset in `diversity`.
     """
     runs = _pretrained(results, metric).merge(diversity[[*RUN, *MEASURES]], on=RUN)
     if runs.empty:
@@ -94,9 +53,8 @@ def diversity_effects(
     for (model, task), group in runs.groupby(["model", "task"]):
         for measure in MEASURES:
             # A size with one strategy says nothing of diversity.
-            data = (
-                group.dropna(subset=measure).groupby("percentage").filter(lambda of: len(of["strategy"].unique()) > 1)
-            )
+            by_size = group.dropna(subset=measure).groupby("percentage")
+            data = by_size.filter(lambda runs: len(runs["strategy"].unique()) > 1)
             if len(data):
                 z = data.drop_duplicates(RUN).set_index(RUN)[measure]
                 within = z - z.groupby("percentage").transform("mean")
@@ -140,29 +98,13 @@ def _slope(runs: pd.DataFrame, x: np.ndarray) -> tuple[float, float, float]:
     return slopes.mean(), np.sqrt(variance), variance**2 / sum(part**2 / freedom for part, freedom in parts)
 
 
-def overtaking(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
+def overtaking(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The smallest percentage, if any, at which a model is better than the best baseline.
 
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study, with baselines.
-    metric
-        Any metric.
-    confidence
-        Of the one-sided t tests of the runs of a size against the baseline, which are corrected over the table
-        (Benjamini and Hochberg).
-
-    Returns
-    -------
-    table with the columns model, strategy, task, dataset, baseline (the best one), score (the baseline's), lead (of the
+    By one-sided t tests of the runs of a size against the baseline, at 5 %, corrected over the table (Benjamini and
+    Hochberg). Columns model, strategy, task, dataset, baseline (the best one), score (the baseline's), lead (of the
     best size's mean over it, in the metric's units, positive if the model is better) and percentage, NaN where no size
-    is better for certain. Data sets without a baseline are left out.
-
-    Raises
-    ------
-    ValueError
-        If there is no baseline; and as `saturation_points`.
+    is better for certain. Data sets without a baseline are left out. Raises ValueError if there is none at all.
     """
     sign = -1 if lower_is_better(metric) else 1
     baselines = select(results, metric=metric, strategy=BASELINE)
@@ -173,33 +115,22 @@ def overtaking(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) 
     curves = [curve for curve in curves_of(results, metric) if curve.key[2:] in best.index]
     rows, p_values = [], []
     for curve in curves:
-        own = [sign * runs for runs in curve.runs[: curve.n_own]]
-        score = means[best[curve.key[2:]]]
-        for runs in own:
-            n_runs = len(runs)
-            error = runs.std(ddof=1) / np.sqrt(n_runs) if n_runs > 1 else np.nan
-            p_values.append(float(one_sided_p(runs.mean() - score, np.float64(error), np.float64(n_runs - 1))))
-        lead = max(runs.mean() for runs in own) - score
-        rows.append((*curve.key, best[curve.key[2:]][2], sign * score, lead))
+        own, baseline = [sign * runs for runs in curve.runs[: curve.n_own]], best[curve.key[2:]]
+        leads = [runs.mean() - means[baseline] for runs in own]
+        for runs, lead in zip(own, leads, strict=True):
+            error = runs.std(ddof=1) / np.sqrt(len(runs)) if len(runs) > 1 else np.nan
+            p_values.append(float(one_sided_p(lead, np.float64(error), np.float64(len(runs) - 1))))
+        rows.append((*curve.key, baseline[2], sign * means[baseline], max(leads)))
+    better = np.split(adjust(np.array(p_values)) <= 0.05, np.cumsum([curve.n_own for curve in curves])[:-1])
     table = pd.DataFrame(rows, columns=[*KEY, "baseline", "score", "lead"])
-    better = np.split(adjust(np.array(p_values)) <= 1 - confidence, np.cumsum([c.n_own for c in curves])[:-1])
-    table["percentage"] = [
-        c.percentages[b.argmax()] if b.any() else np.nan for c, b in zip(curves, better, strict=True)
-    ]
-    return table
+    first = zip(curves, better, strict=True)
+    return table.assign(percentage=[curve.percentages[b.argmax()] if b.any() else np.nan for curve, b in first])
 
 
 def dynamic_range(results: pd.DataFrame) -> pd.DataFrame:
     """How much room a metric of perturbation response has between predictions without an embedding and its ceiling.
 
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study, with baselines.
-
-    Returns
-    -------
-    table with the columns dataset, metric, floor (the better of no change and mean shift, mean over splits), ceiling
+    Columns dataset, metric, floor (the better of no change and mean shift, mean over splits), ceiling
     (`tasks.perturbation.oracle`), range (of a score ceiling - floor, of an error the share of the floor's that the
     ceiling does not have) and tells: whether the range is at least `RANGE`. On a metric with less, embeddings that
     differ can hardly be told apart.

@@ -12,29 +12,13 @@ from datawall.analysis.saturation import KEY, Curve, as_error, curves_of, pretra
 from datawall.analysis.scaling import scale
 
 
-def extrapolated(
-    results: pd.DataFrame, metric: str, up_to: float, *, confidence: float = 0.95, n_resamples: int = 200
-) -> pd.DataFrame:
-    """The error at the full corpus as foretold by curves that are fitted to smaller sizes alone.
+def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFrame:
+    """The error at the full corpus as foretold by curves that are fitted to sizes of at most `up_to` per cent alone.
 
     The interval is of the bootstrap of `scaling.scale`, with as much noise added to each draw as the mean at the full
-    corpus has.
-
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    metric
-        The score, or a metric that is better when lower.
-    up_to
-        The largest percentage that is fitted; curves of fewer than three sizes up to it are left out.
-    confidence, n_resamples
-        Of the interval and its bootstrap.
-
-    Returns
-    -------
-    table with the columns model, strategy, task, dataset, error (mean at the full corpus), last (at the largest size
-    that was fitted: the forecast of whoever carries it forward), foretold, low, high.
+    corpus has. Curves of fewer than three such sizes are left out. The columns are model, strategy, task, dataset,
+    error (mean at the full corpus), last (at the largest size that was fitted: the forecast of whoever carries it
+    forward), foretold, low, high.
     """
     rows = []
     for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
@@ -42,31 +26,20 @@ def extrapolated(
         if curve.percentages[-1] != 100 or few.all() or few.sum() < 3 or min(map(len, curve.runs)) < 2:
             continue
         small = Curve(curve.key, curve.percentages[few], curve.n_cells[few], curve.runs[: few.sum()], borrowed=False)
-        point, drawn = scale(small, n_resamples).predict(np.array([curve.n_cells[-1] / small.n_cells[-1]]))
+        point, drawn = scale(small, 200).predict(np.array([curve.n_cells[-1] / small.n_cells[-1]]))
         full = curve.runs[-1]
-        noise = np.random.default_rng(0).standard_t(len(full) - 1, n_resamples) * full.std(ddof=1) / len(full) ** 0.5
-        low, high = np.quantile(drawn[:, 0] + noise, [(1 - confidence) / 2, (1 + confidence) / 2])
+        noise = np.random.default_rng(0).standard_t(len(full) - 1, 200) * full.std(ddof=1) / len(full) ** 0.5
+        low, high = np.quantile(drawn[:, 0] + noise, [0.025, 0.975])
         rows.append((*curve.key, full.mean(), small.runs[-1].mean(), float(point[0]), low, high))
     return pd.DataFrame(rows, columns=[*KEY, "error", "last", "foretold", "low", "high"])
 
 
 def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
-    """How often two models, or two strategies, are ordered at a small size as at the largest.
+    """How often two models, or two strategies, are ordered at a small size as at the largest that has pairs.
 
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    metric
-        Any metric.
-    by
-        `model`: pairs of models on the same strategy and data set; `strategy`: pairs of strategies of the same model on
-        the same data set. The largest size is the largest that has pairs.
-
-    Returns
-    -------
-    table with the columns percentage, pairs and same (share that is ordered alike, by means over seeds). The last row
-    is of the largest size against itself, by halves of its seeds: what it would say if it were run again.
+    Pairs are of what `by` says, `model` or `strategy`, with all else equal. The columns are percentage, pairs and same
+    (share that is ordered alike, by means over seeds). The last row is of the largest size against itself, by halves of
+    its seeds: what it would say if it were run again.
     """
     runs = pretrained(mean_over_splits(select(results, metric=metric)))
     where = [name for name in ("task", "dataset", "model", "strategy") if name != by]
@@ -88,20 +61,17 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
 def _alike(some: pd.DataFrame, others: pd.DataFrame) -> tuple[int, float]:
     """Number of pairs of columns that both tables compare, over rows, and the share that they order alike."""
     some, others = some.align(others, join="inner")
-    signs = [
-        np.sign(some[a] - some[b]) * np.sign(others[a] - others[b]) for a, b in combinations(some.columns, 2)
-    ]  # 1 alike, 0 a draw
-    signs = pd.concat(signs).dropna()
+    pairs = combinations(some.columns, 2)
+    signs = pd.concat(np.sign(some[a] - some[b]) * np.sign(others[a] - others[b]) for a, b in pairs).dropna()
+    # 1 where both agree, 0 for a draw
     return len(signs), float((signs > 0).mean() + (signs == 0).mean() / 2)
 
 
 def signal_to_noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """How much more the means of a curve's sizes differ than seeds do, beside what noise alone gives.
 
-    Returns
-    -------
-    table with the columns model, strategy, task, dataset, ratio (range of the sizes' means over the mean standard
-    deviation over seeds) and noise (the ratio's expectation where no size differs, by simulation of normal noise).
+    The columns are model, strategy, task, dataset, ratio (range of the sizes' means over the mean standard deviation
+    over seeds) and noise (the ratio's expectation where no size differs, by simulation of normal noise).
     """
     rows, known = [], {}
     for curve in curves_of(results, metric):

@@ -50,13 +50,9 @@ def percentage_needed() -> pd.Series:
 
 
 def learn(seeds: Iterable[int]) -> pd.DataFrame:
-    """Pretrain PretrainedPCA at every size, and tell the types of each pair apart without fine-tuning.
+    """Pretrain PretrainedPCA at every size, and tell the types of each pair apart; the value is micro-F1.
 
     Every seed has a corpus of its own, and splits the cells that are evaluated in its own way.
-
-    Returns
-    -------
-    the micro-F1 of each percentage, seed and pair, as `results` gives them.
     """
     seeds = list(seeds)
     cells = simulate.Cells(simulate.truth(atlas((max(seeds) + 1) * CORPUS, WEIGHTS)))
@@ -116,10 +112,8 @@ def plateaus(results: pd.DataFrame) -> pd.Series:
 def rates(results: pd.DataFrame, n_seeds: Sequence[int] = (3, 5, 10), *, n_draws: int = 100) -> pd.DataFrame:
     """How often each rule sees a plateau when it is given a few of the seeds, drawn time and again.
 
-    Returns
-    -------
-    table as `power.judged`, with the columns pair and seeds before. Draws share the hundred seeds, so that ten of them
-    are not as many studies as `error` takes them for.
+    As `power.judged`, with the columns pair and seeds before. Draws share the hundred seeds, so that ten of them are
+    not as many studies as `error` takes them for.
     """
     rng, sizes = np.random.default_rng(0), np.array(PERCENTAGES, float)
     runs = results.pivot_table(index="dataset", columns=["percentage", "seed"], values="value")

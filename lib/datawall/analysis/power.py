@@ -45,7 +45,7 @@ TRUTHS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
 }
 RISES = {"flat": 0, "rises by the margin": 1, "rises by twice the margin": 2}  # margins gained with every doubling
 
-MOST_SEEDS = 50  # that are tried
+MOST_SEEDS, POWER = 50, 0.8  # seeds that are tried, and the chance of the right answer that is enough
 
 
 def of_design(
@@ -55,34 +55,15 @@ def of_design(
     *,
     percentages: Sequence[float] = (1, 10, 25, 50, 75, 100),
     n_curves: int = 1,
-    confidence: float = 0.95,
     n_draws: int = 2000,
-    seed: int = 0,
 ) -> pd.DataFrame:
-    """How often the rule `equivalence` would give each verdict, by simulation through its own code.
+    """How often the rule `equivalence` would give each verdict, by simulation of studies through its own code.
 
-    Parameters
-    ----------
-    spread
-        Standard deviation over seeds, in the metric's units: of all sizes, or one for each.
-    n_seeds
-        Runs of each size; several numbers are tried in turn.
-    margin
-        Difference in score that does not matter.
-    percentages
-        Sizes of the design, ascending; the last is the full corpus, 100.
-    n_curves
-        Curves of one kind that are judged together, as one family of tests.
-    confidence
-        Of the tests.
-    n_draws
-        Simulated studies; noise is normal.
-    seed
-        Of the draws.
+    `spread` is the standard deviation over seeds, of all sizes or one for each; noise is normal. Several numbers of
+    seeds are tried in turn. `percentages` are ascending, up to the full corpus, 100; `n_curves` of one kind are judged
+    together, as one family of tests.
 
-    Returns
-    -------
-    table with the columns truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the
+    The columns are truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the
     corpus), seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the
     true one: the power) and error (Monte-Carlo standard error of it).
     """
@@ -91,12 +72,13 @@ def of_design(
         raise ValueError(f"percentages {percentages}: two or more, ascending, up to 100, to which the rule compares.")
     curve = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * len(sizes), borrowed=False)
     spreads = np.broadcast_to(np.asarray(spread, float), sizes.shape)
-    rng, rows = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(0), []
     for number in np.atleast_1d(n_seeds):
         for truth, rise in RISES.items():
             errors = rise * margin * np.log2(100 / sizes)
             noise = rng.standard_normal((n_curves, len(sizes), n_draws, number))
-            found = _verdicts(list(errors[:, None, None] + spreads[:, None, None] * noise), curve, margin, confidence)
+            runs = list(errors[:, None, None] + spreads[:, None, None] * noise)
+            _, found = saturation.verdicts([curve] * n_curves, margin, 0.95, runs)
             shares = {verdict: (found == verdict).mean() for verdict in (PLATEAU, IMPROVING, UNDECIDED)}
             right = found == (IMPROVING if rise else PLATEAU)
             error = right.mean(axis=0).std(ddof=1) / np.sqrt(n_draws)  # curves of one family depend on each other
@@ -104,23 +86,21 @@ def of_design(
     return pd.DataFrame(rows)
 
 
-def seeds_needed(
-    spread: float | Sequence[float], margin: float, *, power: float = 0.8, most: int = 50, **design: Any
-) -> int | None:
-    """The fewest seeds at which a flat curve is shown flat with the given power, up to `most`; None if none are enough.
+def seeds_needed(spread: float | Sequence[float], margin: float, **design: Any) -> int | None:
+    """The fewest seeds, up to `MOST_SEEDS`, at which a flat curve is shown flat with `POWER`; None if none are enough.
 
     `design` holds the further arguments of `of_design`.
     """
-    enough = (
-        number for number in range(2, most + 1) if of_design(spread, number, margin, **design)["right"].iloc[0] >= power
-    )
-    return next(enough, None)
+    for number in range(2, MOST_SEEDS + 1):
+        if of_design(spread, number, margin, **design)["right"].iloc[0] >= POWER:
+            return number
+    return None
 
 
-def seeds_to_decide(curve: Curve, margin: float, *, power: float = 0.8, n_draws: int = 500) -> int | None:
+def seeds_to_decide(curve: Curve, margin: float) -> int | None:
     """How many seeds would give a curve of errors any verdict but undecided, were its means and spreads the truth.
 
-    The curve is judged on its own. None where the most that is tried, `MOST_SEEDS`, would not reach the power.
+    The curve is judged on its own. None where the most that is tried, `MOST_SEEDS`, would not reach `POWER`.
     """
     means = np.array([runs.mean() for runs in curve.runs])
     spreads = np.array([runs.std(ddof=1) if len(runs) > 1 else np.nan for runs in curve.runs])
@@ -128,23 +108,10 @@ def seeds_to_decide(curve: Curve, margin: float, *, power: float = 0.8, n_draws:
         return None
     spreads, rng = np.nan_to_num(spreads, nan=np.nanmean(spreads)), np.random.default_rng(0)
     for number in (*range(2, 11), 12, 15, 20, 30, MOST_SEEDS):
-        noise = rng.standard_normal((len(means), n_draws, number))
-        runs = means[:, None, None] + spreads[:, None, None] * noise
-        if (_verdicts([runs], curve, margin, 0.95) != UNDECIDED).mean() >= power:
+        runs = means[:, None, None] + spreads[:, None, None] * rng.standard_normal((len(means), 500, number))
+        if (saturation.verdicts([curve], margin, 0.95, [runs])[1] != UNDECIDED).mean() >= POWER:
             return number
     return None
-
-
-def _verdicts(runs: list[np.ndarray], curve: Curve, margin: float, confidence: float) -> np.ndarray:
-    """Verdicts on the simulated errors of each curve, (n_sizes, n_draws, n_seeds), as `saturation.verdicts` gives."""
-    alpha, family = 1 - confidence, [list(of) for of in runs]
-    points = np.array(saturation._points(family, [curve] * len(runs), "equivalence", margin, alpha))
-    half = np.flatnonzero(curve.percentages <= 50)
-    p = np.ones(points.shape)
-    if len(half):
-        p = np.array([saturation.one_sided_p(*saturation.difference(of[half[-1]], of[-1])) for of in family])
-    open_ = np.where(alpha >= saturation.adjust(p.T).T, IMPROVING, UNDECIDED)
-    return np.where(np.isinf(points), open_, PLATEAU)
 
 
 def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = None, seed: int = 0) -> np.ndarray:
@@ -164,9 +131,7 @@ def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = 
 def rates(n_curves: int = 100, designs: Iterable[tuple[str, int]] = DESIGNS) -> pd.DataFrame:
     """How often each rule sees a plateau at half of the corpus or less, by truth, noise and number of seeds.
 
-    Returns
-    -------
-    table as `judged`, with the columns truth, noise and seeds before.
+    As `judged`, with the columns truth, noise and seeds before.
     """
     rows = []
     for noise, number in designs:
@@ -188,25 +153,13 @@ def judged(
 ) -> pd.DataFrame:
     """What each rule says of curves with one truth, each judged alone.
 
-    Parameters
-    ----------
-    scores
-        (n_curves, n_sizes, n_seeds).
-    sizes
-        Percentages, ascending.
-    begins
-        Where the plateau begins in truth; infinite if there is none.
-    margin
-        Difference in score that does not matter.
-    gain
-        What the next doubling would gain in truth.
+    `scores` are (n_curves, n_sizes, n_seeds) at the percentages `sizes`, ascending. In truth, the plateau begins at
+    `begins`, infinite if there is none, and the next doubling would gain `gain`.
 
-    Returns
-    -------
-    table with a row per rule and the columns plateau (share of the curves on which it sees one at half of the corpus or
-    less, rightly or not), error (Monte-Carlo standard error of that share), too early (share on which it begins before
-    it does in truth), in place, runs (share of the grid that it takes) and covered (share of the intervals of the
-    predicted gain that hold `gain`); NaN where there is nothing to say.
+    A row per rule; plateau is the share of the curves on which it sees one at half of the corpus or less, rightly or
+    not, error the Monte-Carlo standard error of that, too early the share on which it begins before it does in truth,
+    in place, runs the share of the grid that it takes and covered the share of the intervals of the predicted gain that
+    hold `gain`; NaN where there is nothing to say.
     """
     plan = Plan(margin=margin, percentages=tuple(sizes.tolist()), seeds=tuple(range(scores.shape[2])))
     by_size = list(np.moveaxis(scores, 1, 0))

@@ -29,20 +29,13 @@ def results(*, in_figures: bool = True) -> pd.DataFrame:
 
     Three things are mended. Rows that repeat another's run are dropped: one of SSL, 10 % spike-in (fine-tuned
     periodontitis, 100 %), and the second five of the ten untrained SSL models on placenta (zero-shot), which probably
-    are Geneformer's, whose own rows are missing. What is missing stays so: besides these, SCimilarity on placenta at
-    75 % geometric sketch. And what one may stumble over stays in: Geneformer, fine-tuned on intestine, often names the
-    commonest type for every cell (micro-F1 0.561041).
+    are Geneformer's, whose own rows are missing. What is missing stays so: besides these, SCimilarity on placenta at 75
+    % geometric sketch. And what one may stumble over stays in: Geneformer, fine-tuned on intestine, often names the
+    commonest type for every cell (micro-F1 0.561041). What the published figures do not show (`UNPUBLISHED`) is left
+    out unless it is asked for.
 
-    Parameters
-    ----------
-    in_figures
-        Only what the published figures show: not the data set `ocular`, nor the strategy `coresets`, which has two
-        runs.
-
-    Returns
-    -------
-    table with the columns of `read_results`; `n_cells` is the size in whole per cents, to within one per cent of what
-    a strategy took; `split` and `run_id` are empty.
+    `n_cells` is the size in whole per cents, to within one per cent of what a strategy took; `split` and `run_id` are
+    empty.
     """
     table = pd.read_csv(TABLES / "results.csv.gz")
     # Of two rows for a run, the first is the one that belongs there.
@@ -70,14 +63,8 @@ def diversity() -> pd.DataFrame:
 def beside(random: pd.DataFrame) -> pd.DataFrame:
     """Errors of a study's zero-shot classification on random subsets and of the published ones, by number of cells.
 
-    Parameters
-    ----------
-    random
-        A study's micro-F1 on random subsets, a row a run (`results.mean_over_splits`).
-
-    Returns
-    -------
-    table with the columns study (`this corpus` or `published`), model, dataset, n_cells and error, means over seeds.
+    `random` is the study's micro-F1, a row a run (`results.mean_over_splits`). Columns study (`this corpus` or
+    `published`), model, dataset, n_cells and error, means over seeds.
     """
     published = select(results(), task="zeroshot_classification", metric="micro_f1", strategy="random")
     published = mean_over_splits(published)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall.engine import store
+from datawall.engine import disk
+from datawall.tasks import uncertainty
 
 COLUMNS = [
     *("study", "model", "strategy", "percentage", "seed", "n_cells"),
@@ -29,6 +30,7 @@ CHECKSUMS = "results.sha256"  # of the tables' files
 PARAMETERS = "results.json"  # of the study that the tables are of
 BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
 CHECKPOINT = "checkpoint"  # the strategy of models from elsewhere, pretrained on other cells; the rest as above
+ONE_SEED = "undecided (one seed)"  # the verdict of `against_baselines` where there is no win and no loss
 CHANCE, ORACLE = "Chance", "Oracle"  # baselines that are no contenders: the floor and the ceiling
 DONORS = "donors "  # how the names of splits by donor begin
 
@@ -88,23 +90,15 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict
     The parameters of the study that they are of come with them: a later run may begin with others, and fail.
     """
     for name, table in tables.items():
-        store.write_atomically(
-            folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False)
-        )
-        store.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
-    store.write_json(folder / PARAMETERS, parameters)
+        disk.write_atomically(folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
+        disk.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
+    disk.write_json(folder / PARAMETERS, parameters)
     files = [f"{name}.{suffix}" for name in tables for suffix in ("parquet", "csv")]
-    store.write_checksums(folder / CHECKSUMS, [*files, PARAMETERS])
+    disk.write_checksums(folder / CHECKSUMS, [*files, PARAMETERS])
 
 
 def parameters(folder: Path) -> dict[str, Any]:
-    """Parameters of the study that the tables of a run folder are of; nothing if there are no tables.
-
-    Raises
-    ------
-    ValueError
-        If they are not as they were written.
-    """
+    """Parameters of the study that the tables of a run folder are of; nothing if there are no tables."""
     path = folder / PARAMETERS
     if not path.is_file():
         return {}
@@ -122,7 +116,7 @@ def damage(folder: Path) -> list[str]:
     """What is wrong with the tables of a run folder, a line each; nothing if there are none yet."""
     if not (folder / CHECKSUMS).is_file():
         return [f"{CHECKSUMS} is missing"] * (folder / "results.parquet").is_file()
-    return [f"{name} is missing, or not as it was written" for name in store.changed(folder / CHECKSUMS)]
+    return [f"{name} is missing, or not as it was written" for name in disk.changed_files(folder / CHECKSUMS)]
 
 
 def _refuse_damaged(path: Path) -> None:
@@ -132,36 +126,19 @@ def _refuse_damaged(path: Path) -> None:
 
 
 def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
-    """A table of a run.
+    """A table of a run, from its folder, such as `runs/quick`.
 
-    Parameters
-    ----------
-    run_dir
-        Folder of the run, such as `runs/quick`.
-    table
-        `results`, `intervals`, `per_class` or `budgets`.
-
-    Returns
-    -------
     All tables have the columns study, model, strategy, percentage (0 to 100), seed, n_cells (pretraining cells), task,
     dataset and split (how test cells were told from training cells). Beside them,
 
-    results
-        one number a row: metric, value, run_id (the artifact it is from);
-    intervals
-        the same numbers: metric, value, low and high (95 % bootstrap interval over cells), chance and ceiling, each NaN
-        where it is not known;
-    per_class
-        cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
-    budgets
-        metric, value and budget (a share of the model's steps) of the runs of `budget_check`, which are in no other.
+    - `results` has one number a row: metric, value, run_id (the artifact it is from);
+    - `intervals` the same numbers: metric, value, low and high (95 % bootstrap interval over cells), chance and
+      ceiling, each NaN where it is not known;
+    - `per_class` cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
+    - `budgets` metric, value and budget (a share of the model's steps) of the runs of `budget_check`, which are in no
+      other.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the run has no such table.
-    ValueError
-        If it is not as it was written.
+    Raises FileNotFoundError if the run has no such table, ValueError if it is not as it was written.
     """
     path = Path(run_dir) / f"{table}.parquet"
     if not path.is_file():
@@ -253,9 +230,7 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) -> pd.DataFrame:
     """Of every pretrained run, how much of its pretraining loss is gone on held-out cells, and a downstream score.
 
-    Returns
-    -------
-    table with the columns model, strategy, percentage, seed, explained and score; runs without either are left out.
+    Columns model, strategy, percentage, seed, explained and score; runs without either are left out.
     """
     keys = ["model", "strategy", "percentage", "seed"]
     runs = results[results["percentage"] > 0]
@@ -270,27 +245,21 @@ def rank_correlations(both: pd.DataFrame) -> pd.Series:
     return pd.Series(by_model, dtype=float)
 
 
-def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Who wins against the best baseline: differences with intervals, paired over the same splits.
+def against_baselines(
+    intervals: pd.DataFrame, metric: str, *, right: pd.Series | None = None, n_resamples: int = 2000
+) -> pd.DataFrame:
+    """Who wins against the best baseline: differences with 95 % intervals, paired over the same splits.
 
-    An interval is of a bootstrap over seeds and splits, both drawn with replacement, with normal noise of the variance
-    over cells (of model and baseline, from their own intervals) added to each draw. That noise is taken as independent,
-    though both err on the same cells: intervals are too wide rather than too narrow, and a tie may be a small win.
+    From the table `intervals` of a study. The best baseline is that with the best mean over splits, `Chance` and
+    `Oracle` left out. An interval is of a bootstrap over seeds and splits, both drawn with replacement, with normal
+    noise of the variance over cells (of model and baseline, from their own intervals) added to each draw. That noise is
+    taken as independent, though both err on the same cells: intervals are too wide rather than too narrow, and a tie
+    may be a small win. With `right`, of micro-F1 on all cells of a data set (`evaluation.right_cells`), they are paired
+    by cell (`tasks.uncertainty.paired_interval`), and no wider than they must be.
 
-    Parameters
-    ----------
-    intervals
-        The table `intervals` of a study (`read_results`).
-    metric
-        Any of its metrics. The best baseline is that with the best mean over splits, `Chance` and `Oracle` left out.
-    n_resamples, seed
-        Of the bootstrap.
-
-    Returns
-    -------
-    a row per task, data set and pretrained model, strategy and percentage: value, baseline (its name),
-    baseline_value, difference (value - baseline_value), low, high (95 %), verdict: `win` or `loss` if the interval
-    excludes zero, else `tie`; `unknown` for a single run and split without an interval over cells.
+    A row per task, data set and pretrained model, strategy and percentage: value, baseline (its name), baseline_value,
+    difference (value - baseline_value), low, high, verdict: `win` or `loss` if the interval excludes zero, else `tie`;
+    `ONE_SEED` where a single seed cannot tell how much the next one would differ, `unknown` without any interval.
     """
     rows, sign = _by_cell(select(intervals, metric=metric)), -1 if lower_is_better(metric) else 1
     table = []
@@ -304,10 +273,13 @@ def against_baselines(intervals: pd.DataFrame, metric: str, *, n_resamples: int 
         for (model, strategy, percentage), runs in models:
             gap = runs.assign(value=runs["value"] - baseline["value"].reindex(runs["split"]).to_numpy())
             gap = gap.pivot_table(index="seed", columns="split", values="value").to_numpy()
-            noise = np.hypot(_deviation(runs), _deviation(baseline))
-            low, high = _interval(gap, noise, n_resamples, seed)
+            if right is None:
+                low, high = _interval(gap, np.hypot(_deviation(runs), _deviation(baseline)), n_resamples)
+            else:
+                cells = np.stack(right[dataset, model, strategy, percentage].to_list())
+                _, low, high = uncertainty.paired_interval(cells, right[dataset, best, BASELINE, 0.0, -1])
             means = runs["value"].mean(), best, baseline["value"].mean(), np.nanmean(gap)
-            verdict = _verdict(sign * low, sign * high)
+            verdict = _verdict(sign * low, sign * high, one_seed=len(gap) == 1 and strategy != CHECKPOINT)
             table.append((task, dataset, model, strategy, percentage, *means, low, high, verdict))
     return pd.DataFrame(table, columns=AGAINST)
 
@@ -321,10 +293,12 @@ def lower_is_better(metric: str) -> bool:
     return (known.get([tasks.registered(metric)], pd.Series(dtype=object)) == "lower").any()
 
 
-def _verdict(end: float, other_end: float) -> str:
+def _verdict(end: float, other_end: float, *, one_seed: bool) -> str:
     """In a word, what an interval of an advantage says."""
     if np.isnan(end):
         return "unknown"
+    if one_seed:
+        return ONE_SEED
     if min(end, other_end) > 0:
         return "win"
     return "loss" if max(end, other_end) < 0 else "tie"
@@ -336,11 +310,11 @@ def _deviation(rows: pd.DataFrame) -> float:
     return 0.0 if np.isnan(deviation) else float(deviation)
 
 
-def _interval(gap: np.ndarray, noise: float, n_resamples: int, seed: int) -> tuple[float, float]:
+def _interval(gap: np.ndarray, noise: float, n_resamples: int) -> tuple[float, float]:
     """Bootstrap interval of the mean of a table of differences, seeds by splits; NaN where nothing varies."""
     if gap.size == 1 and noise == 0:
         return np.nan, np.nan
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n_seeds, n_splits = gap.shape
     rows = rng.integers(n_seeds, size=(n_resamples, n_seeds, 1))
     columns = rng.integers(n_splits, size=(n_resamples, 1, n_splits))

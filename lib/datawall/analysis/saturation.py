@@ -21,6 +21,9 @@ PLATEAU, IMPROVING, UNDECIDED = "plateau", "still improving", "undecided"
 LIMITED = "budget-limited"  # twice the steps still change the score by more than the margin (`verdicts`)
 
 
+type Runs = list[np.ndarray]  # of each size, (..., n_runs); the axes before the runs are resamples
+
+
 @dataclass(frozen=True)
 class Curve:
     """The pretrained runs of one model, strategy, task and data set, by size."""
@@ -46,51 +49,30 @@ def saturation_points(
     confidence: float = 0.95,
     n_resamples: int = 1000,
 ) -> pd.DataFrame:
-    """Saturation point of every model, strategy, task and data set.
+    """Saturation point of every model, strategy, task and data set: percentage, low, high.
 
     Splits of one run are averaged first; untrained controls and baselines are left out. The rules:
 
-    - `published`, the original study's: of all runs, take the best score; the point is the smallest percentage at
-      which any single run exceeds 0.95 of it.
+    - `published`, the original study's: of all runs, take the best score; the point is the smallest percentage at which
+      any single run exceeds 0.95 of it.
     - `mean`: the same of the means over seeds.
-    - `error`: the smallest percentage whose mean error is within `margin` of the lowest mean error. The error is
-      1 - score, or the value itself where lower is better.
-    - `equivalence`: the smallest percentage from which on every size is equivalent to the full corpus: two one-sided
-      Welch tests (Schuirmann 1987, J Pharmacokinet Biopharm 15:657) place the difference of means within ± `margin`. A
-      strategy without runs at 100 % borrows those of `random`, unless it is a spike-in. The tests of all sizes and
-      curves in the results are one family, corrected by Benjamini and Hochberg (1995, J R Stat Soc B 57:289).
+    - `error`: the smallest percentage whose mean error is within `margin` (a share, 0.05 by default) of the lowest mean
+      error. The error is 1 - score, or the value itself where lower is better.
+    - `equivalence`: the smallest percentage from which on every size is equivalent to the full corpus, or NaN: two
+      one-sided Welch tests (Schuirmann 1987, J Pharmacokinet Biopharm 15:657) place the difference of means within ±
+      `margin`, by default twice the standard deviation over seeds at 100 %: a convenience, since a margin should be
+      chosen before the runs are seen. A strategy without runs at 100 % borrows those of `random`, unless it is a
+      spike-in. The tests of all sizes and curves in the results are one family, corrected by Benjamini and Hochberg
+      (1995, J R Stat Soc B 57:289). Two more columns are the margin used, and the verdict `plateau`, `still improving`
+      (no plateau, and the full corpus is better than the largest subset of at most half of it, by a one-sided Welch
+      test corrected over the curves) or `undecided`.
 
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    metric
-        The score, or for `error` and `equivalence` a metric that is better when lower.
-    rule
-        One of the above.
-    margin
-        For `error` a share of the lowest mean error, 0.05 by default. For `equivalence` in the metric's units, by
-        default twice the standard deviation over seeds at 100 %: a convenience, since a margin should be chosen before
-        the runs are seen.
-    confidence
-        Of the intervals and, for `equivalence`, of the tests.
-    n_resamples
-        Of the bootstrap over seeds that gives the intervals; 0 for none.
+    The interval is of a bootstrap of runs within each size, with their deviations scaled by √(n / (n - 1)), widened to
+    hold the point; a bound is NaN where it is not established, both where a size has a single run or `n_resamples` is
+    0.
 
-    Returns
-    -------
-    table with the columns model, strategy, task, dataset, percentage, low, high; empty for results without rows. For
-    `equivalence`, percentage is NaN where none is established, and there are two more: the margin used, and the verdict
-    `plateau`, `still improving` (no plateau, and the full corpus is better than the largest subset of at most half of
-    it, by a one-sided Welch test corrected over the curves) or `undecided`. The interval is the bootstrap's, of runs
-    resampled within each size with their deviations scaled by √(n / (n - 1)), widened to hold the point; a bound is NaN
-    where it is not established, both where a size has a single run.
-
-    Raises
-    ------
-    ValueError
-        If the rule is unknown or needs a score and the metric is better when lower; if a value is NaN, a score above 1
-        is to be made an error, the metric has no rows, or the results are of several studies.
+    Raises ValueError if the rule is unknown or needs a score and the metric is better when lower, a score above 1 is to
+    be made an error, or the results cannot be compared.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; the rules are: {', '.join(RULES)}.")
@@ -121,23 +103,14 @@ def saturation_points(
 
 
 def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
-    """`saturation_points` of every task that is judged by a score, by its headline metric; none if there is no such.
-
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    options
-        Of `saturation_points`.
-    """
+    """`saturation_points` of every task that is judged by a score, by its headline metric; none if there is no such."""
     from datawall import tasks
 
-    of_tasks = [
-        saturation_points(rows, metric, **options)
-        for task, metric in tasks.HEADLINE.items()
-        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task, metric=metric)))
-    ]
-    return pd.concat(of_tasks, ignore_index=True) if of_tasks else saturation_points(results[:0], "", **options)
+    tables = []
+    for task, metric in tasks.HEADLINE.items():
+        if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task, metric=metric))):
+            tables.append(saturation_points(rows, metric, **options))
+    return pd.concat(tables, ignore_index=True) if tables else saturation_points(results[:0], "", **options)
 
 
 def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.DataFrame:
@@ -149,11 +122,23 @@ def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.Data
     )
 
 
-def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Saturation points and verdicts of curves of errors by the rule `equivalence`, NaN where none is established."""
-    points = np.array(_points([curve.runs for curve in curves], curves, "equivalence", margin, 1 - confidence), float)
+def verdicts(
+    curves: list[Curve], margin: float | None, confidence: float, runs: list[Runs] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Saturation points and verdicts of curves of errors by the rule `equivalence`, NaN where none is established.
+
+    `runs` replace those of the curves, and may have resamples before their last axis, as the answers then do.
+    """
+    runs = [curve.runs for curve in curves] if runs is None else runs
+    points = np.array(_points(runs, curves, "equivalence", margin, 1 - confidence), float)
     points[np.isinf(points)] = np.nan
-    return points, np.where(np.isnan(points), _improving(curves, 1 - confidence), PLATEAU)
+    p = np.ones(points.shape)
+    for row, curve in enumerate(curves):
+        half = np.flatnonzero(curve.percentages <= 50)
+        if curve.percentages[-1] == 100 and len(half):
+            p[row] = one_sided_p(*difference(runs[row][half[-1]], runs[row][-1]))
+    p = adjust(p.T).T
+    return points, np.select([~np.isnan(points), p <= 1 - confidence], [PLATEAU, IMPROVING], UNDECIDED)
 
 
 def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
@@ -260,20 +245,17 @@ def adjust(p: np.ndarray) -> np.ndarray:
     return stats.false_discovery_control(p, axis=-1) if p.shape[-1] else p
 
 
-type Runs = list[np.ndarray]  # of each size, (..., n_runs); the axes before the runs are resamples
-
-
 def _points(runs: list[Runs], curves: list[Curve], rule: str, margin: float | None, alpha: float) -> list[np.ndarray]:
     """Saturation point of each curve and resample; infinite where there is none."""
     if rule == "equivalence":
         reached = _equivalent(runs, curves, margin, alpha)
     else:
-        own = [of[: curve.n_own] for of, curve in zip(runs, curves, strict=True)]
-        reached = [_near_lowest(of, margin) if rule == "error" else _near_best(of, rule) for of in own]
+        own = [sizes[: curve.n_own] for sizes, curve in zip(runs, curves, strict=True)]
+        reached = [_near_lowest(sizes, margin) if rule == "error" else _near_best(sizes, rule) for sizes in own]
     points = []
-    for each, curve in zip(reached, curves, strict=True):
-        found = curve.percentages[each.argmax(axis=-1)] if each.shape[-1] else np.inf
-        points.append(np.where(each.any(axis=-1), found, np.inf))
+    for sizes, curve in zip(reached, curves, strict=True):
+        first = curve.percentages[sizes.argmax(axis=-1)] if sizes.shape[-1] else np.inf
+        points.append(np.where(sizes.any(axis=-1), first, np.inf))
     return points
 
 
@@ -295,27 +277,17 @@ def _near_lowest(runs: Runs, margin: float | None) -> np.ndarray:
 def _equivalent(runs: list[Runs], curves: list[Curve], margin: float | None, alpha: float) -> list[np.ndarray]:
     """Which sizes below 100 % are, with all above them, equivalent to the full corpus, (..., n_sizes - 1)."""
     p_values = []
-    for of, curve in zip(runs, curves, strict=True):
-        limit = margin_of(curve, margin, of)
-        p = np.ones((*of[0].shape[:-1], len(of) - 1))
-        for size in range(len(of) - 1 if curve.percentages[-1] == 100 else 0):
-            gap, error, freedom = difference(of[size], of[-1])
+    for sizes, curve in zip(runs, curves, strict=True):
+        limit = margin_of(curve, margin, sizes)
+        p = np.ones((*sizes[0].shape[:-1], len(sizes) - 1))
+        for size in range(len(sizes) - 1 if curve.percentages[-1] == 100 else 0):
+            gap, error, freedom = difference(sizes[size], sizes[-1])
             p[..., size] = one_sided_p(limit - np.abs(gap) + 2 * EXACT, error, freedom)
         p_values.append(p)
     adjusted = adjust(np.concatenate(p_values, axis=-1))
     ends = np.cumsum([p.shape[-1] for p in p_values])
     equivalent = np.split(adjusted <= alpha, ends[:-1], axis=-1)
     return [np.flip(np.logical_and.accumulate(np.flip(each, -1), axis=-1), -1) for each in equivalent]
-
-
-def _improving(curves: list[Curve], alpha: float) -> np.ndarray:
-    """The verdict on each curve of errors that has no plateau, by whether the full corpus is better than half of it."""
-    p = np.ones(len(curves))
-    for row, curve in enumerate(curves):
-        half = np.flatnonzero(curve.percentages <= 50)
-        if curve.percentages[-1] == 100 and len(half):
-            p[row] = one_sided_p(*difference(curve.runs[half[-1]], curve.runs[-1]))
-    return np.where(adjust(p) <= alpha, IMPROVING, UNDECIDED)
 
 
 def _interval(drawn: np.ndarray, point: float, alpha: float) -> tuple[float, float]:

@@ -8,16 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.saturation import (
-    EXACT,
-    IMPROVING,
-    KEY,
-    PLATEAU,
-    UNDECIDED,
-    Curve,
-    as_error,
-    curves_of,
-)
+from datawall.analysis.saturation import EXACT, IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, as_error, curves_of
 
 CONSTANT, POWER, EXPONENTIAL = "constant", "power law", "exponential"
 CHANGING = (POWER, EXPONENTIAL)
@@ -46,28 +37,18 @@ class Fit:
 
     def predict(self, n: np.ndarray) -> np.ndarray:
         """Errors at sizes in units of the largest, (..., n_sizes)."""
-        floor, excess, shape = (each[..., None] for each in (self.floor, self.excess, self.shape))
+        floor, excess, shape = (part[..., None] for part in (self.floor, self.excess, self.shape))
         if self.family == CONSTANT:
             return np.broadcast_to(floor, (*self.floor.shape, len(n)))
         return floor + excess * _basis(self.family, n, shape)
 
 
 def fit(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> Fit:
-    """Weighted least-squares fit of one curve to each set of errors; floor and excess are not negative.
+    """Weighted least-squares fit of a curve to sets of mean errors (..., n_sizes); floor and excess are not negative.
 
     Given the shape, floor and excess are a linear problem with a closed form. The shape is sought on a grid that is
-    refined around its best point, so that there is no start value to choose.
-
-    Parameters
-    ----------
-    family
-        `constant`, `power law` or `exponential`.
-    n
-        Sizes in units of the largest, (n_sizes,).
-    error
-        Mean errors, (..., n_sizes).
-    weight
-        Number of runs over the variance of a run, (n_sizes,).
+    refined around its best point, so that there is no start value to choose. `n` (n_sizes,) is in units of the largest,
+    `weight` (n_sizes,) the number of runs over the variance of a run.
     """
     total = weight.sum()
     mean = (error * weight).sum(-1) / total
@@ -181,47 +162,22 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
 
 
 def scaling_curves(
-    results: pd.DataFrame,
-    metric: str,
-    *,
-    margin: float | None = None,
-    confidence: float = 0.95,
-    n_resamples: int = 300,
+    results: pd.DataFrame, metric: str, *, margin: float | None = None, n_resamples: int = 300
 ) -> pd.DataFrame:
     """Which curve each model's error follows, and whether twice as many cells would help.
 
-    Three curves are fitted to the error (1 - score, or the value itself where lower is better) against the number of
-    cells: a constant, a power law with an offset, and an exponential. The one with the lowest AICc predicts what the
-    next doubling gains. The intervals are of a bootstrap (see `scale`) that chooses anew each time, among the
-    curves that can change: runs that merely show no trend have a wide interval, and no plateau.
+    Three curves are fitted to the error against the number of cells: a constant, a power law with an offset, and an
+    exponential. The one with the lowest AICc predicts what the next doubling gains. The intervals are of a bootstrap
+    (see `scale`) that chooses anew each time, among the curves that can change: runs that merely show no trend have a
+    wide interval, and no plateau. The margin is the gain that would be worth a doubling, by default one per cent of the
+    error at the largest size.
 
-    Parameters
-    ----------
-    results
-        Tidy results (`read_results`) of one study.
-    metric
-        The score, or a metric that is better when lower.
-    margin
-        The gain that would be worth a doubling, in the metric's units; by default one per cent of the error at the
-        largest size.
-    confidence
-        Of the intervals.
-    n_resamples
-        Of the bootstrap.
-
-    Returns
-    -------
-    table with a row per model, strategy, task and data set: `curve` (lowest AICc); `exponent` and `irreducible` (error
-    of infinitely many cells) of the power law and `gain` of the next doubling, each with _low and _high; `aicc_…`, less
+    Returns a row per model, strategy, task and data set: `curve` (lowest AICc); `exponent` and `irreducible` (error of
+    infinitely many cells) of the power law and `gain` of the next doubling, each with _low and _high; `aicc_…`, less
     the lowest, and `left_out_…` (error of a size predicted from the others, in standard errors) of each curve; margin;
     verdict and reason. The verdict is `plateau` where the gain's interval lies below the margin, `still improving`
     where it lies above, else `undecided`; also, with numbers NaN, where there are fewer than four sizes or a size has a
     single run.
-
-    Raises
-    ------
-    ValueError
-        As `saturation_points`.
     """
     of_families = [f"{name}_{family.replace(' ', '_')}" for family in FAMILIES for name in ("aicc", "left_out")]
     columns = [*KEY, "curve", *NUMBERS, *of_families, "margin", "verdict", "reason"]
@@ -241,7 +197,7 @@ def scaling_curves(
             ("irreducible", power.floor, powers.floor),
             ("gain", gain, gains),
         ):
-            low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+            low, high = np.quantile(drawn, [0.025, 0.975])
             row |= {name: float(point), f"{name}_low": min(low, point), f"{name}_high": max(high, point)}
         for family in FAMILIES:
             row[f"aicc_{family.replace(' ', '_')}"] = scaling.criteria[family] - scaling.criteria[scaling.best]
@@ -251,25 +207,24 @@ def scaling_curves(
     return pd.DataFrame(rows, columns=columns)
 
 
-def predictions(
-    results: pd.DataFrame, metric: str, *, confidence: float = 0.95, n_resamples: int = 300, beyond: float = 4.0
-) -> pd.DataFrame:
+def predictions(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
     """The curves of `scaling_curves` drawn out: model, strategy, task, dataset, curve, n_cells, error, low, high.
 
-    From the smallest size to `beyond` times the largest. Models that `scaling_curves` cannot fit are left out.
+    From the smallest size to four times the largest. Models that `scaling_curves` cannot fit are left out.
     """
     tables = []
     for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
         if unfit(curve):
             continue
-        scaling = scale(curve, n_resamples)
-        n = np.geomspace(scaling.n[0], beyond, 60)
+        scaling = scale(curve, 300)
+        n = np.geomspace(scaling.n[0], 4, 60)
         point, drawn = scaling.predict(n)
         low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
         low, high = np.minimum(low, point), np.maximum(high, point)
-        of = dict(zip(KEY, curve.key, strict=True)) | {"curve": scaling.best, "n_cells": n * curve.n_cells.max()}
-        tables.append(pd.DataFrame(of | {"error": point, "low": low, "high": high}))
-    return pd.concat(tables, ignore_index=True)
+        common = dict(zip(KEY, curve.key, strict=True)) | {"curve": scaling.best, "n_cells": n * curve.n_cells.max()}
+        tables.append(pd.DataFrame(common | {"error": point, "low": low, "high": high}))
+    columns = [*KEY, "curve", "n_cells", "error", "low", "high"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def unfit(curve: Curve) -> str:

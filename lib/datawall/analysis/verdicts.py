@@ -12,7 +12,8 @@ from datawall.analysis.results import BASELINE, select
 from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
 
 VERDICTS = (PLATEAU, IMPROVING, LIMITED, UNDECIDED)
-AGAINST = {"win": "above", "tie": "level with", "loss": "below", "unknown": "not told from"}
+AGAINST = {"win": "above", "tie": "level with", "loss": "below"}
+AGAINST |= dict.fromkeys(["unknown", results.ONE_SEED], "not told from")
 NOTHING = {"baseline": None, "baseline_value": float("nan"), "difference": float("nan"), "against": None}
 CURVE = ["task", "dataset", "model"]
 COLUMNS = [
@@ -24,15 +25,9 @@ COLUMNS = [
 def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     """What half and twice the steps change in the headline metrics: means over the seeds that were checked.
 
-    Parameters
-    ----------
-    intervals, checked
-        The tables `intervals` and `budgets` of a study (`results.read_results`).
-
-    Returns
-    -------
-    table with the columns task, dataset, model, percentage, half, once, twice (the score after so many of the model's
-    steps), seeds (that were checked) and change (twice less once; of an error, with its sign turned).
+    From the tables `intervals` and `budgets` of a study. Columns task, dataset, model, percentage, half, once, twice
+    (the score after so many of the model's steps), seeds (that were checked) and change (twice less once; of an error,
+    with its sign turned).
     """
     heads = pd.Series(tasks.HEADLINE, name="metric").rename_axis("task").reset_index()
     own = results.mean_over_splits(select(intervals, strategy="random")).assign(budget=1.0)
@@ -50,28 +45,18 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
 def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: float | None = None) -> pd.DataFrame:
     """What results on random subsets say of every model, task and data set.
 
-    The verdict is that of the rule `equivalence`, the curves of a task being one family of tests. But a curve is
-    budget-limited where twice the steps gain more than the margin at a size that was checked, and more than the spread
-    over seeds lets one expect of two runs alike (one-sided, 5 %): it then tells of the budget and not of the data.
+    From the tables `intervals` and `budgets` of a study, the margin being twice the spread over seeds of each curve by
+    default. The verdict is that of the rule `equivalence`, the curves of a task being one family of tests. But a curve
+    is budget-limited where twice the steps gain more than the margin at a size that was checked, and more than the
+    spread over seeds lets one expect of two runs alike (one-sided, 5 %): it then tells of the budget and not of the
+    data. Without `checked`, or without a margin, none is.
 
-    Parameters
-    ----------
-    intervals
-        The table `intervals` of a study (`results.read_results`).
-    checked
-        Its table `budgets`; without it, no curve is budget-limited.
-    margin
-        Difference in score that does not matter; by default twice the spread over seeds of each curve.
-
-    Returns
-    -------
-    table with the columns model, task, dataset, percentage, low, high (the saturation point, by the published rule;
-    by the rule `error` where lower is better), plateau (percentage; NaN without that verdict) and verdict, metric,
-    gain (of the full corpus over the largest subset of at most half of it), gain_low and gain_high (95 %, Welch),
-    spread (standard deviation over seeds, pooled over the sizes), decides (what would decide it, empty where it is
-    decided), value (the best of the sizes' means), size (its percentage), baseline (the best one), baseline_value,
-    difference from it at that size, and against (`AGAINST`, by `results.against_baselines`); the last four are empty
-    without one.
+    Columns model, task, dataset, percentage, low, high (the saturation point, by the published rule; by the rule
+    `error` where lower is better), plateau (percentage; NaN without that verdict) and verdict, metric, gain (of the
+    full corpus over the largest subset of at most half of it), gain_low and gain_high (95 %, Welch), spread (standard
+    deviation over seeds, pooled over the sizes), decides (what would decide it, empty where it is decided), value (the
+    best of the sizes' means), size (its percentage), baseline (the best one), baseline_value, difference from it at
+    that size, and against (`AGAINST`, by `results.against_baselines`); the last four are empty without one.
     """
     limited = pd.DataFrame(columns=[*CURVE, "percentage", "seeds", "change"])
     if checked is not None and len(checked) and margin is not None:
@@ -139,9 +124,7 @@ def _gain(curve: saturation.Curve) -> dict[str, float]:
 def design_power(found: pd.DataFrame, percentages: list[float], n_seeds: int, margin: float) -> pd.DataFrame:
     """How often the design would find the truth at the spread that was measured (`power.of_design`, 400 draws).
 
-    Returns
-    -------
-    a row per task and data set, with the median spread of its curves, which are judged as one family, and per truth
+    A row per task and data set, with the median spread of its curves, which are judged as one family, and per truth
     (flat, or rising by one or two margins with every doubling of the corpus) the share of right verdicts.
     """
     tables = {}

@@ -96,15 +96,7 @@ def foreign(path: Path) -> str | None:
 class CellFile:
     """A file of cells, open for reading; use it in a `with` block.
 
-    Parameters
-    ----------
-    path
-        Ends in one of `SUFFIXES`.
-
-    Raises
-    ------
-    datawall.cells.corpus.CorpusError
-        Here and from every method: if the file cannot be read, or its parts do not fit together.
+    Every method raises CorpusError if the file cannot be read, or its parts do not fit together.
     """
 
     def __init__(self, path: Path) -> None:
@@ -198,13 +190,7 @@ class CellFile:
         return key in self._obs
 
     def embedding(self, key: str) -> np.ndarray:
-        """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file.
-
-        Raises
-        ------
-        datawall.cells.corpus.CorpusError
-            If there is none of this name; the message lists those that are.
-        """
+        """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file."""
         with reading(self.name):
             there = list(self._at("obsm")) if "obsm" in self._root else []
             if key not in there:
@@ -287,7 +273,6 @@ class Dense:
         self._n_rows = max(1, PIECE // shape[1])
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
-        """Some rows."""
         begins = range(start, stop, self._n_rows)
         pieces = [sp.csr_matrix(_numbers(self._array[i : min(i + self._n_rows, stop)])) for i in begins]
         return sp.vstack(pieces, format="csr")
@@ -340,7 +325,6 @@ class Rows(_Compressed):
     """A CSR matrix."""
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
-        """Some rows."""
         indptr = self._offsets(start, stop)
         values, indices = self._entries(indptr[0], indptr[-1])
         return sp.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, self._shape[1]))

@@ -37,23 +37,14 @@ PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times 
 
 
 def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
-    """Write cells to `<folder>/cells.zarr`.
+    """Write cells to `<folder>/cells.zarr`, in a folder that holds no store yet.
 
-    What is written does not depend on how the cells are divided into blocks. In memory are a block, two files' worth
-    of counts and, for each cell, twelve bytes and the codes of its labels.
+    What is written does not depend on how the cells are divided into blocks. Of the columns of `obs`, all that are not
+    numbers become categorical. In memory are a block, two files' worth of counts and, for each cell, twelve bytes and
+    the codes of its labels.
 
-    Parameters
-    ----------
-    folder
-        Exists, and holds no store yet.
-    blocks
-        Cells by genes: counts in `X`; `obs` with the same columns in every block, of which all that are not numbers
-        become categorical; one and the same `var`.
-
-    Raises
-    ------
-    ValueError
-        If there are no cells, a count is not a whole number from 0 to 2³² - 1, or blocks differ in genes or columns.
+    Raises ValueError if there are no cells, a count is not a whole number from 0 to 2³² - 1, or blocks differ in genes
+    or columns.
     """
     import anndata as ad
     import zarr
@@ -329,13 +320,7 @@ def add_labels(folder: Path, name: str, labels: pd.Categorical) -> None:
 
 
 def open(path: Path) -> Cells:
-    """All cells of a store.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    """
+    """All cells of a store."""
     if not (Path(path) / "zarr.json").is_file():
         raise FileNotFoundError(f"{path} is no store of cells (zarr.json is missing).")
     return Cells(Path(path))

@@ -23,7 +23,7 @@ from datawall.cells import corpus, ontology
 from datawall.cells.cellstore import CELLS_AT_ONCE
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
-from datawall.engine import paths, store
+from datawall.engine import disk, paths, store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,14 +76,8 @@ def select(recipe: Recipe) -> Selection:
     left, and the types that any of them refuses are removed together. Unlike there, a type that is no term of the
     ontology is removed, and said to be, where theirs stops.
 
-    Raises
-    ------
-    datawall.cells.datasets.DatasetError
-        If the Census cannot be opened, or lacks the organism.
-    datawall.cells.corpus.CorpusError
-        If a column or too many genes are missing, or no cell passes.
-    FileNotFoundError, ValueError
-        From `ontology.read`.
+    Raises DatasetError if the Census cannot be opened, or lacks the organism; CorpusError if a column or too many genes
+    are missing, or no cell passes; and as `ontology.read`.
     """
     terms = None if recipe.ontology is None else ontology.read(paths.located(recipe.ontology), relations=("is_a",))
     with _experiment(recipe) as experiment:
@@ -108,25 +102,11 @@ def select(recipe: Recipe) -> Selection:
 def judge_types(
     obs: pd.DataFrame, recipe: Recipe, terms: ontology.Ontology | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Count what each cell type has, and name the filters that it fails, each by itself.
+    """Count what each cell type has, and name the filters that it fails: `Selection.types`, and types by filters, bool.
 
-    Parameters
-    ----------
-    obs
-        All cells that the filters of types judge, with `cell_type` and `tech_sample`, categorical.
-    recipe
-        Thresholds and root.
-    terms
-        With parents by is_a alone; None leaves out the filters by ontology.
-
-    Returns
-    -------
-    the types as in `Selection.types`, and a table of bool: types by filters.
-
-    Raises
-    ------
-    datawall.cells.corpus.CorpusError
-        If the ontology has no root of that name, goes round in a circle, or knows none of the types.
+    Each filter of types judges all cells of `obs`, by `cell_type` and `tech_sample`. `terms` has parents by is_a alone;
+    None leaves out the filters by ontology. Raises CorpusError if that has no root of the name, goes round in a circle,
+    or knows none of the types.
     """
     pairs = obs[[TYPE, "tech_sample"]].drop_duplicates()
     columns = {"n_cells": obs[TYPE].value_counts(), "n_tech_samples": pairs[TYPE].value_counts()}
@@ -154,25 +134,8 @@ def judge_types(
 def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
     """The selected cells, in order, a block at a time: memory is that of a few blocks, however many cells there are.
 
-    Parameters
-    ----------
-    recipe
-        That of the selection.
-    selection
-        From `select`.
-    block_size
-        Cells of a block; the last may have fewer.
-
-    Yields
-    ------
-    Raw counts as float32 CSR; `obs_names` are the cells' soma_joinid, their names for good within a release.
-
-    Raises
-    ------
-    datawall.cells.datasets.DatasetError
-        If the Census cannot be opened.
-    datawall.cells.corpus.CorpusError
-        If a count is negative or no integer.
+    Counts are float32; `obs_names` are the cells' soma_joinid, their names for good within a release. Raises
+    DatasetError if the Census cannot be opened, CorpusError if a count is negative or no integer.
     """
     obs, var = selection.obs, selection.var
     coordinates = obs[CELL].to_numpy(), var[CELL].to_numpy()
@@ -193,16 +156,10 @@ def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_O
 
 
 def identity(recipe: Recipe) -> store.Record:
-    """What fixes the content of the corpus: the recipe as JSON values, the ontology by the hash of its file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no ontology file.
-    """
+    """What fixes the content of the corpus: the recipe as JSON values, the ontology by the hash of its file."""
     values = recipe.model_dump()
     if recipe.ontology is not None:
-        values["ontology"] = f"sha256:{store.file_sha256(paths.located(recipe.ontology))}"
+        values["ontology"] = f"sha256:{disk.file_sha256(paths.located(recipe.ontology))}"
     return values
 
 

@@ -182,32 +182,15 @@ def other_features(var: pd.DataFrame) -> np.ndarray:
 def find_genes(
     var: pd.DataFrame, dataset: str, counts_from: str, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, GeneMatch]:
-    """Join genes with the gene table, each by Ensembl id where it has one, else by symbol.
+    """Row of each gene in the gene table, (n_genes,) int64, -1 where it is not there; and the record of the match.
 
-    Columns are asked in one order, whatever their order in the file: `NAME_COLUMNS`, the index (None) among them, then
-    others of which more than half of the values name genes. A gene has the first name that is given to it: an id,
-    without its version, is trusted, and a gene whose id is not in the table is missing, whatever its symbol. In a
-    column of ids, what is no id is no gene. Names are found as R changes them, too.
+    Genes are joined each by Ensembl id where it has one, else by symbol. Columns of `var` are asked in one order,
+    whatever their order in the file: `NAME_COLUMNS`, the index (None) among them, then others of which more than half
+    of the values name genes. A gene has the first name that is given to it: an id, without its version, is trusted, and
+    a gene whose id is not in the table is missing, whatever its symbol. In a column of ids, what is no id is no gene.
+    Names are found as R changes them, too. `weights` are each gene's counts in some cells, by default alike.
 
-    Parameters
-    ----------
-    var
-        A row for each gene.
-    dataset
-        Name for messages.
-    counts_from
-        Where the counts were found, for the record.
-    weights
-        (n_genes,) sums of the counts of some cells; by default each gene counts alike.
-
-    Returns
-    -------
-    (n_genes,) int64 row of each gene in the gene table, -1 where it is not there, and the record.
-
-    Raises
-    ------
-    CorpusError
-        If two of the columns that are known to name genes name different ones in most rows.
+    Raises CorpusError if two of the columns that are known to name genes name different ones in most rows.
     """
     table, notes, apart = gene_table(), [], other_features(var)
     names = pd.Series(var.index.astype(str), dtype=object)
@@ -269,13 +252,7 @@ def find_genes(
 
 
 def check_match(match: GeneMatch, var: pd.DataFrame, min_matched: float) -> None:
-    """Refuse a data set of which too little is known: neither enough of its counts, nor of the table's genes.
-
-    Raises
-    ------
-    CorpusError
-        If `min_matched` is reached by neither, or nothing is known.
-    """
+    """Refuse a data set of which neither `min_matched` of its counts, nor of the table's genes, are known."""
     n_table, n_genes = len(gene_table()), match.n_genes - match.other_features
     if match.matched and max(match.counts_found, match.matched / n_table) >= min_matched:
         return
@@ -294,10 +271,7 @@ def check_match(match: GeneMatch, var: pd.DataFrame, min_matched: float) -> None
 def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarray]]:
     """The genes of the gene table that any of some data sets has, and the columns of each among them.
 
-    Parameters
-    ----------
-    positions
-        For each data set, the row of each of its genes in the gene table, or -1 (see `find_genes`).
+    `positions` has, for each data set, the row of each of its genes in the gene table, or -1 (see `find_genes`).
     """
     table = gene_table()
     present = np.unique(np.concatenate([position[position >= 0] for position in positions]))
@@ -307,20 +281,9 @@ def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarra
 
 
 def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> sp.csr_matrix:
-    """Counts in other columns; those with the same position are summed, those with -1 left out.
+    """Counts with column `i` moved to `position[i]`: (n_cells, n_genes) float32 CSR, sorted, without stored zeros.
 
-    Parameters
-    ----------
-    counts
-        (n_cells, len(position)).
-    position
-        New column of each column.
-    n_genes
-        Columns wanted.
-
-    Returns
-    -------
-    (n_cells, n_genes) float32 CSR with sorted indices and no stored zeros.
+    Columns with the same position are summed, those with -1 left out.
     """
     counts = sp.csr_matrix(counts)
     column = position[counts.indices]
@@ -336,25 +299,8 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
 
     For cells in memory that are no file's; `sources.open_source` reads those. Columns of the same gene are summed
     (`find_genes` joins them), and cells without a count in any matched gene are dropped, with a warning: take labels
-    from the `obs` that comes back.
-
-    Parameters
-    ----------
-    adata
-        Any data set; left as it is.
-    dataset
-        Its name, for messages.
-    min_matched
-        See `check_match`.
-
-    Returns
-    -------
-    an AnnData with `var["feature_name"]`, and the count of matched, missing and duplicated genes.
-
-    Raises
-    ------
-    CorpusError
-        If there are no raw counts, too few genes match, cells are named twice, or no cell has a count.
+    from the `obs` that comes back. Raises CorpusError if there are no raw counts, too few genes match (`check_match`),
+    cells are named twice, or no cell has a count.
     """
     check_shape(adata.shape, dataset)
     if fault := count_fault(adata.X):
@@ -432,13 +378,7 @@ def no_column(dataset: str, key: str, columns: Iterable[str], role: str = "") ->
 def column(
     adata: ad.AnnData, dataset: str, key: str, role: str, renamed: Mapping[str, str] | None = None
 ) -> pd.Categorical:
-    """A column of labels, complete and categorical.
-
-    Raises
-    ------
-    CorpusError
-        If the column is absent, or has missing or blank values.
-    """
+    """A column of labels, complete and categorical; refused if it is absent or has missing or blank values."""
     if key not in adata.obs:
         raise CorpusError(f"{no_column(dataset, key, adata.obs, role)} Name the right column in the study file.")
     codes, labels = label_codes(adata.obs[key].to_numpy(dtype=object), renamed)
@@ -453,17 +393,5 @@ def check_labels(n_missing: int, dataset: str, key: str, role: str) -> None:
 
 
 def to_genes(adata: ad.AnnData, genes: pd.Index) -> sp.csr_matrix:
-    """Counts of a data set in another gene order; genes that it lacks are zero.
-
-    Parameters
-    ----------
-    adata
-        Aligned, so that `var_names` are Ensembl ids.
-    genes
-        Ensembl ids wanted.
-
-    Returns
-    -------
-    (n_cells, len(genes)) float32 CSR.
-    """
+    """Counts of an aligned data set in the order of other genes, Ensembl ids; genes that it lacks are zero."""
     return place_columns(adata.X, pd.Index(genes).get_indexer(adata.var_names), len(genes))

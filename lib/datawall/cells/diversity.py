@@ -1,4 +1,7 @@
-"""How diverse a subset is: by its labels (Shannon, Simpson) and by its expression (Vendi)."""
+"""How diverse a subset is: by its labels (Shannon, Simpson) and by its expression (Vendi).
+
+All raise ValueError if there are no cells.
+"""
 
 from __future__ import annotations
 
@@ -17,69 +20,27 @@ def _shares(labels: np.ndarray | pd.Categorical) -> np.ndarray:
 
 
 def shannon(labels: np.ndarray | pd.Categorical) -> float:
-    """Shannon entropy in bits, -sum p log2 p: 0 for one label, log2 k for k equally common ones.
-
-    Parameters
-    ----------
-    labels
-        (n_cells,) the label of each cell.
-
-    Raises
-    ------
-    ValueError
-        If there are no cells.
-    """
+    """Shannon entropy in bits, -sum p log2 p: 0 for one label, log2 k for k equally common ones."""
     p = _shares(labels)
     return float(abs(-(p * np.log2(p)).sum()))
 
 
 def inverse_simpson(labels: np.ndarray | pd.Categorical) -> float:
-    """Inverse Simpson index, 1 / sum p²: the number of equally common labels that would be as diverse.
-
-    Parameters
-    ----------
-    labels
-        (n_cells,) the label of each cell.
-
-    Raises
-    ------
-    ValueError
-        If there are no cells.
-    """
+    """Inverse Simpson index, 1 / sum p²: the number of equally common labels that would be as diverse."""
     return float(1 / (_shares(labels) ** 2).sum())
 
 
 def gini_simpson(labels: np.ndarray | pd.Categorical) -> float:
-    """Gini-Simpson index, 1 - sum p²: the chance that two cells, drawn with replacement, differ in label.
-
-    Parameters
-    ----------
-    labels
-        (n_cells,) the label of each cell.
-
-    Raises
-    ------
-    ValueError
-        If there are no cells.
-    """
+    """Gini-Simpson index, 1 - sum p²: the chance that two cells, drawn with replacement, differ in label."""
     return float(1 - (_shares(labels) ** 2).sum())
 
 
 def vendi(X: np.ndarray) -> float:
     """Vendi score with the cosine kernel: the effective number of different cells (Friedman & Dieng 2023).
 
-    exp of the entropy of the eigenvalues of K / n, K the cosine similarities. They equal those of XᵀX / n with
-    rows of length one, so the smaller of the two matrices is decomposed. It grows with n: compare at equal n.
-
-    Parameters
-    ----------
-    X
-        (n_cells, n_features) embedding or principal component scores.
-
-    Raises
-    ------
-    ValueError
-        If there are no cells, or a row is all zero or not finite.
+    exp of the entropy of the eigenvalues of K / n, K the cosine similarities of `X` (n_cells, n_features). They equal
+    those of XᵀX / n with rows of length one, so the smaller of the two matrices is decomposed. It grows with n: compare
+    at equal n. Raises ValueError if a row is all zero or not finite.
     """
     X = np.asarray(X, dtype=np.float64)
     if not len(X):
@@ -98,32 +59,11 @@ def vendi(X: np.ndarray) -> float:
 def at_equal_n(
     measure: Callable[[np.ndarray], float], cells: np.ndarray, n: int, *, repeats: int = 10, seed: int
 ) -> tuple[float, float]:
-    """A measure of `n` cells, drawn anew each time without replacement: subsets of any size compare.
+    """Mean and standard deviation of a measure over draws of `n` cells, without replacement: any subsets compare.
 
-    Vendi grows with the number of cells, and so, more slowly, do the others.
-
-    Parameters
-    ----------
-    measure
-        Such as `vendi` or `shannon`.
-    cells
-        (n_cells,) labels or (n_cells, n_features) scores to draw from; or rows of them that `measure` looks up, where
-        they are many: `at_equal_n(lambda drawn: vendi(X_pca[drawn]), rows, 500, seed=0)`.
-    n
-        Cells in a draw.
-    repeats
-        Draws, at least two.
-    seed
-        Of the draws.
-
-    Returns
-    -------
-    mean and standard deviation over the draws; the latter is 0 where `n` takes all cells.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than `n` cells.
+    Vendi grows with the number of cells, and so, more slowly, do the others. `cells` are (n_cells,) labels or (n_cells,
+    n_features) scores; or rows of them that `measure` looks up, where they are many: `at_equal_n(lambda drawn:
+    vendi(X_pca[drawn]), rows, 500, seed=0)`. Raises ValueError if there are fewer than `n` cells.
     """
     if not 0 < n <= len(cells):
         raise ValueError(f"cannot draw {n} of {len(cells)} cells; compare at a number that every subset has.")

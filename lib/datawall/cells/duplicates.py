@@ -25,26 +25,14 @@ def _weights() -> np.ndarray:
 
 
 def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None = None) -> np.ndarray:
-    """Hashes of the cells' count vectors, equal for equal cells, whatever the order of the genes.
+    """Hashes of the cells' count vectors, (n_cells, 2) uint64: equal for equal cells, whatever the order of the genes.
 
     The hash is the sum of the counts times random weights of their genes, modulo 2^64, twice (multilinear hashing,
-    Carter and Wegman 1979). Two cells that differ are taken for equal with a probability of 2^-128 if any
-    difference is odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80.
-    A zero adds nothing, so that a gene that a data set lacks counts as zero: compare data sets on `among`, the genes
-    that both have.
-
-    Parameters
-    ----------
-    counts
-        (n_cells, n_genes) raw counts.
-    genes
-        Ensembl ids of the columns, all in the gene table.
-    among
-        The genes compared; all by default.
-
-    Returns
-    -------
-    (n_cells, 2) uint64. Zeros for cells that express fewer than `MIN_EXPRESSED` of the genes, which are equal to none.
+    Carter and Wegman 1979). Two cells that differ are taken for equal with a probability of 2^-128 if any difference is
+    odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80. `genes` are the
+    columns' Ensembl ids, all in the gene table. A zero adds nothing, so that a gene that a data set lacks counts as
+    zero: compare data sets on `among`, the genes that both have. Cells that express fewer than `MIN_EXPRESSED` of them
+    have zeros, which are equal to none.
     """
     weights = _weights()[gene_table().index.get_indexer(genes)]
     compared = np.ones(len(genes), bool) if among is None else among.get_indexer(genes) >= 0
@@ -117,14 +105,12 @@ class Contamination:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the record into a folder."""
         np.savez_compressed(
             folder / "contamination.npz", **{**asdict(self), "donors": np.array(self.donors, dtype=str)}
         )
 
     @classmethod
     def read(cls, folder: Path) -> Contamination:
-        """Read a record that `write` wrote."""
         with np.load(folder / "contamination.npz", allow_pickle=False) as file:
             values = {name: array if name.endswith("rows") else array.tolist() for name, array in file.items()}
         return cls(**{**values, "donors": tuple(values["donors"])})
@@ -142,17 +128,9 @@ def contamination(
 ) -> Contamination:
     """Find the cells and donors that an evaluation set shares with the corpus.
 
-    Parameters
-    ----------
-    evaluation_hashes, corpus_hashes
-        From `cell_hashes`, both among the genes that the two have in common; those of the corpus in blocks.
-    evaluation_donors, corpus_donors
-        Donor of each cell, or None where unknown. Names are compared as they are: put the data set's before those that
-        say nothing outside it, such as "1" or "patient A".
-
-    Returns
-    -------
-    counts of what is shared, and the rows of the corpus concerned.
+    Hashes are from `cell_hashes`, among the genes that the two have in common; those of the corpus come in blocks.
+    Donors are compared by name as they are: put the data set's before those that say nothing outside it, such as "1" or
+    "patient A".
     """
     evaluated, pretrained = SeenCells(), SeenCells()
     evaluated.add(evaluation_hashes, 0)

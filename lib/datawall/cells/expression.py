@@ -15,7 +15,7 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm import tqdm
 
-from datawall.engine import store
+from datawall.engine import disk
 
 type Blocks = Callable[[], Iterable[sp.csr_matrix]]
 
@@ -24,16 +24,9 @@ COMPONENTS = 50
 
 
 def lognormalise(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """Counts per 10,000, then log(1 + x): what `scanpy.pp.normalize_total` and `scanpy.pp.log1p` give.
+    """Counts per 10,000, then log(1 + x), natural, float32: as `scanpy.pp.normalize_total` and `scanpy.pp.log1p` give.
 
-    Parameters
-    ----------
-    counts
-        (n_cells, n_genes) raw counts; left as they are. A cell without counts stays all zero.
-
-    Returns
-    -------
-    (n_cells, n_genes) float32 CSR, in natural-log units.
+    A cell without counts stays all zero.
     """
     from sklearn.preprocessing import normalize
 
@@ -44,36 +37,16 @@ def lognormalise(counts: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def variable_genes(lognormalised: sp.csr_matrix, n_genes: int | None = None) -> np.ndarray:
-    """Highly variable genes by `scanpy.pp.highly_variable_genes`, flavour `seurat` (Satija et al. 2015).
+    """Highly variable genes, (n_genes,) bool: `scanpy.pp.highly_variable_genes`, flavour `seurat` (Satija et al. 2015).
 
-    Parameters
-    ----------
-    lognormalised
-        (n_cells, n_genes) from `lognormalise`.
-    n_genes
-        Take this many of the highest normalised dispersion; by default scanpy's cut-offs decide (mean 0.0125 to
-        3, dispersion at least 0.5), as in the original study.
-
-    Returns
-    -------
-    (n_genes,) bool.
-
-    Raises
-    ------
-    ValueError
-        If no gene qualifies.
+    The `n_genes` with the highest normalised dispersion; by default scanpy's cut-offs decide (mean 0.0125 to 3,
+    dispersion at least 0.5), as in the original study. Raises ValueError if no gene qualifies.
     """
     return _choose_genes(_moments(lognormalised), lognormalised.shape[0], n_genes)
 
 
 def streamed_variable_genes(blocks: Blocks, n_genes: int | None = None) -> np.ndarray:
-    """`variable_genes` of a corpus in blocks: exactly those, as its moments add up; no sample is drawn.
-
-    Raises
-    ------
-    ValueError
-        If there are no cells, or no gene qualifies.
-    """
+    """`variable_genes` of a corpus in blocks: exactly those, as its moments add up; no sample is drawn."""
     moments, n_cells = 0.0, 0
     for counts in tqdm(blocks(), desc="variable genes", unit="block", leave=False, delay=5):
         moments = moments + _moments(lognormalise(counts))
@@ -125,21 +98,11 @@ def _standardised_dispersion(moments: np.ndarray, n_cells: int) -> tuple[np.ndar
 
 
 def principal_axes(X: sp.csr_matrix | np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:
-    """Principal axes of the centred matrix, through its covariance in double precision.
+    """Principal axes of the centred matrix, (n_components, n_genes), and its mean, (n_genes,), both float64.
 
-    Double precision and a fixed sign (the largest loading of each axis is positive) keep neighbours of cells the
-    same from machine to machine.
-
-    Parameters
-    ----------
-    X
-        (n_cells, n_genes); dense in memory, so choose genes first.
-    n_components
-        Fewer are returned where the matrix has fewer cells or genes.
-
-    Returns
-    -------
-    axes (n_components, n_genes) and the mean (n_genes,), float64.
+    Through the covariance in double precision and with a fixed sign (the largest loading of each axis is positive),
+    which keep neighbours of cells the same from machine to machine. The matrix is made dense, so choose genes first;
+    there are fewer axes where it has fewer cells or genes.
     """
     from sklearn.decomposition import PCA
 
@@ -164,30 +127,16 @@ def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = COMPONENTS) ->
 
 
 def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks | None = None) -> np.ndarray:
-    """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file.
+    """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file atomically.
 
-    They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over
-    blocks in double precision, so a pass each for genes, covariance and scores is all it takes, where incremental PCA
+    They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over blocks
+    in double precision, so a pass each for genes, covariance and scores is all it takes, where incremental PCA
     (scikit-learn) would approximate at more cost a block. As everywhere here, genes are centred and not scaled; the
-    original study scales them to unit variance and clips at 10, which gives rare, noisy genes the same weight.
+    original study scales them to unit variance and clips at 10, which gives rare, noisy genes the same weight. Cells of
+    `then` are scored after those of `blocks`, on the components that those have without them.
 
-    Parameters
-    ----------
-    blocks
-        Raw counts.
-    path
-        Written atomically.
-    then
-        Raw counts of more cells, scored after those of `blocks` on the components that those have without them.
-
-    Returns
-    -------
-    (n_cells, 50) float32, a read-only memory map of the file; fewer columns where there are fewer cells or genes.
-
-    Raises
-    ------
-    ValueError
-        From `streamed_variable_genes`.
+    Returns a read-only memory map of the file, (n_cells, 50) float32; fewer columns where there are fewer cells or
+    genes.
     """
     genes = streamed_variable_genes(blocks)
     axes, mean, n_cells = streamed_axes(blocks, genes, COMPONENTS)
@@ -204,7 +153,7 @@ def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks | None = None) -> n
             begin = end
         scores.flush()
 
-    store.write_atomically(path, write)
+    disk.write_atomically(path, write)
     return np.load(path, mmap_mode="r")
 
 

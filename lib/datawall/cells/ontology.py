@@ -26,21 +26,10 @@ class Ontology:
 
 
 def read(file: str | Path, *, relations: tuple[str, ...] = ("is_a", "relationship")) -> Ontology:
-    """Read an OBO file.
+    """Read an OBO file, such as cl-basic.obo or cl-simple.obo of the Cell Ontology.
 
-    Parameters
-    ----------
-    file
-        Such as cl-basic.obo or cl-simple.obo of the Cell Ontology.
-    relations
-        Tags that lead to a parent: `is_a`, and `relationship` for every other kind (part_of, develops_from, …).
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it holds no terms, or one without an identifier.
+    `relations` are the tags that lead to a parent: `is_a`, and `relationship` for every other kind (part_of,
+    develops_from, …). Raises FileNotFoundError, and ValueError if the file holds no terms or one without an identifier.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(

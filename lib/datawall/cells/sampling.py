@@ -1,10 +1,11 @@
-"""Strategies that choose a subset of the corpus: each returns sorted row positions, and copies no cell.
+"""Strategies that choose a subset of the corpus: each returns sorted int64 row positions, and copies no cell.
 
-`percentage` is of the cells it is given, 0 to 100; the subset has `subset_size` cells exactly.
+`percentage` is of the cells given, above 0 and at most 100, and the subset has `subset_size` cells exactly; anything
+else, and no cells, raise ValueError.
 
-Subsets of one strategy and seed are nested: the smaller lies inside the larger, so that sizes can be compared in
-pairs. Where sizes should be independent draws, as in the original study, give each a seed of its own: a seed may be
-several numbers, say `(seed, size)`.
+Subsets of one strategy and seed are nested: the smaller lies inside the larger, so that sizes can be compared in pairs.
+Where sizes should be independent draws, as in the original study, give each a seed of its own: a seed may be several
+numbers, say `(seed, size)`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,7 @@ TRIES = 24  # of box lengths, at most: halved so often, single precision tells n
 
 
 def subset_size(n_cells: int, percentage: float) -> int:
-    """Cells in a subset: the percentage of `n_cells`, rounded to the nearest, at least one.
-
-    Raises
-    ------
-    ValueError
-        If the percentage is not above 0 and at most 100, or there are no cells.
-    """
+    """Cells in a subset: the percentage of `n_cells`, rounded to the nearest, at least one."""
     if not 0 < percentage <= 100:
         raise ValueError(f"percentage {percentage} must be above 0 and at most 100.")
     if n_cells < 1:
@@ -39,26 +34,7 @@ def subset_size(n_cells: int, percentage: float) -> int:
 
 
 def random(n_cells: int, percentage: float, *, seed: Seed) -> np.ndarray:
-    """Uniform sample without replacement.
-
-    Parameters
-    ----------
-    n_cells
-        Size of the corpus.
-    percentage
-        Of the corpus, above 0 and at most 100.
-    seed
-        Of the sample.
-
-    Returns
-    -------
-    rows, sorted int64, no repeats.
-
-    Raises
-    ------
-    ValueError
-        From `subset_size`.
-    """
+    """Uniform sample without replacement."""
     size = subset_size(n_cells, percentage)
     return np.sort(np.random.default_rng(seed).permutation(n_cells)[:size])
 
@@ -68,26 +44,8 @@ def celltype_reweighted(cell_type: np.ndarray | pd.Categorical, percentage: floa
 
     Types with fewer cells than an equal share are taken whole, and what they leave is shared among the others
     (water-filling), as in the original study's cell-type re-weighting. Unlike there, the budget is met exactly: a
-    remainder of fewer cells than types goes to types drawn by the seed.
-
-    Parameters
-    ----------
-    cell_type
-        (n_cells,) type of each cell of the corpus, or any other label, such as its cluster. A categorical is read
-        as it is, which spares an array of strings its memory.
-    percentage
-        Of the corpus, above 0 and at most 100.
-    seed
-        Of the remainder and of the cells within each type.
-
-    Returns
-    -------
-    rows, sorted int64, no repeats.
-
-    Raises
-    ------
-    ValueError
-        From `subset_size`, or if a cell has no type.
+    remainder of fewer cells than types goes to types drawn by the seed. Any label does, such as a cluster; a
+    categorical is read as it is, which spares an array of strings its memory. Raises ValueError if a cell has no type.
     """
     size = subset_size(len(cell_type), percentage)
     return _evenly(_codes(cell_type, "cell type"), size, seed)
@@ -96,37 +54,17 @@ def celltype_reweighted(cell_type: np.ndarray | pd.Categorical, percentage: floa
 def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_boxes: int | None = None) -> np.ndarray:
     """As equal a number of cells from every occupied box of a grid as possible (Hie et al. 2019).
 
-    The range of each principal component is cut into intervals of one common length, such that `n_boxes` of the
-    boxes hold cells. Boxes are of equal volume, so dense regions of expression space give fewer of their cells
-    than sparse ones: rare states are kept without knowing any label.
+    The range of each principal component of `X_pca` (n_cells, n_components) is cut into intervals of one common length,
+    such that 90 to 100 % of `n_boxes` boxes hold cells, where the scores allow: by default 1 % of the cells, as in the
+    original study. Boxes are of equal volume, so dense regions of expression space give fewer of their cells than
+    sparse ones: rare states are kept without knowing any label. Raises ValueError if scores are not finite.
 
     geosketch, the authors' package, begins each interval at the first cell that lies past the last one, where ours lie
     end to end from the lowest score; and it holds one list of cells a box, where ours are rounds of one sort, so that
     sketches of one seed are nested. Both visit the boxes in rounds, a cell from each that has any left.
 
-    Scores are read in blocks, once for each of the five to ten lengths tried, and all else takes about 45 bytes a
-    cell: a memory map will do.
-
-    Parameters
-    ----------
-    X_pca
-        (n_cells, n_components) principal component scores of the corpus.
-    percentage
-        Of the corpus, above 0 and at most 100.
-    seed
-        Of the cells within each box, and of the boxes that give one more.
-    n_boxes
-        Occupied boxes: 90 to 100 % of this number, where the scores allow, so that a sketch of as many cells has one
-        of every box. By default 1 % of the cells, as in the original study.
-
-    Returns
-    -------
-    rows, sorted int64, no repeats.
-
-    Raises
-    ------
-    ValueError
-        From `subset_size`, or if the scores are not finite.
+    Scores are read in blocks, once for each of the five to ten lengths tried, and all else takes about 45 bytes a cell:
+    a memory map will do.
     """
     size = subset_size(len(X_pca), percentage)
     return _evenly(_occupied_boxes(X_pca, n_boxes or max(1, len(X_pca) // 100)), size, seed)
@@ -135,26 +73,8 @@ def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_b
 def spike_in(n_train: int, n_perturbed: int, percentage: float, *, seed: Seed) -> tuple[np.ndarray, np.ndarray]:
     """Replace a percentage of the training cells by perturbed cells; the number of cells stays.
 
-    Parameters
-    ----------
-    n_train
-        Training cells, perturbed ones not among them.
-    n_perturbed
-        Perturbed cells to draw from.
-    percentage
-        Of the training cells that are replaced, above 0 and below 100.
-    seed
-        Of both draws.
-
-    Returns
-    -------
-    kept rows of the training cells and rows of the perturbed cells, each sorted int64 without repeats, `n_train`
-    together.
-
-    Raises
-    ------
-    ValueError
-        From `subset_size`, if no training cell would be left, or if there are too few perturbed cells.
+    Returns the kept rows of the training cells, of which there are `n_train` without perturbed ones, and the rows of
+    the perturbed cells. Raises ValueError if no training cell would be left, or if there are too few perturbed cells.
     """
     size = subset_size(n_train, percentage)
     if size == n_train:
@@ -171,29 +91,12 @@ def spike_in(n_train: int, n_perturbed: int, percentage: float, *, seed: Seed) -
 
 
 def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> np.ndarray:
-    """Divide cells into parts of exact size that each hold every label in proportion.
+    """Part of each cell, (n_cells,) int64, where parts of exact size each hold every label in proportion.
 
-    Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it
-    has each label in proportion to within one cell. The next part takes from what is left, so with more than two
-    parts it is two cells. Rare labels are no obstacle: where there are fewer cells than parts, chance decides.
-
-    Parameters
-    ----------
-    labels
-        (n_cells,) the label of each cell.
-    shares
-        Sizes of the parts; they must add up to 1.
-    seed
-        Of the order and of where each part begins to count.
-
-    Returns
-    -------
-    (n_cells,) int64, the part of each cell.
-
-    Raises
-    ------
-    ValueError
-        If the shares are negative or do not add up to 1.
+    Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it has
+    each label in proportion to within one cell. The next part takes from what is left, so with more than two parts it
+    is two cells. Rare labels are no obstacle: where there are fewer cells than parts, chance decides. `shares` are the
+    parts' sizes; raises ValueError if one is negative or they do not add up to 1.
     """
     _check_shares(shares)
     rng = np.random.default_rng(seed)
@@ -208,29 +111,13 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
 
 
 def split_by_group(groups: np.ndarray | pd.Categorical, shares: list[float], *, seed: Seed) -> np.ndarray:
-    """Divide cells into parts by whole groups, such as donors, so that no group is in two parts.
+    """Part of each cell, (n_cells,) int64, where parts consist of whole groups, such as donors.
 
     Groups are dealt out in random order, each to the part that lacks most of its cells. Of `ORDERS` orders the one
     counts that leaves the least largest gap between a part's size and its share. So sizes are near to the shares, and
-    in any case exceed them by less than one group; `stratified_split` meets them exactly, but parts donors.
-
-    Parameters
-    ----------
-    groups
-        (n_cells,) group of each cell.
-    shares
-        Sizes of the parts; they must add up to 1.
-    seed
-        Of the orders.
-
-    Returns
-    -------
-    (n_cells,) int64, the part of each cell; every part with a share has a group at least.
-
-    Raises
-    ------
-    ValueError
-        If the shares are negative or do not add up to 1, there are fewer groups than parts, or a cell has no group.
+    in any case exceed them by less than one group; `stratified_split` meets them exactly, but parts donors. Every part
+    with a share has a group at least. Raises ValueError as `stratified_split`, and if there are fewer groups than parts
+    or a cell has no group.
     """
     _check_shares(shares)
     group = _codes(groups, "group")

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from datawall.cells import corpus, ontology
 from datawall.cells.cellstore import CELLS_AT_ONCE
-from datawall.engine import paths, store
+from datawall.engine import disk, paths, store
 
 ONTOLOGY = paths.PACKAGE_DATA / "cell_types.obo"  # a tree over scTab's cell types, also for SCimilarity's `ontology`
 COMPOSITION = paths.PACKAGE_DATA / "sctab_cell_types.csv"  # cells of each type in scTab's test split
@@ -118,7 +118,7 @@ class Truth:
         for name in ("types", "programmes", "donors"):
             table = getattr(self, name).reset_index().astype(object)
             tables[name] = table.where(table.notna(), None).to_dict("list")
-        store.write_json(folder / "truth.json", {"atlas": self.atlas.model_dump(), **tables})
+        disk.write_json(folder / "truth.json", {"atlas": self.atlas.model_dump(), **tables})
         arrays = {name: getattr(self, name) for name in ("weights", "donor_share", "capture")}
         arrays |= {"genes": self.genes.index.to_numpy(str), "theta": self.genes["theta"].to_numpy()}
         arrays["loadings"] = self.loadings.astype(np.float32)
@@ -297,24 +297,8 @@ def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData
     """All cells of an atlas, a block at a time; memory does not grow with the number of cells.
 
     The cells come out the same however they are cut into blocks, since each run of `CHUNK` cells has a random generator
-    of its own, seeded by the atlas and the run's number.
-
-    Parameters
-    ----------
-    atlas
-        The settings.
-    block_size
-        Cells in a block, at least one; the last may have fewer.
-
-    Yields
-    ------
-    AnnData with int32 CSR counts, `obs` with cell_type, donor_id, dataset_id, assay and condition (ctrl or treated) as
-    categoricals, and one `var` for all blocks: `feature_name` by Ensembl id.
-
-    Raises
-    ------
-    ValueError
-        If a block would have no cells.
+    of its own, seeded by the atlas and the run's number. Counts are int32; `obs` has cell_type, donor_id, dataset_id,
+    assay and condition (ctrl or treated), and `var` is one for all blocks: `feature_name` by Ensembl id.
     """
     if block_size < 1:
         raise ValueError(f"block_size {block_size} must be at least 1.")
@@ -325,7 +309,7 @@ def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData
 
 def identity(atlas: Atlas) -> store.Record:
     """What fixes the content of an atlas, as JSON values: its settings and the facts that it is made from."""
-    files = {path.name: store.file_sha256(path) for path in (COMPOSITION, ONTOLOGY)}
+    files = {path.name: disk.file_sha256(path) for path in (COMPOSITION, ONTOLOGY)}
     return {"simulated": atlas.model_dump(), **files}
 
 
@@ -342,13 +326,7 @@ def cells_named(name: str) -> range | None:
 
 
 class Cells:
-    """The cells that follow from a truth; any of them can be made alone.
-
-    Parameters
-    ----------
-    planted
-        The truth.
-    """
+    """The cells that follow from a truth; any of them can be made alone."""
 
     def __init__(self, planted: Truth) -> None:
         atlas, kind = planted.atlas, planted.programmes["kind"].to_numpy()

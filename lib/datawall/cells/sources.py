@@ -64,21 +64,8 @@ class _File:
 class Source:
     """Files opened as one corpus; made by `open_source`.
 
-    Attributes
-    ----------
-    var
-        The genes that at least one file has, by Ensembl id in the gene table's order, with `feature_name`. A gene that
-        a file lacks is zero there.
-    n_cells
-        In the files; blocks have fewer where cells are dropped.
-    matches
-        A `GeneMatch` for each file.
-    labels
-        The labels of each role over all files, sorted: the categories of every block's columns.
-    notes
-        What a reader should know of the files: where counts and names of genes are, odd labels.
-    report
-        A `Report`, from the end of an iteration on; None before.
+    A gene that a file lacks is zero there. `blocks` have fewer than `n_cells` where cells are dropped; `report` is
+    there once they have come to their end.
     """
 
     def __init__(
@@ -103,17 +90,8 @@ class Source:
 
         Cells without a count in any gene of `var` are dropped, then those that a filter refuses, then those whose
         counts in `shared_genes` equal an earlier cell's (see `duplicates.cell_hashes`). `obs` has a column for each
-        role, and `n_genes`, `n_counts` and `mito_share`, all of the genes in `var`.
-
-        Parameters
-        ----------
-        block_size
-            Cells read at once, and the most in a block.
-
-        Raises
-        ------
-        CorpusError
-            If a file is damaged or holds what is no count, wherever in it that is; or if no cell is left.
+        role, and `n_genes`, `n_counts` and `mito_share`, all of the genes in `var`. Raises CorpusError if a file is
+        damaged or holds what is no count, wherever in it that is; or if no cell is left.
         """
         tally, seen = _Tally([file.name for file in self._files]), SeenCells()
         with tqdm(total=self.n_cells, desc="reading cells", unit="cell", leave=False, delay=5) as bar:
@@ -177,12 +155,7 @@ class Source:
 def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
     """Quality of cells: n_genes (expressed), n_counts (their sum) and mito_share (0 to 1), (n_cells,) each.
 
-    Parameters
-    ----------
-    counts
-        (n_cells, n_genes) raw counts without stored zeros.
-    var
-        The genes, with `feature_name`.
+    `counts` are without stored zeros; `var` has the genes' symbols as `feature_name`.
     """
     n_counts = np.asarray(counts.sum(axis=1)).ravel()
     mitochondrial = var["feature_name"].str.startswith("MT-").to_numpy()
@@ -218,23 +191,12 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     `Source.blocks` checks every value of it. Matrices stored by column (CSC) work, at the price of reading them once
     for every 67 million counts. Nothing else is read, so that what else is in a file does no harm.
 
-    Cells are named as in their file, and with the file's name before that where there are several files.
+    `columns` names the column of `obs` for each role (`cell_type`, `donor_id`, `batch`, …); where files differ, a
+    mapping from the file's name to its column. A file is called by its stem, and by its folder too where stems are the
+    same; `dataset_id` is that name unless it is given, and cells have it before their own where there are several
+    files.
 
-    Parameters
-    ----------
-    paths
-        Files that end in `.h5ad` or `.zarr`. A file is called by its stem, and by its folder too where stems are the
-        same.
-    columns
-        Column of `obs` for each role (`cell_type`, `donor_id`, `batch`, …); where files differ, a mapping from the
-        file's name to its column. `dataset_id` is the file's name unless it is given.
-    options
-        Thresholds and filters.
-
-    Raises
-    ------
-    CorpusError
-        If a file cannot be read or breaks a rule.
+    Raises CorpusError if a file cannot be read or breaks a rule.
     """
     options = options or Options()
     paths = [Path(path) for path in paths]

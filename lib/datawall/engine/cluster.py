@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from datawall.engine import paths, store
+from datawall.engine import code, disk, paths
 from datawall.engine.processes import Ended, Need, Unit, Work, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def _mark(study: Work) -> Iterator[Path | None]:
     folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
     try:
-        with store.held(mark):
+        with disk.mark_in_use(mark):
             yield mark
     finally:
         mark.unlink(missing_ok=True)
@@ -240,7 +240,7 @@ def _beside(
     here = socket.gethostname()
     if mark and not mark.exists():
         raise RuntimeError(f"{here} does not see {mark.parent}; keep run folders on storage that all workers share.")
-    if other := store.differing(software, _software()):
+    if other := code.differing(software, _software()):
         raise RuntimeError(f"{here} has other code or versions, in {paths.LIBRARY}: {other}; install the same.")
     with _devices(n_gpus) as devices:
         worker = _rested(devices) or Worker(devices)
@@ -305,4 +305,4 @@ def _software() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(paths.LIBRARY.rglob("*.py")):
         digest.update(path.read_bytes())
-    return {**store.versions(), "datawall": digest.hexdigest()[:8]}
+    return {**code.versions(), "datawall": digest.hexdigest()[:8]}

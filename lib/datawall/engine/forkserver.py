@@ -10,6 +10,7 @@ scratch, with the same results.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -27,8 +28,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens, or "off"
-# Beside the library; not matplotlib's inline backend, which looks for its shell once, when it is imported.
-FIRST = ("ipykernel.kernelapp",)
 # Of use to some stages only, none of them the first.
 WHEN_IDLE = ("torch._dynamo", "annbatch", "sklearn.neighbors", "scanpy", "umap", "statsmodels.api")
 GRACE = 5.0  # seconds in which a process that is told to end may end by itself
@@ -74,12 +73,14 @@ def serve(number: int) -> None:
     """Be the fork server: import, then fork for whoever connects to a listening socket, until stdin is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    from datawall.engine import store
+    import ipykernel.kernelapp  # noqa: F401 - not matplotlib's backend for it, which looks for its shell when imported
+
+    from datawall.engine import code
 
     # All of the library, so that no fork imports a module that was edited since, under the key of what it was then.
-    for name in (*FIRST, *store.MODULES):
+    for name in code.MODULES:
         import_module(name)
-    store.code_key()  # hashes that every fork would take a second for
+    code.code_key()  # hashes that every fork would take a second for
     later = list(WHEN_IDLE)
     with _socket(number) as listener:
         while True:
@@ -92,6 +93,7 @@ def serve(number: int) -> None:
                 continue
             connection, _ = listener.accept()
             with connection:
+                gc.freeze()  # a collection in a fork would walk, and so copy, all that is imported here
                 if os.fork() == 0:
                     listener.close()
                     _guard(connection)

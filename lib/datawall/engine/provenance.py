@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from datawall.engine import store
+from datawall.engine import disk, store
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Made:
 def read(folder: Path) -> dict[str, Made]:
     """The artifacts of a store, by key; those whose manifest is missing or damaged are left out."""
     found = {}
-    for path in sorted(folder.glob(f"*/[!.]*/{store.MANIFEST}")):
+    for path in sorted(folder.glob(f"*/[!.]*/{disk.MANIFEST}")):
         try:
             given = store.read_manifest(path.parent)
             n_bytes = path.stat().st_size + sum((path.parent / name).stat().st_size for name in given["files"])

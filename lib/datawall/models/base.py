@@ -16,7 +16,7 @@ from torch import nn
 
 from datawall.cells import expression
 from datawall.cells.cellstore import Cells
-from datawall.engine import store
+from datawall.engine import disk
 from datawall.models import streaming, training
 from datawall.models.hyperparameters import Hyperparameters, check
 
@@ -260,7 +260,7 @@ def write(folder: Path, family: str, hyperparameters: Hyperparameters, tensors: 
     """Write a model's hyper-parameters and arrays."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / TENSORS)
-    store.write_json(folder / CONFIG, {"family": family, "hyperparameters": hyperparameters.model_dump()})
+    disk.write_json(folder / CONFIG, {"family": family, "hyperparameters": hyperparameters.model_dump()})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

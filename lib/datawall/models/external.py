@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from datawall.cells.backed import CellFile
-from datawall.engine import paths, store
+from datawall.engine import disk, paths
 
 METHODS = ("fit", "untrained", "embed", "save", "load")  # of `models.base.Model`
 
@@ -72,7 +72,7 @@ def version(model: str) -> str:
     packages beside it that this one imports, and so on. What is found by other means or installed does not count.
     """
     root, files, _ = _sources(model)
-    listing = "\n".join(f"{path.relative_to(root).as_posix()} {store.file_sha256(path)}" for path in sorted(files))
+    listing = "\n".join(f"{path.relative_to(root).as_posix()} {disk.file_sha256(path)}" for path in sorted(files))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

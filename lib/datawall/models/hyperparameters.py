@@ -24,6 +24,8 @@ from pydantic import (
 
 from datawall.models import external
 
+IN_NO_KEY = "models are told apart by their values, which are in the records"  # see `engine.code`
+
 # How schedules are counted: in steps, so that they are the same for every subset, or in passes over it. Passes give the
 # original's KL warm-up (scVI) and decay of the rate (SSL), not its early stopping (patience of 45 and 30 passes).
 type Schedule = Literal["steps", "epochs"]

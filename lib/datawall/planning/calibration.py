@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datawall.cells import datasets, simulate
-from datawall.engine import processes, store
+from datawall.engine import disk, processes
 from datawall.engine.store import Artifact, Record
 from datawall.models import hyperparameters, training
 from datawall.study import curation, evaluation, scoring
@@ -51,7 +51,7 @@ def calibrate(p: Params) -> Path:
     processes.use_one_thread()
     path = calibration_file(p.study)
     with tempfile.TemporaryDirectory(prefix="datawall-") as folder:
-        store.write_json(path, _measure(p, Path(folder)))
+        disk.write_json(path, _measure(p, Path(folder)))
     return path
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from dask.system import CPU_COUNT
 
 from datawall.analysis import power
-from datawall.engine import processes, provenance, store
+from datawall.engine import code, processes, provenance
 from datawall.engine.processes import Need
 from datawall.study import evaluation
 from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
@@ -197,10 +197,10 @@ def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
         unit = study.model_unit(item) if isinstance(item, Run) else evaluation.evaluation_unit(study, item)
         if unit.key in made:
             theirs = {**made[unit.key].made["versions"], "datawall": here["datawall"]}  # whose code is in the keys
-            otherwise.update(filter(None, [store.differing(theirs, here)]))
+            otherwise.update(filter(None, [code.differing(theirs, here)]))
         return unit.key not in made
 
-    here = store.versions()
+    here = code.versions()
     left = {
         stage.name: stage.computing_seconds(workers(study))
         for stage in stages(study, study.costs, missing)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from datawall.cells import datasets, sampling
-from datawall.engine import paths, store
+from datawall.engine import disk, paths
 from datawall.planning import inspection
 from datawall.planning.inspection import Looked
 from datawall.study import params
@@ -112,7 +112,7 @@ def new(
     if settings:
         text = _with(text, settings)
     params.check(params.from_yaml(text), path.name)
-    store.write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    disk.write_text(path, text)
     return path
 
 

@@ -24,7 +24,7 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import results, verdicts
 from datawall.analysis.results import select
-from datawall.engine import paths, provenance, store
+from datawall.engine import disk, paths, provenance
 from datawall.engine.provenance import Made
 from datawall.planning import plan as planning
 from datawall.reading import labels, notebooks
@@ -140,7 +140,7 @@ class Site:
     def write(self) -> Path:
         """Write the pages into the folder of the run; returns the path of the first."""
         folder = self.study.folder / "report"
-        with store.naming(folder), store.temporary_folder(folder.parent) as scratch:
+        with disk.name_disk_errors(folder), disk.temporary_folder(folder.parent) as scratch:
             for name, page in self.pages():
                 (scratch / name).parent.mkdir(exist_ok=True)
                 (scratch / name).write_text(page, encoding="utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datawall.analysis import results
-from datawall.engine import provenance, store
+from datawall.engine import code, provenance, store
 from datawall.engine.provenance import Made
 
 
@@ -62,7 +62,7 @@ def _wrong(place: Path) -> list[str]:
     made = store.read_manifest(place)
     if (place.parent.name, place.name) != (made["kind"], made["key"]):
         return [f"it is {made['kind']} {made['key']}, in the place of another"]
-    if store.key_of(made["kind"], made["record"], made["code"]) != made["key"]:
+    if code.key_of(made["kind"], made["record"], made["code"]) != made["key"]:
         return ["its key is not that of its record"]
     return []
 
@@ -136,7 +136,7 @@ def _changed(one: Made) -> list[str]:
     """Modules whose code is no longer what made an artifact."""
 
     def same(name: str, before: str) -> bool:
-        return name.partition(":")[0] in store.SOURCES and store.code_version(name) == before
+        return name.partition(":")[0] in code.SOURCES and code.code_version(name) == before
 
     return [name for name, before in one.code.items() if not same(name, before)]
 

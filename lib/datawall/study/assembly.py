@@ -25,7 +25,7 @@ from datawall.cells import (
     sources,
 )
 from datawall.cells.cellstore import Cells
-from datawall.engine import store
+from datawall.engine import disk, store
 from datawall.study.params import EvaluationSet, Params
 
 SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
@@ -79,7 +79,7 @@ def make_corpus(p: Params, folder: Path) -> None:
     if p.simulation is not None:
         simulate.truth(p.simulation).write(folder)
     for name in reports.keys() & {"genes", "spike_in_genes", "notes"}:
-        store.write_json(folder / f"{name}.json", reports.pop(name))
+        disk.write_json(folder / f"{name}.json", reports.pop(name))
     for table, rows in reports.items():
         rows.to_parquet(folder / f"report_{table}.parquet", index=False)
     cells = cellstore.open(folder / cellstore.NAME)
@@ -273,8 +273,8 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
     aligned.write_h5ad(folder / "cells.h5ad", compression="lzf")
     measured = var.index.isin(genes.pop("measured"))
     np.save(folder / "measured.npy", measured)
-    store.write_json(folder / "genes.json", genes)
-    store.write_json(folder / "notes.json", notes)
+    disk.write_json(folder / "genes.json", genes)
+    disk.write_json(folder / "notes.json", notes)
 
 
 def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, dict[str, Any], list[str]]:

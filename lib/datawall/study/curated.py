@@ -15,12 +15,12 @@ import pandas as pd
 
 from datawall.cells import cellstore, datasets, duplicates, expression, sampling
 from datawall.cells.cellstore import Cells
-from datawall.engine import store
+from datawall.engine import code, store
 from datawall.engine.store import Artifact, Unit
 from datawall.study import assembly, joining
 from datawall.study.params import Params
 
-HERE = store.module_name(__name__)
+HERE, ASSEMBLY = map(code.module_name, (__name__, assembly.__name__))
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 
@@ -93,7 +93,7 @@ class Curated:
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""
-        return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact",))
+        return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact", ASSEMBLY))
 
     @cached_property
     def split_unit(self) -> Unit:
@@ -102,7 +102,7 @@ class Curated:
         drop = [self.contamination_unit(one.dataset).key for one in p.evaluation] if p.drop_contaminated else []
         drawn = {"held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
         record = {"corpus": self.corpus_unit.key, **drawn, "drop": drop}
-        return Unit("split", record, (f"{HERE}:_make_split",))
+        return Unit("split", record, (f"{HERE}:_make_split", ASSEMBLY))
 
     @cache  # noqa: B019 - every key asks for it, and a folder's files take long to look through
     def dataset_unit(self, name: str) -> Unit:
@@ -117,13 +117,13 @@ class Curated:
             "columns": assembly.dataset_columns(p, name),
             "labels": p.labels,
         }
-        return Unit("dataset", record, (f"{HERE}:dataset_artifact",))
+        return Unit("dataset", record, (f"{HERE}:dataset_artifact", ASSEMBLY))
 
     def contamination_unit(self, name: str) -> Unit:
         """What an evaluation data set shares with the corpus; held-out cells, with those that are pretrained on."""
         within = self.split_unit if name == self.held_out_name else self.corpus_unit
         record = {"dataset": self.dataset_unit(name).key, "cells": within.key}
-        return Unit("contamination", record, (f"{HERE}:contamination",))
+        return Unit("contamination", record, (f"{HERE}:contamination", ASSEMBLY))
 
     @cached_property
     def corpus_artifact(self) -> Artifact:

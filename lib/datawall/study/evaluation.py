@@ -14,10 +14,10 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
-from datawall.engine import cluster, store
+from datawall.engine import cluster, code, disk
 from datawall.engine.store import Artifact, Unit
 from datawall.models import external
-from datawall.study import curated, curation, scoring
+from datawall.study import curated, curation, joining, scoring
 from datawall.study.curated import Subset
 from datawall.study.params import Embedding
 from datawall.study.scoring import BASELINES
@@ -121,7 +121,7 @@ def grow(study: Study) -> pd.DataFrame:
     while wanted:
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
-        store.write_json(study.chosen_path, chosen)
+        disk.write_json(study.chosen_path, chosen)
         study.pretrain()
         scores = {task: _scores(evaluate(study, task), tasks.HEADLINE[task]) for task in scored}
         for key, runs in list(wanted.items()):
@@ -195,6 +195,23 @@ def second_opinion(study: Study) -> pd.DataFrame:
         of = _source_columns(study, one.source) | {"ours": by_ours, "authors": by_theirs, "judged": judged}
         table.append({key: value for key, value in of.items() if key != "budget"})
     return pd.DataFrame(table)
+
+
+def right_cells(study: Study) -> pd.Series:
+    """Which cells zero-shot classification names right: a share of the splits by cell for each, (n_cells,) arrays.
+
+    By dataset, model, strategy, percentage and seed; for `results.against_baselines`.
+    """
+    right, keys = {}, ["dataset", "model", "strategy", "percentage", "seed"]
+    for one in evaluations(study, "zeroshot_classification"):
+        source = {"dataset": one.dataset, **_source_columns(study, one.source)}
+        if source.get("budget", 1) == 1:
+            labels = study.dataset(one.dataset).obs["cell_type"].to_numpy().astype(str)
+            with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
+                splits = [split for split in predicted if not split.startswith(results.DONORS)] or list(predicted)
+                shares = np.mean([predicted[split] == labels for split in splits], axis=0)
+            right[tuple(source[key] for key in keys)] = shares
+    return pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=keys), dtype=object).sort_index()
 
 
 def scope(study: Study, *tasks_told: str) -> str:
@@ -276,8 +293,9 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
 
 def makers(task: str) -> tuple[str, ...]:
     """What makes the metrics of a task: what feeds it, and its own module."""
-    genes = (f"{store.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
-    return f"{store.module_name(__name__)}:make", f"tasks/{tasks.TASKS[task].module}", *genes
+    genes = (f"{code.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
+    feeding = map(code.module_name, (scoring.__name__, joining.__name__))
+    return f"{code.module_name(__name__)}:make", *feeding, f"tasks/{tasks.TASKS[task].module}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
@@ -288,7 +306,7 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
 
     def write(folder: Path) -> None:
         splits = dict(scoring.score(study, evaluation))
-        store.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
+        disk.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
         called = {split: metrics.predicted for split, metrics in splits.items() if metrics.predicted is not None}
         if called:
             np.savez_compressed(folder / "predicted.npz", **{split: of.astype(str) for split, of in called.items()})

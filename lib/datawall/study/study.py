@@ -22,7 +22,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from datawall.engine import cluster, paths, store
+from datawall.engine import cluster, code, disk, paths
 from datawall.engine.processes import visible_gpus
 from datawall.engine.store import Artifact, Unit
 from datawall.models import external, hyperparameters
@@ -33,7 +33,7 @@ from datawall.study.params import Embedding
 from datawall.study.units import Layout, Run, Source
 from datawall.tasks import baselines
 
-HERE = store.module_name(__name__)
+HERE = code.module_name(__name__)
 FILES = {
     "PretrainedPCA": "models/pca",
     "scVI": "models/scvi",
@@ -45,14 +45,14 @@ FILES = {
 
 def _makers(family: str) -> tuple[str, ...]:
     """Modules that make a family's models and embeddings; a user's own model may build on any family."""
-    own = store.module_name(external.__name__), *FILES.values()
+    own = code.module_name(external.__name__), *FILES.values()
     return own if external.is_external(family) else (FILES[family],)
 
 
 @cache
 def _file_sha256(path: Path, mtime_ns: int) -> str:
     """Hash of a file of embeddings, which many units name, as last modified."""
-    return store.file_sha256(path)
+    return disk.file_sha256(path)
 
 
 def open_study(study: str, **overrides: Any) -> Study:
@@ -94,7 +94,7 @@ class Study(Curated):
     def write_params(self) -> None:
         """Write the study, complete with defaults, into its run folder, where it can be opened again."""
         text = params.to_yaml(self.params.model_dump())
-        store.write_atomically(self.folder / "study.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        disk.write_text(self.folder / "study.yaml", text)
 
     @cached_property
     def costs(self) -> Costs:
@@ -145,7 +145,7 @@ class Study(Curated):
             "seed": run.subset.seed,
         }
         if ontology := record["hyperparameters"].get("ontology"):
-            record["ontology"] = store.file_sha256(paths.located(ontology))
+            record["ontology"] = disk.file_sha256(paths.located(ontology))
         if external.is_external(run.model):
             record["source"] = external.version(run.model)
         if run.subset.strategy == "untrained":
@@ -299,7 +299,7 @@ class Study(Curated):
         if isinstance(source, Embedding):
             path = external.embeddings_file(source.file)
             file = {"file": _file_sha256(path, path.stat().st_mtime_ns), "key": source.obsm_key}
-            makers = f"{HERE}:embedding", store.module_name(external.__name__)
+            makers = f"{HERE}:embedding", code.module_name(external.__name__)
             return Unit("embedding", {**file, **data}, makers)
         return Unit("embedding", {"baseline": source, **data}, (f"{HERE}:embedding",))
 
@@ -355,7 +355,7 @@ class Study(Curated):
                 model.embed(counts)
                 seconds.append(time.perf_counter() - begin)
             per_thousand = float(np.median(seconds)) * 1000 / counts.shape[0]
-            store.write_json(folder / "seconds.json", {"n_cells": counts.shape[0], "seconds": per_thousand})
+            disk.write_json(folder / "seconds.json", {"n_cells": counts.shape[0], "seconds": per_thousand})
             return {"device": training.device().type}
 
         table = []

@@ -1,0 +1,109 @@
+"""What is written is there as a whole or not at all; what is half made is removed, and nothing else."""
+
+import json
+import resource
+
+import pytest
+from test_store import UNIT, write_two_files
+
+from datawall.engine import disk
+from datawall.engine.disk import MANIFEST, write_atomically, write_json
+from datawall.engine.store import Store
+
+
+def test_writing_that_fails_leaves_the_old_content(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("old")
+
+    def fail(scratch):
+        scratch.write_text("half of the n")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_that_the_disk_does_not_take_is_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^\[Errno 27\] File too large: '{tmp_path}/a\.json'$"):
+            write_json(tmp_path / "a.json", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_replaces_the_content_at_the_end(tmp_path):
+    path = tmp_path / "new folder" / "results.csv"
+    write_atomically(path, lambda scratch: scratch.write_text("old"))
+    seen = []
+    write_atomically(path, lambda scratch: (scratch.write_text("new"), seen.append(path.read_text())))
+    assert seen == ["old"]
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_keeps_key_order_and_refuses_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"z": 1, "a": [0.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"z": 1, "a": [0.5, None]}
+    assert (tmp_path / "a.json").read_text().index("z") < (tmp_path / "a.json").read_text().index("a")
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"z": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text())["z"] == 1
+
+
+A, B = 32 * "a", 16 * "b"
+LEFT = (
+    *(f".making-{A}", f".study.yaml.{A}", f".shared.{A}", f"notebooks/.01_curation.ipynb.{A}"),
+    *(f"store/model/.making-{A}", f"store/model/.making-{A}-damaged", f"checkpoints/.a.npz.{A}"),
+)
+OF_OTHERS = (
+    *(".zenodo.json", ".pre-commit-config.yaml", ".github/workflows/.a.yml", "docs/.a.b", f"docs/.a.{A}"),
+    *("study.yaml", ".making-plans", ".env.local", "notebooks/.ipynb_checkpoints/a", f"store/model/{B}/.zattrs.{A}"),
+)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    for name in (*LEFT, *OF_OTHERS):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if ".making-a" in name else path.touch()
+    with disk.reserve(tmp_path):
+        there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert not there & set(LEFT)
+    assert there >= set(OF_OTHERS)
+
+
+def test_what_is_in_use_or_finished_is_not_removed(tmp_path):
+    with disk.temporary_folder(tmp_path) as scratch, disk.reserve(tmp_path):
+        assert disk.half_made(tmp_path) == [scratch]
+    write_json(tmp_path / "a.json", {})
+    Store(tmp_path / "store").find_or_make(UNIT, write_two_files)
+    assert disk.half_made(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "names", [[], [".lock"], [".lock", LEFT[1]], ["study.yaml", "more"], [f"store/a/b/{MANIFEST}"]]
+)
+def test_folder_of_a_run_is_taken_however_early_it_was_killed(names, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    disk.check_run_folder(tmp_path)
+    disk.check_run_folder(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["a.txt", ".git", "store/b"])
+def test_folder_of_other_things_is_refused(name, tmp_path):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=rf"^{tmp_path}: neither empty nor the folder of a run .* --out"):
+        disk.check_run_folder(tmp_path)
+
+
+def test_file_is_no_run_folder(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(FileExistsError, match="/a: neither"):
+        disk.check_run_folder(tmp_path / "a")
