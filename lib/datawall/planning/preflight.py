@@ -63,11 +63,11 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     study = Study(p, Path())
     found.facts += (f"work: {line}" for line in planning.counts_in_words(study))
     if not found.errors:
-        _design(study, found)
+        _check_design(study, found)
     return found
 
 
-def _design(study: Study, found: Findings) -> None:
+def _check_design(study: Study, found: Findings) -> None:
     """Whether seeds and budgets let verdicts be reached."""
     said, enough = planning.verdicts_to_expect(study.params)
     (found.facts if enough else found.warnings).append(f"verdicts: {said}")
@@ -177,10 +177,7 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, found: Findings)
 
 
 def _subsets(p: Params, n_pretraining: int, found: Findings, n_spike_in: int | None = None) -> None:
-    """Sizes of the subsets, and whether there are cells enough to spike in.
-
-    Raises ValueError if there are not.
-    """
+    """Sizes of the subsets; raises ValueError if there are too few cells to spike in."""
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
     found.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")

@@ -24,10 +24,7 @@ LABELS = ["cell_type", "batch", "perturbation"]  # what held-out cells have in p
 
 
 def identity(p: Params) -> store.Record:
-    """What fixes the content of the corpus, as JSON values.
-
-    Raises DatasetError if a file is missing or a name unknown.
-    """
+    """What fixes the content of the corpus, as JSON values; raises DatasetError for a source that is not there."""
     if p.simulation is not None:
         source = simulate.identity(p.simulation)
     elif p.census is not None:
@@ -181,10 +178,7 @@ def clusters(cells: Cells) -> pd.Categorical:
 
 
 def held_out(p: Params, obs: pd.DataFrame) -> np.ndarray:
-    """(n_cells,) bool: which cells of the corpus are held out, told by their labels.
-
-    Raises CorpusError if whole groups are to be held out and there is but one.
-    """
+    """(n_cells,) bool: which cells of the corpus are held out; raises CorpusError for groups if there is but one."""
     shares = [1 - p.held_out, p.held_out]
     if p.split_role is None:
         strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()

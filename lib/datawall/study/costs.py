@@ -113,10 +113,7 @@ class Costs:
 
     @cached_property
     def n_cells(self) -> int:
-        """Cells of the corpus, before any is filtered out.
-
-        Raises DatasetError or CorpusError if a file is missing or not readable.
-        """
+        """Cells of the corpus, before any is filtered out; raises as `backed.CellFile` does."""
         if self.p.simulation is not None:
             return self.p.simulation.n_cells
         return SCTAB_CELLS if self.p.census is not None else sum(map(_cells_in, self.p.sources()))
@@ -152,16 +149,12 @@ class Costs:
         n_cells, source = self.cells_of_set[evaluation.dataset], evaluation.source
         seconds = self._scoring_seconds(evaluation, n_cells)
         if isinstance(source, Run) and not embedded and tasks.TASKS[evaluation.task].judges == "embeddings":
-            seconds += self.embedding_seconds(source.model, n_cells)
+            cost, scale = self.model(source.model)
+            seconds += cost["embedding"][0] + cost["embedding"][1] * scale * n_cells
         per_cell = 2 * self.size[1] * BYTES_PER_COUNT + 8 * VARIABLE_GENES
         per_cell += 4 * self.p.perturbation_genes * (evaluation.task == "perturbation_response")
         gpus = 1 if isinstance(source, Run) and self.batch_size(source.model) else 0
         return Need(gpus, BASE_GIB + n_cells * per_cell / 2**30, seconds)
-
-    def embedding_seconds(self, model: str, n_cells: int) -> float:
-        """Cells by a model."""
-        cost, scale = self.model(model)
-        return cost["embedding"][0] + cost["embedding"][1] * scale * n_cells
 
     def _scoring_seconds(self, evaluation: Evaluation, n_cells: int) -> float:
         task, source = tasks.TASKS[evaluation.task], evaluation.source

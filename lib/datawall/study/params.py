@@ -347,15 +347,8 @@ for _yaml in (_Loader, _Dumper):
 
 
 def from_yaml(text: str) -> Any:
-    """The value that a text spells.
-
-    Raises YAMLError if it spells none.
-    """
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    """The value that a text spells; raises YAMLError if it spells none."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe one
 
 
 def to_yaml(value: Any, **style: Any) -> str:
@@ -364,9 +357,9 @@ def to_yaml(value: Any, **style: Any) -> str:
 
 
 def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
-    """Read and check a study file, a YAML file whose keys are those of `Params`; `overrides` replace its values.
+    """Read and check a study file, in YAML, whose keys are those of `Params`; `overrides` replace its values.
 
-    Raises ParamsError if the file is not a YAML mapping, or a key or value is not allowed; one line per mistake.
+    Raises ParamsError, a line a mistake, if it is no mapping, or a key or value is not allowed.
     """
     try:
         values = from_yaml(path.read_text(encoding="utf-8"))
@@ -390,10 +383,7 @@ def _from_text(value: Any) -> Any:
 
 
 def check(values: dict[str, Any], source: str) -> Params:
-    """Check the values of a study; `source` names their origin in messages.
-
-    Raises ParamsError, with one line per mistake.
-    """
+    """Check the values of a study; raises ParamsError, a line a mistake, in which `source` names their origin."""
     values = {str(key): value for key, value in values.items()}
     try:
         return Params(**values)
@@ -445,6 +435,5 @@ def _nearest(key: str) -> str:
     records = {"simulation": Atlas, "census": Recipe, "also": Grid}
     records |= {"evaluation": EvaluationSet, "embeddings": Embedding, "budget_check": BudgetCheck}
     keys = records.get(within.partition(".")[0], Params).model_fields
-    if near := get_close_matches(name, keys, n=1):
-        return f"did you mean {near[0]!r}?"
-    return f"the keys are {', '.join(keys)}."
+    near = get_close_matches(name, keys, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}."

@@ -147,17 +147,16 @@ class Study(Curated):
             self._launch(run, n_gpus)
         return self._model_artifact(run, unit)
 
+    def _checkpoint(self, unit: Unit) -> Path:
+        return self.folder / "checkpoints" / f"{unit.key}.npz"
+
     def _model_artifact(self, run: Run, unit: Unit) -> Artifact:
-        checkpoint = self.folder / "checkpoints" / f"{unit.key}.npz"
-        artifact = self.store.find_or_make(unit, lambda folder: self._make_model(run, folder, checkpoint))
-        checkpoint.unlink(missing_ok=True)
+        artifact = self.store.find_or_make(unit, lambda folder: self._make_model(run, folder, self._checkpoint(unit)))
+        self._checkpoint(unit).unlink(missing_ok=True)
         return artifact
 
     def _launch(self, run: Run, n_processes: int) -> None:
-        """Pretrain a model in processes of `torchrun`, one per GPU.
-
-        Raises RuntimeError if they fail; what they wrote is in the output of this process.
-        """
+        """Pretrain a model in processes of `torchrun`, one per GPU; raises RuntimeError if they fail."""
         subset = run.subset
         with tempfile.TemporaryDirectory() as scratch:
             given = Path(scratch) / "given.yaml"
@@ -174,21 +173,18 @@ class Study(Curated):
         """Pretrain one model in the processes that `torchrun` started; the first of them stores it."""
         import torch.distributed as dist
 
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank, unit = dist.get_rank() if dist.is_initialized() else 0, self.model_unit(run)
         if rank > 0:
             dist.barrier()  # the first process makes the corpus and the subset
         self.rows(run.subset)
-        found = self.store.find(self.model_unit(run))
+        found = self.store.find(unit)
         if rank == 0 and dist.is_initialized():
             dist.barrier()
-        if found:
-            return
         if rank == 0:
-            self._model_artifact(run, self.model_unit(run))
-        else:
-            checkpoint = self.folder / "checkpoints" / f"{self.model_unit(run).key}.npz"
+            self._model_artifact(run, unit)
+        elif not found:
             with tempfile.TemporaryDirectory() as folder:
-                self._make_model(run, Path(folder), checkpoint)
+                self._make_model(run, Path(folder), self._checkpoint(unit))
 
     def model(self, run: Run) -> Any:
         """A pretrained model (see `models.Model`)."""
@@ -253,16 +249,16 @@ class Study(Curated):
 
     def embedding_unit(self, source: Source, dataset: str) -> Unit:
         """Embedding of a data set: by a pretrained model, from a file, or by a baseline fitted to the data set."""
-        data = {"dataset": self.dataset_unit(dataset).key}
+        makers = ()
         if isinstance(source, Run):
-            makers = _makers(self.params.specs[source.model])
-            return Unit("embedding", {"model": self.model_unit(source).key, **data}, (f"{HERE}:embedding", *makers))
-        if isinstance(source, Embedding):
-            path = external.embeddings_file(source.file)
-            file = {"file": _file_sha256(path, path.stat().st_mtime_ns), "key": source.obsm_key}
-            makers = f"{HERE}:embedding", code.module_name(external.__name__)
-            return Unit("embedding", {**file, **data}, makers)
-        return Unit("embedding", {"baseline": source, **data}, (f"{HERE}:embedding",))
+            record, makers = {"model": self.model_unit(source).key}, _makers(self.params.specs[source.model])
+        elif isinstance(source, Embedding):
+            path, makers = external.embeddings_file(source.file), (code.module_name(external.__name__),)
+            record = {"file": _file_sha256(path, path.stat().st_mtime_ns), "key": source.obsm_key}
+        else:
+            record = {"baseline": source}
+        record["dataset"] = self.dataset_unit(dataset).key
+        return Unit("embedding", record, (f"{HERE}:embedding", *makers))
 
     def embedding(self, source: Source, dataset: str) -> np.ndarray:
         """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by one of `baselines.EMBEDDINGS`.
