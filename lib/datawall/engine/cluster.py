@@ -15,12 +15,13 @@ import hashlib
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 SHOWN = 20  # failed units that a message names
 WAIT = 300.0  # seconds for the first worker of a Dask cluster
-LOOK = 1.0  # seconds between looks for whether a unit is still wanted
+LOOK = 1.0  # seconds between looks for workers, and for whether a unit is still wanted
+SOON = 0.05  # seconds between looks for units that are done
 SLURM_JOBS = 8  # of a Slurm cluster, where the study does not say
 
 
@@ -87,8 +89,6 @@ def run_units[Item, Study: Work](
 
 def _on_dask(study: Work, jobs: list[Job]) -> Iterator[Ended]:
     """Do jobs on a Dask cluster, each in a process beside one of its workers' threads."""
-    from dask.distributed import as_completed
-
     p = study.params
     with _client(study, len(jobs)) as client, client.as_current(), _mark(study) as mark:
         _await_workers(client, p.executor)
@@ -100,37 +100,28 @@ def _on_dask(study: Work, jobs: list[Job]) -> Iterator[Ended]:
             options = {"resources": resources, "retries": p.retries, "priority": job.need.seconds, "pure": False}
             n_gpus = resources.get("GPU", 0) if any("GPU" in worker for worker in declared) else None
             futures[client.submit(_beside, job, p.time_limit, mark, _software(), n_gpus, **options)] = job
-        with _watched(client, p.executor):
-            for future in as_completed(list(futures)):
+        there, looked = True, time.monotonic()
+        while futures:
+            for future in [future for future in futures if future.done()]:
                 if future.status not in ("finished", "error"):
                     raise ConnectionError(
                         f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
                     )
                 raised = future.exception()
                 yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+            time.sleep(SOON)
+            if time.monotonic() > looked + LOOK:
+                there, looked = _tell_of_workers(client, p.executor, there), time.monotonic()
 
 
-@contextmanager
-def _watched(client: Client, executor: str) -> Iterator[None]:
-    """Say when the last worker has gone, and when one is there again: Dask waits in silence, and then goes on."""
-    over = Event()
-
-    def watch() -> None:
-        there = True
-        while not over.wait(LOOK):
-            with suppress(OSError, RuntimeError):  # of a scheduler that has gone, or is about to
-                if there != bool(client.scheduler_info()["workers"]):
-                    there = not there
-                    lost = "no worker is left; waiting for one, what is done is kept"
-                    log.warning("%s: %s.", executor, "a worker is there again" if there else lost)
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def _tell_of_workers(client: Client, executor: str, there: bool) -> bool:
+    """Say that the last worker has gone, or that one is there again; Dask waits in silence. Whether one is there."""
+    with suppress(OSError, RuntimeError):  # of a scheduler that has gone, as its futures will say
+        if there != bool(client.scheduler_info()["workers"]):
+            there = not there
+            lost = "no worker is left; waiting for one, what is done is kept"
+            log.warning("%s: %s.", executor, "a worker is there again" if there else lost)
+    return there
 
 
 def _await_workers(client: Client, executor: str) -> None:
