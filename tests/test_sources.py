@@ -125,18 +125,6 @@ def test_any_rows_of_a_column_stored_matrix(tmp_path, monkeypatch, seed, start, 
             assert np.array_equal(reader.rows(begin, stop).toarray(), matrix.toarray()[begin:stop])
 
 
-def test_categories_as_anndata_0_7_kept_them(tmp_path):
-    adata = toy()
-    path = write(adata, tmp_path / "old.h5ad")
-    with h5py.File(path, "r+") as file:
-        obs = file["obs"]
-        codes, categories = obs["cell_type/codes"][:], obs["cell_type/categories"][:]
-        del obs["cell_type"]
-        obs["cell_type"], obs["__categories/cell_type"] = codes, categories
-        obs["cell_type"].attrs["categories"] = obs["__categories/cell_type"].ref
-    assert_same_cells(read_all(open_source([path], LABELS)), corpus.align(adata, "a")[0])
-
-
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 def test_labels_of_every_kind_are_text(tmp_path, suffix):
     adata = toy(6)
@@ -415,14 +403,6 @@ def test_file_that_was_refused_is_closed_and_can_be_mended(tmp_path):
         open_source([path], LABELS)
     assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0, error
     path.write_bytes(sound)
-    assert read_all(open_source([path], LABELS)).n_obs == 60
-
-
-def test_uns_is_never_read(tmp_path):
-    path = write(toy(), tmp_path / "a.h5ad")
-    with h5py.File(path, "r+") as file:
-        del file["uns"]
-        file["uns"] = h5py.SoftLink("/nowhere")
     assert read_all(open_source([path], LABELS)).n_obs == 60
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from datawall.analysis.results import mean_over_splits, select
 from datawall.analysis.saturation import KEY, Curve, as_error, curves_of, pretrained
-from datawall.analysis.scaling import scale
+from datawall.analysis.scaling import ENDS, scale
 
 
 def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFrame:
@@ -29,7 +29,7 @@ def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFra
         point, drawn = scale(small, 200).predict(np.array([curve.n_cells[-1] / small.n_cells[-1]]))
         full = curve.runs[-1]
         noise = np.random.default_rng(0).standard_t(len(full) - 1, 200) * full.std(ddof=1) / len(full) ** 0.5
-        low, high = np.quantile(drawn[:, 0] + noise, [0.025, 0.975])
+        low, high = np.quantile(drawn[:, 0] + noise, ENDS)
         rows.append((*curve.key, full.mean(), small.runs[-1].mean(), float(point[0]), low, high))
     return pd.DataFrame(rows, columns=[*KEY, "error", "last", "foretold", "low", "high"])
 

@@ -115,11 +115,7 @@ def seeds_to_decide(curve: Curve, margin: float) -> int | None:
 
 
 def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = None, seed: int = 0) -> np.ndarray:
-    """Scores of made-up pretraining runs of one of `TRUTHS`, (n_curves, n_sizes, n_seeds).
-
-    Noise is normal, of the standard deviation given; by default with that over seeds of each size in one of the 20
-    published curves of zero-shot classification (random subsets, micro-F1), drawn for each simulated curve.
-    """
+    """Made-up scores of a truth, (n_curves, n_sizes, n_seeds), with the given noise or that of published curves."""
     rng = np.random.default_rng(seed)
     shown = select(published.results(), task="zeroshot_classification", strategy="random")
     spreads = np.array([[runs.std(ddof=1) for runs in curve.runs] for curve in curves_of(shown, "micro_f1")])
@@ -129,10 +125,7 @@ def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = 
 
 
 def rates(n_curves: int = 100, designs: Iterable[tuple[str, int]] = DESIGNS) -> pd.DataFrame:
-    """How often each rule sees a plateau at half of the corpus or less, by truth, noise and number of seeds.
-
-    As `judged`, with the columns truth, noise and seeds before.
-    """
+    """`judged` of every truth, noise and number of seeds of `designs`."""
     rows = []
     for noise, number in designs:
         for truth, (error, begins) in TRUTHS.items():

@@ -37,10 +37,7 @@ PBMC_SIBLINGS = (
 
 
 def annotate(
-    counts: sp.csr_matrix,
-    genes: pd.Index,
-    batches: pd.Series,
-    markers: dict[str, list[str]],
+    counts: sp.csr_matrix, genes: pd.Index, batches: pd.Series, markers: dict[str, list[str]]
 ) -> tuple[pd.Categorical, pd.DataFrame]:
     """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
 
@@ -75,16 +72,7 @@ def annotate(
     z = pd.DataFrame(_scaled_within(adata[:, every_marker].X.toarray().astype(np.float64), batch), columns=every_marker)
     scores = pd.DataFrame({name: z[given].mean(axis=1) for name, given in found.items()})
 
-    sc.tl.leiden(
-        adata,
-        resolution=RESOLUTION,
-        adjacency=neighbours,
-        use_weights=False,
-        flavor="igraph",
-        directed=False,
-        n_iterations=-1,
-        random_state=0,
-    )
+    sc.tl.leiden(adata, RESOLUTION, adjacency=neighbours, use_weights=False, flavor="igraph", directed=False)
     cluster = adata.obs["leiden"].to_numpy()
     table = scores.groupby(cluster).mean()
     table.index.name = "cluster"

@@ -110,8 +110,7 @@ def load_kang2018() -> ad.AnnData:
 def load_pbmc68k() -> ad.AnnData:
     """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference.
 
-    The source keeps log-normalised values; counts are recovered by inverting them, exactly but for rounding
-    (`rint(expm1(x) * n_counts / 1e4)`, greatest rounding error 0.08).
+    The source keeps log-normalised values; counts are recovered by inverting them (greatest rounding error 0.08).
     """
     import scanpy as sc
 
