@@ -41,19 +41,16 @@ def obo(tmp_path_factory):
 
 def simulated_obs(rng, n=600):
     choose = lambda *values: rng.choice(values, n)  # noqa: E731
-    return pd.DataFrame(
-        {
-            "is_primary_data": rng.random(n) < 0.9,
-            "dataset_id": choose("s1", "s2", "s2_x"),
-            "donor_id": choose("1", "2", "x_1"),  # s2_x + 1 and s2 + x_1 are one tech_sample by name
-            "assay": choose("10x 3' v3", "10x 5' v2", "10x 5' v1", "Smart-seq2"),
-            "cell_type": rng.choice(TYPES, n, p=[0.02, 0.05, 0.2, 0.2, 0.01, 0.3, 0.02, 0.1, 0.1]),
-            "development_stage": choose("adult", "child"),
-            "disease": choose("normal", "flu"),
-            "tissue": choose("left lung", "blood", "right lung"),
-            "tissue_general": choose("lung", "blood"),
-        }
-    )
+    columns = {
+        "is_primary_data": rng.random(n) < 0.9,
+        "dataset_id": choose("s1", "s2", "s2_x"),
+        "donor_id": choose("1", "2", "x_1"),  # s2_x + 1 and s2 + x_1 are one tech_sample by name
+        "assay": choose("10x 3' v3", "10x 5' v2", "10x 5' v1", "Smart-seq2"),
+        "cell_type": rng.choice(TYPES, n, p=[0.02, 0.05, 0.2, 0.2, 0.01, 0.3, 0.02, 0.1, 0.1]),
+    }
+    columns |= {"development_stage": choose("adult", "child"), "disease": choose("normal", "flu")}
+    columns |= {"tissue": choose("left lung", "blood", "right lung"), "tissue_general": choose("lung", "blood")}
+    return pd.DataFrame(columns)
 
 
 # The rules, in plain pandas and plain Python

@@ -13,7 +13,7 @@ import real
 import scanpy as sc
 
 from datawall.cells import datasets
-from datawall.engine import store
+from datawall.engine import disk
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_identity_reads_a_file_once_until_it_is_written_again(tmp_path, monkeypa
     content.parent.mkdir(exist_ok=True)
     content.write_bytes(b"cells")
     before, read = content.stat(), []
-    monkeypatch.setattr(store, "file_sha256", lambda path: read.append(path) or path.read_bytes().hex())
+    monkeypatch.setattr(disk, "file_sha256", lambda path: read.append(path) or path.read_bytes().hex())
     first = datasets.identity(str(path))
     assert datasets.identity(str(path)) == first
     assert read == [content]

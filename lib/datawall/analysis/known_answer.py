@@ -118,6 +118,6 @@ def rates(results: pd.DataFrame, n_seeds: Sequence[int] = (3, 5, 10), *, n_draws
         drawn = np.array([rng.choice(results["seed"].nunique(), number, replace=False) for _ in range(n_draws)])
         for pair, begins in plateaus(results).items():
             scores = runs.loc[pair].to_numpy().reshape(len(sizes), -1)[:, drawn]
-            found = power.judged(np.moveaxis(scores, 1, 0), sizes, begins, MARGIN)
-            rows.append(found.assign(pair=pair, seeds=number))
+            judged = power.judged(np.moveaxis(scores, 1, 0), sizes, begins, MARGIN)
+            rows.append(judged.assign(pair=pair, seeds=number))
     return power._ordered(rows, ["pair", "seeds"]).drop(columns="covered")

@@ -131,8 +131,8 @@ def rates(n_curves: int = 100, designs: Iterable[tuple[str, int]] = DESIGNS) -> 
         for truth, (error, begins) in TRUTHS.items():
             gain = float(error(np.array(100.0)) - error(np.array(200.0)))
             scores = simulated(truth, n_curves, number, noise=NOISES[noise])
-            found = judged(scores, SIZES, begins, MARGIN, gain=gain)
-            rows.append(found.assign(truth=truth, noise=noise, seeds=number))
+            rules = judged(scores, SIZES, begins, MARGIN, gain=gain)
+            rows.append(rules.assign(truth=truth, noise=noise, seeds=number))
     return _ordered(rows, ["truth", "noise", "seeds"])
 
 
@@ -161,21 +161,21 @@ def judged(
     def points(rule: str, runs: list[np.ndarray], limit: float | None = None) -> tuple[np.ndarray, float]:
         return saturation._points([runs], [curve], rule, limit, 1 - plan.confidence)[0], 1.0
 
-    errors = [1 - of for of in by_size]
-    settled = [settle(lambda size, seed, of=of: of[list(sizes).index(size), seed], plan) for of in scores]
-    found = {
+    errors = [1 - runs for runs in by_size]
+    settled = [settle(lambda size, seed, runs=runs: runs[list(sizes).index(size), seed], plan) for runs in scores]
+    answers = {
         "published": points("published", by_size),
         "mean": points("mean", by_size),
         "error": points("error", errors),
         "equivalence, margin 2 SD": points("equivalence", errors),
         f"equivalence, margin {margin:g}": points("equivalence", errors, margin),
-        "adaptive": (np.array([of.percentage for of in settled]), np.mean([of.share for of in settled])),
+        "adaptive": (np.array([end.percentage for end in settled]), np.mean([end.share for end in settled])),
     }
     rows = []
-    for rule, (at, runs) in found.items():
+    for rule, (at, runs) in answers.items():
         place = {"too early": (at < begins).mean(), "in place": (at == begins).mean()} if np.isfinite(begins) else {}
         rows.append({"rule": rule, "plateau": (at <= 50).mean(), **place, "runs": runs})
-    ends = np.array([_gain(Curve(curve.key, sizes, sizes, list(1 - of), borrowed=False)) for of in scores])
+    ends = np.array([_gain(Curve(curve.key, sizes, sizes, list(1 - runs), borrowed=False)) for runs in scores])
     seen = {"rule": "predicted gain", "plateau": (ends[:, 1] <= margin).mean(), "runs": 1.0}
     if gain is not None:
         seen["covered"] = ((ends[:, 0] <= gain) & (gain <= ends[:, 1])).mean()

@@ -50,9 +50,8 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if len(oracle):
         levels = oracle.set_index(["task", "dataset", "metric", "split"])["value"]
         keys = pd.MultiIndex.from_frame(scores[levels.index.names])
-        scores = scores.assign(
-            ceiling=scores["ceiling"].fillna(pd.Series(levels.reindex(keys).to_numpy(), scores.index))
-        )
+        ceiling = pd.Series(levels.reindex(keys).to_numpy(), scores.index)
+        scores = scores.assign(ceiling=scores["ceiling"].fillna(ceiling))
     return {
         "results": _sorted(scores[COLUMNS]),
         "intervals": _sorted(scores[[*RUN, "split", "value", *KNOWN]]),
@@ -232,8 +231,10 @@ def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) 
 
 def rank_correlations(both: pd.DataFrame) -> pd.Series:
     """Spearman's correlation over runs of the two columns of `loss_and_score`, by model."""
-    by_model = {model: of["explained"].corr(of["score"], method="spearman") for model, of in both.groupby("model")}
-    return pd.Series(by_model, dtype=float)
+    tables = both.groupby("model")
+    return pd.Series(
+        {name: runs["explained"].corr(runs["score"], method="spearman") for name, runs in tables}, dtype=float
+    )
 
 
 def against_baselines(

@@ -73,9 +73,7 @@ def saturation_points(
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; the rules are: {', '.join(RULES)}.")
     if lower_is_better(metric) and rule in ("published", "mean"):
-        raise ValueError(
-            f"lower {metric} is better, and the rule {rule} needs a score; use pearson_r, say, or the rule error."
-        )
+        raise ValueError(f"lower {metric} is better, and the rule {rule} needs a score; use the rule error, say.")
     if margin is not None and not (margin >= 0 and rule in ("error", "equivalence")):
         raise ValueError(f"margin {margin}: at least 0, and of the rules error and equivalence only.")
     curves = curves_of(results, metric)
@@ -168,7 +166,7 @@ def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     something else.
     """
     runs = pretrained(mean_over_splits(select(results, metric=metric)))
-    n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform(lambda of: len(of.unique()))
+    n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")
     run = [column for column in RUN if column != "dataset"]
     complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]
     return complete.groupby(run, as_index=False)["value"].mean().assign(dataset="all", split="")
@@ -275,7 +273,7 @@ def _equivalent(runs: list[Runs], curves: list[Curve], margin: float | None, alp
     adjusted = adjust(np.concatenate(p_values, axis=-1))
     ends = np.cumsum([p.shape[-1] for p in p_values])
     equivalent = np.split(adjusted <= alpha, ends[:-1], axis=-1)
-    return [np.flip(np.logical_and.accumulate(np.flip(each, -1), axis=-1), -1) for each in equivalent]
+    return [np.flip(np.logical_and.accumulate(np.flip(sizes, -1), axis=-1), -1) for sizes in equivalent]
 
 
 def _interval(drawn: np.ndarray, point: float, alpha: float) -> tuple[float, float]:

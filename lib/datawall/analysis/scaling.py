@@ -62,12 +62,11 @@ def fit(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> Fi
     for _ in range(ROUNDS):
         floor, excess, loss = _given_shape(_basis(family, n, shapes[..., None]), error, weight)
         best = loss.argmin(-1)[..., None]
-        floor, excess, loss, shape = (
-            np.take_along_axis(np.broadcast_to(each, loss.shape), best, -1) for each in (floor, excess, loss, shapes)
-        )
+        tried = (np.broadcast_to(part, loss.shape) for part in (floor, excess, loss, shapes))
+        floor, excess, loss, shape = (np.take_along_axis(part, best, -1) for part in tried)
         shapes = np.clip(shape * step ** np.linspace(-1, 1, FINE), low, high)  # between the best's neighbours
         step **= 2 / (FINE - 1)
-    return Fit(family, *(each[..., 0] for each in (floor, excess, shape, loss)))
+    return Fit(family, *(part[..., 0] for part in (floor, excess, shape, loss)))
 
 
 def _given_shape(x: np.ndarray, error: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -201,8 +201,8 @@ def find_genes(
         if len(differ) > 0.01 * both.sum():
             pairs = ((names[i], table["feature_name"].iloc[[position[i], own[i]]]) for i in differ[:3])
             examples = "; ".join(f"{row[:50]}: {' or '.join(genes)}" for row, genes in pairs)
-            of = f"{len(differ):,} of {both.sum():,} rows"
-            what = f"{first} and {name} of var name different genes in {of} ({examples})"
+            share = f"{len(differ):,} of {both.sum():,} rows"
+            what = f"{first} and {name} of var name different genes in {share} ({examples})"
             most = len(differ) > 0.5 * both.sum()
             if most and key in known:
                 raise CorpusError(f"{dataset}: {what}; take the wrong column out of the file.")

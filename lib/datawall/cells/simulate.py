@@ -179,7 +179,7 @@ def truth(atlas: Atlas) -> Truth:
     programmes = _needs(atlas, share.to_numpy()[:, None] * (weights.to_numpy() > 0) * prevalence, mean, loadings, theta)
     programmes.insert(0, "kind", kinds)
     programmes.index = pd.Index(names, name="programme")
-    parent = [next((each for each in _lineage(name)[1:] if each in carried), "") for name in share.index]
+    parent = [next((above for above in _lineage(name)[1:] if above in carried), "") for name in share.index]
     types = pd.DataFrame({"parent": parent, "share": share, "response": strength})
     donors, donor_share, capture = _donors(atlas, len(share), rng)
     return Truth(
@@ -199,7 +199,7 @@ def _carried(types: pd.Index) -> pd.DataFrame:
 def _responds(atlas: Atlas, types: pd.Index) -> pd.DataFrame:
     """Which cell types belong to each lineage that responds in this atlas, bool: columns are their programmes."""
     lineages = atlas.responsive if atlas.treated and atlas.response else []
-    belongs = {f"response of {name}": [name in _lineage(each) for each in types] for name in lineages}
+    belongs = {f"response of {name}": [name in _lineage(cell_type) for cell_type in types] for name in lineages}
     return pd.DataFrame(belongs, index=types).loc[:, lambda table: table.any()]
 
 
@@ -372,8 +372,8 @@ class Cells:
         self, programmes: np.ndarray, n_bursts: np.ndarray, donor: np.ndarray, rng: np.random.Generator
     ) -> sp.csr_matrix:
         """Counts of cells, given how many bursts of which programmes each has, (n_cells, n_slots) both."""
-        of_each, per_cell = n_bursts.ravel(), n_bursts.sum(axis=1)
-        begin, mask = (np.repeat(each[programmes].ravel(), of_each) for each in (self.begin, self.mask))
+        n_of_slot, per_cell = n_bursts.ravel(), n_bursts.sum(axis=1)
+        begin, mask = (np.repeat(table[programmes].ravel(), n_of_slot) for table in (self.begin, self.mask))
         draw = rng.integers(0, 2**32, len(begin), dtype=np.uint32)
         gene = self.table.take(begin + (draw & mask))
         captured = self.truth.capture.ravel().take(np.repeat(donor * self.n_genes, per_cell) + gene)
