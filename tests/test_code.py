@@ -96,7 +96,7 @@ def test_units_name_the_code_that_makes_them_and_none_beside_it(tmp_path):
     }
     for kind, names in expected.items():
         assert names <= made_by[kind], kind
-        beside = {"plots", "messages", "labels", "report", "results", "saturation", "planning", "cluster", "processes"}
+        beside = {"curves", "titles", "labels", "report", "results", "saturation", "planning", "cluster", "processes"}
         assert not made_by[kind] & beside, kind
     for name in FAMILIES:
         assert not made_by[name] & {"scoring", "classification", "uncertainty", "baselines"}, name

@@ -318,7 +318,7 @@ def test_geneformer_reads_the_most_variable_genes_only():
     counts, _ = simulated()
     model = fitted("Geneformer", n_genes=60)
     assert len(model.genes) == len(model.medians) == 60
-    assert model.encoder.config.vocab_size == 62
+    assert model.module.config.vocab_size == 62
     assert (np.diff(model.genes) > 0).all()
     others = counts.toarray()
     others[:, np.setdiff1d(np.arange(N_GENES), model.genes)] = 0
@@ -335,7 +335,7 @@ def test_geneformer_reads_every_gene_by_default():
 def test_untrained_geneformer_has_statistics_of_no_data():
     model = models.create("Geneformer", **SMALL["Geneformer"]).untrained(N_GENES, seed=0)
     assert (model.medians == 1).all()
-    assert not model.encoder.training
+    assert not model.module.training
 
 
 def test_geneformer_learns():
@@ -345,7 +345,7 @@ def test_geneformer_learns():
     history = model.fit(counts, obs, steps=80, seed=0)
     assert history.loss[0] == pytest.approx(np.log(40), rel=0.05)
     assert history.loss[-10:].mean() < history.loss[0] - 0.5
-    assert not model.encoder.training
+    assert not model.module.training
 
 
 def test_geneformer_splits_a_call_into_batches_without_a_trace(monkeypatch):

@@ -199,7 +199,7 @@ def test_work_is_the_weights_that_a_cell_meets():
     ssl = models.create("SSL").untrained(n_genes, seed=0).module
     weights = sum(each.numel() for each in ssl.parameters() if each.ndim == 2)
     assert costs.work(p, "SSL", n_genes, n_genes) * 1e6 == pytest.approx(weights)  # a cell that has all genes
-    geneformer = models.create("Geneformer").untrained(n_genes, seed=0).encoder
+    geneformer = models.create("Geneformer").untrained(n_genes, seed=0).module
     layers = sum(
         each.numel() for name, each in geneformer.named_parameters() if each.ndim == 2 and name.startswith("layers")
     )
@@ -209,8 +209,8 @@ def test_work_is_the_weights_that_a_cell_meets():
 
 def test_weights_are_a_models_size():
     p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
-    for name, part in (("SSL", "module"), ("Geneformer", "encoder")):
-        module = getattr(models.create(name).untrained(n_genes, seed=0), part)
+    for name in ("SSL", "Geneformer"):
+        module = models.create(name).untrained(n_genes, seed=0).module
         n_matrices = sum(each.numel() for each in module.parameters() if each.ndim == 2)
         assert costs.n_weights(p, name, n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
 

@@ -1,14 +1,16 @@
 """Every figure says in its title what it shows, by the numbers that it is drawn from."""
 
-import inspect
-
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 
-from datawall.analysis import results
-from datawall.reading import labels, messages, plots, plots_published
+from datawall import tasks
+from datawall.analysis import effects, known_answer, published, saturation, scaling
+from datawall.analysis.results import select
+from datawall.models.hyperparameters import FAMILIES
+from datawall.reading import labels, plots, titles
+from datawall.reading.plots import dots, maps, style
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching")
 SAME = {"study": "s", "n_cells": 1, "task": "zeroshot_classification", "metric": "micro_f1", "split": "cells 0"}
@@ -48,7 +50,7 @@ def points():
 @pytest.fixture
 def figures(runs, points):
     """A figure by each public function of both modules, and what its title must say."""
-    published = results.select(points, rule="published")
+    published = select(points, rule="published")
     markers = pd.DataFrame([[1.0, -1, 0], [-1, 1, 0.5]], ["T", "B"], ["x", "y", "z"])
     shares = [(s, 1.0, 0, t, share) for s in STRATEGIES for t, share in (("T", 0.7), ("B", 0.3))]
     shares = pd.DataFrame(shares, columns=["strategy", "percentage", "seed", "cell_type", "share"])
@@ -79,87 +81,78 @@ def figures(runs, points):
     curves += "none above, 1 level (SSL), 1 below (scVI)"
     types = "Effective number of cell types at 1 % of the corpus: random 2, cell-type reweighted 3, geometric sketch 4"
     return {
-        "plots.composition": (plots.composition(shares), "Share of T in subsets of 1 % of the corpus: random 70 %"),
-        "plots.diversity": (plots.diversity(diverse), types),
-        "plots.realism": (plots.realism(genes, cells), "more than Poisson: real 75 %;\n"),
-        "plots.markers": (plots.markers(markers), "2 of 2 cell types stand out, each highest in some of 3 markers"),
-        "plots.loss_curves": (plots.loss_curves(losses), "the subset of 1 % of the corpus ends with the lowest loss"),
-        "plots.learning_curves": (plots.learning_curves(runs, "micro_f1"), curves),
-        "plots.per_class_curves": (
+        "composition": (plots.composition(shares), "Share of T in subsets of 1 % of the corpus: random 70 %"),
+        "diversity": (plots.diversity(diverse), types),
+        "realism": (plots.realism(genes, cells), "more than Poisson: real 75 %;\n"),
+        "markers": (plots.markers(markers), "2 of 2 cell types stand out, each highest in some of 3 markers"),
+        "loss_curves": (plots.loss_curves(losses), "the subset of 1 % of the corpus ends with the lowest loss"),
+        "learning_curves": (plots.learning_curves(runs, "micro_f1"), curves),
+        "per_class_curves": (
             plots.per_class_curves(f1, n_types=1),
             "lung, commonest types: +0.05; lung, rarest types: +0.40",
         ),
-        "plots.budgets": (
+        "budgets": (
             plots.budgets(checked),
             "What twice the steps gain at most, over tasks and sizes: SSL +0.030, scVI -0.010",
         ),
-        "plots.loss_and_score": (
+        "loss_and_score": (
             plots.loss_and_score(both, "micro_f1"),
             "Rank correlation over runs of share of chance loss gone and micro-F1: SSL +1.00, scVI -1.00",
         ),
-        "plots_published.beside_published": (
-            plots_published.beside_published(sized),
+        "beside_published": (
+            plots.beside_published(sized),
             "Errors against cells, log axes: this corpus 98 to 9,799 cells, published 177,525 to 177,525 cells",
         ),
-        "plots.variants": (plots.variants(runs, "micro_f1"), "Best micro-F1 at 100 % of the corpus: SSL (lung)"),
-        "plots.embeddings": (plots.embeddings({"a": layout}, ["cell_type"], "Types lie apart"), "Types lie apart"),
-        "plots_published.learning_curves": (plots_published.learning_curves(runs, "micro_f1"), curves),
-        "plots_published.saturation_map": (
-            plots_published.saturation_map(results.select(points, rule="equivalence"), "equivalence"),
+        "variants": (plots.variants(runs, "micro_f1"), "Best micro-F1 at 100 % of the corpus: SSL (lung)"),
+        "embeddings": (plots.embeddings({"a": layout}, ["cell_type"], "Types lie apart"), "Types lie apart"),
+        "saturation_map": (
+            plots.saturation_map(select(points, rule="equivalence"), "equivalence"),
             "By equivalence, 1 of 3 curves are saturated at 10 % of the corpus, 2 at none that is shown",
         ),
-        "plots_published.verdict_map": (
-            plots_published.verdict_map(published, "Is it shown?"),
+        "verdict_map": (
+            plots.verdict_map(published, "Is it shown?"),
             "Is it shown?\nOf 3 curves, 0 plateau, 3 undecided and 0 still improving",
         ),
-        "plots_published.spike_ins": (plots_published.spike_ins(runs, "micro_f1"), "10 % perturbed cells -0.250"),
-        "plots_published.diversity": (plots_published.diversity(diverse), types),
-        "plots_published.untrained": (
-            plots_published.untrained(
+        "spike_ins": (plots.spike_ins(runs, "micro_f1"), "10 % perturbed cells -0.250"),
+        "untrained": (
+            plots.untrained(
                 pd.concat(runs.assign(dataset=name) for name in "abcd"), {"zeroshot_classification": "micro_f1"}
             ),
             "zero-shot classification 0.31",
         ),
-        "plots_published.embedding_seconds": (
-            plots_published.embedding_seconds(seconds),
+        "embedding_seconds": (
+            plots.embedding_seconds(seconds),
             "15 times as long as SSL: scVI",
         ),
-        "plots_published.scaling": (
-            plots_published.scaling(results.select(runs, model="SSL"), predictions, "micro_f1"),
+        "scaling": (
+            plots.scaling(select(runs, model="SSL"), predictions, "micro_f1"),
             "The best curve of the error, of 1: power law 1",
         ),
-        "plots_published.rules": (plots_published.rules(points, "Here"), "published 2 of 3, equivalence none of 3"),
-        "plots_published.cells_saved": (plots_published.cells_saved(points), "published 96 %, equivalence 30 %"),
-        "plots_published.known_answer": (
-            plots_published.known_answer(
-                results.select(runs, strategy="random", model="SSL"),
+        "rules": (plots.rules(points, "Here"), "published 2 of 3, equivalence none of 3"),
+        "cells_saved": (plots.cells_saved(points), "published 96 %, equivalence 30 %"),
+        "known_answer": (
+            plots.known_answer(
+                select(runs, strategy="random", model="SSL"),
                 pd.Series({"lung": 1.0}),
                 pd.Series({"lung": 3.0}),
                 "A plateau is planted",
             ),
             "A plateau is planted",
         ),
-        "plots_published.effects": (
-            plots_published.effects(effects, "Worth?"),
+        "effects": (
+            plots.effects(effects, "Worth?"),
             "in 1 of 2 comparisons: 1 better, 0 worse",
         ),
     }
 
 
 def test_every_figure_has_a_title_that_says_what_it_shows(figures):
-    public = {
-        f"{module.__name__.rpartition('.')[2]}.{name}"
-        for module in (plots, plots_published)
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if not name.startswith("_")
-        and function.__module__ == module.__name__
-        and inspect.signature(function).return_annotation == "Figure"
-    }
+    public = {name for name in dir(plots) if name not in dir(style)}
     assert set(figures) == public
     for name, (figure, says) in figures.items():
         title = figure.get_suptitle()
         assert says.replace("\n", " ") in title.replace("\n", " "), (name, title)
-        assert name == "plots.embeddings" or len(title.split()) > 3
+        assert name == "embeddings" or len(title.split()) > 3
 
 
 def test_titles_stay_within_the_page_and_off_the_panels(figures):
@@ -186,24 +179,164 @@ def test_titles_hold_for_one_model_and_one_size(runs, sizes):
 
 def test_an_error_falls_and_is_beside_no_baseline(runs):
     losses = runs.assign(metric="loss", value=1 - runs["value"])
-    assert messages.learning_curves(losses, "loss").endswith("falls in 1 of 2 curves")
+    assert titles.learning_curves(losses, "loss").endswith("falls in 1 of 2 curves")
 
 
 def test_embeddings_are_named_with_their_scores():
     scores = pd.Series([0.5, 0.7, 0.2], ["SSL", "mine:Model", "SSL"])
-    assert messages.embeddings(scores, "avg_bio") == "AvgBIO is highest in Model (0.70) and lowest in SSL (0.20)"
+    assert titles.embeddings(scores, "avg_bio") == "AvgBIO is highest in Model (0.70) and lowest in SSL (0.20)"
 
 
 def test_only_known_diversity_is_told():
     table = pd.DataFrame({"strategy": ["random", "spikein_10"], "percentage": 1, "inverse_simpson": [31.2, np.nan]})
-    assert messages.diversity(table) == "Effective number of cell types at 1 % of the corpus: random 31"
+    title = plots.diversity(table.assign(shannon=1.0, vendi=1.0)).get_suptitle()
+    assert title == "Effective number of cell types at 1 % of the corpus: random 31"
 
 
 def test_a_study_without_random_subsets_says_so(runs):
     few = runs[runs["strategy"] != "random"]
-    assert messages.learning_curves(few, "micro_f1").startswith("The study has no random subsets")
+    assert titles.learning_curves(few, "micro_f1").startswith("The study has no random subsets")
 
 
 def test_models_of_ones_own_go_by_their_class():
     assert labels.label("mymodel:SVD") == "SVD"
     assert labels.label("scvi_2x") == "scvi_2x"
+
+
+# Figures of a study of the published one's size
+
+
+@pytest.fixture(scope="module")
+def published_results():
+    return published.results()
+
+
+@pytest.fixture(scope="module")
+def classification(published_results):
+    return select(
+        published_results[~published_results["strategy"].str.startswith("spikein")], task="zeroshot_classification"
+    )
+
+
+def written(figure):
+    return [text.get_text() for axis in figure.axes for text in axis.texts]
+
+
+def panels(figure):
+    figure.draw_without_rendering()
+    return [axis for axis in figure.axes if axis.get_visible()]
+
+
+def legend(figure):
+    (only,) = figure.legends
+    return [text.get_text() for text in only.get_texts()]
+
+
+def test_learning_curves_have_a_panel_for_each_model_and_data_set(classification):
+    figure = plots.learning_curves(classification, "micro_f1")
+    assert len(panels(figure)) == 20
+    assert [axis.get_title() for axis in figure.axes[:5]] == list(FAMILIES)
+    ticks = {tick.get_text() for axis in figure.axes for tick in axis.get_xticklabels()}
+    assert ticks == {"", "0", "1\n178k", "10\n1.8M", "100\n17.8M"}
+    assert "PCA" in legend(figure)
+
+
+def test_a_map_shows_every_point_and_a_dash_where_there_is_none(classification):
+    points = saturation.saturation_points(classification, "micro_f1", rule="equivalence", margin=0.01, n_resamples=0)
+    shown = written(plots.saturation_map(points, "a rule"))
+    assert len(shown) == 60
+    assert shown.count("–") == points["percentage"].isna().sum() > 0
+    assert shown.count("10") == (points["percentage"] == 10).sum() > 0
+
+
+def test_a_map_of_verdicts_has_a_sign_for_each(classification):
+    verdicts = saturation.saturation_points(classification, "micro_f1", rule="equivalence", margin=0.01, n_resamples=0)
+    figure = plots.verdict_map(verdicts, "verdicts")
+    counts = verdicts["verdict"].value_counts()
+    shown = written(figure)
+    assert {
+        name: shown.count(sign)
+        for name, sign in zip(("plateau", "undecided", "budget-limited", "still improving"), "=?b↑", strict=True)
+    } == {name: counts.get(name, 0) for name in maps.VERDICTS}
+    assert len(legend(figure)) == 3
+
+
+def test_spike_ins_are_beside_random_subsets(published_results):
+    figure = plots.spike_ins(select(published_results, task="zeroshot_integration"), "avg_bio")
+    assert [axis.get_title() for axis in panels(figure)[:3]] == ["scVI", "SSL", "Geneformer"]
+    assert len(panels(figure)) == 6
+    assert legend(figure) == ["random", "10 % perturbed cells", "50 % perturbed cells"]
+
+
+def test_diversity_of_subsets_and_seconds_to_embed():
+    figure = plots.diversity(published.diversity())
+    assert len(legend(figure)) == 5
+    assert [axis.get_ylabel() for axis in panels(figure)] == [
+        "Shannon (bits)",
+        "inverse Simpson (types)",
+        "Vendi (cells)",
+    ]
+    figure = plots.embedding_seconds(published.embedding_seconds())
+    assert sorted(written(figure), key=float) == ["0.522", "1.23", "1.66", "3.88", "116", "174"]
+
+
+def test_untrained_models_stand_at_their_means(published_results):
+    figure = plots.untrained(
+        published_results, {task: of for task, of in tasks.HEADLINE.items() if task in set(published_results["task"])}
+    )
+    assert len(panels(figure)) == 16
+    (untrained,) = [line for line in figure.axes[0].lines if line.get_label() == "untrained"]
+    shown = select(published_results, task="zeroshot_classification", dataset="hematopoiesis", metric="micro_f1")
+    means = select(shown, strategy="untrained").groupby("model")["value"].mean()
+    np.testing.assert_allclose(untrained.get_xdata(), means[list(FAMILIES)])
+
+
+def test_fitted_curves_are_solid_within_the_corpus_and_dashed_beyond(classification):
+    shown = select(classification, strategy="random", model="SCimilarity")
+    figure = plots.scaling(shown, scaling.predictions(shown, "micro_f1"), "micro_f1")
+    assert len(panels(figure)) == 4
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["fitted curve"].get_xdata().max() <= 100 * published.CELLS_PER_PERCENT
+    assert lines["beyond the corpus"].get_xdata().min() >= 100 * published.CELLS_PER_PERCENT
+    assert written(figure) == ["power law"] * 4
+
+
+def test_pairs_of_the_known_answer_are_named_and_their_plateaus_ringed():
+    known = known_answer.results()
+    begins = known_answer.plateaus(known)
+    figure = plots.known_answer(known, begins, known_answer.percentage_needed(), "a title")
+    assert sorted(written(figure)) == ["B cells", "T cells", "monocytes"]
+    rings = [
+        line.get_xdata()[0] for line in figure.axes[0].lines if line.get_fillstyle() == "none" and len(line.get_xdata())
+    ]
+    assert sorted(rings) == sorted(begins[np.isfinite(begins)])
+    assert legend(figure) == ["plateau begins", "cells needed, as planted"]
+
+
+def test_rules_and_costs_have_a_dot_for_each_rule(classification):
+    points = pd.concat(
+        saturation.saturation_points(classification, "micro_f1", rule=rule, n_resamples=20).assign(rule=rule)
+        for rule in dots.RULES
+    )
+    figure = plots.rules(select(points, strategy="random"), "rules")
+    assert len(panels(figure)) == 4
+    assert legend(figure) == list(dots.RULES)
+    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
+    expected = select(points, strategy="random", dataset="hematopoiesis", rule="error").set_index("model")["percentage"]
+    np.testing.assert_array_equal(drawn["error"], expected[list(FAMILIES)])
+    assert (drawn["equivalence"] > 100).all()  # none established, at the right
+    assert all(np.isfinite(line.get_xdata()).all() for axis in figure.axes for line in axis.lines)
+
+    figure = plots.cells_saved(points)
+    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
+    saved = 100 - select(points, rule="published").groupby("model")["percentage"].mean()
+    np.testing.assert_allclose(drawn["published"], saved[list(FAMILIES)])
+    assert (drawn["equivalence"] == 0).all()
+
+
+def test_effects_are_in_points_of_score(classification):
+    table = effects.strategy_effects(select(classification, model="scVI"), "micro_f1")
+    figure = plots.effects(table, "effects")
+    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
+    expected = table.set_index("strategy")["difference"]["celltype_reweighted"]
+    assert drawn["cell-type reweighted"] == pytest.approx([100 * expected])

@@ -151,7 +151,7 @@ def test_choice_between_memory_and_disk_is_by_size_and_logged(real, caplog):
         assert "kept in memory" in caplog.text
 
 
-def test_ahead_gives_items_in_order_and_is_never_too_far_ahead():
+def test_reading_ahead_gives_items_in_order_and_is_never_too_far_ahead():
     made = []
 
     def items():
@@ -159,7 +159,7 @@ def test_ahead_gives_items_in_order_and_is_never_too_far_ahead():
             made.append(item)
             yield item
 
-    for item in streaming.ahead(items(), 3):
+    for item in streaming.read_ahead(items(), 3):
         assert len(made) <= item + 4
     assert made == list(range(20))
 
@@ -169,15 +169,15 @@ def test_an_error_ahead_comes_in_its_place():
         yield 1
         raise ValueError("unreadable")
 
-    given = streaming.ahead(items(), 5)
+    given = streaming.read_ahead(items(), 5)
     assert next(given) == 1
     with pytest.raises(ValueError, match="unreadable"):
         next(given)
 
 
-def test_ahead_ends_its_thread_when_nobody_wants_more():
+def test_reading_ahead_ends_its_thread_when_nobody_wants_more():
     before = threading.active_count()
-    given = streaming.ahead(iter(range(10**9)), 3)
+    given = streaming.read_ahead(iter(range(10**9)), 3)
     assert next(given) == 0
     assert threading.active_count() == before + 1
     given.close()

@@ -117,7 +117,7 @@ def test_chance_is_what_knows_the_mean_alone(cells, fitted):
     assert fitted["PretrainedPCA"].chance_loss(counts[held]) == pytest.approx(variance, rel=1e-5)
     assert fitted["SSL"].chance_loss(counts[held]) == pytest.approx(0.5 * variance, rel=1e-5)
     assert fitted["SCimilarity"].chance_loss(counts[held]) == pytest.approx(0.999 * variance, rel=1e-5)
-    tokens = fitted["Geneformer"]._tokenizer().encode(counts[held]).ids
+    tokens = fitted["Geneformer"].prepare(counts[held]).ids
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
     assert fitted["Geneformer"].chance_loss(counts[held]) == pytest.approx(-(share * np.log(share)).sum())
     # scVI: negative binomials around each cell's library times the mean shares.

@@ -23,11 +23,11 @@ _MODULES = {
     ),
     "study": ("curated", "curation", "evaluation", "params"),
     "engine": ("code", "paths", "store"),
-    "reading": ("messages", "plots", "plots_published"),
+    "reading": ("titles",),
 }
 # Where each public name is: a module, or what is in one after a colon.
 PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.items() for name in names}
-PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks"}  # packages that are for users themselves
+PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks", "plots": "datawall.reading.plots"}
 PLACES |= {
     "Study": "datawall.study.study:Study",
     "open_study": "datawall.study.study:open_study",

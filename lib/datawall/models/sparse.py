@@ -185,9 +185,9 @@ def bernoulli(n: int, share: float, where: torch.device) -> Tensor:
 class SparseNetwork(base.Network):
     """A family whose module embeds `Cells` of log-normalised expression by its method `encode`."""
 
-    def expression(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+    def prepare(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """Log-normalised expression of the panel, (n_cells, n_panel); a cell is scaled by its counts of all genes."""
-        return self.of_panel(expression.lognormalise(counts))
+        return self.select_panel(expression.lognormalise(counts))
 
     @torch.no_grad()
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
@@ -199,11 +199,11 @@ class SparseNetwork(base.Network):
         embedding = np.empty((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
         for first in range(0, len(embedding), CELLS_AT_ONCE):
             block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.encode(Cells.of(self.expression(counts[block]))).cpu().numpy()
+            embedding[block] = module.encode(Cells.of(self.prepare(counts[block]))).cpu().numpy()
         embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
         return embedding
 
     def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
         """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
         network = copy.deepcopy(self.module)
-        return network, lambda counts: network.encode(Cells.of(self.expression(counts)))
+        return network, lambda counts: network.encode(Cells.of(self.prepare(counts)))

@@ -37,6 +37,7 @@ NEIGHBOURS = 64  # cells that a pass over many draws together: what a disk gives
 MIXED = 32_768  # cells whose order is fully random
 
 type Forward = Callable[..., Any]
+type LossOf = Callable[[Forward, Any, int], Tensor | tuple[Tensor, int]]
 type Load = Callable[[Iterator[tuple[int, np.ndarray]]], Iterator[Any]]
 
 
@@ -49,8 +50,7 @@ class Recipe:
     learning_rate: float  # at its peak, after warm-up
     warmup: float = 0.0  # share of the steps, 0 to 1, in which the rate rises from zero
     decay: Literal["linear", "cosine", "stepwise", "none"] = "linear"  # after warm-up; the first two end at zero
-    decay_every: float = 1.0  # stepwise: steps after each of which the rate is multiplied
-    decay_factor: float = 0.9  # by this
+    decay_every: float = 1.0  # stepwise: steps after each of which the rate is multiplied by 0.9
     optimiser: Literal["AdamW", "Adam"] = "AdamW"
     epsilon: float = 1e-8  # of the optimiser
     weight_decay: float = 0.0  # on matrices
@@ -65,7 +65,7 @@ class Recipe:
         if step < rising:
             return self.learning_rate * (step + 1) / (rising + 1)
         if self.decay == "stepwise":
-            return self.learning_rate * self.decay_factor ** int((step - rising) // self.decay_every)
+            return self.learning_rate * 0.9 ** int((step - rising) // self.decay_every)
         left = (self.steps - step) / (self.steps - rising)
         course = {"linear": left, "cosine": (1 - np.cos(np.pi * left)) / 2, "none": 1.0}
         return self.learning_rate * course[self.decay]
@@ -93,7 +93,7 @@ def device() -> torch.device:
 
 
 def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: int) -> Iterator[np.ndarray]:
-    """Rows of each step's batch: shuffled passes over the cells, laid end to end and cut into batches.
+    """Rows of each step's batch, (batch_size,) int64: shuffled passes over the cells, laid end to end and cut.
 
     No cell is dropped at the end of a pass, and a batch larger than the data holds repeats. A pass over more than
     32,768 cells is shuffled so that it can be read from a disk: blocks of 64 neighbours in random order, and cells
@@ -103,14 +103,6 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
     ----------
     cells
         Their rows, or the number of them.
-    batch_size, steps
-        Sizes; both positive.
-    seed
-        Of the order.
-
-    Yields
-    ------
-    rows (batch_size,) int64.
 
     Raises
     ------
@@ -125,9 +117,8 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
     n_drawn, waiting = 0, np.empty(0, np.int64)
     for _ in range(steps):
         while len(waiting) < batch_size:
-            waiting = np.concatenate(
-                [waiting, _shuffled(cells, rng, np.arange(-n_drawn % together, len(cells), together))]
-            )
+            cuts = np.arange(-n_drawn % together, len(cells), together)
+            waiting = np.concatenate([waiting, _shuffled(cells, rng, cuts)])
             n_drawn += len(cells)
         yield waiting[:batch_size]
         waiting = waiting[batch_size:]
@@ -152,7 +143,7 @@ def _shuffled(cells: np.ndarray, rng: np.random.Generator, cuts: np.ndarray) -> 
 
 def train(
     module: nn.Module,
-    loss_of: Callable[[Forward, Any, int], Tensor],
+    loss_of: LossOf,
     n_cells: int,
     recipe: Recipe,
     *,
@@ -162,27 +153,24 @@ def train(
     validation_loss: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
 ) -> History:
-    """Train a module in place.
+    """Train a module in place; where stderr is a terminal, a bar shows steps, their rate and the loss.
 
-    Where stderr is a terminal, a bar shows steps, their rate and the loss.
-
-    Under `torchrun` each process takes its share of every batch and gradients are averaged, so that the result is
-    that of one process with the same recipe, up to rounding (and to the batch statistics of batch normalisation).
+    Under `torchrun` each process takes its share of every batch, and gradients are averaged with the weight of what
+    each process's loss is a mean of. So the result is that of one process with the same recipe, up to rounding, but
+    for what a process draws for itself (masks, noise, dropout) and the batch statistics of batch normalisation.
 
     Parameters
     ----------
     module
         On its device; left in evaluation mode. With `validation_loss`, it ends with the weights of its lowest.
     loss_of
-        Loss, a scalar tensor, from `forward` (the module, or what runs it in several processes), the rows of the
-        batch, or what `load` made of them, and the number of the step, from 0. It takes randomness from torch's
-        global generator alone.
+        Loss of a step from `forward` (the module, or what runs it in several processes), the rows of the batch, or
+        what `load` made of them, and the number of the step, from 0. A scalar tensor, the mean over the cells; or a
+        pair of it and of the number of other things that it is the mean of. Random by torch's global generator alone.
     n_cells
         Cells that rows are drawn from.
-    recipe
-        Budget and optimiser.
     seed
-        Of the order of cells and of the randomness of each step.
+        Seed of the order of cells and of the randomness of each step.
     batches
         Rows of each step's batch; `minibatches` by default.
     load
@@ -192,10 +180,6 @@ def train(
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
         File written about once a minute, and resumed from where it exists.
-
-    Returns
-    -------
-    the history.
 
     Raises
     ------
@@ -214,13 +198,17 @@ def train(
     if batches is None:
         batches = minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)
     taken: deque[tuple[int, np.ndarray]] = deque()  # by `load`, which may be ahead, and not used yet
+    drawn = np.zeros(0, bool)  # whether each row was: a byte a cell, whatever the number of steps
 
-    seen = _Seen()
+    def note(rows: np.ndarray) -> None:
+        nonlocal drawn
+        drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
+        drawn[rows] = True
 
     def shares() -> Iterator[tuple[int, np.ndarray]]:
         numbered = enumerate(itertools.islice(batches, recipe.steps))
         for _, rows in itertools.islice(numbered, len(state.losses)):  # steps of before a run was resumed
-            seen.add(rows)
+            note(rows)
         for step, rows in numbered:
             taken.append((step, rows))
             yield step, rows[rank::n_processes]
@@ -237,14 +225,17 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for cells in load(shares()) if load else (rows for _, rows in shares()):
             step, rows = taken.popleft()
-            seen.add(rows)
-            of_step = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+            note(rows)
+            step_seed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
             for generator in generators:
-                generator.manual_seed(of_step)
+                generator.manual_seed(step_seed)
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 loss = loss_of(forward, cells, step)
+            loss, n_averaged = loss if isinstance(loss, tuple) else (loss, len(rows[rank::n_processes]))
+            if n_processes > 1:
+                loss = loss * _relative_weight(n_averaged, where)
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)
@@ -276,7 +267,7 @@ def train(
         validation_step=np.array([step for step, _ in state.looks], dtype=np.int64),
         validation_loss=np.array([value for _, value in state.looks]),
         samples_seen=len(state.losses) * recipe.batch_size,
-        unique_cells=seen.count(),
+        unique_cells=int(drawn.sum()),
     )
 
 
@@ -284,12 +275,18 @@ def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser over a module's weights."""
     matrices = [weight for weight in module.parameters() if weight.ndim > 1]
     vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
-    vector_decay = recipe.weight_decay if recipe.decay_vectors else 0.0
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": vector_decay},
+        {"params": vectors, "weight_decay": recipe.weight_decay if recipe.decay_vectors else 0.0},
     ]
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
+
+
+def _relative_weight(n: int, where: torch.device) -> Tensor:
+    """What a process's mean of n things weighs in the mean over all processes' things, where 1 is the average."""
+    total = torch.tensor(float(n), device=where)
+    dist.all_reduce(total)
+    return n * dist.get_world_size() / total
 
 
 def _settle(
@@ -316,23 +313,6 @@ def _settle(
             )
         state.losses.append(loss)
     pending.clear()
-
-
-class _Seen:
-    """Cells that were drawn: a byte for each of the corpus's, whatever the number of steps."""
-
-    def __init__(self) -> None:
-        self.drawn = np.zeros(0, bool)
-
-    def add(self, rows: np.ndarray) -> None:
-        """Note the cells of a batch."""
-        if (more := int(rows.max()) + 1 - len(self.drawn)) > 0:
-            self.drawn = np.pad(self.drawn, (0, more))
-        self.drawn[rows] = True
-
-    def count(self) -> int:
-        """How many there are."""
-        return int(self.drawn.sum())
 
 
 class _State:
