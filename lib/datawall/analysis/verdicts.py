@@ -73,9 +73,8 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
         curves = {curve.key: saturation.as_error(curve, metric) for curve in saturation.curves_of(random, metric)}
         means = results.mean_over_splits(random).groupby(["dataset", "model", "percentage"])["value"].mean()
         compared = results.against_baselines(of_task[of_task["strategy"].isin(["random", BASELINE])], metric)
-        compared = compared.assign(against=compared["verdict"].map(AGAINST)).set_index(
-            ["dataset", "model", "percentage"]
-        )
+        compared = compared.assign(against=compared["verdict"].map(AGAINST))
+        compared = compared.set_index(["dataset", "model", "percentage"])
         for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
             sizes = means[point["dataset"], point["model"]]
             size = sizes.idxmin() if lower else sizes.idxmax()
