@@ -202,7 +202,7 @@ def file(name: str, source: str | None = None) -> Path:
         )
     if not path.exists():
         origin = f" It comes from {source}." if source else ""
-        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.{origin}")
+        raise DatasetError(f"{paths.not_found(name)}.{origin}")
     return path
 
 
