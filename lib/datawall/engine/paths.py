@@ -39,13 +39,11 @@ def located(path: str | Path) -> Path:
 
 
 def not_found(path: str) -> str:
-    """What to say of a file that is neither here nor in the repository: where it was looked for, and what is like it."""
+    """What to say of a file that is neither here nor in the repository: where it was sought, and what is like it."""
     places = [Path(path).parent] if Path(path).is_absolute() else dict.fromkeys([Path.cwd(), repository()])
     beside = [file.name for place in places for file in (place / path).parent.glob("*")]
-    similar = difflib.get_close_matches(Path(path).name, beside, n=1)
-    return f"{path}: no such file in {' or '.join(map(str, places))}" + "".join(
-        f"; is it {name!r}?" for name in similar
-    )
+    similar = "".join(f"; is it {name!r}?" for name in difflib.get_close_matches(Path(path).name, beside, n=1))
+    return f"{path}: no such file in {' or '.join(map(str, places))}{similar}"
 
 
 def study_file(study: str) -> Path:
