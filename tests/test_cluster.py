@@ -328,7 +328,7 @@ def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog
 
 def test_what_a_unit_takes_of_dask_workers():
     def unit(gpus, memory_gib):
-        return processes.Unit((), None, Item("a"), Need(gpus, memory_gib))
+        return processes.Job((), None, Item("a"), Need(gpus, memory_gib))
 
     assert cluster._resources(unit(1, 2.0), [{}]) == {}
     assert cluster._resources(unit(1, 2.0), [{}, {"GPU": 1}]) == {"GPU": 1}

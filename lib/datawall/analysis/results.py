@@ -50,9 +50,8 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if len(oracle):
         levels = oracle.set_index(["task", "dataset", "metric", "split"])["value"]
         keys = pd.MultiIndex.from_frame(scores[levels.index.names])
-        scores = scores.assign(
-            ceiling=scores["ceiling"].fillna(pd.Series(levels.reindex(keys).to_numpy(), scores.index))
-        )
+        ceiling = pd.Series(levels.reindex(keys).to_numpy(), scores.index)
+        scores = scores.assign(ceiling=scores["ceiling"].fillna(ceiling))
     return {
         "results": _sorted(scores[COLUMNS]),
         "intervals": _sorted(scores[[*RUN, "split", "value", *KNOWN]]),
@@ -85,9 +84,9 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict[str, Any]) -> None:
-    """Write tables into a run folder, each as `<name>.parquet` and `<name>.csv`, each atomically.
+    """Write tables as `<name>.parquet` and `<name>.csv`, and the parameters of their study, each atomically.
 
-    The parameters of the study that they are of come with them: a later run may begin with others, and fail.
+    A later run may begin with other parameters, and fail.
     """
     for name, table in tables.items():
         disk.write_atomically(folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
@@ -172,10 +171,9 @@ def select(results: pd.DataFrame, **values: str | float) -> pd.DataFrame:
 
 
 def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The claim in numbers: each model untrained and at every size of the random strategy, beside the baselines.
+    """Each model untrained and at every size of the random strategy, beside the baselines: means over splits and seeds.
 
-    Means over splits and seeds; a row per data set and pretrained model, a column per size and per baseline. Empty
-    where there are no such results.
+    A row per data set and pretrained model, a column per size and per baseline. Empty where there are no such results.
     """
     means = mean_over_splits(select(results, metric=metric))
     means = means.groupby(["dataset", "model", "strategy", "percentage"], as_index=False)["value"].mean()
@@ -183,13 +181,9 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     for dataset, rows in means.groupby("dataset"):
         of_baselines = select(rows, strategy=BASELINE).set_index("model")["value"].to_dict()
         for model, runs in rows[~rows["strategy"].isin([BASELINE, CHECKPOINT])].groupby("model"):
-            runs = runs[runs["strategy"].isin(["random", "untrained"])]
-            sizes = {
-                "untrained" if p == 0 else f"{p:g} %": v for p, v in zip(runs["percentage"], runs["value"], strict=True)
-            }
-            table[dataset, model] = sizes | of_baselines
-    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
-    return pd.DataFrame(table.values(), index)
+            by_size = runs[runs["strategy"].isin(["random", "untrained"])].set_index("percentage")["value"]
+            table[dataset, model] = by_size.rename(lambda p: f"{p:g} %" if p else "untrained").to_dict() | of_baselines
+    return pd.DataFrame(table.values(), pd.MultiIndex.from_tuples(table, names=["dataset", "model"]))
 
 
 def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
@@ -223,15 +217,11 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
         for strategy in by_strategy.index.difference(["random", "untrained"]):
             shared = (by_strategy.loc[strategy] - random).dropna()
             table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")
-    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
-    return pd.DataFrame(table.values(), index)
+    return pd.DataFrame(table.values(), pd.MultiIndex.from_tuples(table, names=["dataset", "model"]))
 
 
 def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) -> pd.DataFrame:
-    """Of every pretrained run, how much of its pretraining loss is gone on held-out cells, and a downstream score.
-
-    Columns model, strategy, percentage, seed, explained and score; runs without either are left out.
-    """
+    """How much of its loss is gone on held-out cells (explained), and a downstream score, by pretrained run."""
     keys = ["model", "strategy", "percentage", "seed"]
     runs = results[results["percentage"] > 0]
     losses = mean_over_splits(select(runs, task="reconstruction", metric="explained")).set_index(keys)["value"]
@@ -241,8 +231,10 @@ def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) 
 
 def rank_correlations(both: pd.DataFrame) -> pd.Series:
     """Spearman's correlation over runs of the two columns of `loss_and_score`, by model."""
-    by_model = {model: of["explained"].corr(of["score"], method="spearman") for model, of in both.groupby("model")}
-    return pd.Series(by_model, dtype=float)
+    tables = both.groupby("model")
+    return pd.Series(
+        {name: runs["explained"].corr(runs["score"], method="spearman") for name, runs in tables}, dtype=float
+    )
 
 
 def against_baselines(

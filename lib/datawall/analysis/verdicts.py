@@ -73,9 +73,8 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
         curves = {curve.key: saturation.as_error(curve, metric) for curve in saturation.curves_of(random, metric)}
         means = results.mean_over_splits(random).groupby(["dataset", "model", "percentage"])["value"].mean()
         compared = results.against_baselines(of_task[of_task["strategy"].isin(["random", BASELINE])], metric)
-        compared = compared.assign(against=compared["verdict"].map(AGAINST)).set_index(
-            ["dataset", "model", "percentage"]
-        )
+        compared = compared.assign(against=compared["verdict"].map(AGAINST))
+        compared = compared.set_index(["dataset", "model", "percentage"])
         for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
             sizes = means[point["dataset"], point["model"]]
             size = sizes.idxmin() if lower else sizes.idxmax()
@@ -157,6 +156,13 @@ def sentences(found: pd.DataFrame) -> list[str]:
         f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with it "
         f"and {below} below.",
     ]
+    plateaus = found["plateau"].dropna()
+    if len(plateaus):
+        said.insert(
+            1,
+            f"For {len(plateaus)} of {n} curves a part of the corpus is enough: from some size on, most often "
+            f"{plateaus.mode()[0]:g}\u00a0% of it, scores are shown to lie within the margin of the full corpus's.",
+        )
     improving = found[found["verdict"] == IMPROVING]
     if len(improving):
         most = improving.loc[improving["gain"].idxmax()]

@@ -37,10 +37,7 @@ PBMC_SIBLINGS = (
 
 
 def annotate(
-    counts: sp.csr_matrix,
-    genes: pd.Index,
-    batches: pd.Series,
-    markers: dict[str, list[str]],
+    counts: sp.csr_matrix, genes: pd.Index, batches: pd.Series, markers: dict[str, list[str]]
 ) -> tuple[pd.Categorical, pd.DataFrame]:
     """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
 
@@ -59,8 +56,8 @@ def annotate(
     import scanpy as sc
     from sklearn.neighbors import kneighbors_graph
 
-    found = {name: [gene for gene in given if gene in genes] for name, given in markers.items()}
-    if absent := [name for name, given in found.items() if not given]:
+    known = {name: [gene for gene in given if gene in genes] for name, given in markers.items()}
+    if absent := [name for name, given in known.items() if not given]:
         raise ValueError(f"no marker of {absent} is among the genes; give symbols that the data set has.")
     batch = pd.Categorical(batches).codes
     adata = ad.AnnData(expression.lognormalise(counts), var=pd.DataFrame(index=genes))
@@ -71,20 +68,11 @@ def annotate(
     neighbours = kneighbors_graph(np.clip(X, -10, 10) @ axes.T, NEIGHBOURS)
     neighbours = neighbours.maximum(neighbours.T).tocsr()
 
-    every_marker = sorted({gene for given in found.values() for gene in given})
+    every_marker = sorted({gene for given in known.values() for gene in given})
     z = pd.DataFrame(_scaled_within(adata[:, every_marker].X.toarray().astype(np.float64), batch), columns=every_marker)
-    scores = pd.DataFrame({name: z[given].mean(axis=1) for name, given in found.items()})
+    scores = pd.DataFrame({name: z[given].mean(axis=1) for name, given in known.items()})
 
-    sc.tl.leiden(
-        adata,
-        resolution=RESOLUTION,
-        adjacency=neighbours,
-        use_weights=False,
-        flavor="igraph",
-        directed=False,
-        n_iterations=-1,
-        random_state=0,
-    )
+    sc.tl.leiden(adata, RESOLUTION, adjacency=neighbours, use_weights=False, flavor="igraph", directed=False)
     cluster = adata.obs["leiden"].to_numpy()
     table = scores.groupby(cluster).mean()
     table.index.name = "cluster"

@@ -104,10 +104,7 @@ def _smallest(counts: np.ndarray) -> np.ndarray:
 
 
 class _Growing:
-    """An array on disk that grows by whole files, so that none is written twice; the rest waits in memory.
-
-    Once values come that are too large for its type, what is there already is written anew in theirs.
-    """
+    """An array on disk that grows by whole files, written once but for values that are too large for its type."""
 
     def __init__(self, group: zarr.Group, name: str, dtype: Any, file_size: int) -> None:
         self.group, self.name, self.file_size = group, name, file_size
@@ -282,10 +279,7 @@ class Cells:
         return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
 
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
-        """Raw counts of batches of rows, in the store's integers.
-
-        All are read at once, and each cell once however often it occurs.
-        """
+        """Raw counts of batches of rows, in the store's integers; all are read at once, and each cell once."""
         return self._file.read([self._positions(rows) for rows in batches])
 
     def _positions(self, rows: np.ndarray | None) -> np.ndarray:

@@ -80,10 +80,7 @@ def _choose_genes(moments: np.ndarray, n_cells: int, n_genes: int | None) -> np.
 
 
 def _standardised_dispersion(moments: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log mean of each gene, and its log dispersion standardised among genes of like mean (Satija et al. 2015).
-
-    scanpy's function of the same purpose compiles its sums anew in every process, for seconds.
-    """
+    """Log mean of each gene, and its log dispersion standardised among genes of like mean (Satija et al. 2015)."""
     mean, squares = moments[:2] / n_cells
     variance = np.maximum(squares - mean**2, 0) * n_cells / max(1, n_cells - 1)
     mean = np.where(mean == 0, 1e-12, mean)
