@@ -17,7 +17,6 @@ from pathlib import Path
 
 import datawall as dw
 from datawall.engine import provenance
-from datawall.models import hyperparameters
 from datawall.planning import plan as planning
 from datawall.study import costs
 from datawall.study.units import Run
