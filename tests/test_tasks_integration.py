@@ -140,6 +140,12 @@ def test_total_weighs_bio_and_batch_as_scib(metrics):
     bio = [metrics[name] for name in ("nmi", "ari", "asw_label", "isolated_labels", "clisi")]
     batch = [metrics[name] for name in ("bras", "graph_connectivity", "ilisi", "kbet", "pcr_comparison")]
     assert metrics["total"] == pytest.approx(0.6 * np.mean(bio) + 0.4 * np.mean(batch))
+    assert metrics["avg_bio"] == pytest.approx(np.mean([metrics[name] for name in ("nmi", "ari", "asw_label")]))
+
+
+def test_integration_repeats(cells, metrics):
+    X, labels, batches, before = cells
+    assert tasks.zeroshot_integration(X, labels, batches, unintegrated=before) == metrics
 
 
 def test_best_resolution_is_no_worse_than_the_fixed_one(embedded):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def repository() -> Path:
 def located(path: str | Path) -> Path:
     """A path from the working directory if it exists there, or else from the repository."""
     return Path(path) if Path(path).exists() else repository() / path
+
+
+def not_found(path: str) -> str:
+    """What to say of a file that is neither here nor in the repository: where it was sought, and what is like it."""
+    places = [Path(path).parent] if Path(path).is_absolute() else dict.fromkeys([Path.cwd(), repository()])
+    beside = [file.name for place in places for file in (place / path).parent.glob("*")]
+    similar = "".join(f"; is it {name!r}?" for name in difflib.get_close_matches(Path(path).name, beside, n=1))
+    return f"{path}: no such file in {' or '.join(map(str, places))}{similar}"
 
 
 def study_file(study: str) -> Path:

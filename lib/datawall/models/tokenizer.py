@@ -26,6 +26,10 @@ class Tokens:
     ids: np.ndarray  # (n_tokens,) int32, gene position plus the number of special tokens
     offsets: np.ndarray  # (n_cells + 1,) int64
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """As `ids, offsets = tokens`."""
+        return iter((self.ids, self.offsets))
+
     def __getitem__(self, cells: np.ndarray) -> Tokens:
         """The sequences of some cells, in the order given."""
         lengths = np.diff(self.offsets)[cells]

@@ -113,7 +113,7 @@ def verdicts_to_expect(p: Params) -> tuple[str, bool]:
     flat = power.of_design(SPREAD, n_seeds, p.margin, n_draws=400, **design).set_index("truth").loc["flat"]
     needed = power.seeds_needed(SPREAD, p.margin, n_draws=200, **design)
     enough = flat["right"] >= 0.8
-    more = "" if enough else f"; {needed or 'more than 50'} seeds would in four of five"
+    more = "" if enough else f"; with {needed or 'more than 50'} seeds, four of five would"
     return (
         f"of curves that are flat, {flat['right']:.0%} (± {flat['error']:.0%}) would be shown flat within "
         f"{p.margin:g} with {n_seeds} seeds, at a spread of {SPREAD:g} over seeds{more}",

@@ -22,7 +22,11 @@ NAMES = {
         r"leiden|louvain|clusters?$",
     ),
     "batch": (
-        *(r"^batch", r"sample|library|lane|channel|replicate|^run$|plate", r"assay|technolog|chemistry|platform"),
+        *(
+            r"^batch",
+            r"sample|library|lane|channel|replicate|^run$|plate|^orig.?ident$",
+            r"assay|technolog|chemistry|platform",
+        ),
         r"donor|patient|individual|subject|data.?set",
     ),
     "donor": (r"donor", r"patient|individual|subject|participant"),
@@ -147,7 +151,10 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     needed = {"zeroshot_integration": roles["batch"], "perturbation_response": roles["perturbation"]}
-    labels = looked.obs.get(roles["cell_type"])
+    labels, contexts = looked.obs.get(roles["cell_type"]), None
+    if labels is not None and roles["perturbation"]:  # the types with the most cells both with and without treatment
+        untreated = looked.obs[roles["perturbation"]] == roles["control"]
+        contexts = pd.crosstab(labels, untreated).min(axis=1).nlargest(2).index.tolist()
     n_pretraining = round(looked.n_cells * (1 - default.held_out))
     environment = Environment(  # noqa: S701 - YAML, not HTML: values and comments pass through filters of their own
         loader=FileSystemLoader(paths.PACKAGE_DATA), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -167,7 +174,7 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
         steps=int(steps.pop("")),
         steps_by_model={name: int(n) for name, n in steps.items()},
         tasks=[task for task in default.tasks if needed.get(task, True)],
-        contexts=None if labels is None else labels.value_counts().index[:2].tolist(),
+        contexts=contexts,
         default=default,
     )
 

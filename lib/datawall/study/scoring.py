@@ -181,7 +181,7 @@ def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: n
         return tasks.perturbation.oracle(truth, control)
     train_control, train_treated = ~treated & ~here, treated & ~here
     if name == "NoChange":
-        predicted = baselines.no_change(control)
+        predicted = control
     elif name == "TreatedMean":
         predicted = baselines.treated_mean(X[train_treated], context[train_treated])
     else:
