@@ -15,13 +15,8 @@ PACKAGE_DATA = LIBRARY / "data"
 def repository() -> Path:
     """Root of the compendium: the nearest folder, from here upwards, that holds `params/` and `notebooks/`.
 
-    Notebooks start in their own folder under nbval and in the caller's under papermill, so the search begins at
-    the working directory and falls back to the checkout that this package was installed from.
-
-    Raises
-    ------
-    FileNotFoundError
-        If neither search finds it.
+    Notebooks start in their own folder under nbval and in the caller's under papermill, so the search begins at the
+    working directory and falls back to the checkout that this package was installed from; else FileNotFoundError.
     """
     for start in (Path.cwd(), Path(__file__).resolve()):
         for folder in (start, *start.parents):
@@ -49,10 +44,7 @@ def not_found(path: str) -> str:
 def study_file(study: str) -> Path:
     """Path of a study file, from its name (`quick`), its path, or a run folder that holds a `study.yaml`.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file; the message lists the studies that exist.
+    Raises FileNotFoundError, which lists the studies that exist, if there is no such file.
     """
     given = Path(study)
     named = repository() / "params" / f"{study}.yaml"
