@@ -46,47 +46,47 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         p = params.read(path, overrides)
     except params.ParamsError as error:
         return Findings(errors=str(error).splitlines())
-    found = Findings()
+    findings = Findings()
     if p.census is not None:
-        found.facts.append("corpus: selected from the CELLxGENE Census when the study runs")
+        findings.facts.append("corpus: selected from the CELLxGENE Census when the study runs")
     elif p.simulation is not None:
-        found.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
-        _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), found)
+        findings.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
+        _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), findings)
     else:
-        _look(p, found)
-        if not found.errors:
-            _read(p, found)
-    found.facts.append(f"tasks: {', '.join(p.tasks)}")
+        _look(p, findings)
+        if not findings.errors:
+            _read(p, findings)
+    findings.facts.append(f"tasks: {', '.join(p.tasks)}")
     for task in (task for name, task in TASKS.items() if name not in p.tasks):
         lacking = [key for key in task.needs if getattr(p, key) is None]
-        found.facts.append(f"left out: {task.name}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
+        findings.facts.append(f"left out: {task.name}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
     study = Study(p, Path())
-    found.facts += (f"work: {line}" for line in planning.counts_in_words(study))
-    if not found.errors:
-        _check_design(study, found)
-    return found
+    findings.facts += (f"work: {line}" for line in planning.counts_in_words(study))
+    if not findings.errors:
+        _check_design(study, findings)
+    return findings
 
 
-def _check_design(study: Study, found: Findings) -> None:
+def _check_design(study: Study, findings: Findings) -> None:
     """Whether seeds and budgets let verdicts be reached."""
     said, enough = planning.verdicts_to_expect(study.params)
-    (found.facts if enough else found.warnings).append(f"verdicts: {said}")
+    (findings.facts if enough else findings.warnings).append(f"verdicts: {said}")
     passes = planning.passes(study)
     if few := [f"{name} {n:.2g}" for name, n in passes.items() if n < 1]:
-        found.warnings.append(
+        findings.warnings.append(
             f"a cell of the full corpus is drawn less than once on average ({', '.join(few)} times): raise steps, or "
             "verdicts will be the budget's."
         )
     if passes and study.params.budget_check is None:
-        found.warnings.append("budget_check is not set: whether twice the steps would change a score stays unknown.")
+        findings.warnings.append("budget_check is not set: whether twice the steps would change a score stays unknown.")
 
 
-def _look(p: Params, found: Findings) -> None:
+def _look(p: Params, findings: Findings) -> None:
     """Look into every data set and its columns, and collect what is wrong."""
     tables = []
     for name in p.sources():
         keys = {role: p.key(role, name) for role in p.columns()}
-        if looked := _look_into(p, name, keys, "corpus", found):
+        if looked := _look_into(p, name, keys, "corpus", findings):
             sound = {role: looked.obs[key].astype(object) for role, key in keys.items() if not looked.faults([key])}
             tables.append(pd.DataFrame(sound, index=range(looked.n_cells)))
     if len(tables) == len(p.sources()):
@@ -97,27 +97,27 @@ def _look(p: Params, found: Findings) -> None:
                 if "cell_type" in obs:
                     joining.check_contexts(p, obs["cell_type"].replace(p.labels).unique())
             except CorpusError as error:
-                found.errors.append(f"{p.perturbation_key}: {error}")
+                findings.errors.append(f"{p.perturbation_key}: {error}")
     for dataset in p.evaluation:
         keys = assembly.dataset_columns(p, dataset.dataset, there=())
-        _look_into(p, dataset.file, keys, f"evaluation set {dataset.dataset}", found)
+        _look_into(p, dataset.file, keys, f"evaluation set {dataset.dataset}", findings)
     if p.spike_in is not None:
-        _look_into(p, p.spike_in, {}, "cells to spike in", found)
+        _look_into(p, p.spike_in, {}, "cells to spike in", findings)
 
 
-def _look_into(p: Params, name: str, keys: dict[str, str], what: str, found: Findings) -> inspection.Looked | None:
+def _look_into(p: Params, name: str, keys: dict[str, str], what: str, findings: Findings) -> inspection.Looked | None:
     """Look into a data set; None if it cannot be used at all."""
     try:
         looked = inspection.look(name, keys.values(), others=False, min_matched=p.min_matched_genes)
     except (CorpusError, DatasetError) as error:
-        found.errors.append(str(error))
+        findings.errors.append(str(error))
         return None
-    found.facts.append(f"{what}: {looked}")
-    found.errors += looked.faults(dict.fromkeys(keys.values()))
+    findings.facts.append(f"{what}: {looked}")
+    findings.errors += looked.faults(dict.fromkeys(keys.values()))
     return looked
 
 
-def _read(p: Params, found: Findings) -> None:
+def _read(p: Params, findings: Findings) -> None:
     """Read all cells as the run does; what it has of them, and what it can be judged by."""
     reports: dict[str, Any] = {}
     try:
@@ -127,69 +127,75 @@ def _read(p: Params, found: Findings) -> None:
         obs, n_spike_in = pd.concat(labels), 0
         if p.spike_in is not None:
             n_spike_in = sum(perturbed.n_obs for perturbed in assembly.read_spike_in(p, block, reports))
-        found.warnings += reports["notes"]
+        findings.warnings += reports["notes"]
         became = reports["cells"].drop(columns="dataset").sum()
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
-        found.facts.append(f"cells of the corpus: {told}")
+        findings.facts.append(f"cells of the corpus: {told}")
         held_out = assembly.held_out(p, obs)
         if held_out.all():
-            found.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
+            findings.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
             return
-        _labels(p, obs, held_out, found)
-        _subsets(p, int((~held_out).sum()), found, n_spike_in)
+        _labels(p, obs, held_out, findings)
+        _subsets(p, int((~held_out).sum()), findings, n_spike_in)
         sets = {p.held_out_name: obs[held_out]}
         for name in [dataset.dataset for dataset in p.evaluation]:
             aligned, _, notes = assembly.read_dataset(p, name, block.var)
-            found.warnings += notes
+            findings.warnings += notes
             sets[name] = aligned.obs
     except (CorpusError, DatasetError, ValueError) as error:
-        found.errors.append(str(error))
+        findings.errors.append(str(error))
         return
-    _tasks(p, sets, found)
+    _tasks(p, sets, findings)
     for given in p.embeddings:
         try:
             external.read_embedding(given.file, given.obsm_key, sets[given.dataset].index, given.dataset)
         except ValueError as error:
-            found.errors.append(str(error))
+            findings.errors.append(str(error))
     if p.drop_contaminated:
-        found.facts.append("cells and donors of evaluation sets will be left out of pretraining, and sizes be smaller")
+        findings.facts.append(
+            "cells and donors of evaluation sets will be left out of pretraining, and sizes be smaller"
+        )
 
 
-def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, found: Findings) -> None:
+def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findings) -> None:
     """What the labels of the corpus are, and who is held out."""
     for role in (role for role in obs if role in p.columns()):
         counts = obs[role].value_counts()
         counts = counts[counts > 0]
         rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
-        found.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
+        findings.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
         if role == "cell_type" and len(counts) > inspection.MANY:
-            found.warnings.append(f"{p.key(role, p.sources()[0])!r} has {len(counts):,} cell types; is it the column?")
+            findings.warnings.append(
+                f"{p.key(role, p.sources()[0])!r} has {len(counts):,} cell types; is it the column?"
+            )
     whose = ""
     if p.split_role:
         groups = sorted(obs.loc[held_out, p.split_role].astype(str).unique())
         whose = f", those of {', '.join(groups[:5])}{', …' if len(groups) > 5 else ''}"
         share = held_out.mean()
         if not p.held_out / 2 <= share <= 2 * p.held_out:
-            found.warnings.append(f"{share:.0%} of the cells are held out, not {p.held_out:.0%}: groups stay whole.")
-    found.facts.append(f"held out: {held_out.sum():,} cells{whose}")
+            findings.warnings.append(f"{share:.0%} of the cells are held out, not {p.held_out:.0%}: groups stay whole.")
+    findings.facts.append(f"held out: {held_out.sum():,} cells{whose}")
     if "cell_type" in obs:
-        _few(obs.loc[held_out, "cell_type"].value_counts(), "cell types", found)
+        _few(obs.loc[held_out, "cell_type"].value_counts(), "cell types", findings)
 
 
-def _subsets(p: Params, n_pretraining: int, found: Findings, n_spike_in: int | None = None) -> None:
+def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int | None = None) -> None:
     """Sizes of the subsets; raises ValueError if there are too few cells to spike in."""
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
-    found.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
+    findings.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
     if small := [f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW]:
-        found.warnings.append(f"under {FEW} cells to pretrain on at {', '.join(small)}; larger percentages teach more.")
+        findings.warnings.append(
+            f"under {FEW} cells to pretrain on at {', '.join(small)}; larger percentages teach more."
+        )
     for subset in (subset for subset in p.subsets() if not subset.untrained and n_spike_in is not None):
         if spiked := sampling.STRATEGIES[subset.strategy].spiked:
             size = sampling.subset_size(n_pretraining, subset.percentage)
             sampling.spike_in(size, n_spike_in, spiked, seed=subset.seed)
 
 
-def _tasks(p: Params, sets: dict[str, pd.DataFrame], found: Findings) -> None:
+def _tasks(p: Params, sets: dict[str, pd.DataFrame], findings: Findings) -> None:
     """Which tasks cannot be judged on which data sets, and which contexts have few cells."""
     judged = 0
     for task in p.tasks:
@@ -198,33 +204,33 @@ def _tasks(p: Params, sets: dict[str, pd.DataFrame], found: Findings) -> None:
             if not dataset.joins(task):
                 continue
             if "cell_type" in obs and (why := joining.unfit(task, obs, dataset, p)):
-                found.facts.append(f"left out: {task} on {name}: {why}")
+                findings.facts.append(f"left out: {task} on {name}: {why}")
                 continue
             judged += 1
             if task == "perturbation_response" and "cell_type" in obs:
-                _contexts(name, dataset, obs, found)
+                _contexts(name, dataset, obs, findings)
     if not judged:
-        found.errors.append("no task is left to judge by; give more cells, types or columns.")
+        findings.errors.append("no task is left to judge by; give more cells, types or columns.")
 
 
-def _contexts(name: str, dataset: EvaluationSet, obs: pd.DataFrame, found: Findings) -> None:
+def _contexts(name: str, dataset: EvaluationSet, obs: pd.DataFrame, findings: Findings) -> None:
     """Warn of few contexts to learn from, and of contexts with few cells."""
     cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
     both = int(((cells[dataset.control] > 0) & (cells.drop(columns=dataset.control) > 0).any(axis=1)).sum())
     if both <= CONTEXTS:
-        found.warnings.append(
+        findings.warnings.append(
             f"{name}: perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, from which it "
             f"cannot tell an embedding from noise; data of {CONTEXTS + 1} contexts or more can."
         )
     for treatment, contexts in joining.treatments(obs, dataset).items():
         few = cells.loc[contexts, [treatment, dataset.control]].min(axis=1)
-        _few(few, f"contexts of {treatment!r} in {name}", found)
+        _few(few, f"contexts of {treatment!r} in {name}", findings)
 
 
-def _few(n_held_out: pd.Series, what: str, found: Findings) -> None:
+def _few(n_held_out: pd.Series, what: str, findings: Findings) -> None:
     """Warn of groups with few held-out cells."""
     if few := sorted(map(str, n_held_out.index[n_held_out < RARE])):
-        found.warnings.append(
+        findings.warnings.append(
             f"{len(few)} of {len(n_held_out)} {what} have under {RARE} held-out cells, on which scores are chance: "
             f"{', '.join(few[:5])}{', …' if len(few) > 5 else ''}."
         )

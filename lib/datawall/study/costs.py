@@ -172,10 +172,8 @@ class Costs:
         task, dataset = tasks.TASKS[evaluation.task], self.sets[evaluation.dataset]
         if task.repeated == "by context":
             return self._n_treatments(evaluation.dataset) * len(dataset.held_out_contexts or range(CONTEXTS))
-        if task.repeated == "once":
-            return 1
         by_donor = (dataset.donor_key or self.p.donor_key) is not None
-        return joining.n_splits(self.p, task.name, n_cells) * (1 + by_donor)
+        return 1 if task.repeated == "once" else joining.n_splits(self.p, task.name, n_cells) * (1 + by_donor)
 
     @cache  # noqa: B019 - as long as its study
     def _n_treatments(self, name: str) -> int:

@@ -71,11 +71,11 @@ class Curated:
         """`obs` of an evaluation data set; None if that has not been made."""
         if name not in self._obs and self.store.folder.is_dir():
             with suppress(datasets.DatasetError):  # a file that is not there, of a study that is planned
-                found = self.store.find(self.dataset_unit(name)) if self.store.find(self.corpus_unit) else None
-                if found and name == self.held_out_name:
+                artifact = self.store.find(self.dataset_unit(name)) if self.store.find(self.corpus_unit) else None
+                if artifact and name == self.held_out_name:
                     self._obs[name] = self.held_out_cells.obs
-                elif found:
-                    with h5py.File(found.folder / "cells.h5ad") as file:
+                elif artifact:
+                    with h5py.File(artifact.folder / "cells.h5ad") as file:
                         self._obs[name] = ad.io.read_elem(file["obs"])
         return self._obs.get(name)
 

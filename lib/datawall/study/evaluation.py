@@ -53,10 +53,7 @@ def reconstructs(spec: ModelSpec) -> bool:
 
 
 def evaluate(study: Study, task: str) -> pd.DataFrame:
-    """Make, or find, every evaluation of a task, and write the study's tables.
-
-    Returns the task's tidy results (see `results.read_results`).
-    """
+    """Make, or find, every evaluation of a task, and write the study's tables; returns the task's tidy results."""
     missing = [item for item in evaluations(study, task) if not study.store.find(evaluation_unit(study, item))]
     if missing:
         for name in study.params.evaluation_sets():

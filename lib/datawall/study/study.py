@@ -177,12 +177,12 @@ class Study(Curated):
         if rank > 0:
             dist.barrier()  # the first process makes the corpus and the subset
         self.rows(run.subset)
-        found = self.store.find(unit)
+        made = self.store.find(unit)
         if rank == 0 and dist.is_initialized():
             dist.barrier()
         if rank == 0:
             self._model_artifact(run, unit)
-        elif not found:
+        elif not made:
             with tempfile.TemporaryDirectory() as folder:
                 self._make_model(run, Path(folder), self._checkpoint(unit))
 

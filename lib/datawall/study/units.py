@@ -37,10 +37,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Treatments = Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)]
 
 
-class Grid(BaseModel):
-    """Runs besides those of the study's grid: a grid of their own, in which what is not given is as in the study."""
+class Part(BaseModel):
+    """A mapping in a study file; keys that it does not know are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Grid(Part):
+    """Runs besides those of the study's grid: a grid of their own, in which what is not given is as in the study."""
 
     name: Annotated[str, Field(min_length=1)]  # in the plan
     strategies: Annotated[list[StrategyName], Field(min_length=1)] | None = None
@@ -49,22 +53,18 @@ class Grid(BaseModel):
     models: Annotated[list[str], Field(min_length=1)] | None = None
 
 
-class BudgetCheck(BaseModel):
+class BudgetCheck(Part):
     """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them.
 
     What the study does not have, of these sizes and seeds, is left out.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of random subsets
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
-class EvaluationSet(BaseModel):
+class EvaluationSet(Part):
     """A data set to evaluate on, and its columns. It joins the tasks whose columns it names itself."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     # Path of an .h5ad or .zarr file, a named data set, or cells of the simulated atlas beyond the corpus: simulated:6-9
     file: str
@@ -127,10 +127,8 @@ class Run:
     budget: float = 1.0  # share of the model's steps
 
 
-class Embedding(BaseModel):
+class Embedding(Part):
     """An embedding of an evaluation data set that was made elsewhere: by a published checkpoint, or on a subset."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: Annotated[str, Field(min_length=1)]  # in results
     dataset: str  # name of the evaluation data set
