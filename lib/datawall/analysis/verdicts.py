@@ -156,6 +156,13 @@ def sentences(found: pd.DataFrame) -> list[str]:
         f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with it "
         f"and {below} below.",
     ]
+    plateaus = found["plateau"].dropna()
+    if len(plateaus):
+        said.insert(
+            1,
+            f"For {len(plateaus)} of {n} curves a part of the corpus is enough: from some size on, most often "
+            f"{plateaus.mode()[0]:g}\u00a0% of it, scores are shown to lie within the margin of the full corpus's.",
+        )
     improving = found[found["verdict"] == IMPROVING]
     if len(improving):
         most = improving.loc[improving["gain"].idxmax()]

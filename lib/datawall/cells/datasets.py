@@ -200,8 +200,8 @@ def file(name: str, source: str | None = None) -> Path:
             f"{' or '.join(backed.SUFFIXES)}."
         )
     if not path.exists():
-        origin = f" It comes from {source}." if source else ""
-        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.{origin}")
+        origin = f"; it comes from {source}." if source else ""
+        raise DatasetError(f"{paths.not_found(name)}{origin}")
     return path
 
 

@@ -11,7 +11,6 @@ cluster"). Not covered: a run whose Dask scheduler is lost ends, and the same co
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import socket
@@ -276,7 +275,4 @@ def _still_wanted() -> Callable[[], bool]:
 @cache
 def _software() -> dict[str, str]:
     """What decides results beside the study: a hash of the library's code, and versions of packages."""
-    digest = hashlib.sha256()
-    for path in sorted(paths.LIBRARY.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return {**code.versions(), "datawall": digest.hexdigest()[:8]}
+    return {**code.versions(), "datawall": code.json_sha256(code.SOURCES)[:8]}

@@ -34,6 +34,7 @@ from datawall.engine import forkserver
 
 log = logging.getLogger(__name__)
 
+OUT_OF_TIME = "stopped after {:g} seconds, the time limit of a unit"
 GPU = re.compile(r"\d+|(GPU|MIG)-.+")  # how CUDA_VISIBLE_DEVICES names one
 
 
@@ -157,7 +158,7 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
     """Raise TimeoutError within the block when it takes longer; in the main thread alone, as signals reach no other."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(_out_of_time(seconds))
+        raise TimeoutError(OUT_OF_TIME.format(seconds))
 
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -169,10 +170,6 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _out_of_time(seconds: float) -> str:
-    return f"stopped after {seconds:g} seconds, the time limit of a unit"
 
 
 def _take_next(waiting: deque[Job], busy: Iterable[Worker], memory_gib: float) -> Job | None:
@@ -216,7 +213,7 @@ class Worker:
         """What went wrong with the job, if anything; waits until it ends or its time is up."""
         self.usable = False
         if not wait([self.connection], None if self.time_limit is None else self.seconds_left):
-            return _out_of_time(self.time_limit)
+            return OUT_OF_TIME.format(self.time_limit)
         try:
             error = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -286,7 +283,7 @@ def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/s
 
     A container is such a group, a Slurm job and a systemd unit are groups within groups.
     """
-    files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # of Linux' two ways
+    files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # Linux has two ways
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
         _, controller, path = line.split(":", 2)

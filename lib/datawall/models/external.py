@@ -129,7 +129,7 @@ def embeddings_file(name: str) -> Path:
     if not name.endswith(".h5ad"):
         raise ValueError(f"{name}: embeddings are read from .h5ad files; write them with AnnData's write_h5ad")
     if not (path := paths.located(name)).is_file():
-        raise ValueError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}")
+        raise ValueError(paths.not_found(name))
     return path
 
 

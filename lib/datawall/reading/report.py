@@ -35,7 +35,7 @@ TEMPLATES = paths.PACKAGE_DATA / "report"
 DEFAULT = "quick"  # the study that others are compared with
 # The summary shows the first three of these figures that the run has.
 SHOWN = (
-    *("learning_curves_zeroshot_classification", "saturation_points", "scaling_curves"),
+    *("learning_curves_zeroshot_classification", "saturation_points", "beside_published"),
     *("learning_curves_perturbation_response", "learning_curves_finetuned_classification"),
 )
 # Parameters that no number depends on.
@@ -216,7 +216,8 @@ class Site:
             ]
             for row in wide.join(ids).reset_index().to_dict("records")
         ]
-        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *map(labels.label, metrics)]
+        names = [labels.label(metric).replace("_", " ") for metric in metrics]
+        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *names]
         return Table(labels.label(task), head, rows)
 
     def _provenance(self) -> list[Table]:
