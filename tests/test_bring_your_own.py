@@ -1,4 +1,4 @@
-"""Models, embeddings, data sets, metrics and tasks of the user's own, through a whole study."""
+"""Models, embeddings and data sets of the user's own, through a whole study."""
 
 import importlib
 import re
@@ -10,9 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from sklearn.metrics import cohen_kappa_score
-from sklearn.model_selection import PredefinedSplit, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 import datawall as dw
 from datawall import tasks
@@ -408,35 +405,3 @@ def test_the_readmes_declarations_are_valid(here):
     study = params.check(values, "mine.yaml")
     assert list(study.evaluation_sets()) == ["kang2018_held_out", "pbmc68k", "lung", "glioblastoma"]
     assert [one.obsm_key for one in study.embeddings] == ["X_scGPT", "X_latent"]
-
-
-# Metrics and tasks
-
-
-def test_a_metric_is_a_function_and_a_line(here, monkeypatch):
-    monkeypatch.setitem(tasks.classification.METRICS, "kappa", cohen_kappa_score)
-    study = study_of(here)
-    evaluated(study, "zeroshot_classification")
-    rows = results.select(dw.read_results(here / "run", "intervals"), metric="kappa", model="PCA").set_index("split")
-    X, labels = study.embedding("PCA", "corpus_held_out"), study.dataset("corpus_held_out").obs["cell_type"].astype(str)
-    for split, half in scoring.halves(study, "corpus_held_out"):
-        predicted = cross_val_predict(KNeighborsClassifier(5), X, labels, cv=PredefinedSplit(half))
-        assert rows.loc[split, "value"] == cohen_kappa_score(labels, predicted)
-        assert rows.loc[split, "low"] < rows.loc[split, "value"] < rows.loc[split, "high"]
-
-
-def nearest_centroid(embedding, obs, *, seed):
-    """Share of cells nearest to the centroid of their own type."""
-    labels = obs["cell_type"].to_numpy().astype(str)
-    return {"own_centroid": NearestCentroid().fit(embedding, labels).score(embedding, labels)}
-
-
-def test_a_task_is_a_function_and_a_line(here, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "nearest_centroid", tasks.Task("nearest_centroid", "classification"))
-    monkeypatch.setattr(tasks.classification, "nearest_centroid", nearest_centroid, raising=False)
-    study = study_of(here, tasks=["nearest_centroid"])
-    table = evaluated(study, "nearest_centroid")
-    assert set(table["model"]) == {"HVG", "PCA", "PCA-10", "PCA-20", "PretrainedPCA"}
-    assert set(table["metric"]) == {"own_centroid"}
-    expected = nearest_centroid(study.embedding("PCA", "corpus_held_out"), study.dataset("corpus_held_out").obs, seed=0)
-    assert results.select(table, model="PCA")["value"].tolist() == [expected["own_centroid"]]
