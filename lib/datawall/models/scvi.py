@@ -107,7 +107,7 @@ class Autoencoder(nn.Module):
     def posterior(self, counts: sp.csr_matrix) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z | x), each (n_cells, n_latent)."""
         cells = sparse.Cells.of(counts)
-        hidden = self.encoder(cells._replace(data=cells.data.log1p()))
+        hidden = self.encoder(cells._replace(data=cells.data.log1p()))  # (B, n_hidden)
         return self.mean(hidden), self.log_variance(hidden).exp() + 1e-4
 
     def reconstruction(self, counts: sp.csr_matrix, z: Tensor) -> Tensor:
