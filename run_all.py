@@ -77,7 +77,7 @@ def _follow(options: argparse.Namespace) -> int:
 
             print(f"written: {calibration.calibrate(parameters)}; --plan now counts with it")
             return 0
-        work = f"{parameters.study}: " + "\n  ".join(planning.work(study))
+        work = f"{parameters.study}: " + "\n  ".join(planning.counts_in_words(study))
         if options.plan:
             print(work, planning.table(study, study.costs), sep="\n")
             return 0
@@ -131,11 +131,10 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
         print(f"{_stage(number)}: left out, {TASKS[number]} is not among the study's tasks")
     failed = None
     for number in [number for number in stages if number not in left_out]:
-        task = TASKS.get(number, "")
-        not_judged = study.not_judged(task)
+        not_judged = study.not_judged(TASKS[number]) if number in TASKS else {}
         for dataset, why in not_judged.items():
             print(f"{_stage(number)}: left out for {dataset}: {why}")
-        if not_judged and not study.joined(task):
+        if not_judged and not study.joined(TASKS[number]):
             continue
         if not _run_stage(number, study, left):
             failed = STAGES[number]

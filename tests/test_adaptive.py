@@ -213,7 +213,7 @@ def full(tmp_path_factory):
 def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full, tmp_path):
     study = Study(params.check({**GROWN, "adaptive": True, "margin": margin}, "test"), tmp_path)
     assert len(study.pretraining_runs()) == 3 * 4 + 3 * 3 + 3  # at most
-    grown = evaluation.grow(study)
+    grown = evaluation.pretrain_adaptively(study)
     runs = mean_over_splits(select(full, metric="micro_f1", strategy="random")).set_index(["percentage", "seed"])
     found = settle(
         lambda percentage, seed: runs["value"][percentage, seed],
@@ -231,7 +231,7 @@ def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full
         assert set(zip(rows["percentage"], rows["seed"], strict=True)) == expected
     assert len(study.pretraining_runs()) == len(study.pretrain()) < 24 or margin < 0.1
     artifacts = sorted(tmp_path.glob("store/*/*"))
-    pd.testing.assert_frame_equal(evaluation.grow(study), grown)
+    pd.testing.assert_frame_equal(evaluation.pretrain_adaptively(study), grown)
     assert sorted(tmp_path.glob("store/*/*")) == artifacts
 
 

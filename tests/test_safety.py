@@ -28,9 +28,8 @@ import run_all
 from datawall.engine import code, disk, forkserver, kernels, store
 from datawall.models import training
 from datawall.study import params
-from datawall.study.curated import Subset
 from datawall.study.study import Study
-from datawall.study.units import Run
+from datawall.study.units import Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = {

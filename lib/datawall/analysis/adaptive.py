@@ -98,11 +98,10 @@ def settle(oracle: Oracle, plan: Plan) -> Outcome:
 def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
     """Yield the runs that are wanted next, take their scores, and return the outcome when it is settled.
 
-    A few seeds of each size of the ladder are run, from the smallest to the full corpus: no verdict is told without it,
-    since what comes late shows there alone. While `decide` has none, the size at half of the corpus is run, unless the
-    means alone make a plateau (without that size no model is called still improving); then the sizes at both ends of
-    what may be a plateau get a seed more; and when those have all seeds, the rest of the grid is filled in from its
-    large end.
+    A few seeds of each size of the ladder are run, the full corpus too, since what comes late shows there alone. While
+    `decide` has no verdict, the size at half of the corpus is run, unless the means alone make a plateau (without that
+    size no model is called still improving); then the sizes at both ends of what may be a plateau get a seed more; and
+    when those have all seeds, the rest of the grid is filled in from its large end.
     """
     scores: Scores = {}
     ladder = plan.ladder()
@@ -162,10 +161,9 @@ class Coming(NamedTuple):
 def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
     """What is to be gained from each size to the full corpus, of which there are runs.
 
-    It is the larger of two readings, each with its upper confidence bound for `at_most`. A line in the logarithm of the
-    size is fitted to the runs from that size on (`scipy.stats.linregress`); and the full corpus's mean is set beside
-    that of the runs below it, with the variance of all sizes from there on, so that a gain that comes late is not lost
-    among sizes that had none.
+    It is the larger of two readings, with their upper confidence bounds for `at_most`: a line in the logarithm of the
+    size, fitted to the runs from that size on; and the full corpus's mean beside that of the runs below it, with the
+    variance of all sizes from there on, so that a gain that comes late is not lost among sizes that had none.
     """
     sizes = sorted(scores)
     coming = []

@@ -60,12 +60,10 @@ def of_design(
     """How often the rule `equivalence` would give each verdict, by simulation of studies through its own code.
 
     `spread` is the standard deviation over seeds, of all sizes or one for each; noise is normal. Several numbers of
-    seeds are tried in turn. `percentages` are ascending, up to the full corpus, 100; `n_curves` of one kind are judged
-    together, as one family of tests.
-
-    The columns are truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the
-    corpus), seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the
-    true one: the power) and error (Monte-Carlo standard error of it).
+    seeds are tried in turn. `percentages` are ascending, up to the full corpus, 100; `n_curves` are one family of
+    tests. Columns truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the corpus),
+    seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the true one:
+    the power) and error (Monte-Carlo standard error of it).
     """
     sizes = np.array(percentages, float)
     if sizes[-1] != 100 or (np.diff(sizes) <= 0).any() or len(sizes) < 2:
@@ -147,12 +145,10 @@ def judged(
     """What each rule says of curves with one truth, each judged alone.
 
     `scores` are (n_curves, n_sizes, n_seeds) at the percentages `sizes`, ascending. In truth, the plateau begins at
-    `begins`, infinite if there is none, and the next doubling would gain `gain`.
-
-    A row per rule; plateau is the share of the curves on which it sees one at half of the corpus or less, rightly or
-    not, error the Monte-Carlo standard error of that, too early the share on which it begins before it does in truth,
-    in place, runs the share of the grid that it takes and covered the share of the intervals of the predicted gain that
-    hold `gain`; NaN where there is nothing to say.
+    `begins`, infinite if there is none, and the next doubling would gain `gain`. Columns rule, plateau (share of the
+    curves on which it sees one at half of the corpus or less, rightly or not), error (Monte-Carlo standard error of
+    it), too early (share on which it begins before it does in truth), in place, runs (share of the grid that it takes)
+    and covered (share of the intervals of the predicted gain that hold `gain`); NaN where there is nothing to say.
     """
     plan = Plan(margin=margin, percentages=tuple(sizes.tolist()), seeds=tuple(range(scores.shape[2])))
     by_size = list(np.moveaxis(scores, 1, 0))

@@ -127,15 +127,15 @@ def _refuse_damaged(path: Path) -> None:
 def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     """A table of a run, from its folder, such as `runs/quick`.
 
-    All tables have the columns study, model, strategy, percentage (0 to 100), seed, n_cells (pretraining cells), task,
-    dataset and split (how test cells were told from training cells). Beside them,
+    All have the columns study, model, strategy, percentage (0 to 100), seed, n_cells (pretraining cells), task, dataset
+    and split (how test cells were told from training cells). Beside them,
 
     - `results` has one number a row: metric, value, run_id (the artifact it is from);
-    - `intervals` the same numbers: metric, value, low and high (95 % bootstrap interval over cells), chance and
-      ceiling, each NaN where it is not known;
+    - `intervals` the same numbers: metric, value, low and high (95 %, over cells), chance and ceiling, NaN where
+      unknown;
     - `per_class` cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
-    - `budgets` metric, value and budget (a share of the model's steps) of the runs of `budget_check`, which are in no
-      other.
+    - `budgets` metric, value and budget (a share of the model's steps) of the runs of `budget_check`, in no other
+      table.
 
     Raises FileNotFoundError if the run has no such table, ValueError if it is not as it was written.
     """
@@ -243,11 +243,11 @@ def against_baselines(
     """Who wins against the best baseline: differences with 95 % intervals, paired over the same splits.
 
     From the table `intervals` of a study. The best baseline is that with the best mean over splits, `Chance` and
-    `Oracle` left out. An interval is of a bootstrap over seeds and splits, both drawn with replacement, with normal
-    noise of the variance over cells (of model and baseline, from their own intervals) added to each draw. That noise is
-    taken as independent, though both err on the same cells: intervals are too wide rather than too narrow, and a tie
-    may be a small win. With `right`, of micro-F1 on all cells of a data set (`evaluation.right_cells`), they are paired
-    by cell (`tasks.uncertainty.paired_interval`), and no wider than they must be.
+    `Oracle` left out. An interval is of a bootstrap over seeds and splits, with normal noise of the variance over cells
+    (of model and baseline, from their own intervals) added to each draw: as if the two did not err on the same cells,
+    so that it is too wide rather than too narrow, and a tie may be a small win. With `right`, of micro-F1
+    (`evaluation.right_cells`), it is paired by cell (`tasks.uncertainty.paired_interval`), and no wider than it must
+    be.
 
     A row per task, data set and pretrained model, strategy and percentage: value, baseline (its name), baseline_value,
     difference (value - baseline_value), low, high, verdict: `win` or `loss` if the interval excludes zero, else `tie`;

@@ -41,14 +41,12 @@ def annotate(
 ) -> tuple[pd.Categorical, pd.DataFrame]:
     """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
 
-    1. Genes that vary within `batches` (conditions, or samples) are log-normalised, centred and scaled within each
-    batch, and reduced to principal components. 2. Coarse Leiden clusters of the exact neighbour graph get the type
-    whose markers (symbols, passed over where `genes`, the columns, lack them), as mean z-scores within batches, are
-    highest. 3. Between siblings (say CD4 and CD8 T cells), which share a cluster, a cell gets the type whose marker
-    score is higher on average over itself and its neighbours.
-
-    Arithmetic is in double precision and the graph is exact and unweighted, so that labels come out the same on another
-    machine with the same package versions (approximate neighbours do not; scanpy#2956).
+    1. Genes that vary within `batches` (conditions, or samples) are log-normalised, centred and scaled within each, and
+    reduced to principal components. 2. Coarse Leiden clusters of the exact neighbour graph get the type whose markers
+    (symbols among `genes`, the columns), as mean z-scores within batches, are highest. 3. Between siblings (say CD4 and
+    CD8 T cells), which share a cluster, a cell gets the type whose marker score is higher on average over itself and
+    its neighbours. In double precision and on an exact, unweighted graph, labels come out the same on another machine
+    with the same package versions (with approximate neighbours they do not; scanpy#2956).
 
     Returns types (n_cells,), and a table with a row per cluster: mean marker score of each type, `n_cells`,
     `cell_type`. Raises ValueError if a type has no marker among the genes.

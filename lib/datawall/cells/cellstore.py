@@ -39,12 +39,10 @@ PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times 
 def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     """Write cells to `<folder>/cells.zarr`, in a folder that holds no store yet.
 
-    What is written does not depend on how the cells are divided into blocks. Of the columns of `obs`, all that are not
-    numbers become categorical. In memory are a block, two files' worth of counts and, for each cell, twelve bytes and
-    the codes of its labels.
-
-    Raises ValueError if there are no cells, a count is not a whole number from 0 to 2³² - 1, or blocks differ in genes
-    or columns.
+    What is written does not depend on the blocks. Of the columns of `obs`, all that are not numbers become categorical.
+    In memory are a block, two files' worth of counts and, for each cell, twelve bytes and the codes of its labels.
+    Raises ValueError if there are no cells, a count is no whole number from 0 to 2³² - 1, or blocks differ in genes or
+    columns.
     """
     import anndata as ad
     import zarr

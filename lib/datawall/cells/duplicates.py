@@ -29,10 +29,9 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
 
     The hash is the sum of the counts times random weights of their genes, modulo 2^64, twice (multilinear hashing,
     Carter and Wegman 1979). Two cells that differ are taken for equal with a probability of 2^-128 if any difference is
-    odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80. `genes` are the
-    columns' Ensembl ids, all in the gene table. A zero adds nothing, so that a gene that a data set lacks counts as
-    zero: compare data sets on `among`, the genes that both have. Cells that express fewer than `MIN_EXPRESSED` of them
-    have zeros, which are equal to none.
+    odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80. Columns are
+    `genes`, Ensembl ids. A gene that a data set lacks counts as zero: compare data sets on `among`, the genes that both
+    have. Cells that express fewer than `MIN_EXPRESSED` of them have zeros, which are equal to none.
     """
     weights = _weights()[gene_table().index.get_indexer(genes)]
     compared = np.ones(len(genes), bool) if among is None else among.get_indexer(genes) >= 0

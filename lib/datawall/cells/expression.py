@@ -127,13 +127,11 @@ def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks | None = None) -> n
     """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file atomically.
 
     They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over blocks
-    in double precision, so a pass each for genes, covariance and scores is all it takes, where incremental PCA
-    (scikit-learn) would approximate at more cost a block. As everywhere here, genes are centred and not scaled; the
-    original study scales them to unit variance and clips at 10, which gives rare, noisy genes the same weight. Cells of
-    `then` are scored after those of `blocks`, on the components that those have without them.
-
-    Returns a read-only memory map of the file, (n_cells, 50) float32; fewer columns where there are fewer cells or
-    genes.
+    in double precision, so a pass each for genes, covariance and scores is all it takes; incremental PCA would
+    approximate at more cost a block. As everywhere here, genes are centred and not scaled; the original study scales
+    them to unit variance and clips at 10, which gives rare, noisy genes the same weight. Cells of `then` are scored
+    after those of `blocks`, on the components of these. Returns a read-only memory map of the file, (n_cells, 50 or
+    fewer) float32.
     """
     genes = streamed_variable_genes(blocks)
     axes, mean, n_cells = streamed_axes(blocks, genes, COMPONENTS)

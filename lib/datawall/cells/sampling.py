@@ -90,9 +90,9 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
     """Part of each cell, (n_cells,) int64, where parts of exact size each hold every label in proportion.
 
     Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it has
-    each label in proportion to within one cell. The next part takes from what is left, so with more than two parts it
-    is two cells. Rare labels are no obstacle: where there are fewer cells than parts, chance decides. `shares` are the
-    parts' sizes; raises ValueError if one is negative or they do not add up to 1.
+    each label in proportion to within one cell (two, with more than two parts, as the next takes from what is left).
+    Where a label has fewer cells than there are parts, chance decides. `shares` are the parts' sizes; raises ValueError
+    if one is negative or they do not add up to 1.
     """
     _check_shares(shares)
     rng = np.random.default_rng(seed)
@@ -109,11 +109,10 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
 def split_by_group(groups: np.ndarray | pd.Categorical, shares: list[float], *, seed: Seed) -> np.ndarray:
     """Part of each cell, (n_cells,) int64, where parts consist of whole groups, such as donors.
 
-    Groups are dealt out in random order, each to the part that lacks most of its cells. Of `ORDERS` orders the one
-    counts that leaves the least largest gap between a part's size and its share. So sizes are near to the shares, and
-    in any case exceed them by less than one group; `stratified_split` meets them exactly, but parts donors. Every part
-    with a share has a group at least. Raises ValueError as `stratified_split`, and if there are fewer groups than parts
-    or a cell has no group.
+    Groups are dealt out in random order, each to the part that lacks most of its cells; of `ORDERS` orders the one
+    counts that leaves the least largest gap between a part's size and its share. So sizes exceed their shares by less
+    than one group; `stratified_split` meets them exactly, but parts donors. Every part with a share has a group at
+    least. Raises ValueError as `stratified_split`, and if there are fewer groups than parts or a cell has no group.
     """
     _check_shares(shares)
     group = _codes(groups, "group")

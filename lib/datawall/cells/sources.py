@@ -177,10 +177,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
 
     `columns` names the column of `obs` for each role (`cell_type`, `donor_id`, `batch`, …); where files differ, a
     mapping from the file's name to its column. A file is called by its stem, and by its folder too where stems are the
-    same; `dataset_id` is that name unless it is given, and cells have it before their own where there are several
-    files.
-
-    Raises CorpusError if a file cannot be read or breaks a rule.
+    same; `dataset_id` is that name unless it is given, and several files' cells have it before their own.
     """
     options = options or Options()
     paths = [Path(path) for path in paths]

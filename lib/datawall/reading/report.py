@@ -216,7 +216,8 @@ class Site:
             ]
             for row in wide.join(ids).reset_index().to_dict("records")
         ]
-        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *map(labels.label, metrics)]
+        names = [labels.label(metric).replace("_", " ") for metric in metrics]
+        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *names]
         return Table(labels.label(task), head, rows)
 
     def _provenance(self) -> list[Table]:
