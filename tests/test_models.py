@@ -173,28 +173,6 @@ def test_fitting_repeats_bit_for_bit_and_follows_its_seed(name):
 
 
 @networks
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(name, tmp_path, monkeypatch):
-    class CutOffError(Exception):
-        pass
-
-    def cut_off(recipe, step):
-        if step == 5:
-            raise CutOffError
-        return rate(recipe, step)
-
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    rate, file = Recipe.rate, tmp_path / "checkpoint.npz"
-    with monkeypatch.context() as patch:
-        patch.setattr(Recipe, "rate", cut_off)
-        with pytest.raises(CutOffError):
-            fitted(name, steps=8, checkpoint=file)
-    assert len(np.load(file)["losses"]) == 5
-    counts, _ = simulated(seed=1)
-    resumed = fitted(name, steps=8, checkpoint=file).embed(counts)
-    np.testing.assert_array_equal(resumed, fitted(name, steps=8).embed(counts))
-
-
-@networks
 def test_initial_weights_have_a_seed_of_their_own(name):
     """A first loss depends on the weights and on the batch: it differs when either seed does."""
     first = {

@@ -108,7 +108,7 @@ def test_the_rehearsal_has_the_published_grid():
         name: [
             (run.model, *vars(run.subset).values())
             for run in shipped(name).pretraining_runs()
-            if run.model in models.FAMILIES and not run.subset.strategy.startswith("spikein")
+            if run.model in models.hyperparameters.FAMILIES and not run.subset.strategy.startswith("spikein")
         ]
         for name in ("paper", "paper_rehearsal")
     }

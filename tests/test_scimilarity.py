@@ -214,18 +214,6 @@ def test_without_triplets_the_rest_of_the_loss_is_left():
     torch.testing.assert_close(whole, 0.75 * F.mse_loss(x_hat, x), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("layer", "position"), [("first", 0), ("last", -1)])
-def test_l1_is_on_the_layer_stated(layer, position):
-    _, cells, _, _, pairs, negatives = batch()
-    losses = []
-    for l1 in (0.0, 0.5):
-        torch.manual_seed(0)
-        losses.append(autoencoder(l1=l1, l1_layer=layer)(cells, pairs, negatives, 0.2).item())
-    weight = autoencoder().encoder[position].weight
-    assert weight.shape == {"first": (N_GENES, 12), "last": (4, 8)}[layer]
-    assert losses[1] - losses[0] == pytest.approx(0.5 * 0.2 * weight.abs().sum().item(), rel=1e-4)
-
-
 def test_the_sum_of_many_absolute_weights_is_exact():
     weight = torch.empty(3000, 1000).uniform_(-0.01, 0.01).requires_grad_()
     total = scimilarity._Absolute.apply(weight)

@@ -261,15 +261,6 @@ def test_held_out_treated_cells_never_reach_the_prediction(predictions):
     assert np.abs(predictions[2] - predictions[0]).max() > 0.1
 
 
-def test_prediction_needs_no_treated_cells_of_the_held_out_context_but_their_mean(predictions):
-    embedding, X, treated, context = contexts_on_a_line()
-    secret = np.flatnonzero(treated & (context == "context 1"))
-    fewer = np.setdiff1d(np.arange(len(treated)), secret[1:])
-    tasks.perturbation_response(embedding, X, treated, context, "context 1", seed=0)
-    tasks.perturbation_response(embedding[fewer], X[fewer], treated[fewer], context[fewer], "context 1", seed=0)
-    assert np.array_equal(predictions[0], predictions[1])
-
-
 def test_response_metrics_by_hand():
     control, treated = np.array([1.0, 2, 3, 6]), np.array([2.0, 2, 5, 5])
     perfect = perturbation.response_metrics(treated, treated, control)

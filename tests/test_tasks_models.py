@@ -69,12 +69,8 @@ def test_reconstruction_repeats_and_leaves_no_trace(family, cells, fitted):
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(8)
     assert tasks.reconstruction(fitted[family], counts[held], obs[held]) == first
-    if family != "PretrainedPCA":
-        assert not fitted[family].module.training if hasattr(fitted[family], "module") else True
-    if family not in ("PretrainedPCA", "SCimilarity"):
-        assert (
-            tasks.reconstruction(fitted[family], counts[held], obs[held], seed=1) != first
-        )  # other masks, other noise
+    if family not in ("PretrainedPCA", "SCimilarity"):  # other masks, other noise
+        assert tasks.reconstruction(fitted[family], counts[held], obs[held], seed=1) != first
 
 
 def test_loss_of_ssl_is_of_hidden_entries_alone(cells, fitted):

@@ -88,7 +88,7 @@ class Network:
     Parameters
     ----------
     hyperparameters
-        See the family in `hyperparameters`; its defaults are used for those not given.
+        See the family's record in `hyperparameters`; its defaults are used for those not given.
     """
 
     family: ClassVar[str]
@@ -210,18 +210,9 @@ def choose_panel(counts: sp.csr_matrix | Cells, n_genes: int | None) -> np.ndarr
 def hold_out(
     model: Any, counts: sp.csr_matrix | Cells, obs: pd.DataFrame | None, rows: np.ndarray, *, seed: int
 ) -> tuple[np.ndarray, Callable[[], float] | None]:
-    """Divide a subset into cells to train on and, with `keep="best"`, cells that choose which weights are kept.
+    """Divide rows of a subset into those to train on and, with `keep="best"`, those that choose the weights to keep.
 
     The latter are a tenth, at least one cell and at most 500, drawn by the seed; a subset of one cell serves as both.
-
-    Parameters
-    ----------
-    model
-        A model with hyper-parameters (`keep`) and a loss of cells (`heldout_loss`).
-    counts, obs
-        The subset; `obs` where the loss reads it.
-    rows
-        Its cells that can be trained on.
 
     Returns
     -------

@@ -31,7 +31,9 @@ class TripletAutoencoder(nn.Module):
         self.h = h
 
         def layers(*linears: nn.Module) -> list[nn.Module]:
-            parts = ((nn.Dropout(h.dropout), each, nn.BatchNorm1d(len(each.bias)), nn.PReLU()) for each in linears)
+            parts = (
+                (nn.Dropout(h.dropout), linear, nn.BatchNorm1d(len(linear.bias)), nn.PReLU()) for linear in linears
+            )
             return [*chain(*parts)][1:]  # what comes first is the input, or the latent space: no such dropout
 
         widths, back = h.n_hidden, h.n_hidden[::-1]
@@ -45,11 +47,11 @@ class TripletAutoencoder(nn.Module):
         if self.training and h.input_dropout:  # it leaves zeros zero, so that only the other values need be drawn for
             kept = bernoulli(len(cells.data), 1 - h.input_dropout, cells.data.device)
             seen = cells.thinned(kept, 1 / (1 - h.input_dropout))
-        latent = self.encode(seen)
+        latent = self.encode(seen)  # (B, L)
         loss = (1 - h.triplet_weight) * self.reconstruction(self.decoder(latent), cells)
         loss = loss + h.l1 * rate * _Absolute.apply(self.encoder[0 if h.l1_layer == "first" else -1].weight)
         with torch.autocast(latent.device.type, enabled=False):
-            distance = 2 - 2 * latent.detach() @ latent.detach().T
+            distance = 2 - 2 * latent.detach() @ latent.detach().T  # (B, B) d² on the unit sphere
         anchor, positive, negative = semihard_triplets(distance, pairs, negatives, h.margin)
         if len(anchor):
             triplets = F.triplet_margin_loss(latent[anchor], latent[positive], latent[negative], margin=h.margin)
@@ -77,7 +79,7 @@ class _Absolute(torch.autograd.Function):
 def semihard_triplets(
     distance: Tensor, pairs: Tensor, negatives: Tensor, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pair one random negative that is farther than the positive, but by less than the margin.
+    """For each pair one random negative n with d²(anchor, positive) < d²(anchor, n) < d²(anchor, positive) + margin.
 
     Distances from a cell are sorted once, and the negatives that suit one of its pairs are then a range of them: so
     memory grows with the square of the cells, not with pairs times negatives.
@@ -86,12 +88,8 @@ def semihard_triplets(
     ----------
     distance
         (n_cells, n_cells) squared distances d².
-    pairs
-        (n_cells, n_cells) bool: whether the row is an anchor and the column its positive.
-    negatives
-        (n_cells, n_cells) bool: whether the column is a negative of the row.
-    margin
-        d²(anchor, positive) < d²(anchor, negative) < d²(anchor, positive) + margin.
+    pairs, negatives
+        (n_cells, n_cells) bool: whether the row is an anchor and the column its positive, or a negative of it.
 
     Returns
     -------
@@ -109,16 +107,11 @@ def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
     """Whether of two cell types, names of terms in an OBO file, one is the other or its ancestor, (n, n) bool.
 
     Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original. The path of
-    the file is from the working directory, or else from the repository.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        From `ontology.read`, or if there is no term of a name; obsolete ones do not count.
+    the file is from the working directory, or else from the repository. A name without a term, or with an obsolete one
+    alone, is refused.
     """
     terms = read_ontology(paths.located(ontology))
-    unknown = [str(label) for label in labels if label not in terms.identifiers]
-    if unknown:
+    if unknown := [str(label) for label in labels if label not in terms.identifiers]:
         raise ValueError(
             f"SCimilarity: {ontology} has no term named {', '.join(map(repr, unknown))}; rename these cell types to "
             "terms of the ontology, or leave `ontology` out."
@@ -164,11 +157,6 @@ class SCimilarity(SparseNetwork):
     negatives. Under `torchrun`, pairs and batch statistics are of a process's own share of the batch.
 
     Cells are drawn by `sampling_weights`, with replacement; the learning rate falls as a cosine over the budget.
-
-    Parameters
-    ----------
-    hyperparameters
-        See `hyperparameters.SCimilarity`; its defaults are used for those not given.
     """
 
     family = "SCimilarity"

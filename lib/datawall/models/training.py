@@ -252,7 +252,7 @@ def train(
             optimiser.step()
             bar.update()
             if look:
-                state.look(step + 1, _look(module, validation_loss))
+                state.look(step + 1, validation_loss)
                 if recipe.patience is not None and len(state.looks) - state.best_look >= recipe.patience:
                     break
             if save:
@@ -328,8 +328,12 @@ class _State:
         self.best, self.best_look = np.inf, 0
         self.best_weights: dict[str, Tensor] | None = None
 
-    def look(self, step: int, value: float) -> None:
-        """Note a validation loss, and the weights if it is the lowest."""
+    @torch.no_grad()
+    def look(self, step: int, validation_loss: Callable[[], float]) -> None:
+        """Note the validation loss in evaluation mode, and the weights if it is the lowest."""
+        self.module.eval()
+        value = float(validation_loss())
+        self.module.train()
         self.looks.append((step, value))
         if value < self.best:
             self.best, self.best_look = value, len(self.looks)
@@ -337,10 +341,8 @@ class _State:
 
     def write(self, path: Path) -> None:
         """Write the state atomically."""
-        arrays = {f"weight/{name}": weight for name, weight in self.module.state_dict().items()}
-        arrays |= {f"best/{name}": weight for name, weight in (self.best_weights or {}).items()}
-        for i, moments in self.optimiser.state_dict()["state"].items():
-            arrays |= {f"optimiser/{i}/{name}": value for name, value in moments.items()}
+        parts = {"weight": self.module.state_dict(), "best": self.best_weights or {}}
+        parts |= {f"optimiser/{i}": moments for i, moments in self.optimiser.state_dict()["state"].items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
@@ -351,20 +353,18 @@ class _State:
                     losses=np.array(self.losses),
                     looks=np.array(self.looks, dtype=np.float64).reshape(-1, 2),
                     best=np.array([self.best, self.best_look]),
-                    **{name: value.cpu().numpy() for name, value in arrays.items()},
+                    **{
+                        f"{part}/{name}": x.cpu().numpy()
+                        for part, values in parts.items()
+                        for name, x in values.items()
+                    },
                 )
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
 
     def resume(self, path: Path) -> None:
-        """Take up the state of a checkpoint, if there is a sound one.
-
-        Raises
-        ------
-        ValueError
-            If it is of another run.
-        """
+        """Take up the state of a checkpoint, if there is a sound one; one of another run is refused."""
         if not path.exists():
             return
         try:
@@ -376,30 +376,17 @@ class _State:
         if str(arrays["identity"]) != self.identity:
             raise ValueError(f"{path} is a checkpoint of another run ({arrays['identity']}); remove it to start again.")
         parts: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, array in arrays.items():
-            part, _, rest = name.partition("/")
-            if part == "optimiser":
-                i, _, moment = rest.partition("/")
-                moments.setdefault(int(i), {})[moment] = torch.from_numpy(array)
-            elif rest:
-                parts[part][rest] = torch.from_numpy(array)
-        self.module.load_state_dict(parts["weight"])
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        for path_of_tensor in (name for name in arrays if "/" in name):
+            part, _, name = path_of_tensor.rpartition("/")
+            parts.setdefault(part, {})[name] = torch.from_numpy(arrays[path_of_tensor])
         where = next(self.module.parameters()).device
-        self.best_weights = {name: weight.to(where) for name, weight in parts["best"].items()} or None
+        self.module.load_state_dict(parts.pop("weight"))
+        self.best_weights = {name: weight.to(where) for name, weight in parts.pop("best").items()} or None
+        moments = {int(part.removeprefix("optimiser/")): values for part, values in parts.items()}
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         self.losses = arrays["losses"].tolist()
         self.looks = [(int(step), value) for step, value in arrays["looks"].tolist()]
         self.best, self.best_look = float(arrays["best"][0]), int(arrays["best"][1])
-
-
-@torch.no_grad()
-def _look(module: nn.Module, validation_loss: Callable[[], float]) -> float:
-    """The validation loss in evaluation mode; the module returns to training."""
-    module.eval()
-    value = float(validation_loss())
-    module.train()
-    return value
 
 
 class Head(nn.Sequential):

@@ -42,7 +42,7 @@ def finetuned_classification(
     recipe: training.Recipe = RECIPE,
     class_weight: ClassWeight = None,
 ) -> Metrics:
-    """Train an MLP head (128 hidden units) with early stopping, and score it on the test cells.
+    """Train an MLP head (128 hidden units) with early stopping; `classification_metrics` of the test cells.
 
     Columns of the embedding are scaled to mean 0 and variance 1 over the training cells, so that every family's
     head starts from the same scale. Of several folds, the heads are trained side by side, each as if alone.
@@ -61,15 +61,6 @@ def finetuned_classification(
     class_weight
         Weight of a cell in the loss: 1, or "balanced", the mean number of training cells of a type over that of its
         own.
-
-    Returns
-    -------
-    `classification_metrics` of the test cells, those of all folds together.
-
-    Raises
-    ------
-    ValueError
-        If the embedding is not finite or a part is empty.
     """
     check_embedding(embedding)
     folds = _Folds(labels, part, class_weight)

@@ -219,31 +219,11 @@ def _welch(treated: np.ndarray, control: np.ndarray) -> np.ndarray:
     return score
 
 
-def _mse(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return np.square(treated - predicted).mean(axis=-1)
-
-
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Pearson correlation over the last axis; 0 where one side is constant, as it then says nothing of the other."""
     x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
     scale = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
     return np.where(scale > 0, (x * y).sum(axis=-1) / np.where(scale > 0, scale, 1), 0)
-
-
-def _pearson_r(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return _pearson(predicted, treated)
-
-
-def _pearson_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return _pearson(predicted - control, treated - control)
-
-
-def _direction_accuracy(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return ((predicted - control) * (treated - control) > 0).mean(axis=-1)
-
-
-def _mse_weighted(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, genes: np.ndarray) -> np.ndarray:
-    return np.square(treated - predicted) @ genes
 
 
 def _r2_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, genes: np.ndarray) -> np.ndarray:
@@ -255,16 +235,21 @@ def _r2_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, g
 # Of mean expression over genes, (n_genes,) predicted and control, (..., n_genes) treated; a line here, and one in
 # metrics.csv, adds a metric, of all genes, of the differential ones, or with weights of genes.
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "mse": _mse,
-    "pearson_r": _pearson_r,
-    "pearson_delta": _pearson_delta,
+    "mse": lambda predicted, treated, control: np.square(treated - predicted).mean(axis=-1),
+    "pearson_r": lambda predicted, treated, control: _pearson(predicted, treated),
+    "pearson_delta": lambda predicted, treated, control: _pearson(predicted - control, treated - control),
 }
 TOP_METRICS = {
-    "mse_top50": _mse,
-    "pearson_delta_top50": _pearson_delta,
-    "direction_accuracy": _direction_accuracy,
+    "mse_top50": METRICS["mse"],
+    "pearson_delta_top50": METRICS["pearson_delta"],
+    "direction_accuracy": lambda predicted, treated, control: ((predicted - control) * (treated - control) > 0).mean(
+        axis=-1
+    ),
 }
-WEIGHTED_METRICS = {"mse_weighted": _mse_weighted, "r2_delta_weighted": _r2_delta}
+WEIGHTED_METRICS = {
+    "mse_weighted": lambda predicted, treated, control, genes: np.square(treated - predicted) @ genes,
+    "r2_delta_weighted": _r2_delta,
+}
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -103,17 +103,10 @@ def _mean_interval(values: np.ndarray, ends: np.ndarray, alike: np.ndarray) -> n
 def paired_interval(right: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
     """How much larger a share of the same cells one model has right than another, with its 95 % interval.
 
-    Parameters
-    ----------
-    right, others
-        (n_cells,) or (n_runs, n_cells): whether a run has each cell right. A pair of runs of different cells is to be
-        called for each.
-
-    Returns
-    -------
-    the difference, mean over runs, and the ends of its interval: over cells, and over runs where there are several. Of
-    a single run each it is that of Agresti and Min (2005, Stat Med 24:729), who add two pairs that differ, one each
-    way, and one each of those that do not; they keep it from vanishing where no cell differs.
+    Both say whether a run has each cell right, (n_cells,) or (n_runs, n_cells). Given are the mean over runs, and the
+    ends of its interval: over cells, and over runs where there are several. Of a single run each it is that of Agresti
+    and Min (2005, Stat Med 24:729), who add two pairs that differ, one each way, and one each of those that do not;
+    they keep it from vanishing where no cell differs.
     """
     ours, theirs = (np.atleast_2d(np.asarray(runs, float)) for runs in (right, others))
     gaps = ours.mean(axis=0) - theirs.mean(axis=0)
