@@ -73,9 +73,13 @@ def _follow(options: argparse.Namespace) -> int:
         if options.verify or options.why:
             return _look_into(folder, options.why)
         if options.calibrate:
-            return _calibrate(study)
+            from datawall.planning import calibration
+
+            print(f"written: {calibration.calibrate(parameters)}; --plan now counts with it")
+            return 0
+        work = f"{parameters.study}: " + "\n  ".join(planning.counts_in_words(study))
         if options.plan:
-            print(_work(study), planning.table(study, study.costs), sep="\n")
+            print(work, planning.table(study, study.costs), sep="\n")
             return 0
         disk.check_run_folder(study.folder)
         left, otherwise = ({}, {}) if parameters.census else planning.seconds_left(study)
@@ -83,7 +87,7 @@ def _follow(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
-    print(_work(study), f"into {_shown(study.folder)}{about}", sep="\n")
+    print(work, f"into {_shown(study.folder)}{about}", sep="\n")
     for differ, n in otherwise.items():
         print(f"of other versions: {n} models and evaluations, used as they are: made before {differ}.")
         print("To make all of them anew, give a new folder with --out.")
@@ -95,26 +99,9 @@ def _follow(options: argparse.Namespace) -> int:
         return 1
     except OSError as error:
         where = "" if error.filename else f"{study.folder}: "
-        print(
-            f"\n{where}{error}. What is finished is kept; the same command goes on once this is mended.",
-            file=sys.stderr,
-        )
+        remedy = "What is finished is kept; the same command goes on once this is mended."
+        print(f"\n{where}{error}. {remedy}", file=sys.stderr)
         return 1
-
-
-def _work(study: Any) -> str:
-    """How many subsets, models and experiments a study has, and what it has besides, a line each."""
-    from datawall.planning import plan as planning
-
-    return f"{study.params.study}: " + "\n  ".join(planning.work(study))
-
-
-def _calibrate(study: Any) -> int:
-    """Measure what the units of a study cost on this machine."""
-    from datawall.planning import calibration
-
-    print(f"written: {calibration.calibrate(study.params)}; --plan now counts with it")
-    return 0
 
 
 def _look_into(folder: Path, key: str | None) -> int:
@@ -129,8 +116,7 @@ def _look_into(folder: Path, key: str | None) -> int:
         return 0
     problems = verify.problems(folder)
     print("\n".join(problems) or f"{folder}: {verify.count(folder)} artifacts, all as they were written")
-    for line in verify.absent(folder):
-        print(line)
+    print(*(f"{line}\n" for line in verify.absent(folder)), sep="", end="")
     if problems:
         print("The same command without --verify makes again what is damaged and needed.", file=sys.stderr)
     return 1 if problems else 0
@@ -142,17 +128,15 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
     _write_notebooks_whole()
     left_out = [number for number in stages if number in TASKS and TASKS[number] not in study.params.tasks]
     for number in left_out:
-        about = f"left out, {TASKS[number]} is not among the study's tasks"
-        print(f"[{number}/{len(STAGES)}] {STAGES[number]}: {about}")
+        print(f"{_stage(number)}: left out, {TASKS[number]} is not among the study's tasks")
     failed = None
-    for number in stages:
-        task = TASKS.get(number, "")
-        apart = study.not_judged(task) if number not in left_out else {}
-        for name, why in apart.items():
-            print(f"[{number}/{len(STAGES)}] {STAGES[number]}: left out for {name}: {why}")
-        if apart and not study.joined(task):
-            left_out.append(number)
-        if number not in left_out and not _run_stage(number, study, left):
+    for number in [number for number in stages if number not in left_out]:
+        not_judged = study.not_judged(TASKS[number]) if number in TASKS else {}
+        for dataset, why in not_judged.items():
+            print(f"{_stage(number)}: left out for {dataset}: {why}")
+        if not_judged and not study.joined(TASKS[number]):
+            continue
+        if not _run_stage(number, study, left):
             failed = STAGES[number]
             break
     try:
@@ -198,13 +182,13 @@ def _check(path: Path, overrides: dict[str, Any]) -> int:
     """Say what a study would do with its data, and what would stop it."""
     from datawall.planning import preflight
 
-    found = preflight.check(path, overrides)
-    for line in [*found.facts, *(f"warning: {line}" for line in found.warnings)]:
+    report = preflight.check(path, overrides)
+    for line in [*report.facts, *(f"warning: {line}" for line in report.warnings)]:
         print(line)
-    for line in found.errors:
+    for line in report.errors:
         print(f"error: {line}", file=sys.stderr)
-    print(f"mistakes that would stop it: {len(found.errors) or 'none'}")
-    return 2 if found.errors else 0
+    print(f"mistakes that would stop it: {len(report.errors) or 'none'}")
+    return 2 if report.errors else 0
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -297,7 +281,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
     seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
-    line = f"[{number}/{len(STAGES)}] {name} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
+    line = f"{_stage(number)} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     with kernels.forked() as kernel:
         try:
@@ -326,9 +310,14 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
             print(f"\n{name} failed: {error}; perhaps memory ran out.", file=sys.stderr)
             print("What is finished is kept; the same command goes on.", file=sys.stderr)
             return False
-    done = f"[{number}/{len(STAGES)}] {name} done in {time.perf_counter() - begin:.0f} s"
+    done = f"{_stage(number)} done in {time.perf_counter() - begin:.0f} s"
     print(f"\r{done:<{len(line)}}" if sys.stdout.isatty() else done, flush=True)
     return True
+
+
+def _stage(number: int) -> str:
+    """How a stage begins its lines."""
+    return f"[{number}/{len(STAGES)}] {STAGES[number]}"
 
 
 def _shown(path: Path) -> str:

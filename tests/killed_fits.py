@@ -20,9 +20,10 @@ from datawall.models import training
 STEPS = 12
 SMALL = {
     "PretrainedPCA": {},
-    "scVI": {"batch_size": 32, "n_hidden": 16},
+    "scVI": {"batch_size": 32, "n_hidden": 16, "n_genes": 50},
     "SSL": {"batch_size": 32, "n_hidden": [32, 16]},
-    "Geneformer": {"batch_size": 8, "n_layers": 2, "n_embd": 16, "max_length": 32},
+    "ssl_vae": {"batch_size": 32, "n_hidden": [32, 16]},
+    "Geneformer": {"batch_size": 8, "n_layers": 2, "n_embd": 16, "max_length": 32, "n_genes": 50},
     "SCimilarity": {"batch_size": 32, "n_hidden": [32, 16]},
 }
 

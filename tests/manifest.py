@@ -19,8 +19,8 @@ HOW = """\
 One command checks all: `make test`, in a clone, on Linux with Python 3.12 and pip. It sets up .venv, fetches Kang's
 cells (28 MB), executes every notebook anew, compares what its marked cells print with what is stored, and runs all
 tests. `make notebooks` makes every file listed here again. On two cores: some minutes and a few GB for .venv, then
-what README.md says under "What it costs". Which numbers are compared, and within what, CONTRIBUTING.md says under
-"Numbers across machines".
+what README.md says under "What it costs". codecheck/manifest.csv lists every stored output and says whether it is
+compared (True or False); within what, and why, CONTRIBUTING.md says under "Numbers across machines".
 """
 
 
@@ -80,8 +80,10 @@ def files():
         cell = next(cells, "key of the library's code, by which all of this was made")
         yield path, f"{cell}; shown in README.md" if f"]({name})" in readme else cell
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        kinds = held[held["notebook"] == path.stem]["kind"].value_counts()
-        yield path, ", ".join(f"{kinds.get(kind, 0)} {kind}s" for kind in ("figure", "table", "text"))
+        of_notebook = held[held["notebook"] == path.stem]
+        kinds = of_notebook["kind"].value_counts()
+        counted = ", ".join(f"{kinds.get(kind, 0)} {kind}s" for kind in ("figure", "table", "text"))
+        yield path, f"{counted}; {of_notebook['compared'].sum()} of them are compared with a fresh run"
 
 
 def as_written(dumper, text):
@@ -97,7 +99,10 @@ def configuration():
         for path, comment in files()
     ]
     manifest.append(
-        {"file": MANIFEST.relative_to(ROOT).as_posix(), "comment": "every output of the notebooks, by cell"}
+        {
+            "file": MANIFEST.relative_to(ROOT).as_posix(),
+            "comment": "every output of the notebooks, by cell, and whether a fresh run is compared with it",
+        }
     )
     paper = {"title": citation["title"], "authors": [{"name": each["name"]} for each in citation["authors"]]}
     paper["reference-other"] = [f"https://doi.org/{citation['preferred-citation']['doi']}"]

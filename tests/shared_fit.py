@@ -1,4 +1,6 @@
-"""Train a network in one process, or in several under torchrun: shared_fit.py FILE head|SSL [STEPS_BETWEEN_LOOKS]
+"""Train a network in one process, or in several under torchrun: shared_fit.py FILE NETWORK [STEPS_BETWEEN_LOOKS]
+
+Batches are of 15 cells, which two processes do not divide. What a process draws for itself is not drawn here.
 
 With a third word, so many steps run ahead before their losses are looked at, as on a GPU, and checkpoints are always
 due.
@@ -21,7 +23,7 @@ def head(checkpoint):
     X = torch.from_numpy(rng.standard_normal((60, 5)).astype(np.float32))
     y = X @ torch.arange(5.0)[:, None]
     module = training.seeded(lambda: training.Head(5, 1, n_hidden=16, dropout=0), 0)
-    recipe = training.Recipe(steps=30, batch_size=16, learning_rate=1e-2, clip_norm=1.0)
+    recipe = training.Recipe(steps=30, batch_size=15, learning_rate=1e-2, clip_norm=1.0)
     history = training.train(
         module,
         lambda forward, rows, step: ((forward(X[rows]) - y[rows]) ** 2).mean(),
@@ -41,17 +43,38 @@ def ssl(checkpoint):
     torch.randn_like = torch.zeros_like
     counts = sp.csr_matrix(np.random.default_rng(0).poisson(0.5, (60, 40)).astype(np.float32))
     settings = {"n_hidden": [16, 12], "n_latent": 4, "loss": "vae", "keep": "last", "dropout": 0.0}
-    model = models.create("SSL", **settings, batch_size=16, learning_rate=0.01)
+    model = models.create("SSL", **settings, batch_size=15, learning_rate=0.01)
     history = model.fit(counts, None, steps=30, seed=0, checkpoint=checkpoint)
     return model.module, history
 
 
-file, what, *ahead = sys.argv[1:]
-if ahead:
-    training.LOSSES_AT_ONCE["cpu"], training.CHECKPOINT_SECONDS = int(ahead[0]), 0
+def geneformer(checkpoint):
+    """With the same genes hidden in every cell, so that processes have them in different numbers."""
+    from datawall import models
+    from datawall.models import geneformer, transformer
+
+    def mask(ids, vocab_size):
+        chosen = ids % 5 == 0
+        targets = torch.where(chosen, ids, torch.full_like(ids, transformer.IGNORED))
+        return torch.where(chosen, torch.full_like(ids, transformer.MASK), ids), targets
+
+    geneformer.mask_tokens = mask
+    rng = np.random.default_rng(0)
+    rates = rng.gamma(0.5, 1, 40) * np.geomspace(0.1, 10, 60)[:, None]  # few genes in some cells, many in others
+    counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
+    settings = {"n_layers": 2, "n_heads": 2, "n_embd": 16, "max_length": 32, "dropout": 0.0, "keep": "last"}
+    model = models.create("Geneformer", **settings, batch_size=15, learning_rate=0.01)
+    history = model.fit(counts, None, steps=30, seed=0, checkpoint=checkpoint)
+    return model.module, history
+
+
+file, what, *steps_ahead = sys.argv[1:]
+if steps_ahead:
+    training.LOSSES_AT_ONCE["cpu"], training.CHECKPOINT_SECONDS = int(steps_ahead[0]), 0
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
-module, history = {"head": head, "SSL": ssl}[what](Path(f"{file}.checkpoint.npz") if ahead else None)
+train = {"head": head, "SSL": ssl, "Geneformer": geneformer}[what]
+module, history = train(Path(f"{file}.checkpoint.npz") if steps_ahead else None)
 if not dist.is_initialized() or dist.get_rank() == 0:
     weights = {name: weight.numpy() for name, weight in module.state_dict().items()}
     np.savez(file, loss=history.loss, **weights)

@@ -28,6 +28,20 @@ def oracle(score, *, noise=0.002, seed=0):
     return run
 
 
+@pytest.mark.parametrize(
+    ("score", "verdict", "begins"),
+    [
+        (lambda p: 0.6 + 0.1 * np.log10(min(p, 10)), "plateau", 10),
+        (lambda p: 0.4 + 0.2 * np.log10(p), "still improving", np.nan),
+    ],
+)
+def test_a_curve_is_followed_to_where_its_plateau_begins_or_to_the_end(score, verdict, begins):
+    found = settle(oracle(score), Plan(margin=0.02, percentages=GRID))
+    assert found.verdict == verdict
+    np.testing.assert_equal(found.percentage, begins)
+    assert found.share < 0.4 if verdict == "plateau" else {50, 100} <= set(found.runs["percentage"])
+
+
 def test_a_flat_curve_settles_on_two_runs_of_three_sizes():
     run = oracle(lambda percentage: 0.8, noise=0.0005)
     found = settle(run, Plan(margin=0.02, percentages=GRID))
@@ -36,19 +50,6 @@ def test_a_flat_curve_settles_on_two_runs_of_three_sizes():
     assert found.share == pytest.approx(6 / 30)
     assert found.runs[["percentage", "seed"]].to_numpy().tolist() == [list(each) for each in run.asked]
     assert "beyond 1 %" in found.reason
-
-
-def test_a_plateau_is_found_where_it_begins():
-    found = settle(oracle(lambda p: 0.6 + 0.1 * np.log10(min(p, 10))), Plan(margin=0.02, percentages=GRID))
-    assert (found.verdict, found.percentage) == ("plateau", 10)
-    assert found.share < 0.4
-
-
-def test_a_curve_that_rises_to_the_end_is_followed_to_the_end():
-    found = settle(oracle(lambda p: 0.4 + 0.2 * np.log10(p)), Plan(margin=0.02, percentages=GRID))
-    assert found.verdict == "still improving"
-    assert np.isnan(found.percentage)
-    assert {50, 100} <= set(found.runs["percentage"])
 
 
 def test_noise_leaves_it_undecided_at_the_end_of_the_budget():
@@ -212,7 +213,7 @@ def full(tmp_path_factory):
 def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full, tmp_path):
     study = Study(params.check({**GROWN, "adaptive": True, "margin": margin}, "test"), tmp_path)
     assert len(study.pretraining_runs()) == 3 * 4 + 3 * 3 + 3  # at most
-    grown = evaluation.grow(study)
+    grown = evaluation.pretrain_adaptively(study)
     runs = mean_over_splits(select(full, metric="micro_f1", strategy="random")).set_index(["percentage", "seed"])
     found = settle(
         lambda percentage, seed: runs["value"][percentage, seed],
@@ -230,7 +231,7 @@ def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full
         assert set(zip(rows["percentage"], rows["seed"], strict=True)) == expected
     assert len(study.pretraining_runs()) == len(study.pretrain()) < 24 or margin < 0.1
     artifacts = sorted(tmp_path.glob("store/*/*"))
-    pd.testing.assert_frame_equal(evaluation.grow(study), grown)
+    pd.testing.assert_frame_equal(evaluation.pretrain_adaptively(study), grown)
     assert sorted(tmp_path.glob("store/*/*")) == artifacts
 
 

@@ -14,13 +14,8 @@ from datawall.cells import annotation, datasets
 @pytest.fixture(scope="module")
 def kang_labels():
     """A row a cell that the authors labelled: their label and ours."""
-    theirs, ours = real.kang().obs, datasets.load("kang2018").obs
-    return pd.DataFrame(
-        {
-            "authors": theirs["cell_type"].astype(str).to_numpy(),
-            "ours": ours.loc[theirs.index, "cell_type"].astype(str).to_numpy(),
-        }
-    )
+    theirs, ours = real.kang().obs["cell_type"], datasets.load("kang2018").obs["cell_type"]
+    return pd.DataFrame({"authors": theirs, "ours": ours[theirs.index]}).astype(str)
 
 
 def test_kang_labels_agree_with_the_authors(kang_labels):
@@ -39,6 +34,7 @@ def annotated(adata):
 
 def test_labels_repeat_whatever_the_global_random_state():
     kang = real.kang()
+    before = kang.X.copy()
     random.seed(1)
     first, table = annotated(kang)
     random.seed(2)
@@ -49,24 +45,13 @@ def test_labels_repeat_whatever_the_global_random_state():
     assert (scores.idxmax(axis=1) == table["cell_type"]).all()
     assert (kang.obs["cell_type"].to_numpy() == np.asarray(first)).mean() > 0.80
     assert set(first) <= set(annotation.PBMC_MARKERS)
-
-
-def test_input_is_left_alone():
-    few = real.kang()[:300].copy()
-    before = few.X.copy()
-    annotated(few)
-    assert (before != few.X).nnz == 0
+    assert (before != kang.X).nnz == 0
 
 
 def test_type_without_any_marker_is_refused():
-    genes = pd.Index(["CD3D", "MS4A1"])
+    genes, markers = pd.Index(["CD3D", "MS4A1"]), {"T": ["CD3D", "CD3E"], "platelets": ["PPBP", "PF4"]}
     with pytest.raises(ValueError, match=r"no marker of \['platelets'\] is among the genes"):
-        annotation.annotate(
-            sp.csr_matrix(np.ones((4, 2))),
-            genes,
-            pd.Series(list("aaaa")),
-            {"T": ["CD3D", "CD3E"], "platelets": ["PPBP", "PF4"]},
-        )
+        annotation.annotate(sp.csr_matrix(np.ones((4, 2))), genes, pd.Series(list("aaaa")), markers)
 
 
 def test_scaled_within_is_a_z_score_of_each_batch_alone():

@@ -56,11 +56,6 @@ def test_logistic_regression_beats_the_majority(kang):
     assert (before != kang.X).nnz == 0
 
 
-def test_no_change_is_the_control_cells():
-    control = np.array([[1.0, 0], [3, 4]])
-    np.testing.assert_array_equal(baselines.no_change(control), control)
-
-
 def test_contexts_weigh_alike_in_the_mean_shift():
     # Context a shifts by (4, 0) and has one treated cell, b by (0, 2) and has three; c was never treated.
     train_control = np.array([[1.0, 1], [1, 3], [5, 5], [100, 100]])

@@ -14,8 +14,7 @@ import datawall as dw
 from datawall import models, tasks
 from datawall.engine import code, paths
 from datawall.study import evaluation, params, study
-from datawall.study.curated import Subset
-from datawall.study.units import Run
+from datawall.study.units import Run, Subset
 
 
 @pytest.fixture

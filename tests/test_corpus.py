@@ -1,10 +1,11 @@
 """Counts found, genes joined, mistakes refused by name, cells divided in proportion."""
 
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import real
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,10 +54,8 @@ def test_what_is_no_count_is_refused(value, fault, sparse):
     adata = with_values(value)
     if sparse:
         adata.X = sp.csc_matrix(adata.X)
-    with pytest.raises(corpus.CorpusError) as error:
+    with pytest.raises(corpus.CorpusError, match=f"mine: X .*{re.escape(fault)}.*non-negative integers"):
         corpus.align(adata, "mine")
-    for part in ("mine: X ", fault, "non-negative integers"):
-        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(("count", "fine"), [(2**24, True), (2**24 + 2, False)])
@@ -77,17 +76,6 @@ def test_messages_are_one_line_of_bounded_length():
     assert message.endswith("breaks; remedy.")
 
 
-def test_values_that_are_no_numbers_are_refused():
-    with pytest.raises(corpus.CorpusError, match=r"mine: X holds object values, not numbers"):
-        corpus.align(with_values("two", dtype=object), "mine")
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
-def test_no_cells_or_no_genes_is_refused(shape):
-    with pytest.raises(corpus.CorpusError, match=rf"mine: {shape[0]} cells x {shape[1]} genes; it must have"):
-        corpus.align(ad.AnnData(np.zeros(shape, np.float32)), "mine")
-
-
 # Genes
 
 
@@ -103,17 +91,10 @@ def test_align_keeps_every_count_with_its_gene(ids):
     expected = dense[[gene for gene in TABLE.index if gene in dense.columns]]
     pd.testing.assert_frame_equal(aligned.to_df(), expected, check_names=False)
     assert (aligned.var["feature_name"] == TABLE.loc[aligned.var_names, "feature_name"]).all()
-    assert match.row() == {
-        "dataset": "mine",
-        "counts_from": "X",
-        "named_by": "Ensembl id" if ids else "symbol",
-        "n_genes": 20,
-        "matched": 17,
-        "missing": 3,
-        "duplicated": 0,
-        "other_features": 0,
-        "counts_found": round(float(dense.iloc[:, :17].to_numpy().sum() / dense.to_numpy().sum()), 4),
-    }
+    told = {"dataset": "mine", "counts_from": "X", "named_by": "Ensembl id" if ids else "symbol", "n_genes": 20}
+    told |= {"matched": 17, "missing": 3, "duplicated": 0, "other_features": 0}
+    counts_found = round(float(dense.iloc[:, :17].to_numpy().sum() / dense.to_numpy().sum()), 4)
+    assert match.row() == {**told, "counts_found": counts_found}
     assert adata.var_names.tolist() == names
 
 
@@ -124,20 +105,6 @@ def test_feature_name_outranks_var_names():
     named.var_names = [f"row{i}" for i in range(adata.n_vars)]
     a, b = corpus.align(adata, "mine")[0], corpus.align(named, "mine")[0]
     pd.testing.assert_frame_equal(a.to_df(), b.to_df())
-
-
-def test_alignment_by_versioned_id_equals_that_by_symbol():
-    source, _ = corpus.align(real.kang()[:, ::-1], "kang")
-    assert source.n_vars == 11_535
-    versioned, symbols = source.copy(), source.copy()
-    versioned.var_names = [f"{name}.{i % 20 + 1}" for i, name in enumerate(source.var_names)]
-    symbols.var_names = TABLE.loc[source.var_names, "feature_name"].to_numpy()
-    (by_id, id_match), (by_symbol, symbol_match) = corpus.align(versioned, "ids"), corpus.align(symbols, "symbols")
-    assert (id_match.named_by, symbol_match.named_by) == ("Ensembl id", "symbol")
-    assert id_match.matched == symbol_match.matched == source.n_vars
-    assert by_id.var.equals(by_symbol.var)
-    assert (by_id.X != by_symbol.X).nnz == 0
-    assert (by_id.X != source[:, by_id.var_names].X).nnz == 0
 
 
 def test_columns_of_one_gene_are_summed():
@@ -154,17 +121,6 @@ def test_columns_of_one_gene_are_summed():
     assert aligned.n_vars == match.matched == 15
     assert (match.n_genes, match.missing, match.duplicated) == (20, 2, 3)
     assert match.named_by == "Ensembl id and symbol"
-
-
-def test_ids_are_taken_from_a_column_of_var_before_symbols():
-    adata, ids = toy(), toy(ids=True).var_names
-    adata.var["strand"] = "+"
-    adata.var["gene_ids"] = [*ids[:-1], "none"]
-    symbols = adata.var_names.to_numpy(copy=True)
-    adata.var_names = [f"row{i}" for i in range(19)] + [symbols[-1]]
-    aligned, match = corpus.align(adata, "mine")
-    assert match.named_by == "Ensembl id and symbol"
-    assert np.array_equal(aligned[:, ids].X.toarray(), adata.X.toarray())
 
 
 def test_a_gene_is_what_its_id_says_not_its_symbol():
@@ -187,22 +143,6 @@ def duplicate_cells():
     return adata
 
 
-def mouse():
-    adata = toy()
-    return renamed(adata, ["Actb", "Gapdh", "Cd3d", *[f"Gm{i}" for i in range(17)]])
-
-
-def few_matched():
-    adata = toy()
-    return renamed(adata, [*adata.var_names[:9], *[f"novel{i}" for i in range(11)]])
-
-
-def empty_cell():
-    adata = toy()
-    adata.X = sp.csr_matrix(adata.X.toarray() * (np.arange(12) != 5)[:, None])
-    return adata
-
-
 def empty_in_matched_genes():
     adata = toy()
     dense = adata.X.toarray()
@@ -217,44 +157,38 @@ def all_empty():
     return renamed(ad.AnnData(sp.csr_matrix(adata.shape), obs=adata.obs), adata.var_names)
 
 
-@pytest.mark.parametrize("make", [empty_cell, empty_in_matched_genes])
-def test_cells_without_counts_are_dropped_with_a_warning(make, caplog):
-    adata = make()
+def test_cells_without_counts_in_matched_genes_are_dropped_with_a_warning(caplog):
+    adata, whole = empty_in_matched_genes(), corpus.align(toy(), "mine")[0]
     aligned, _ = corpus.align(adata, "mine")
     assert aligned.obs_names.tolist() == [name for name in adata.obs_names if name != "cell5"]
-    assert np.array_equal(
-        aligned.X.toarray(),
-        np.delete(corpus.align(toy(), "mine")[0].X.toarray(), 5, axis=0)[
-            :, np.isin(corpus.align(toy(), "mine")[0].var_names, aligned.var_names)
-        ],
-    )
+    assert np.array_equal(aligned.X.toarray(), whole[aligned.obs_names, aligned.var_names].X.toarray())
     assert "mine: 1 of 12 cells have no count" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("make", "parts"),
+    ("make", "message"),
     [
-        (duplicate_cells, ["cell0", "make obs_names unique"]),
-        (mouse, ["only 0 of 20 genes (Actb", "human", "Name genes by Ensembl id"]),
-        (few_matched, ["only 9 of 20 genes", "at least 50%"]),
-        (all_empty, ["no cell has a count in any matched gene"]),
+        (duplicate_cells, "cell0 .*make obs_names unique"),
+        (all_empty, "no cell has a count in any matched gene"),
+        (lambda: with_values("two", dtype=object), "X holds object values, not numbers"),
+        (lambda: ad.AnnData(np.zeros((0, 5), np.float32)), "0 cells x 5 genes; it must have"),
+        (lambda: ad.AnnData(np.zeros((5, 0), np.float32)), "5 cells x 0 genes; it must have"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
 @pytest.mark.filterwarnings("ignore:Observation names are not unique:UserWarning")
-def test_align_refuses_and_says_why(make, parts):
-    with pytest.raises(corpus.CorpusError) as error:
+def test_align_refuses_and_says_why(make, message):
+    with pytest.raises(corpus.CorpusError, match=f"mine: .*{message}|mine: {message}"):
         corpus.align(make(), "mine")
-    for part in ["mine: ", *parts]:
-        assert part in str(error.value)
 
 
 def test_share_of_matched_genes_is_the_users_to_set():
-    with pytest.raises(corpus.CorpusError, match="at least 50%"):
-        corpus.align(few_matched(), "mine")
-    assert corpus.align(few_matched(), "mine", min_matched=0.45)[0].n_vars == 9
-    with pytest.raises(corpus.CorpusError, match="only 0 of 20"):
-        corpus.align(mouse(), "mine", min_matched=0)
+    few = renamed(toy(), [*toy().var_names[:9], *[f"novel{i}" for i in range(11)]])
+    with pytest.raises(corpus.CorpusError, match=r"mine: only 9 of 20 genes.*at least 50%"):
+        corpus.align(few, "mine")
+    assert corpus.align(few, "mine", min_matched=0.45)[0].n_vars == 9
+    mouse = renamed(toy(), ["Actb", "Gapdh", "Cd3d", *[f"Gm{i}" for i in range(17)]])
+    with pytest.raises(corpus.CorpusError, match=r"only 0 of 20 genes \(Actb.*human.*Name genes by Ensembl id"):
+        corpus.align(mouse, "mine", min_matched=0)
 
 
 def test_column_is_complete_or_refused():
@@ -320,6 +254,3 @@ def test_seeds_divide_differently_and_labels_need_no_order():
 def test_bad_shares_are_refused(shares):
     with pytest.raises(ValueError, match="add up to 1"):
         sampling.stratified_split(np.array([0, 1]), shares, seed=0)
-
-
-# A user's own file, through a study

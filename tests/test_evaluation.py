@@ -202,7 +202,7 @@ def test_each_class_has_its_score_and_support(study, tables):
 
 
 def test_what_is_evaluated(study):
-    assert planning.work(study) == ["2 subsets, 6 models, 30 experiments, 13 baselines"]
+    assert planning.counts_in_words(study) == ["2 subsets, 6 models, 30 experiments, 13 baselines"]
     assert {one.source.model for one in evaluation.evaluations(study, "reconstruction")} == {"PretrainedPCA", "SSL"}
     assert evaluation.evaluations(study_of(study.folder.parent, tasks=[TASKS[0]]), TASKS[1]) == []
 
@@ -304,21 +304,21 @@ def labels(**columns):
 
 def unfit(task, obs, **values):
     p = params.check({**VALUES, "control": "ctrl", **values}, "mine")
-    return joining.unfit(task, obs, params.EvaluationSet(file="x", control="ctrl"), p)
+    return joining.unfit(task, obs, params.EvaluationSet(file="x", control="ctrl", treatments=5), p)
 
 
 @pytest.mark.parametrize(
     ("task", "columns", "why"),
     [
-        ("zeroshot_classification", {"cell_type": [("B", 30)]}, "all of one type"),
-        ("finetuned_classification", {"cell_type": [("B", 29), ("T", 1)]}, "all of one type, but for single ones"),
+        ("zeroshot_classification", {"cell_type": [("B", 30)]}, "no two types with 5 cells or more: 'B' (30)"),
+        ("finetuned_classification", {"cell_type": [("B", 26), ("T", 4)]}, "or more: 'B' (26), 'T' (4)"),
         ("zeroshot_classification", {"cell_type": [("B", 5), ("T", 5)]}, "it has 10 cells, and needs 20"),
         ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 30)]}, "all of one batch"),
         ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 9), ("y", 21)]}, "told apart"),
         ("perturbation_response", {"cell_type": [("B", 9), ("T", 21)], "perturbation": [("a", 30)]}, "the control"),
         ("reconstruction", {"cell_type": [("B", 3)]}, None),
         ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 8), ("y", 22)]}, None),
-        ("zeroshot_classification", {"cell_type": [("B", 28), ("T", 2)]}, None),
+        ("finetuned_classification", {"cell_type": [("B", 25), ("T", 5)]}, None),
     ],
 )
 def test_what_a_data_set_cannot_be_judged_on_is_known_from_its_labels(task, columns, why):
@@ -334,9 +334,9 @@ def test_treatments_are_judged_one_by_one_by_name_or_those_with_the_most_cells()
 
     def judged(chosen, named=None):
         one = params.EvaluationSet(file="x", control="ctrl", treatments=chosen, held_out_contexts=named)
-        return joining.treatments(obs, one, params.check(VALUES, "mine"))
+        return joining.treatments(obs, one)
 
-    assert judged(None) == {"a": ["B", "T"], "b": ["B", "T"], "c": ["B"]}
+    assert judged(5) == {"a": ["B", "T"], "b": ["B", "T"], "c": ["B"]}
     assert judged(2) == {"a": ["B", "T"], "b": ["B", "T"]}
     assert judged(["c"]) == {"c": ["B"]}
     assert judged(5, ["T"]) == {"a": ["T"], "b": ["T"]}  # c has one cell there

@@ -124,36 +124,29 @@ def remove(*keys):
     return spoil
 
 
-def label_codes(change):
+def label_code(code):
     def spoil(root, rng):
         codes = root["obs/cell_type/codes"][:]
-        change(codes, rng)
+        codes[rng.integers(len(codes))] = code
         put(root, "obs/cell_type/codes", codes)
 
     return spoil
-
-
-def one_code(code):
-    def change(codes, rng):
-        codes[rng.integers(len(codes))] = code
-
-    return change
 
 
 def short_column(root, rng):
     put(root, "obs/cell_type/codes", root["obs/cell_type/codes"][: rng.integers(N_CELLS)])
 
 
-def counts_of(make):
-    """Replace the matrix's content: whichever way it is stored, `make` changes it dense."""
+def counts_of(make, n_cells=N_CELLS, n_genes=N_GENES):
+    """Replace the matrix's content, whichever way it is stored: `make` changes it dense."""
 
     def spoil(root, rng):
         stored = root["X"]
-        dense = stored[:] if hasattr(stored, "dtype") else ad.io.read_elem(stored).toarray()
+        dense = (stored[:] if hasattr(stored, "dtype") else ad.io.read_elem(stored).toarray())[:n_cells, :n_genes]
         make(dense, rng)
-        store = LAYOUTS["dense" if hasattr(stored, "dtype") else stored.attrs["encoding-type"][:3]]
+        layout = LAYOUTS["dense" if hasattr(stored, "dtype") else stored.attrs["encoding-type"][:3]]
         del root["X"]
-        ad.io.write_elem(root, "X", store(sp.csr_matrix(dense)))
+        ad.io.write_elem(root, "X", layout(sp.csr_matrix(dense)))
 
     return spoil
 
@@ -172,11 +165,7 @@ def resized(n_cells, n_genes):
             frame = ad.io.read_elem(root[part]).iloc[:size]
             del root[part]
             ad.io.write_elem(root, part, frame)
-        stored = root["X"]
-        dense = (stored[:] if hasattr(stored, "dtype") else ad.io.read_elem(stored).toarray())[:n_cells, :n_genes]
-        layout = "dense" if hasattr(stored, "dtype") else stored.attrs["encoding-type"][:3]
-        del root["X"]
-        ad.io.write_elem(root, "X", LAYOUTS[layout](sp.csr_matrix(dense)))
+        counts_of(lambda dense, rng: None, n_cells, n_genes)(root, rng)
 
     return spoil
 
@@ -240,8 +229,8 @@ REFUSED = {
     "too few names of genes": names("var/_index", lambda values, _: values[:-3]),
     "too many names of cells": names("obs/_index", lambda values, _: [*values, "more"]),
     "part removed": remove("X", "obs", "var", "obs/_index", "var/_index", "obs/cell_type", "obs/cell_type/categories"),
-    "label missing": label_codes(one_code(-1)),
-    "label out of range": label_codes(one_code(77)),
+    "label missing": label_code(-1),
+    "label out of range": label_code(77),
     "blank label": names("obs/cell_type/categories", lambda values, _: [" ", *values[1:]]),
     "short column": short_column,
     "no counts": counts_of(clear_all),
@@ -404,35 +393,8 @@ def test_generated_variants_are_refused_in_a_line_or_repaired(sound, tmp_path, m
     assert seen == {*SPOILS, "bytes"}
 
 
-def folder_named_as_file(folder):
-    (folder / "x.h5ad").mkdir()
-    return folder / "x.h5ad"
-
-
-def file_named_as_folder(folder):
-    (folder / "x.zarr").write_text("no folder")
-    return folder / "x.zarr"
-
-
-def empty_folder(folder):
-    (folder / "x.zarr").mkdir()
-    return folder / "x.zarr"
-
-
-def empty_file(folder):
-    (folder / "x.h5ad").touch()
-    return folder / "x.h5ad"
-
-
-def other_suffix(folder):
-    (folder / "x.loom").touch()
-    return folder / "x.loom"
-
-
-@pytest.mark.parametrize(
-    "make",
-    [folder_named_as_file, file_named_as_folder, empty_folder, empty_file, other_suffix, lambda f: f / "absent.h5ad"],
-)
-def test_what_is_no_such_file_is_named(tmp_path, make):
-    path = make(tmp_path)
-    assert outcome(by_blocks, path, "no file")[1] is not None
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: None])
+@pytest.mark.parametrize("name", ["x.h5ad", "x.zarr", "x.loom"])
+def test_what_is_no_such_file_is_named(tmp_path, name, make):
+    make(tmp_path / name)
+    assert outcome(by_blocks, tmp_path / name, "no file")[1] is not None

@@ -1,32 +1,34 @@
+"""What every family promises: fit, save, load, resume, embed, stay untrained, see a panel, keep its best weights."""
+
 from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
-import scanpy as sc
 import scipy.sparse as sp
 import torch
-from sklearn.decomposition import PCA
 
 from datawall import models
 from datawall.cells import expression
-from datawall.models import hyperparameters
+from datawall.models import base, geneformer, hyperparameters, scvi, sparse, training
 from datawall.models.base import NotFittedError
-from datawall.models.transformer import Encoder, EncoderConfig
+from datawall.models.training import Recipe
 
 N_GENES = 800
 SMALL = {
     "PretrainedPCA": {"n_components": 5},
     "scVI": {"n_hidden": 16, "n_latent": 6, "batch_size": 32},
     "SSL": {"n_hidden": [16, 12], "n_latent": 7, "batch_size": 32},
+    "ssl_vae": {"n_hidden": [16, 12], "n_latent": 7, "batch_size": 32},
     "Geneformer": {
         "max_length": 64, "n_layers": 2, "n_heads": 2, "n_embd": 16, "batch_size": 8, "dropout": 0.1, "init_std": 0.2
     },
     "SCimilarity": {"n_hidden": [16, 12], "n_latent": 8, "batch_size": 32},
 }  # fmt: skip
-N_LATENT = {"PretrainedPCA": 5, "scVI": 6, "SSL": 7, "Geneformer": 16, "SCimilarity": 8}
-networks = pytest.mark.parametrize("family", [family for family in SMALL if family != "PretrainedPCA"])
-every_family = pytest.mark.parametrize("family", SMALL)
+N_LATENT = {"PretrainedPCA": 5, "scVI": 6, "SSL": 7, "ssl_vae": 7, "Geneformer": 16, "SCimilarity": 8}
+NETWORKS = [name for name in SMALL if name != "PretrainedPCA"]
+networks = pytest.mark.parametrize("name", NETWORKS)
+every_model = pytest.mark.parametrize("name", SMALL)
 
 
 def simulated(n_cells=120, seed=0):
@@ -38,16 +40,16 @@ def simulated(n_cells=120, seed=0):
     return counts, pd.DataFrame({"cell_type": cell_type.astype(str)})
 
 
-def fitted(family, *, seed=0, **hyperparameters):
-    model = models.create(family, **SMALL[family] | hyperparameters)
-    model.fit(*simulated(), steps=4, seed=seed)
+def fitted(name, *, seed=0, steps=4, checkpoint=None, **hyperparameters):
+    model = models.create(name, **SMALL[name] | hyperparameters)
+    model.fit(*simulated(), steps=steps, seed=seed, checkpoint=checkpoint)
     return model
 
 
 @cache
-def fitted_once(family):
+def fitted_once(name):
     """For tests that only look at it."""
-    return fitted(family)
+    return fitted(name)
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
@@ -55,14 +57,14 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
         models.create("scGPT")
 
 
-@every_family
-def test_an_unknown_hyperparameter_is_refused_by_name(family):
-    with pytest.raises(ValueError, match=rf"^{family}: n_layer 3: Extra inputs are not permitted"):
-        models.create(family, n_layer=3)
+@every_model
+def test_an_unknown_hyperparameter_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"^{name}: n_layer 3: Extra inputs are not permitted"):
+        models.create(name, n_layer=3)
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "value"),
+    ("name", "key", "value"),
     [
         ("PretrainedPCA", "n_components", 0),
         ("PretrainedPCA", "n_components", "five"),
@@ -77,146 +79,24 @@ def test_an_unknown_hyperparameter_is_refused_by_name(family):
         ("Geneformer", "dropout", 1.5),
         ("Geneformer", "warmup", 2),
         ("Geneformer", "learning_rate", -1e-3),
+        ("SSL", "mask", 1.5),
     ],
 )
-def test_a_bad_value_is_refused_by_name(family, name, value):
-    with pytest.raises(ValueError, match=name):
-        models.create(family, **{name: value})
+def test_a_bad_value_is_refused_by_name(name, key, value):
+    with pytest.raises(ValueError, match=rf"^{name}: .*{key}"):
+        models.create(name, **{key: value})
 
 
-@every_family
-def test_embedding_and_saving_come_after_fitting(family, tmp_path):
-    model = models.create(family, **SMALL[family])
-    with pytest.raises(NotFittedError, match=f"this {family} has no weights yet"):
-        model.embed(simulated()[0])
-    with pytest.raises(NotFittedError, match=family):
-        model.save(tmp_path)
-
-
-@every_family
-def test_embedding_has_a_row_for_each_cell(family):
-    embedding = fitted_once(family).embed(simulated(n_cells=33, seed=1)[0])
-    assert embedding.shape == (33, N_LATENT[family])
-    assert embedding.dtype == np.float32
-    assert np.isfinite(embedding).all()
-    assert embedding.std(axis=0).min() > 1e-4
-
-
-@every_family
-@pytest.mark.parametrize("dtype", [np.float32, np.int64])
-def test_the_callers_counts_stay_as_they_are(family, dtype):
-    counts, obs = simulated()
-    counts = counts.astype(dtype)
-    before = counts.copy()
-    model = models.create(family, **SMALL[family])
-    model.fit(counts, obs, steps=2, seed=0)
-    model.embed(counts)
-    assert counts.dtype == dtype
-    for part in ("data", "indices", "indptr"):
-        np.testing.assert_array_equal(getattr(counts, part), getattr(before, part))
-
-
-@every_family
-def test_a_saved_model_embeds_the_same_bits(family, tmp_path):
-    counts, _ = simulated(seed=1)
-    model = fitted_once(family)
-    model.save(tmp_path / "model")
-    loaded = type(model).load(tmp_path / "model")
-    np.testing.assert_array_equal(loaded.embed(counts), model.embed(counts))
-    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".json"}
-    loaded.save(tmp_path / "again")
-    for path in (tmp_path / "model").iterdir():
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
-
-
-@every_family
-def test_loading_from_a_folder_without_a_model_is_refused(family, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no saved model"):
-        models.model_class(family).load(tmp_path)
-
-
-@every_family
-def test_fitting_repeats_bit_for_bit(family):
-    counts, _ = simulated(seed=1)
-    torch.manual_seed(1)
-    first = fitted(family, seed=3).embed(counts)
-    torch.manual_seed(2)
-    np.testing.assert_array_equal(fitted(family, seed=3).embed(counts), first)
-
-
-@networks
-def test_fits_of_other_seeds_differ(family):
-    counts, _ = simulated(seed=1)
-    assert np.abs(fitted(family, seed=3).embed(counts) - fitted(family, seed=4).embed(counts)).max() > 0.01
-
-
-@networks
-def test_initial_weights_have_a_seed_of_their_own(family):
-    """A first loss depends on the weights and on the batch: it differs when either seed does."""
-    first = {
-        (seed, init_seed): models.create(family, **SMALL[family])
-        .fit(*simulated(), steps=1, seed=seed, init_seed=init_seed)
-        .loss[0]
-        for seed, init_seed in ((0, None), (0, 0), (0, 1), (1, 0))
-    }
-    assert first[0, None] == first[0, 0]
-    assert len(set(first.values())) == 3
-
-
-@networks
-def test_fitting_reports_its_budget(family):
-    history = models.create(family, **SMALL[family]).fit(*simulated(), steps=4, seed=0)
-    assert len(history.loss) == 4
-    assert history.samples_seen == 4 * SMALL[family]["batch_size"]
-    n = history.samples_seen
-    if family != "SCimilarity":  # see below
-        assert history.unique_cells == min(n, 108)  # a tenth chooses the weights
-
-
-@networks
-def test_the_weights_kept_are_those_of_the_lowest_validation_loss(family, monkeypatch):
-    """Whose loss is that of the cells set aside; the last weights are other ones, where training goes on too long."""
-    counts, obs = simulated(40)
-    settings, found = {"learning_rate": 0.05}, {}
-    for keep in ("best", "last"):
-        model = models.create(family, **SMALL[family] | settings, keep=keep)
-        history = model.fit(counts, obs, steps=60, seed=0)
-        found[keep] = model.embed(counts)
-        assert history.unique_cells == (36 if keep == "best" else 40)
-        assert len(history.validation_loss) == (10 if keep == "best" else 0)
-        if keep == "best":
-            _, loss = models.base.hold_out(model, counts, obs, np.arange(40), seed=0)
-            assert loss() == pytest.approx(history.validation_loss.min(), rel=1e-6)
-            assert history.validation_loss.argmin() < 9
-    assert not np.array_equal(found["best"], found["last"])
-
-
-@networks
-def test_a_panel_is_of_the_subsets_most_variable_genes_and_all_that_a_network_sees(family, tmp_path):
-    counts, obs = simulated()
-    model = models.create(family, **SMALL[family], n_genes=20)
-    model.fit(counts, obs, steps=2, seed=0)
-    expected = expression.variable_genes(expression.lognormalise(counts), 20)
-    np.testing.assert_array_equal(model.genes, np.flatnonzero(expected))
-    # Counts of genes beyond the panel change places: a cell's sum stays, and so does what the network sees.
-    others = counts.toarray()
-    others[:, ~expected] = others[:, ~expected][:, ::-1]
-    assert not np.array_equal(others, counts.toarray())
-    np.testing.assert_allclose(model.embed(sp.csr_matrix(others)), model.embed(counts), rtol=1e-5, atol=1e-6)
-    model.save(tmp_path)
-    np.testing.assert_array_equal(type(model).load(tmp_path).embed(counts), model.embed(counts))
-    with pytest.raises(ValueError, match=f"{family}: counts have 20 genes, the model {N_GENES}"):
-        model.embed(counts[:, expected])
-
-
-def test_scimilarity_counts_the_cells_that_it_drew():
-    """With replacement, so that some come again before others come at all."""
-    counts, obs = simulated()
-    history = models.create("SCimilarity", **SMALL["SCimilarity"], keep="last").fit(counts, obs, steps=4, seed=0)
-    labels, studies, _ = models.scimilarity._codes(obs)
-    weights = models.scimilarity.sampling_weights(labels, studies)
-    drawn = np.concatenate(list(models.scimilarity.weighted_batches(weights, 32, 4, seed=0)))
-    assert history.unique_cells == len(set(drawn.tolist())) < 120
+def test_hyperparameters_of_a_family_yield_to_a_variants_and_these_to_a_models():
+    given = {"scVI": {"n_latent": 3, "n_layers": 2}, "scvi_2x": {"n_hidden": 7}}
+    spec = models.resolve("scvi_2x", given, schedule="epochs")
+    assert (spec.name, spec.family, spec.is_external, spec.takes_steps) == ("scvi_2x", "scVI", False, True)
+    assert spec.module == "datawall.models.scvi"
+    expected = {"n_latent": 20, "n_layers": 2, "n_hidden": 7, "schedule": "epochs"}
+    assert spec.hyperparameters.model_dump(include=set(expected)) == expected
+    given["scVI"]["schedule"] = "steps"
+    assert models.resolve("scvi_2x", given, schedule="epochs").hyperparameters.schedule == "steps"
+    assert not models.resolve("PretrainedPCA", schedule="epochs").takes_steps
 
 
 @pytest.mark.parametrize("name", hyperparameters.VARIANTS)
@@ -227,153 +107,222 @@ def test_a_variant_is_its_family_with_other_values(name):
     assert model.hyperparameters.model_dump() == {**models.create(family).hyperparameters.model_dump(), **values}
 
 
-def test_a_variants_values_can_be_replaced():
-    assert models.create("scvi_2x", n_latent=3).hyperparameters.model_dump(include={"n_hidden", "n_latent"}) == {
-        "n_hidden": 256, "n_latent": 3
-    }  # fmt: skip
+@every_model
+def test_embedding_and_saving_come_after_fitting(name, tmp_path):
+    model = models.create(name, **SMALL[name])
+    message = f"this {models.resolve(name).family} has no weights yet"
+    with pytest.raises(NotFittedError, match=message):
+        model.embed(simulated()[0])
+    with pytest.raises(NotFittedError, match=message):
+        model.save(tmp_path)
 
 
-def test_geneformer_has_the_published_number_of_weights():
-    encoder = Encoder(EncoderConfig(vocab_size=25_426))
-    token_types = 2 * 256  # of BERT, left out of ours
-    assert sum(weight.numel() for weight in encoder.parameters()) + token_types == 10_288_722
+@every_model
+def test_embedding_has_a_row_for_each_cell(name):
+    embedding = fitted_once(name).embed(simulated(n_cells=33, seed=1)[0])
+    assert embedding.shape == (33, N_LATENT[name])
+    assert embedding.dtype == np.float32
+    assert np.isfinite(embedding).all()
+    assert embedding.std(axis=0).min() > 1e-4
+    assert fitted_once(name).embed(sp.csr_matrix((0, N_GENES), dtype=np.float32)).shape == (0, N_LATENT[name])
 
 
-@every_family
-def test_untrained_controls_follow_their_seed_and_survive_saving(family, tmp_path):
+@every_model
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_the_callers_counts_stay_as_they_are(name, dtype):
+    counts, obs = simulated()
+    counts = counts.astype(dtype)
+    before = counts.copy()
+    model = models.create(name, **SMALL[name])
+    model.fit(counts, obs, steps=4, seed=0)
+    embedding = model.embed(counts)
+    assert counts.dtype == dtype
+    for part in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(counts, part), getattr(before, part))
+    np.testing.assert_allclose(embedding, fitted_once(name).embed(before.astype(np.float32)), rtol=1e-5, atol=1e-6)
+
+
+@every_model
+def test_a_saved_model_embeds_the_same_bits(name, tmp_path):
+    counts, _ = simulated(seed=1)
+    model = fitted_once(name)
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.embed(counts), model.embed(counts))
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".json"}
+    loaded.save(tmp_path / "again")
+    for path in (tmp_path / "model").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+@every_model
+def test_loading_from_a_folder_without_a_model_is_refused(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no saved model"):
+        models.resolve(name).load(tmp_path)
+
+
+@every_model
+def test_fitting_repeats_bit_for_bit_and_follows_its_seed(name):
+    counts, _ = simulated(seed=1)
+    torch.manual_seed(1)
+    first = fitted(name, seed=3).embed(counts)
+    torch.manual_seed(2)
+    np.testing.assert_array_equal(fitted(name, seed=3).embed(counts), first)
+    if name != "PretrainedPCA":
+        assert np.abs(fitted(name, seed=4).embed(counts) - first).max() > 0.01
+
+
+@networks
+def test_initial_weights_have_a_seed_of_their_own(name):
+    """A first loss depends on the weights and on the batch: it differs when either seed does."""
+    first = {
+        (seed, init_seed): models.create(name, **SMALL[name])
+        .fit(*simulated(), steps=1, seed=seed, init_seed=init_seed)
+        .loss[0]
+        for seed, init_seed in ((0, None), (0, 0), (0, 1), (1, 0))
+    }
+    assert first[0, None] == first[0, 0]
+    assert len(set(first.values())) == 3
+
+
+@networks
+def test_fitting_reports_its_budget(name):
+    history = models.create(name, **SMALL[name]).fit(*simulated(), steps=4, seed=0)
+    assert len(history.loss) == 4
+    assert history.samples_seen == 4 * SMALL[name]["batch_size"]
+    if name != "SCimilarity":  # which draws with replacement
+        assert history.unique_cells == min(history.samples_seen, 108)  # a tenth chooses the weights
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {"keep": keep}) for name in NETWORKS for keep in ("best", "last")), ("SSL", {"schedule": "epochs"})],
+)
+def test_a_subset_may_be_smaller_than_a_batch(name, settings, n_cells):
+    model = models.create(name, **SMALL[name] | settings)
+    history = model.fit(*simulated(n_cells), steps=3, seed=0)
+    assert history.samples_seen == 3 * SMALL[name]["batch_size"]
+    assert np.isfinite(history.loss).all()
+    assert np.isfinite(model.embed(simulated()[0])).all()
+
+
+@networks
+def test_training_on_nothing_is_refused(name):
+    counts, obs = simulated(5)
+    with pytest.raises(ValueError, match="cell"):
+        models.create(name, **SMALL[name]).fit(counts[:0], obs[:0], steps=2, seed=0)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "ssl_vae"])  # which learns until the end
+def test_the_weights_kept_are_those_of_the_lowest_validation_loss(name):
+    """Whose loss is that of the cells set aside; the last weights are other ones, where training goes on too long."""
+    counts, obs = simulated(40)
+    embedding = {}
+    for keep in ("best", "last"):
+        model = models.create(name, **SMALL[name] | {"learning_rate": 0.05}, keep=keep)
+        history = model.fit(counts, obs, steps=60, seed=0)
+        embedding[keep] = model.embed(counts)
+        assert history.unique_cells == (36 if keep == "best" else 40)
+        assert len(history.validation_loss) == (10 if keep == "best" else 0)
+        assert not model.module.training
+        if keep == "best":
+            _, loss = base.hold_out(model, counts, obs, np.arange(40), seed=0)
+            assert loss() == pytest.approx(history.validation_loss.min(), rel=1e-6)
+            assert history.validation_loss.argmin() < 9
+    assert not np.array_equal(embedding["best"], embedding["last"])
+
+
+@pytest.mark.parametrize(("n_cells", "n_held"), [(1, 0), (2, 1), (9, 1), (40, 4), (6000, 500)])
+def test_a_tenth_chooses_the_weights(n_cells, n_held):
+    rows = np.arange(10, 10 + n_cells)
+    counts = sp.csr_matrix((n_cells + 10, 3), dtype=np.float32)
+    learned, loss = base.hold_out(models.create("SSL"), counts, None, rows, seed=0)
+    assert loss is not None
+    assert len(learned) == n_cells - n_held == len(set(learned) & set(rows))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10, 19, 25, 99, 100])
+def test_the_validation_loss_is_looked_at_ten_to_twenty_times(steps):
+    history = models.create("scVI", **SMALL["scVI"], n_genes=20).fit(*simulated(20), steps=steps, seed=0)
+    assert min(steps, 10) <= len(history.validation_loss) <= 20
+
+
+ORIGINAL = {
+    "scVI": {"batch_size": 1024, "learning_rate": 1e-3, "weight_decay": 1e-6, "optimiser": "Adam", "epsilon": 0.01,
+             "decay_vectors": True, "decay": "none"},
+    "SSL": {"batch_size": 16_384, "learning_rate": 1e-3, "weight_decay": 0.01, "decay": "stepwise", "clip_norm": 1.0,
+            "decay_every": 30 / 54, "decay_vectors": True},
+    "Geneformer": {"batch_size": 144, "learning_rate": 1e-3, "weight_decay": 1e-3, "warmup": 0.027},
+    "SCimilarity": {"batch_size": 1000, "learning_rate": 0.005, "weight_decay": 0.01, "decay": "cosine",
+                    "decay_vectors": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_the_recipe_is_the_originals(name, monkeypatch):
+    recipes = []
+    monkeypatch.setattr(training, "train", lambda module, loss_of, n_cells, recipe, **_: recipes.append(recipe))
+    models.create(name, n_genes=20).fit(*simulated(), steps=30, seed=0)
+    assert recipes == [Recipe(steps=30, validate_every=3, **ORIGINAL[name])]
+
+
+@networks
+def test_a_panel_is_of_the_subsets_most_variable_genes_and_all_that_a_network_sees(name, tmp_path):
+    counts, obs = simulated()
+    model = models.create(name, **SMALL[name], n_genes=20)
+    model.fit(counts, obs, steps=2, seed=0)
+    expected = expression.variable_genes(expression.lognormalise(counts), 20)
+    np.testing.assert_array_equal(model.genes, np.flatnonzero(expected))
+    np.testing.assert_array_equal(fitted_once(name).genes, np.arange(N_GENES))
+    # Counts of genes beyond the panel change places: a cell's sum stays, and so does what the network sees.
+    others = counts.toarray()
+    others[:, ~expected] = others[:, ~expected][:, ::-1]
+    assert not np.array_equal(others, counts.toarray())
+    np.testing.assert_allclose(model.embed(sp.csr_matrix(others)), model.embed(counts), rtol=1e-5, atol=1e-6)
+    model.save(tmp_path)
+    np.testing.assert_array_equal(models.load(tmp_path).embed(counts), model.embed(counts))
+    with pytest.raises(ValueError, match=f"counts have 20 genes, the model {N_GENES}"):
+        model.embed(counts[:, expected])
+
+
+@every_model
+def test_untrained_controls_follow_their_seed_and_survive_saving(name, tmp_path):
     counts, _ = simulated()
-    first, again, other = (models.create(family, **SMALL[family]).untrained(N_GENES, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (models.create(name, **SMALL[name]).untrained(N_GENES, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.embed(counts), again.embed(counts))
     assert np.abs(first.embed(counts) - other.embed(counts)).max() > 0.01
     first.save(tmp_path)
     np.testing.assert_array_equal(models.load(tmp_path).embed(counts), first.embed(counts))
 
 
-@every_family
-def test_a_cell_does_not_see_the_others_of_the_call(family):
+@every_model
+def test_a_cell_does_not_see_the_others_of_the_call(name, monkeypatch):
     counts, _ = simulated(seed=1)
-    model = fitted_once(family)
+    model = fitted_once(name)
     together = model.embed(counts)
     few = [7, 3, 90]
     np.testing.assert_allclose(model.embed(counts[few]), together[few], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(scvi, "CELLS_AT_ONCE", 7)
+    monkeypatch.setattr(sparse, "CELLS_AT_ONCE", 7)
+    monkeypatch.setattr(geneformer, "TOKENS_PER_BATCH", 100)
+    np.testing.assert_allclose(model.embed(counts), together, atol=1e-5, rtol=1e-5)
 
 
-@every_family
-def test_no_cells_have_no_embedding(family):
-    assert fitted_once(family).embed(sp.csr_matrix((0, N_GENES), dtype=np.float32)).shape == (
-        0,
-        N_LATENT[family],
-    )
-
-
-@every_family
-def test_cells_without_counts_embed_alike_and_disturb_no_other(family):
+@every_model
+def test_cells_without_counts_embed_as_zero_and_disturb_no_other(name):
     counts, _ = simulated(n_cells=3, seed=1)
     empty = sp.csr_matrix((2, N_GENES), dtype=np.float32)
-    model = fitted_once(family)
-    embedding = model.embed(sp.vstack([empty, counts], format="csr"))
-    assert np.isfinite(embedding).all()
-    np.testing.assert_array_equal(embedding[0], embedding[1])
-    np.testing.assert_allclose(embedding[2:], model.embed(counts), atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(embedding[:2], model.embed(empty), atol=1e-5, rtol=1e-5)
-    if family in ("PretrainedPCA", "Geneformer"):
-        assert not embedding[:2].any()
+    embedding = fitted_once(name).embed(sp.vstack([empty, counts], format="csr"))
+    assert not embedding[:2].any()
+    assert embedding[2:].any(axis=1).all()
+    np.testing.assert_allclose(embedding[2:], fitted_once(name).embed(counts), atol=1e-5, rtol=1e-5)
+    assert not fitted_once(name).embed(empty).any()
 
 
-@every_family
+@every_model
 @pytest.mark.parametrize("n_genes", [N_GENES - 1, N_GENES + 1])
-def test_counts_of_other_genes_are_refused(family, n_genes):
-    with pytest.raises(ValueError, match=str(N_GENES)):
-        fitted_once(family).embed(sp.csr_matrix(np.ones((4, n_genes), dtype=np.float32)))
-
-
-def test_pretrained_pca_is_scikit_learns_up_to_sign():
-    counts, _ = simulated()
-    dense = counts.toarray().astype(np.float64)
-    X = np.log1p(dense / dense.sum(axis=1, keepdims=True) * 1e4)
-    variable = sc.pp.highly_variable_genes(sc.AnnData(X), inplace=False)["highly_variable"].to_numpy()
-    assert 20 < variable.sum() < N_GENES
-    scores = PCA(5, svd_solver="full").fit_transform(X[:, variable])
-    ours = fitted_once("PretrainedPCA").embed(counts)
-    ours = ours - ours.mean(axis=0)  # the embedding is not centred
-    ours *= np.sign((ours * scores).sum(axis=0))
-    np.testing.assert_allclose(ours, scores, atol=1e-3)
-
-
-def test_pretrained_pca_ignores_seed_and_steps():
-    counts, obs = simulated()
-    model = models.create("PretrainedPCA", n_components=5)
-    assert model.fit(counts, obs, steps=7, seed=8) is None
-    np.testing.assert_array_equal(model.embed(counts), fitted_once("PretrainedPCA").embed(counts))
-
-
-def test_pretrained_pca_has_no_more_axes_than_cells_span():
-    counts, obs = simulated()
-    model = models.create("PretrainedPCA", n_components=50)
-    model.fit(counts[:6], obs[:6], steps=0, seed=0)
-    assert model.embed(counts).shape == (120, 5)
-
-
-def test_geneformer_reads_the_most_variable_genes_only():
-    counts, _ = simulated()
-    model = fitted("Geneformer", n_genes=60)
-    assert len(model.genes) == len(model.medians) == 60
-    assert model.encoder.config.vocab_size == 62
-    assert (np.diff(model.genes) > 0).all()
-    others = counts.toarray()
-    others[:, np.setdiff1d(np.arange(N_GENES), model.genes)] = 0
-    np.testing.assert_array_equal(model.embed(sp.csr_matrix(others)), model.embed(counts))
-    X = sc.pp.log1p(sc.pp.normalize_total(sc.AnnData(counts.copy()), target_sum=1e4, copy=True), copy=True)
-    chosen = sc.pp.highly_variable_genes(X, n_top_genes=60, inplace=False)["highly_variable"].to_numpy()
-    np.testing.assert_array_equal(model.genes, np.flatnonzero(chosen))
-
-
-def test_geneformer_reads_every_gene_by_default():
-    np.testing.assert_array_equal(fitted_once("Geneformer").genes, np.arange(N_GENES))
-
-
-def test_untrained_geneformer_has_statistics_of_no_data():
-    model = models.create("Geneformer", **SMALL["Geneformer"]).untrained(N_GENES, seed=0)
-    assert (model.medians == 1).all()
-    assert not model.encoder.training
-
-
-def test_geneformer_learns():
-    counts, obs = simulated()
-    settings = {"n_genes": 40, "init_std": 0.02, "learning_rate": 1e-2, "batch_size": 32, "dropout": 0.0}
-    model = models.create("Geneformer", **SMALL["Geneformer"] | settings)
-    history = model.fit(counts, obs, steps=80, seed=0)
-    assert history.loss[0] == pytest.approx(np.log(40), rel=0.05)
-    assert history.loss[-10:].mean() < history.loss[0] - 0.5
-    assert not model.encoder.training
-
-
-def test_geneformer_splits_a_call_into_batches_without_a_trace(monkeypatch):
-    counts, _ = simulated(seed=1)
-    model = fitted_once("Geneformer")
-    whole = model.embed(counts)
-    monkeypatch.setattr(models.geneformer, "TOKENS_PER_BATCH", 100)
-    np.testing.assert_allclose(model.embed(counts), whole, atol=1e-5, rtol=1e-5)
-
-
-def test_geneformer_trains_around_cells_without_counts():
-    counts, obs = simulated()
-    empty = sp.csr_matrix((5, N_GENES), dtype=np.float32)
-    model = models.create("Geneformer", **SMALL["Geneformer"])
-    history = model.fit(sp.vstack([empty, counts], format="csr"), pd.concat([obs[:5], obs]), steps=4, seed=0)
-    assert history.unique_cells == 32
-    # Up to rounding: matrices lie elsewhere in memory.
-    np.testing.assert_allclose(model.embed(counts), fitted_once("Geneformer").embed(counts), atol=1e-6)
-
-
-def test_geneformer_refuses_to_train_on_nothing(monkeypatch):
-    class Endless(Exception):
-        pass
-
-    def permutations(seed):
-        raise Endless  # minibatches were asked of no cells, and would never come
-
-    monkeypatch.setattr(np.random, "default_rng", permutations)
-    empty = sp.csr_matrix((5, N_GENES), dtype=np.float32)
-    with pytest.raises(ValueError, match="cell"):
-        models.create("Geneformer", **SMALL["Geneformer"]).fit(empty, pd.DataFrame(index=range(5)), steps=2, seed=0)
+def test_counts_of_other_genes_are_refused(name, n_genes):
+    family = models.resolve(name).family
+    with pytest.raises(ValueError, match=f"^{family}: counts have {n_genes} genes, the model {N_GENES}"):
+        fitted_once(name).embed(sp.csr_matrix(np.ones((4, n_genes), dtype=np.float32)))

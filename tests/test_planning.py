@@ -9,7 +9,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 from datawall import models
@@ -19,9 +21,8 @@ from datawall.engine.processes import Need
 from datawall.planning import calibration
 from datawall.planning import plan as planning
 from datawall.study import costs, evaluation, params
-from datawall.study.curated import Subset
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run
+from datawall.study.units import Evaluation, Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"once": 1.0, "cell": 0.01, "step": 0.5, "step_cell": 0.002, "n_latent": 8}
@@ -67,7 +68,11 @@ def costs_of(study, *, work=None):
     n_genes, genes_per_cell = costs.size_of(study.params)
     known = {**KNOWN, "genes_per_cell": genes_per_cell}
     known["models"] = [
-        {**each, "work": work or costs.work(study.params, each["family"], n_genes, genes_per_cell)}
+        {
+            **each,
+            "work": work
+            or costs.work(models.resolve(each["family"], study.params.hyperparameters), n_genes, genes_per_cell),
+        }
         for each in KNOWN["models"]
     ]
     return costs.Costs(study.params, known)
@@ -103,7 +108,7 @@ def test_the_rehearsal_has_the_published_grid():
         name: [
             (run.model, *vars(run.subset).values())
             for run in shipped(name).pretraining_runs()
-            if run.model in models.FAMILIES and not run.subset.strategy.startswith("spikein")
+            if run.model in models.hyperparameters.FAMILIES and not run.subset.strategy.startswith("spikein")
         ]
         for name in ("paper", "paper_rehearsal")
     }
@@ -158,7 +163,10 @@ def test_a_subset_that_is_streamed_is_read_in_every_step():
 
 def test_steps_cost_in_proportion_to_a_models_work():
     study = study_of()
-    run, work = Run("SSL", Subset("random", 10.0, 0)), costs.work(study.params, "SSL", *costs.size_of(study.params))
+    run, work = (
+        Run("SSL", Subset("random", 10.0, 0)),
+        costs.work(study.params.specs["SSL"], *costs.size_of(study.params)),
+    )
     seconds = costs_of(study, work=work / 3).run(run).seconds
     assert seconds == pytest.approx(1.0 + 0.01 * 80 + 3 * 40 * (0.5 + 0.002 * 32))
 
@@ -182,10 +190,22 @@ def test_an_evaluation_costs_a_power_of_its_cells_each_split_and_its_embedding()
     assert by_donor.evaluation(baseline).seconds == pytest.approx(2 * 3 * 8.0 * 2**2)
 
 
-def test_perturbation_response_costs_each_context():
-    one = Evaluation("perturbation_response", "simulated_held_out", "NoChange")
-    assert costs_of(study_of(held_out_contexts=["naive B cell"])).evaluation(one).seconds == pytest.approx(0.5)
-    assert costs_of(study_of()).evaluation(one).seconds == pytest.approx(0.5 * costs.CONTEXTS)
+def test_perturbation_response_costs_each_treatment_and_context(tmp_path):
+    def seconds(dataset, **changes):
+        return (
+            costs_of(study_of(**changes)).evaluation(Evaluation("perturbation_response", dataset, "NoChange")).seconds
+        )
+
+    one = {"held_out_contexts": ["naive B cell"]}
+    assert seconds("simulated_held_out", **one) == pytest.approx(0.5)
+    assert seconds("simulated_held_out") == pytest.approx(0.5 * costs.CONTEXTS)
+    assert seconds("simulated_held_out", treatments=["a", "b"], **one) == pytest.approx(0.5 * 2)
+    obs = pd.DataFrame({"drug": np.resize(["ctrl", "a", "b", "c"], 100)}, index=map(str, range(100)))
+    ad.AnnData(np.ones((100, 1), np.float32), obs=obs).write_h5ad(tmp_path / "drug.h5ad")
+    drug = {"file": str(tmp_path / "drug.h5ad"), "perturbation_key": "drug", "control": "ctrl"} | one
+    for treatments, n_judged in ((5, 3), (2, 2), (["c"], 1)):
+        found = seconds("drug", evaluation=[drug | {"treatments": treatments}])
+        assert found == pytest.approx(0.5 * n_judged)
 
 
 def test_reconstruction_is_of_a_thousand_cells_at_most():
@@ -198,21 +218,21 @@ def test_work_is_the_weights_that_a_cell_meets():
     p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
     ssl = models.create("SSL").untrained(n_genes, seed=0).module
     weights = sum(each.numel() for each in ssl.parameters() if each.ndim == 2)
-    assert costs.work(p, "SSL", n_genes, n_genes) * 1e6 == pytest.approx(weights)  # a cell that has all genes
-    geneformer = models.create("Geneformer").untrained(n_genes, seed=0).encoder
+    assert costs.work(p.specs["SSL"], n_genes, n_genes) * 1e6 == pytest.approx(weights)  # a cell that has all genes
+    geneformer = models.create("Geneformer").untrained(n_genes, seed=0).module
     layers = sum(
         each.numel() for name, each in geneformer.named_parameters() if each.ndim == 2 and name.startswith("layers")
     )
     attention, output = 6 * 2 * 100 * 256, 0.15 * n_genes * 256
-    assert costs.work(p, "Geneformer", n_genes, 100) * 1e6 == pytest.approx(100 * (layers + attention + output))
+    assert costs.work(p.specs["Geneformer"], n_genes, 100) * 1e6 == pytest.approx(100 * (layers + attention + output))
 
 
 def test_weights_are_a_models_size():
     p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
-    for name, part in (("SSL", "module"), ("Geneformer", "encoder")):
-        module = getattr(models.create(name).untrained(n_genes, seed=0), part)
+    for name in ("SSL", "Geneformer"):
+        module = models.create(name).untrained(n_genes, seed=0).module
         n_matrices = sum(each.numel() for each in module.parameters() if each.ndim == 2)
-        assert costs.n_weights(p, name, n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
+        assert costs.n_weights(p.specs[name], n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
 
 
 def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, monkeypatch):
@@ -227,14 +247,9 @@ def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, m
 # Stages
 
 
-def test_makespan_of_one_worker_is_the_sum_and_of_many_the_longest():
-    seconds = [3.0, 1.0, 2.0]
-    assert planning.makespan(seconds, 1) == 6
-    assert planning.makespan(seconds, 5) == 3
-    assert planning.makespan([], 2) == 0
-
-
 def test_makespan_is_that_of_the_longest_first():
+    assert [planning.makespan([3.0, 1.0, 2.0], n_workers) for n_workers in (1, 5)] == [6, 3]
+    assert planning.makespan([], 2) == 0
     rng = np.random.default_rng(0)
     for seconds in rng.integers(1, 10, size=(20, 6)):
         ends = [0, 0]
@@ -265,20 +280,13 @@ def test_stages_take_their_units_and_what_is_around_them():
     assert figures.wall_seconds(2) == pytest.approx(planning.NOTEBOOK * 3.0)
 
 
-def test_what_is_made_is_not_left_to_do(tmp_path):
+def test_what_is_made_is_not_left_to_do_and_counted_if_other_versions_made_it(tmp_path, monkeypatch):
     study = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"])
     before, _ = planning.seconds_left(study)
     assert set(before) == {"pretraining", "zeroshot_classification"}
     study.pretrain()
     assert set(planning.seconds_left(study)[0]) == {"zeroshot_classification"}
-    evaluation.evaluate(study, "zeroshot_classification")
-    assert planning.seconds_left(study) == ({}, {})
-
-
-def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
-    study, here = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"]), code.versions()
-    study.pretrain()
-    n_models = len(study.pretraining_runs())
+    n_models, here = len(study.pretraining_runs()), code.versions()
     for name, version, told in [
         ("numpy", "0.1", {f"numpy 0.1 in place of {here['numpy']}": n_models}),
         ("numpy", here["numpy"] + "+other.build", {}),
@@ -286,6 +294,9 @@ def test_what_other_versions_have_made_is_counted(tmp_path, monkeypatch):
     ]:
         monkeypatch.setattr(code, "versions", lambda name=name, version=version: {**here, name: version})
         assert planning.seconds_left(study)[1] == told
+    monkeypatch.undo()
+    evaluation.evaluate(study, "zeroshot_classification")
+    assert planning.seconds_left(study) == ({}, {})
 
 
 def test_units_declare_what_they_need(tmp_path, monkeypatch):
@@ -322,7 +333,7 @@ def test_a_users_calibration_goes_before_that_which_comes_along(tmp_path, monkey
 def test_calibrations_that_come_along_are_of_studies_as_they_are(path):
     known, p = json.loads(path.read_text()), shipped(path.stem).params
     assert known["study"] == path.stem
-    works = [costs.work(p, name, *costs.size_of(p)) for name in p.models]
+    works = [costs.work(p.specs[name], *costs.size_of(p)) for name in p.models]
     assert [each["work"] for each in known["models"]] == pytest.approx(works)
     assert set(known["tasks"]) == set(p.tasks) - {"reconstruction"}
     assert re.search(r"core of|GPU", known["machine"])
@@ -384,10 +395,6 @@ def test_plan_of_the_published_study_needs_no_network(tmp_path):
     assert json.loads((costs.SHIPPED / "paper.json").read_text())["machine"] in shown
     assert "--calibrate" in shown
     assert not (ROOT / "runs" / "paper").exists()
-
-
-def test_plan_says_what_the_rehearsal_comes_to():
-    assert "paper_rehearsal: 80 subsets, 400 models, 6,400 experiments, 52 baselines\n" in plan("paper_rehearsal")
 
 
 # Evaluation on cells beyond the simulated corpus

@@ -112,8 +112,12 @@ def test_family_and_strategy_are_pretrained_and_scored(run):
 def test_task_and_metric_are_in_the_results(run):
     table = pd.read_parquet(run / "results.parquet")
     assert {"zeroshot_classification", "type_separation"} == set(table["task"])
-    assert table.loc[table["metric"] == "kappa", "value"].between(-1, 1).all()
     assert {"kappa", "silhouette"} <= set(table["metric"])
+    assert {"HVG", "PCA", "PCA-10", "PCA-20"} < set(table.loc[table["metric"] == "silhouette", "model"])
+    kappa = pd.read_parquet(run / "intervals.parquet").query("metric == 'kappa' and model == 'PCA'")
+    assert len(kappa) >= 1
+    assert (kappa["low"] < kappa["value"]).all()
+    assert (kappa["value"] < kappa["high"]).all()
 
 
 def test_data_set_is_evaluated_on(run):

@@ -115,9 +115,9 @@ def shared(file, *words, processes=2):
         return dict(arrays)
 
 
-@pytest.mark.parametrize("network", ["head", "SSL"])
+@pytest.mark.parametrize("network", ["head", "SSL", "Geneformer"])
 def test_two_processes_train_as_one(tmp_path, network):
-    """Without what they draw each for themselves (dropout, masks, noise), and without batch normalisation."""
+    """Also where they do not divide a batch, or the tokens to predict; but for what they draw for themselves."""
     one, two = (shared(tmp_path / f"{n}.npz", network, processes=n) for n in (1, 2))
     assert set(one) == set(two)
     for name in one:

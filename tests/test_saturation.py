@@ -27,30 +27,15 @@ def point(results, metric="micro_f1", **settings):
         ({1: 0.7, 10: [0.1, 0.9], 100: 0.8}, 10),  # the best may lie at a smaller size
         ({1: 0.1, 25: 0.2, 100: 0.9}, 100),
         ({1: 0.99, 10: 0.5, 100: 1.0}, 1),  # a later fall does not matter
+        ({1: 0.0, 10: 0.0, 100: 0.0}, 1),
+        ({1: -0.2, 10: -0.2, 100: -0.2}, 1),
     ],
 )
 def test_published_rule_by_hand(scores, expected):
-    assert point(table(*curve(scores))) == expected
-
-
-@pytest.mark.parametrize("value", [0.7, 0.0, -0.2])
-def test_a_constant_curve_saturates_at_the_smallest_percentage(value):
-    assert point(table(*curve({1: value, 10: value, 100: value}))) == 1
-
-
-def test_row_order_does_not_matter():
-    rng = np.random.default_rng(0)
-    rows = [
-        row | {"model": model, "dataset": dataset}
-        for model in ("SSL", "scVI")
-        for dataset in ("lung", "liver")
-        for row in curve({p: rng.uniform(0.5, 1, 3) for p in (1, 10, 25, 100)})
-    ]
-    results = table(*rows)
-    points = saturation_points(results, "micro_f1")
-    assert len(points) == 4
-    for seed in range(5):
-        pd.testing.assert_frame_equal(saturation_points(results.sample(frac=1, random_state=seed), "micro_f1"), points)
+    results = table(*curve(scores))
+    before = results.copy()
+    assert point(results) == expected
+    pd.testing.assert_frame_equal(results, before)
 
 
 def test_baselines_and_untrained_controls_are_left_out():
@@ -74,71 +59,47 @@ def test_splits_are_averaged_before_the_rule():
 
 
 def test_every_combination_has_its_own_point():
-    results = table(
-        *curve({1: 0.1, 10: 0.9}, model="scVI"),
-        *curve({1: 0.9, 10: 0.9}, model="scVI", strategy="geometric_sketching"),
-        *curve({1: 0.5, 10: 0.4}, model="scVI", dataset="lung"),
-        *curve({1: 0.1, 10: 0.2}, model="SSL"),
-        *curve({1: 0.2, 10: 0.2}, model="SSL", task="finetuned_classification"),
-    )
-    points = saturation_points(results, "micro_f1")
-    assert list(points.columns) == ["model", "strategy", "task", "dataset", "percentage", "low", "high"]
-    found = points.set_index(["model", "strategy", "task", "dataset"])["percentage"].to_dict()
-    zeroshot = "zeroshot_classification"
-    assert found == {
-        ("scVI", "random", zeroshot, "kang2018"): 10,
-        ("scVI", "geometric_sketching", zeroshot, "kang2018"): 1,
-        ("scVI", "random", zeroshot, "lung"): 1,
-        ("SSL", "random", zeroshot, "kang2018"): 10,
+    expected = {
+        ("scVI", "random", "zeroshot_classification", "kang2018"): 10,
+        ("scVI", "geometric_sketching", "zeroshot_classification", "kang2018"): 1,
+        ("scVI", "random", "zeroshot_classification", "lung"): 1,
+        ("SSL", "random", "zeroshot_classification", "kang2018"): 10,
         ("SSL", "random", "finetuned_classification", "kang2018"): 1,
     }
+    keys = ["model", "strategy", "task", "dataset"]
+    scores = {10: {1: 0.1, 10: 0.9}, 1: {1: 0.9, 10: 0.8}}
+    rows = [row for key, at in expected.items() for row in curve(scores[at], **dict(zip(keys, key, strict=True)))]
+    points = saturation_points(table(*rows), "micro_f1")
+    assert list(points.columns) == [*keys, "percentage", "low", "high"]
+    assert points.set_index(keys)["percentage"].to_dict() == expected
     assert points[["low", "high"]].isna().all(axis=None)
 
 
-def test_nan_is_refused():
-    with pytest.raises(ValueError, match="1 values of micro_f1 are NaN"):
-        saturation_points(table(*curve({1: 0.5, 10: np.nan})), "micro_f1")
-
-
-def test_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="unknown rule 'elbow'"):
-        saturation_points(table({}), "micro_f1", rule="elbow")
-
-
-@pytest.mark.parametrize("rule", ["published", "mean"])
-def test_a_metric_that_is_better_when_lower_is_refused_where_a_score_is_needed(rule):
-    with pytest.raises(ValueError, match="lower mse is better"):
-        saturation_points(table({"metric": "mse"}), "mse", rule=rule)
-
-
-@pytest.mark.parametrize(("rule", "margin"), [("published", 0.1), ("mean", 0.1), ("error", -0.1), ("equivalence", -1)])
-def test_a_margin_that_means_nothing_is_refused(rule, margin):
-    with pytest.raises(ValueError, match="margin"):
-        saturation_points(table({}), "micro_f1", rule=rule, margin=margin)
-
-
-@pytest.mark.parametrize("rule", ["error", "equivalence"])
-def test_a_score_above_one_is_not_made_an_error(rule):
-    with pytest.raises(ValueError, match="micro_f1 exceeds 1"):
-        saturation_points(table({"value": 1.5}), "micro_f1", rule=rule)
-
-
-def test_results_of_two_studies_are_not_mixed():
-    with pytest.raises(ValueError, match="several studies"):
-        saturation_points(table({}, {"study": "other"}), "micro_f1")
-
-
-def test_a_metric_without_pretrained_runs_is_refused():
-    only_a_baseline = table({"metric": "avg_bio", "strategy": "baseline", "percentage": 0.0}, {})
-    with pytest.raises(ValueError, match="no pretrained run has the metric 'avg_bio'"):
-        saturation_points(only_a_baseline, "avg_bio")
-
-
-def test_the_results_given_stay_as_they_are():
-    results = table(*curve({10: 0.5, 1: 0.9}))
-    before = results.copy()
-    saturation_points(results, "micro_f1")
-    pd.testing.assert_frame_equal(results, before)
+@pytest.mark.parametrize(
+    ("rows", "metric", "settings", "message"),
+    [
+        ([{}], "micro_f1", {"rule": "elbow"}, "unknown rule 'elbow'"),
+        (curve({1: 0.5, 10: np.nan}), "micro_f1", {}, "1 values of micro_f1 are NaN"),
+        ([{"metric": "mse"}], "mse", {}, "lower mse is better"),
+        ([{"metric": "mse"}], "mse", {"rule": "mean"}, "lower mse is better"),
+        ([{}], "micro_f1", {"margin": 0.1}, "margin"),
+        ([{}], "micro_f1", {"rule": "mean", "margin": 0.1}, "margin"),
+        ([{}], "micro_f1", {"rule": "error", "margin": -0.1}, "margin"),
+        ([{}], "micro_f1", {"rule": "equivalence", "margin": -1}, "margin"),
+        ([{"value": 1.5}], "micro_f1", {"rule": "error"}, "micro_f1 exceeds 1"),
+        ([{"value": 1.5}], "micro_f1", {"rule": "equivalence"}, "micro_f1 exceeds 1"),
+        ([{}, {"study": "other"}], "micro_f1", {}, "several studies"),
+        (
+            [{"metric": "nmi", "strategy": "baseline", "percentage": 0.0}, {}],
+            "nmi",
+            {},
+            "no pretrained run has the metric 'nmi'",
+        ),
+    ],
+)
+def test_what_has_no_saturation_point_is_refused(rows, metric, settings, message):
+    with pytest.raises(ValueError, match=message):
+        saturation_points(table(*rows), metric, **settings)
 
 
 MODELS = ["PretrainedPCA", "scVI", "SSL", "Geneformer", "SCimilarity"]
@@ -235,27 +196,21 @@ def test_other_rules_on_the_published_table(published):
     assert percentages["equivalence"].isna().all()
 
 
-def test_mean_rule_takes_means():
-    scores = {1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}
-    assert point(table(*curve(scores)), rule="published") == 1
-    assert point(table(*curve(scores)), rule="mean") == 10  # 0.85 exceeds 0.95 × 0.89
-
-
 @pytest.mark.parametrize(
-    ("scores", "margin", "expected"),
+    ("scores", "options", "expected"),
     [
-        ({1: 0.90, 10: 0.94, 100: 0.96}, None, 100),  # the errors are 0.10, 0.06, 0.04
-        ({1: 0.90, 10: 0.94, 100: 0.96}, 0.5, 10),
-        ({1: 0.90, 10: [0.93, 0.99], 100: 0.95}, None, 10),
-        ({1: 0.9, 10: 0.96, 100: 0.94}, None, 10),  # the lowest error may lie at a smaller size
+        ({1: 0.90, 10: 0.94, 100: 0.96}, {}, 100),  # the errors are 0.10, 0.06, 0.04
+        ({1: 0.90, 10: 0.94, 100: 0.96}, {"margin": 0.5}, 10),
+        ({1: 0.90, 10: [0.93, 0.99], 100: 0.95}, {}, 10),
+        ({1: 0.9, 10: 0.96, 100: 0.94}, {}, 10),  # the lowest error may lie at a smaller size
+        ({1: 3.0, 10: 1.04, 100: 1.0}, {"metric": "mse"}, 10),  # as it is, where lower is better
+        ({1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}, {"rule": "published"}, 1),
+        ({1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}, {"rule": "mean"}, 10),  # 0.85 exceeds 0.95 × 0.89
     ],
 )
-def test_error_rule_by_hand(scores, margin, expected):
-    assert point(table(*curve(scores)), rule="error", margin=margin) == expected
-
-
-def test_error_rule_takes_a_metric_that_is_better_when_lower_as_it_is():
-    assert point(table(*curve({1: 3.0, 10: 1.04, 100: 1.0}, metric="mse")), "mse", rule="error") == 10
+def test_other_rules_by_hand(scores, options, expected):
+    metric = options.get("metric", "micro_f1")
+    assert point(table(*curve(scores, metric=metric)), **{"rule": "error", **options}) == expected
 
 
 def test_equivalence_is_that_of_two_one_sided_tests_corrected_together():
@@ -278,12 +233,6 @@ def test_equivalence_is_that_of_two_one_sided_tests_corrected_together():
     np.testing.assert_array_equal(points["percentage"], expected)
     assert len({*points["percentage"].fillna(0)}) > 1
     assert (points["margin"] == margin).all()
-
-
-def test_default_margin_is_twice_the_spread_at_the_full_corpus():
-    full = [0.7, 0.72, 0.75]
-    points = saturation_points(table(*curve({1: [0.7, 0.7, 0.71], 100: full})), "micro_f1", rule="equivalence")
-    assert points["margin"].item() == pytest.approx(2 * np.std(full, ddof=1))
 
 
 def test_a_strategy_without_the_full_corpus_borrows_it_but_a_spike_in_does_not():
@@ -331,18 +280,16 @@ def test_interval_of_the_bootstrap_is_the_one_worked_out_by_hand():
     assert saturation_points(results, "micro_f1", rule="mean", confidence=0.55)["low"].item() == 10
 
 
-def test_intervals_need_two_runs_of_each_size():
-    results = table(*curve({1: [0.5, 0.6], 10: [0.9, 0.95], 100: 0.92}))
-    assert saturation_points(results, "micro_f1")[["low", "high"]].isna().all(axis=None)
-
-
 def test_an_interval_that_reaches_beyond_the_corpus_has_no_upper_bound():
     noise = np.array([-0.02, 0, 0.02])
     results = table(*curve({1: 0.5 + noise, 10: 0.8 + noise, 100: 0.8 + noise}))
     points = saturation_points(results, "micro_f1", rule="equivalence", margin=0.065)
-    assert points["percentage"].item() == 10
-    assert points["low"].item() == 10
+    assert points[["percentage", "low"]].iloc[0].tolist() == [10, 10]
     assert np.isnan(points["high"].item())
+    default = saturation_points(results, "micro_f1", rule="equivalence")["margin"].item()
+    assert default == pytest.approx(2 * np.std(0.8 + noise, ddof=1))  # twice the spread at the full corpus
+    single = table(*curve({1: [0.5, 0.6], 10: [0.9, 0.95], 100: 0.92}))  # a size with one run
+    assert saturation_points(single, "micro_f1")[["low", "high"]].isna().all(axis=None)
 
 
 def test_mean_over_datasets_takes_complete_runs():

@@ -13,8 +13,7 @@ from torch.distributions import NegativeBinomial
 
 from datawall.cells import datasets
 from datawall.models import scvi as family
-from datawall.models import sparse, training
-from datawall.models.base import NotFittedError
+from datawall.models import training
 from datawall.models.hyperparameters import ScVI as Hyperparameters
 from datawall.models.scvi import Autoencoder, ScVI
 
@@ -111,22 +110,6 @@ def test_loss_and_gradients_are_scvi_tools(n_cells, n_layers, n_genes):
     assert_same_gradients(module, peer)
     for expected, ours in zip(shared(peer, "named_buffers").values(), module.buffers(), strict=True):
         torch.testing.assert_close(ours, expected)
-
-
-def test_terms_of_the_loss_are_scvi_tools():
-    counts, module = simulated(), autoencoder()
-    peer = peer_of(module)
-    theirs, ours = [], []
-    for kl_weight in (0.0, 1.0, 100.0):
-        torch.manual_seed(1)
-        theirs.append(outcome(peer, counts, kl_weight))
-        torch.manual_seed(1)
-        ours.append(module(counts, kl_weight).item())
-    reconstruction = theirs[0].reconstruction_loss["reconstruction_loss"].mean().item()
-    divergence = theirs[0].kl_local["kl_divergence_z"].mean().item()
-    assert ours[0] == pytest.approx(reconstruction, rel=1e-5)
-    assert (ours[2] - ours[0]) / 100 == pytest.approx(divergence, rel=1e-4)
-    assert ours == pytest.approx([each.loss.item() for each in theirs], rel=1e-5)
 
 
 def test_training_is_scvi_tools():
@@ -233,25 +216,6 @@ def test_reconstruction_at_the_edges_of_single_precision(log_theta, scale):
     compared(module, simulated(40), tolerance=1e-3)
 
 
-def test_gradient_is_that_of_finite_differences():
-    counts = simulated(5, n_genes=6)
-    torch.manual_seed(0)
-    shapes = (5, 3), (6, 3), (6,), (6,)
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *each: family._Rates.apply(*each, counts), inputs)
-
-
-def test_encoder_is_a_linear_layer():
-    counts = simulated()
-    layer = autoencoder().encoder[0]
-    direction = torch.randn(70, 16)
-    cells = sparse.Cells.of(counts.log1p())
-    (direction * layer(cells)).sum().backward()
-    x = torch.from_numpy(counts.toarray()).log1p()
-    torch.testing.assert_close(layer(cells), x @ layer.weight + layer.bias)
-    torch.testing.assert_close(layer.weight.grad, x.T @ direction)
-
-
 def test_blocks_leave_no_trace(monkeypatch):
     counts, results = simulated(), []
     for block in (70, 1, 32):
@@ -279,34 +243,6 @@ def test_cells_without_counts_train_on_the_kl_term_alone():
     assert_same_gradients(module, peer)
 
 
-def test_cells_without_counts_embed_as_zero():
-    counts, model = simulated(3, seed=1), fitted_once()
-    empty = sp.csr_matrix((2, N_GENES), dtype=np.float32)
-    embedding = model.embed(sp.vstack([empty, counts], format="csr"))
-    assert not embedding[:2].any()
-    np.testing.assert_allclose(embedding[2:], model.embed(counts), rtol=1e-5, atol=1e-6)
-    assert not model.embed(empty).any()
-    assert model.embed(empty[:0]).shape == (0, 4)
-
-
-def test_a_cell_embeds_alike_in_any_company(monkeypatch):
-    counts, model = simulated(90, seed=1), fitted_once()
-    together = model.embed(counts)
-    assert together.dtype == np.float32
-    assert together.std(axis=0).min() > 1e-4
-    order = np.random.default_rng(0).permutation(90)
-    np.testing.assert_allclose(model.embed(counts[order]), together[order], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(model.embed(counts[[5]]), together[[5]], rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(family, "CELLS_AT_ONCE", 7)
-    np.testing.assert_allclose(model.embed(counts), together, rtol=1e-5, atol=1e-6)
-
-
-def test_a_saved_model_embeds_to_the_bit(tmp_path):
-    counts, model = simulated(20, seed=1), fitted_once()
-    model.save(tmp_path)
-    np.testing.assert_array_equal(ScVI.load(tmp_path).embed(counts), model.embed(counts))
-
-
 def test_fit_learns_from_real_cells():
     counts = real()
     model = ScVI(**SMALL | {"batch_size": 128}, learning_rate=5e-3)
@@ -316,32 +252,6 @@ def test_fit_learns_from_real_cells():
     assert (history.samples_seen, history.unique_cells) == (150 * 128, counts.shape[0])
     assert not model.module.training
     assert np.isfinite(model.embed(counts)).all()
-
-
-def test_fit_repeats_to_the_bit_and_follows_its_seeds():
-    counts = simulated(20, seed=1)
-    (first, history), (again, history_again), (other, _) = fitted(seed=3), fitted(seed=3), fitted(seed=4)
-    np.testing.assert_array_equal(history.loss, history_again.loss)
-    np.testing.assert_array_equal(first.embed(counts), again.embed(counts))
-    assert np.abs(first.embed(counts) - other.embed(counts)).max() > 0.01
-
-
-def test_counts_may_be_integers_and_stay_as_they_are():
-    counts = simulated().astype(np.int64)
-    before = counts.copy()
-    model = ScVI(**SMALL)
-    model.fit(counts, pd.DataFrame(index=range(70)), steps=6, seed=0)
-    assert counts.dtype == np.int64
-    for part in ("data", "indices", "indptr"):
-        np.testing.assert_array_equal(getattr(counts, part), getattr(before, part))
-    np.testing.assert_array_equal(model.embed(counts), fitted_once().embed(before.astype(np.float32)))
-
-
-def test_a_subset_may_be_smaller_than_a_batch():
-    model, history = fitted(n_cells=5)
-    assert (history.samples_seen, history.unique_cells) == (6 * 32, 5)
-    assert np.isfinite(history.loss).all()
-    assert np.isfinite(model.embed(simulated(5))).all()
 
 
 def test_kl_weight_rises_in_a_share_of_the_steps():
@@ -369,28 +279,3 @@ def test_fit_takes_its_kl_weight_from_the_schedule(schedule, monkeypatch):
     )
     fitted(steps=3, schedule=schedule)
     assert seen == [(schedule, 0, 3, 70), (schedule, 1, 3, 70), (schedule, 2, 3, 70)]
-
-
-@pytest.mark.parametrize("n_genes", [N_GENES - 1, N_GENES + 1])
-def test_counts_of_other_genes_are_refused(n_genes):
-    with pytest.raises(ValueError, match=rf"^scVI: counts have {n_genes} genes, the model {N_GENES}"):
-        fitted_once().embed(sp.csr_matrix((3, n_genes), dtype=np.float32))
-
-
-def test_a_model_without_weights_neither_embeds_nor_saves(tmp_path):
-    with pytest.raises(NotFittedError, match="this scVI has no weights yet"):
-        ScVI().embed(simulated())
-    with pytest.raises(NotFittedError, match="scVI"):
-        ScVI().save(tmp_path)
-
-
-def test_no_cells_are_refused():
-    with pytest.raises(ValueError, match="no cells"):
-        ScVI(**SMALL).fit(sp.csr_matrix((0, N_GENES), dtype=np.float32), pd.DataFrame(), steps=2, seed=0)
-
-
-def test_untrained_follows_its_seed():
-    counts = simulated()
-    first, again, other = (ScVI(**SMALL).untrained(N_GENES, seed=seed).embed(counts) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 0.01

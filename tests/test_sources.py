@@ -92,7 +92,10 @@ def test_counts_of_any_numeric_type_are_read(tmp_path, dtype, layout):
     matrix = adata.X.astype(np.float32) if layout == "csr" else adata.X.toarray()
     path = write(ad.AnnData(LAYOUTS[layout](sp.csr_matrix(matrix)), obs=adata.obs, var=adata.var), tmp_path / "a.h5ad")
     with h5py.File(path, "r+") as file:
-        replace(file, "X/data" if layout == "csr" else "X", lambda values: values.astype(dtype))
+        node = file["X/data" if layout == "csr" else "X"]
+        key, values, attributes = node.name, node[:].astype(dtype), dict(node.attrs)
+        del file[key]
+        file.create_dataset(key, data=values).attrs.update(attributes)
     assert_same_cells(
         read_all(open_source([path], LABELS, Options(drop_duplicates=False))), corpus.align(adata, "a")[0]
     )
@@ -123,18 +126,6 @@ def test_any_rows_of_a_column_stored_matrix(tmp_path, monkeypatch, seed, start, 
         for begin in (start, 0, start):
             stop = min(begin + size, 60)
             assert np.array_equal(reader.rows(begin, stop).toarray(), matrix.toarray()[begin:stop])
-
-
-def test_categories_as_anndata_0_7_kept_them(tmp_path):
-    adata = toy()
-    path = write(adata, tmp_path / "old.h5ad")
-    with h5py.File(path, "r+") as file:
-        obs = file["obs"]
-        codes, categories = obs["cell_type/codes"][:], obs["cell_type/categories"][:]
-        del obs["cell_type"]
-        obs["cell_type"], obs["__categories/cell_type"] = codes, categories
-        obs["cell_type"].attrs["categories"] = obs["__categories/cell_type"].ref
-    assert_same_cells(read_all(open_source([path], LABELS)), corpus.align(adata, "a")[0])
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
@@ -202,11 +193,8 @@ def test_columns_are_harmonised_by_role_and_file(tmp_path):
     second.obs["study"] = ["s"] * 10
     first.obs["study"] = ["t"] * 10
     paths = [write(first, tmp_path / "a.h5ad"), write(second, tmp_path / "b.h5ad")]
-    columns = {
-        "cell_type": {"a": "cell_type", "b": "celltype_major"},
-        "donor_id": {"a": "patient", "b": "donor"},
-        "dataset_id": "study",
-    }
+    columns = {"cell_type": {"a": "cell_type", "b": "celltype_major"}, "donor_id": {"a": "patient", "b": "donor"}}
+    columns["dataset_id"] = "study"
     source = open_source(paths, columns)
     assert source.labels == {"cell_type": ["B", "NK", "T"], "donor_id": ["d1", "p1", "p2"], "dataset_id": ["s", "t"]}
     for block in source.blocks(6):
@@ -262,16 +250,6 @@ def test_real_cells_of_several_files_join_without_loss(real_files):
     report = source.report
     assert report.cells["kept"].tolist() == report.cells["read"].tolist() == [973, 700, 60]
     assert report.duplicates.empty
-
-
-def test_real_cells_deposited_twice_are_found(real_files, tmp_path):
-    whole = ad.read_h5ad(real_files[0])
-    again = whole[100:400, np.random.default_rng(0).permutation(whole.n_vars)[:9000]].copy()
-    again.obs_names = [f"x{i}" for i in range(300)]
-    source = open_source([real_files[0], write(again, tmp_path / "again.zarr")], LABELS)
-    kept = sum(block.n_obs for block in source.blocks(512))
-    assert source.report.duplicates.to_numpy().tolist() == [["kang", "again", 300]]
-    assert kept == whole.n_obs
 
 
 # Cells dropped
@@ -338,16 +316,12 @@ def test_quality_is_measured_and_filters_are_off_by_default(tmp_path):
     assert source.report.cells.iloc[0].tolist() == ["a", 500, (~full).sum(), (full & ~good).sum(), 0, good.sum()]
 
 
-def test_filter_that_cannot_work_is_told(tmp_path, caplog):
+def test_filters_that_do_nothing_and_that_leave_nothing_are_told(tmp_path, caplog):
     path = write(toy(), tmp_path / "a.h5ad")
     open_source([path], LABELS, Options(max_mito=0.1))
     assert "has no mitochondrial gene, so that max_mito keeps all its cells" in caplog.text
-
-
-def test_no_cell_left_is_an_error_that_says_why(tmp_path):
-    source = open_source([write(toy(), tmp_path / "a.h5ad")], LABELS, Options(min_genes=41))
     with pytest.raises(CorpusError, match=r"a\.h5ad: no cell is left of 60 \(0 without counts, 60 filtered, 0 dup"):
-        list(source.blocks())
+        list(open_source([path], LABELS, Options(min_genes=41)).blocks())
 
 
 # Faults
@@ -418,14 +392,6 @@ def test_file_that_was_refused_is_closed_and_can_be_mended(tmp_path):
     assert read_all(open_source([path], LABELS)).n_obs == 60
 
 
-def test_uns_is_never_read(tmp_path):
-    path = write(toy(), tmp_path / "a.h5ad")
-    with h5py.File(path, "r+") as file:
-        del file["uns"]
-        file["uns"] = h5py.SoftLink("/nowhere")
-    assert read_all(open_source([path], LABELS)).n_obs == 60
-
-
 @pytest.mark.parametrize("part", ["data", "indices"])
 def test_zarr_that_lost_a_chunk_is_refused_not_read_as_zeros(tmp_path, part):
     path = write(toy(), tmp_path / "a.zarr")
@@ -449,12 +415,3 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     matrix = 12_000 * 150 * 8
     assert peaks[1] < peaks[0] + 9_000 * 60
     assert peaks[1] < matrix / 2
-
-
-def replace(root, key, change):
-    """Write an array of a file again, changed."""
-    node = root[key]
-    values, attributes = change(node[:]), dict(node.attrs)
-    del root[key]
-    create = root.create_dataset if isinstance(root, h5py.Group) else root.create_array
-    create(key, data=values).attrs.update(attributes)

@@ -11,23 +11,13 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from datawall.cells import datasets, expression
-from datawall.models import base, hyperparameters, sparse, training
-from datawall.models.base import NotFittedError
+from datawall.models import hyperparameters, sparse
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear
 from datawall.models.ssl import SSL, Autoencoder
 
 N_GENES = 60
 SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small gain nothing from more, and wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def simulated(n_cells=40, n_genes=N_GENES, seed=0):
@@ -210,25 +200,6 @@ def test_draws_of_extreme_shares(share, all_are):
     assert sparse.bernoulli(0, share, CPU).shape == (0,)
 
 
-@pytest.mark.parametrize("mask", [0.5, 0.2])
-def test_the_encoder_sees_what_is_left_scaled_up(mask):
-    module, cells = autoencoder(mask=mask), Cells.of(expression.lognormalise(simulated(400)))
-    seen = []
-    module.encoder[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    module(cells)
-    assert len(seen[0].data) / len(cells.data) == pytest.approx(1 - mask, abs=0.03)
-    assert set(seen[0].data.tolist()) <= set((cells.data * (1 / (1 - mask))).tolist())
-
-
-def test_masks_follow_torchs_seed():
-    module, cells = autoencoder(), Cells.of(expression.lognormalise(simulated()))
-    losses = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        losses.append(module(cells).item())
-    assert losses[0] == losses[1] != losses[2]
-
-
 def test_a_sigmoid_output_stays_below_one():
     X = expression.lognormalise(simulated())
     model, history = fitted(output="sigmoid", steps=200, learning_rate=0.02)
@@ -280,82 +251,6 @@ def test_the_rate_decays_every_two_passes(n_cells, every):
     np.testing.assert_allclose(history.learning_rate, 1e-3 * 0.9 ** (np.arange(25) // every))
 
 
-@pytest.fixture
-def spied(monkeypatch):
-    """What the training loop was given."""
-    given_to, train = {}, training.train
-
-    def recorded(*arguments, batches, **options):
-        given_to.update(options, recipe=arguments[3], batches=list(batches))
-        return train(*arguments, batches=given_to["batches"], **options)
-
-    monkeypatch.setattr(training, "train", recorded)
-    return given_to
-
-
-def test_the_best_weights_are_kept(spied):
-    model, history = fitted(steps=50, learning_rate=0.05, batch_size=4)
-    assert history.validation_loss.argmin() < len(history.validation_loss) - 1
-    with torch.no_grad(), torch.random.fork_rng():
-        assert spied["validation_loss"]() == pytest.approx(history.validation_loss.min(), rel=1e-5)
-    assert not model.module.training
-
-
-@pytest.mark.parametrize(("n_cells", "n_held"), [(40, 4), (9, 1), (2, 1)])
-def test_a_tenth_is_held_out(n_cells, n_held, spied):
-    _, history = fitted(n_cells, steps=30)
-    trained_on = set(np.concatenate(spied["batches"]).tolist())
-    assert len(trained_on) == history.unique_cells == n_cells - n_held
-    assert trained_on < set(range(n_cells))
-
-
-def test_no_more_than_a_number_are_held_out(monkeypatch):
-    monkeypatch.setattr(base, "HELD_OUT", 3)
-    assert fitted(40)[1].unique_cells == 37
-
-
-@pytest.mark.parametrize("steps", [1, 5, 10, 19, 25, 99, 100])
-def test_the_validation_loss_is_looked_at_ten_to_twenty_times(steps):
-    looks = len(fitted(steps=steps)[1].validation_loss)
-    assert min(steps, 10) <= looks <= 20
-
-
-def test_validation_does_not_depend_on_its_blocks(monkeypatch):
-    _, whole = fitted(2000, steps=2)
-    monkeypatch.setattr(sparse, "CELLS_AT_ONCE", 7)
-    _, parts = fitted(2000, steps=2)
-    np.testing.assert_allclose(parts.validation_loss, whole.validation_loss, rtol=0.05)  # masks are drawn by block
-
-
-def test_the_last_weights_are_trained_on_every_cell(spied):
-    _, history = fitted(steps=30, keep="last")
-    assert spied["validation_loss"] is None
-    assert history.unique_cells == 40
-    assert not len(history.validation_loss)
-
-
-def test_the_recipe_is_the_originals(spied):
-    model = SSL()
-    assert model.hyperparameters.batch_size == 16_384
-    fitted()
-    recipe = spied["recipe"]
-    assert (recipe.optimiser, recipe.decay, recipe.decay_factor) == ("AdamW", "stepwise", 0.9)
-    assert (recipe.weight_decay, recipe.decay_vectors, recipe.clip_norm, recipe.warmup) == (0.01, True, 1.0, 0.0)
-
-
-@pytest.mark.parametrize("n_cells", [1, 2, 5])
-@pytest.mark.parametrize("settings", [{}, {"keep": "last"}, {"loss": "vae"}, {"schedule": "epochs"}])
-def test_tiny_subsets(n_cells, settings):
-    model, history = fitted(n_cells, steps=3, **settings)
-    assert np.isfinite(history.loss).all()
-    assert np.isfinite(model.embed(simulated())).all()
-
-
-def test_training_on_nothing_is_refused():
-    with pytest.raises(ValueError, match="no cells"):
-        fitted(0)
-
-
 @cache
 def fitted_once(loss="masked"):
     return fitted(loss=loss)[0]
@@ -368,73 +263,6 @@ def test_the_embedding_is_the_encoders_output_for_whole_cells(loss):
     expected = dense_output(model.module, x)[1][:, :4].detach().numpy()
     np.testing.assert_allclose(model.embed(counts), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(model.embed(counts), model.embed(counts))
-
-
-def test_a_cell_does_not_see_the_others_of_a_call(monkeypatch):
-    model, counts = fitted_once(), simulated(50, seed=1)
-    whole = model.embed(counts)
-    monkeypatch.setattr(sparse, "CELLS_AT_ONCE", 7)
-    np.testing.assert_allclose(model.embed(counts), whole, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(model.embed(counts[[7, 3]]), whole[[7, 3]], rtol=1e-4, atol=1e-5)
-
-
-def test_cells_without_counts_embed_as_zero():
-    empty = sp.csr_matrix((2, N_GENES), dtype=np.float32)
-    embedding = fitted_once().embed(sp.vstack([empty, simulated(3)], format="csr"))
-    assert not embedding[:2].any()
-    assert embedding[2:].any(axis=1).all()
-    assert fitted_once().embed(empty[:0]).shape == (0, 4)
-
-
-@pytest.mark.parametrize("loss", ["masked", "vae"])
-def test_a_saved_model_embeds_the_same_bits(loss, tmp_path):
-    fitted_once(loss).save(tmp_path)
-    np.testing.assert_array_equal(SSL.load(tmp_path).embed(simulated()), fitted_once(loss).embed(simulated()))
-
-
-def test_clear_errors():
-    with pytest.raises(NotFittedError, match="this SSL has no weights yet"):
-        SSL().embed(simulated())
-    with pytest.raises(ValueError, match="SSL: counts have 61 genes, the model 60"):
-        fitted_once().embed(simulated(n_genes=61))
-    with pytest.raises(ValueError, match=r"SSL: mask 1\.5"):
-        SSL(mask=1.5)
-
-
-def test_fitting_repeats_bit_for_bit():
-    counts = simulated(seed=1)
-    torch.manual_seed(1)
-    first = fitted(seed=3)[0].embed(counts)
-    torch.manual_seed(2)
-    np.testing.assert_array_equal(fitted(seed=3)[0].embed(counts), first)
-    assert np.abs(fitted(seed=4)[0].embed(counts) - first).max() > 0.01
-
-
-@pytest.mark.parametrize("loss", ["masked", "vae"])
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(loss, tmp_path, monkeypatch):
-    class CutOffError(Exception):
-        pass
-
-    def fit():
-        model = SSL(**SMALL, loss=loss)
-        model.fit(simulated(), pd.DataFrame(), steps=12, seed=0, checkpoint=tmp_path / "checkpoint.npz")
-        return model
-
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    decay = training.Recipe.rate
-
-    def cut_off(recipe, step):
-        if step == 7:
-            raise CutOffError
-        return decay(recipe, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Recipe, "rate", cut_off)
-        with pytest.raises(CutOffError):
-            fit()
-    assert (tmp_path / "checkpoint.npz").exists()
-    resumed = fit().embed(simulated())
-    np.testing.assert_array_equal(resumed, fitted(steps=12, loss=loss)[0].embed(simulated()))
 
 
 def test_the_loss_is_right_under_autocast():

@@ -137,13 +137,29 @@ def test_new_writes_a_study_file_that_checks(compendium, capsys):
     assert not (compendium / "runs").exists()
 
 
-def test_new_takes_what_is_given_and_leaves_out_what_is_not_there(compendium):
-    path = cells(compendium / "cells.h5ad", **LABELLED)
-    words = ["--label", "cell_type_ontology_term_id", "--batch", "none", "--perturbation", "none", "--donor", "none"]
-    assert run_all.main(["--new", "mine", "--corpus", path, *words]) == 0
+ALL_NONE = ["--batch", "none", "--perturbation", "none", "--donor", "none"]
+WITHOUT_COLUMNS = ["zeroshot_classification", "finetuned_classification", "reconstruction"]
+NASTY = {"cell type: 'x' # no": ["yes", "a: b\n- c"], "null": ["1", "2"]}  # what YAML would read otherwise
+
+
+@pytest.mark.parametrize(
+    ("columns", "words", "expected"),
+    [
+        (
+            LABELLED,
+            ["--label", "cell_type_ontology_term_id", *ALL_NONE],
+            {"cell_type_key": "cell_type_ontology_term_id", "donor_key": None, "tasks": WITHOUT_COLUMNS},
+        ),
+        ({"n_counts": [0.0, 1.0, 2.0, 3.0, 4.0]}, ["--label", "n_counts"], {"cell_type_key": "n_counts"}),
+        ({"batch": ["a", "b"]}, [], {"clusters": True}),
+        (NASTY, ["--batch", "null"], {"cell_type_key": "cell type: 'x' # no", "batch_key": "null"}),
+    ],
+)
+def test_new_takes_what_is_given_and_leaves_out_what_is_not_there(compendium, columns, words, expected):
+    assert run_all.main(["--new", "mine", "--corpus", cells(compendium / "cells.h5ad", **columns), *words]) == 0
     p = params.read(Path("params/mine.yaml"))
-    assert p.columns() == {"cell_type": "cell_type_ontology_term_id"}
-    assert p.tasks == ["zeroshot_classification", "finetuned_classification", "reconstruction"]
+    assert {key: getattr(p, key) for key in expected} == expected
+    assert set(yaml.safe_load(Path("params/mine.yaml").read_text())) <= set(params.Params.model_fields)
 
 
 def test_new_takes_more_settings(compendium, capsys):
@@ -154,18 +170,6 @@ def test_new_takes_more_settings(compendium, capsys):
     assert (p.steps, p.min_matched_genes, p.hyperparameters) == (7, 0.1, {})
     assert run_all.main(["--new", "other", "--corpus", path, "--set", "batch_key=x"]) == 2
     assert "--set batch_key: with --new, name it as --batch." in capsys.readouterr().err
-
-
-def test_new_takes_a_column_of_numbers_that_is_named(compendium):
-    path = cells(compendium / "cells.h5ad", n_counts=[0.0, 1.0, 2.0, 3.0, 4.0])
-    assert run_all.main(["--new", "mine", "--corpus", path, "--label", "n_counts"]) == 0
-    assert params.read(Path("params/mine.yaml")).cell_type_key == "n_counts"
-
-
-def test_new_without_labels_clusters(compendium):
-    path = cells(compendium / "cells.h5ad", batch=["a", "b"])
-    assert run_all.main(["--new", "mine", "--corpus", path]) == 0
-    assert params.read(Path("params/mine.yaml")).clusters
 
 
 def test_new_joins_files_by_the_columns_that_all_have(compendium):
@@ -214,15 +218,6 @@ def test_new_refuses_in_one_clear_line(words, named, compendium, capsys):
     message = capsys.readouterr().err
     assert all(word in message for word in named), message
     assert sorted(Path("params").iterdir()) == before
-
-
-def test_new_quotes_names_that_yaml_would_read_otherwise(compendium):
-    nasty = {"cell type: 'x' # no": ["yes", "a: b\n- c"], "null": ["1", "2"]}
-    path = cells(compendium / "cells.h5ad", **nasty)
-    assert run_all.main(["--new", "mine", "--corpus", path, "--batch", "null"]) == 0
-    p = params.read(Path("params/mine.yaml"))
-    assert (p.cell_type_key, p.batch_key) == ("cell type: 'x' # no", "null")
-    assert set(yaml.safe_load(Path("params/mine.yaml").read_text())) <= set(params.Params.model_fields)
 
 
 def study(folder, **values):

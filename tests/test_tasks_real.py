@@ -93,14 +93,6 @@ def test_pca_integrates_types_far_above_chance(batched):
     assert metrics["pcr_comparison"] == 0  # the same components before and after
 
 
-def test_shuffled_labels_are_integrated_by_chance(batched):
-    X, labels, batches = batched
-    names = ["nmi", "ari", "nmi_fixed", "ari_fixed", "avg_bio", "asw_label", "clisi"]
-    scores = [integrated(X, np.random.default_rng(seed).permutation(labels), batches, X) for seed in range(4)]
-    beyond = np.mean([[score[name] - score.chance[name] for name in names] for score in scores], axis=0)
-    np.testing.assert_allclose(beyond, 0, atol=0.04)
-
-
 def test_labels_as_embedding_have_the_best_bio_metrics(batched):
     X, labels, batches = batched
     metrics = integrated(one_hot(labels), labels, batches, X)
@@ -185,7 +177,7 @@ def test_mean_shift_beats_no_change_and_the_oracle_beats_all(stimulated):
         other = context != held_out
         of = context[~treated & other], context[treated & other]
         predicted = {
-            "no change": baselines.no_change(control),
+            "no change": control,
             "mean shift": baselines.mean_shift(control, X[~treated & other], X[treated & other], of),
             "treated mean": baselines.treated_mean(X[treated & other], of[1]),
         }
@@ -197,16 +189,3 @@ def test_mean_shift_beats_no_change_and_the_oracle_beats_all(stimulated):
             assert score["mse"] > 1.5 * ceiling["mse"], name
             assert score["pearson_delta"] < ceiling["pearson_delta"], name
             assert score["energy_distance"] > ceiling["energy_distance"] + 0.1, name
-
-
-def test_the_true_mean_reaches_the_ceiling(stimulated):
-    _, X, treated, context = stimulated
-    for held_out in ("CD14+ Monocytes", "FCGR3A+ Monocytes"):
-        after, control = sides(X, treated, context, held_out)
-        ceiling = perturbation.oracle(after, control)
-        truth = perturbation.response_metrics(after.mean(axis=0), after, control)
-        assert truth["mse"] == pytest.approx(0, abs=1e-9)
-        for name in ("pearson_r", "pearson_delta", "pearson_delta_top50", "direction_accuracy"):
-            assert truth[name] == pytest.approx(1, abs=1e-6), name
-            assert truth[name] >= ceiling[name], name
-        assert ceiling["pearson_delta"] > 0.9

@@ -38,18 +38,6 @@ def test_chance_levels_are_expectations_over_all_predictions():
 
 @settings(deadline=None)
 @given(LABELS, st.randoms(use_true_random=False))
-def test_metrics_of_confusions_are_scikit_learns(truth, random):
-    predicted = [random.choice([label, "a", "z"]) for label in truth]
-    truth, predicted = np.array(truth), np.array(predicted)
-    types, table = uncertainty.confusion(truth, predicted)
-    values = {name: float(metric(table)) for name, metric in uncertainty.OF_CONFUSION.items()}
-    assert values == pytest.approx({name: metric(truth, predicted) for name, metric in classification.METRICS.items()})
-    f1 = dict(zip(types, uncertainty.f1_of(table), strict=True))
-    assert {name: f1[name] for name in np.unique(truth)} == pytest.approx(classification.f1_by_type(truth, predicted))
-
-
-@settings(deadline=None)
-@given(LABELS, st.randoms(use_true_random=False))
 def test_intervals_hold_the_value(truth, random):
     predicted = [random.choice([label, "a"]) for label in truth]
     metrics = classification.classification_metrics(np.array(truth), np.array(predicted))

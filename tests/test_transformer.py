@@ -253,28 +253,6 @@ def test_embedding_is_the_mean_of_berts_second_to_last_layer():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_a_sequence_does_not_see_its_companions():
-    encoder = encoder_with_every_weight_random().eval()
-    ids, offsets = packed_batch()
-    together = encoder.embed(ids, Layout(offsets))
-    for i, alone in enumerate(ids.split(LENGTHS)):
-        layout = Layout(torch.tensor([0, len(alone)]))
-        torch.testing.assert_close(encoder.embed(alone, layout)[0], together[i], atol=1e-5, rtol=0)
-
-
-def test_order_within_a_sequence_matters():
-    encoder = encoder_with_every_weight_random().eval()
-    ids, offsets = packed_batch([6])
-    assert (encoder.embed(ids, Layout(offsets)) - encoder.embed(ids.flip(0), Layout(offsets))).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("lengths", [[4, 4, 4], [1, 7, 3]])
-def test_means_are_over_each_sequence(lengths):
-    layout = Layout(torch.tensor(np.concatenate([[0], np.cumsum(lengths)])))
-    x = torch.arange(2.0 * sum(lengths)).view(-1, 2) + 1
-    torch.testing.assert_close(layout.mean(x), torch.stack([part.mean(dim=0) for part in x.split(lengths)]))
-
-
 def test_an_empty_sequence_is_refused():
     with pytest.raises(ValueError, match="empty"):
         Layout(torch.tensor([0, 3, 3, 5]))

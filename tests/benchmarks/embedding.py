@@ -24,7 +24,7 @@ indices = np.concatenate([np.sort(rng.choice(N_GENES, n, replace=False)) for n i
 counts = rng.geometric(0.5, len(indices)).astype(np.float32)
 counts = sp.csr_matrix((counts, indices, np.concatenate([[0], np.cumsum(lengths)])), shape=(N_CELLS, N_GENES))
 print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, {torch.get_num_threads()} threads")
-for family in sys.argv[1:] or models.FAMILIES:
+for family in sys.argv[1:] or models.hyperparameters.FAMILIES:
     model = models.create(family).untrained(N_GENES, seed=0)
     # On a CPU the transformer takes minutes for all cells; its time is linear in them.
     n_cells = 100 if family == "Geneformer" and not torch.cuda.is_available() else N_CELLS

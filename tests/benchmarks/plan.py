@@ -17,7 +17,6 @@ from pathlib import Path
 
 import datawall as dw
 from datawall.engine import provenance
-from datawall.models import hyperparameters
 from datawall.planning import plan as planning
 from datawall.study import costs
 from datawall.study.units import Run
@@ -64,7 +63,7 @@ print(f"\n{'units, one after the other':40}{'predicted':>12}{'measured':>12}")
 predicted: dict[str, float] = {}
 embedded = set()
 for run in study.pretraining_runs():
-    label = f"model: {hyperparameters.family(run.model)}"
+    label = f"model: {study.params.specs[run.model].family}"
     predicted[label] = predicted.get(label, 0.0) + study.costs.run(run).seconds
 for task in study.params.tasks:
     for one in dw.evaluation.evaluations(study, task):

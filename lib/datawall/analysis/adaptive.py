@@ -98,27 +98,25 @@ def settle(oracle: Oracle, plan: Plan) -> Outcome:
 def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
     """Yield the runs that are wanted next, take their scores, and return the outcome when it is settled.
 
-    A few seeds of each size of the ladder are run, from the smallest to the full corpus: no verdict is told without it,
-    since what comes late shows there alone. While `decide` has none, the size at half of the corpus is run, unless the
-    means alone make a plateau (without that size no model is called still improving); then the sizes at both ends of
-    what may be a plateau get a seed more; and when those have all seeds, the rest of the grid is filled in from its
-    large end.
+    A few seeds of each size of the ladder are run, the full corpus too, since what comes late shows there alone. While
+    `decide` has no verdict, the size at half of the corpus is run, unless the means alone make a plateau (without that
+    size no model is called still improving); then the sizes at both ends of what may be a plateau get a seed more; and
+    when those have all seeds, the rest of the grid is filled in from its large end.
     """
     scores: Scores = {}
     ladder = plan.ladder()
     half = max((size for size in plan.percentages if size <= ladder[-1] / 2), default=ladder[0])
     wanted = dict.fromkeys(ladder, plan.first_seeds)
     while True:
-        runs = [
-            (size, seed) for size, n_more in wanted.items() for seed in plan.seeds[len(scores.get(size, ())) :][:n_more]
-        ]
+        begin = {size: len(scores.get(size, ())) for size in wanted}
+        runs = [(size, seed) for size, n in wanted.items() for seed in plan.seeds[begin[size] :][:n]]
         for (size, _), score in zip(runs, (yield runs), strict=True):
             scores.setdefault(size, []).append(score)
         verdict, percentage, reason = decide(scores, plan)
         if verdict == PLATEAU or (verdict == IMPROVING and half in scores):
             break
         coming = still_to_come(scores, plan)
-        flat = [each.start for each in coming if each.expected < plan.margin]
+        flat = [gain.start for gain in coming if gain.expected < plan.margin]
         if half not in scores and not flat:
             wanted = {half: plan.first_seeds}
         else:
@@ -131,7 +129,7 @@ def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
         if not wanted or spent + sum(wanted.values()) > plan.budget * plan.n_runs:
             verdict, percentage, reason = UNDECIDED, np.nan, f"open after {spent} of {plan.n_runs} runs"
             break
-    rows = [(size, seed, score) for size, of in scores.items() for seed, score in zip(plan.seeds, of, strict=False)]
+    rows = [(size, seed, score) for size, runs in scores.items() for seed, score in zip(plan.seeds, runs, strict=False)]
     runs = pd.DataFrame(rows, columns=["percentage", "seed", "score"])
     return Outcome(verdict, percentage, reason, runs, len(runs) / plan.n_runs)
 
@@ -163,20 +161,20 @@ class Coming(NamedTuple):
 def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
     """What is to be gained from each size to the full corpus, of which there are runs.
 
-    It is the larger of two readings, each with its upper confidence bound for `at_most`. A line in the logarithm of the
-    size is fitted to the runs from that size on (`scipy.stats.linregress`); and the full corpus's mean is set beside
-    that of the runs below it, with the variance of all sizes from there on, so that a gain that comes late is not lost
-    among sizes that had none.
+    It is the larger of two readings, with their upper confidence bounds for `at_most`: a line in the logarithm of the
+    size, fitted to the runs from that size on; and the full corpus's mean beside that of the runs below it, with the
+    variance of all sizes from there on, so that a gain that comes late is not lost among sizes that had none.
     """
     sizes = sorted(scores)
     coming = []
     for start in sizes[:-1]:
         later = [np.array(scores[size]) for size in sizes if size >= start]
         below, full, n_runs = np.concatenate(later[:-1]), later[-1], sum(map(len, later))
-        x = np.repeat(np.log2([size for size in sizes if size >= start]), [len(of) for of in later])
+        x = np.repeat(np.log2([size for size in sizes if size >= start]), [len(runs) for runs in later])
         line, doublings = stats.linregress(x, np.concatenate(later)), x[-1] - x[0]
         freedom, gap = n_runs - len(later), full.mean() - below.mean()
-        error = np.sqrt(sum(((of - of.mean()) ** 2).sum() for of in later) / freedom * (1 / len(below) + 1 / len(full)))
+        within = sum(((runs - runs.mean()) ** 2).sum() for runs in later)
+        error = np.sqrt(within / freedom * (1 / len(below) + 1 / len(full)))
         slope_error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
         upper = line.slope + stats.t.ppf(plan.test_confidence(), n_runs - 2) * slope_error
         most = max(upper * doublings, gap + stats.t.ppf(plan.test_confidence(), freedom) * error, 0)
@@ -202,7 +200,7 @@ def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> 
         }
         of_curve = replace(plan, percentages=tuple(scores), seeds=tuple(range(n_seeds)))
         full, full_percentage, _ = decide(scores, of_curve)
-        found = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], of_curve)
-        rows.append((*curve.key[:3], full, full_percentage, found.verdict, found.percentage, found.share))
+        early = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], of_curve)
+        rows.append((*curve.key[:3], full, full_percentage, early.verdict, early.percentage, early.share))
     columns = ["model", "strategy", "task", "full", "full_percentage", "adaptive", "adaptive_percentage", "share"]
     return pd.DataFrame(rows, columns=columns)

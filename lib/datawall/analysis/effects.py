@@ -72,10 +72,9 @@ def _by_dataset(runs: pd.DataFrame) -> pd.DataFrame:
 def _slope(runs: pd.DataFrame, x: np.ndarray) -> tuple[float, float, float]:
     """Slope of scores (runs by data sets) on x at equal size, mean over data sets; its error and degrees of freedom.
 
-    Runs vary, and what x is worth varies from one data set to the next; runs are judged on every data set, so that the
-    two are crossed, and the variance of the mean slope is the sum of both. Each is estimated with what is left besides,
-    which is taken off once; Satterthwaite's degrees of freedom (1946, Biometrics 2:110). With a single data set the
-    slope is that data set's alone.
+    Runs vary, and so does what x is worth between data sets; the two are crossed, and the variance of the mean slope is
+    the sum of both. Each is estimated with what is left besides, which is taken off once; degrees of freedom are
+    Satterthwaite's (1946, Biometrics 2:110). With a single data set the slope is that data set's alone.
     """
     sizes = runs.index.get_level_values("percentage")
     X = np.column_stack([x, sizes.to_numpy()[:, None] == sizes.unique().to_numpy()])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from datawall.analysis.results import mean_over_splits, select
 from datawall.analysis.saturation import KEY, Curve, as_error, curves_of, pretrained
-from datawall.analysis.scaling import scale
+from datawall.analysis.scaling import ENDS, scale
 
 
 def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFrame:
@@ -29,7 +29,7 @@ def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFra
         point, drawn = scale(small, 200).predict(np.array([curve.n_cells[-1] / small.n_cells[-1]]))
         full = curve.runs[-1]
         noise = np.random.default_rng(0).standard_t(len(full) - 1, 200) * full.std(ddof=1) / len(full) ** 0.5
-        low, high = np.quantile(drawn[:, 0] + noise, [0.025, 0.975])
+        low, high = np.quantile(drawn[:, 0] + noise, ENDS)
         rows.append((*curve.key, full.mean(), small.runs[-1].mean(), float(point[0]), low, high))
     return pd.DataFrame(rows, columns=[*KEY, "error", "last", "foretold", "low", "high"])
 
@@ -47,12 +47,12 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
     means = means[means.notna().sum(axis=1) > 1]
     largest = means.index.get_level_values("percentage").max()
     at = {size: rows.droplevel("percentage") for size, rows in means.groupby("percentage")}
-    rows = [(size, *_alike(of, at[largest])) for size, of in at.items() if size != largest]
-    again = runs[runs["percentage"] == largest].assign(half=lambda of: of.groupby([*where, by]).cumcount())
+    rows = [(size, *_alike(table, at[largest])) for size, table in at.items() if size != largest]
+    again = runs[runs["percentage"] == largest].assign(half=lambda table: table.groupby([*where, by]).cumcount())
     halves = []
     for some in combinations(range(n := int(again["half"].max()) + 1), n // 2):
-        one = again["half"].isin(some)
-        tables = (part.pivot_table(index=where, columns=by, values="value") for part in (again[one], again[~one]))
+        half = again["half"].isin(some)
+        tables = (part.pivot_table(index=where, columns=by, values="value") for part in (again[half], again[~half]))
         halves.append(_alike(*tables))
     rows.append((largest, halves[0][0], float(np.mean([same for _, same in halves]))))
     return pd.DataFrame(rows, columns=["percentage", "pairs", "same"])
@@ -75,7 +75,7 @@ def signal_to_noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     rows, known = [], {}
     for curve in curves_of(results, metric):
-        shape = tuple(len(of) for of in curve.runs[: curve.n_own])
+        shape = tuple(map(len, curve.runs[: curve.n_own]))
         if len(shape) > 1 and min(shape) > 1:
             if shape not in known:
                 rng = np.random.default_rng(0)
@@ -86,5 +86,5 @@ def signal_to_noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _ratio(runs: list[np.ndarray]) -> np.ndarray:
     """Range of the sizes' means over the mean spread of their runs, the last axis."""
-    means, spreads = ([f(of) for of in runs] for f in (lambda of: of.mean(axis=-1), lambda of: of.std(axis=-1, ddof=1)))
+    means, spreads = [size.mean(axis=-1) for size in runs], [size.std(axis=-1, ddof=1) for size in runs]
     return np.ptp(means, axis=0) / np.mean(spreads, axis=0)

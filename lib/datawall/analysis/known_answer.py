@@ -50,10 +50,7 @@ def percentage_needed() -> pd.Series:
 
 
 def learn(seeds: Iterable[int]) -> pd.DataFrame:
-    """Pretrain PretrainedPCA at every size, and tell the types of each pair apart; the value is micro-F1.
-
-    Every seed has a corpus of its own, and splits the cells that are evaluated in its own way.
-    """
+    """Pretrain PretrainedPCA at every size of a corpus a seed; the micro-F1 with which each pair is told apart."""
     seeds = list(seeds)
     cells = simulate.Cells(simulate.truth(atlas((max(seeds) + 1) * CORPUS, WEIGHTS)))
     evaluated = simulate.load(atlas(EVALUATED, dict.fromkeys(PAIRS, 1.0)))
@@ -110,10 +107,9 @@ def plateaus(results: pd.DataFrame) -> pd.Series:
 
 
 def rates(results: pd.DataFrame, n_seeds: Sequence[int] = (3, 5, 10), *, n_draws: int = 100) -> pd.DataFrame:
-    """How often each rule sees a plateau when it is given a few of the seeds, drawn time and again.
+    """`power.judged` of each pair from a few of the seeds, drawn time and again, by pair and seeds.
 
-    As `power.judged`, with the columns pair and seeds before. Draws share the hundred seeds, so that ten of them are
-    not as many studies as `error` takes them for.
+    Draws share the hundred seeds, so that ten of them are not as many studies as `error` takes them for.
     """
     rng, sizes = np.random.default_rng(0), np.array(PERCENTAGES, float)
     runs = results.pivot_table(index="dataset", columns=["percentage", "seed"], values="value")
@@ -122,6 +118,6 @@ def rates(results: pd.DataFrame, n_seeds: Sequence[int] = (3, 5, 10), *, n_draws
         drawn = np.array([rng.choice(results["seed"].nunique(), number, replace=False) for _ in range(n_draws)])
         for pair, begins in plateaus(results).items():
             scores = runs.loc[pair].to_numpy().reshape(len(sizes), -1)[:, drawn]
-            found = power.judged(np.moveaxis(scores, 1, 0), sizes, begins, MARGIN)
-            rows.append(found.assign(pair=pair, seeds=number))
+            judged = power.judged(np.moveaxis(scores, 1, 0), sizes, begins, MARGIN)
+            rows.append(judged.assign(pair=pair, seeds=number))
     return power._ordered(rows, ["pair", "seeds"]).drop(columns="covered")

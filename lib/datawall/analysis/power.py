@@ -60,12 +60,10 @@ def of_design(
     """How often the rule `equivalence` would give each verdict, by simulation of studies through its own code.
 
     `spread` is the standard deviation over seeds, of all sizes or one for each; noise is normal. Several numbers of
-    seeds are tried in turn. `percentages` are ascending, up to the full corpus, 100; `n_curves` of one kind are judged
-    together, as one family of tests.
-
-    The columns are truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the
-    corpus), seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the
-    true one: the power) and error (Monte-Carlo standard error of it).
+    seeds are tried in turn. `percentages` are ascending, up to the full corpus, 100; `n_curves` are one family of
+    tests. Columns truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the corpus),
+    seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the true one:
+    the power) and error (Monte-Carlo standard error of it).
     """
     sizes = np.array(percentages, float)
     if sizes[-1] != 100 or (np.diff(sizes) <= 0).any() or len(sizes) < 2:
@@ -115,11 +113,7 @@ def seeds_to_decide(curve: Curve, margin: float) -> int | None:
 
 
 def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = None, seed: int = 0) -> np.ndarray:
-    """Scores of made-up pretraining runs of one of `TRUTHS`, (n_curves, n_sizes, n_seeds).
-
-    Noise is normal, of the standard deviation given; by default with that over seeds of each size in one of the 20
-    published curves of zero-shot classification (random subsets, micro-F1), drawn for each simulated curve.
-    """
+    """Made-up scores of a truth, (n_curves, n_sizes, n_seeds), with the given noise or that of published curves."""
     rng = np.random.default_rng(seed)
     shown = select(published.results(), task="zeroshot_classification", strategy="random")
     spreads = np.array([[runs.std(ddof=1) for runs in curve.runs] for curve in curves_of(shown, "micro_f1")])
@@ -129,17 +123,14 @@ def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = 
 
 
 def rates(n_curves: int = 100, designs: Iterable[tuple[str, int]] = DESIGNS) -> pd.DataFrame:
-    """How often each rule sees a plateau at half of the corpus or less, by truth, noise and number of seeds.
-
-    As `judged`, with the columns truth, noise and seeds before.
-    """
+    """`judged` of every truth, noise and number of seeds of `designs`."""
     rows = []
     for noise, number in designs:
         for truth, (error, begins) in TRUTHS.items():
             gain = float(error(np.array(100.0)) - error(np.array(200.0)))
             scores = simulated(truth, n_curves, number, noise=NOISES[noise])
-            found = judged(scores, SIZES, begins, MARGIN, gain=gain)
-            rows.append(found.assign(truth=truth, noise=noise, seeds=number))
+            rules = judged(scores, SIZES, begins, MARGIN, gain=gain)
+            rows.append(rules.assign(truth=truth, noise=noise, seeds=number))
     return _ordered(rows, ["truth", "noise", "seeds"])
 
 
@@ -154,12 +145,10 @@ def judged(
     """What each rule says of curves with one truth, each judged alone.
 
     `scores` are (n_curves, n_sizes, n_seeds) at the percentages `sizes`, ascending. In truth, the plateau begins at
-    `begins`, infinite if there is none, and the next doubling would gain `gain`.
-
-    A row per rule; plateau is the share of the curves on which it sees one at half of the corpus or less, rightly or
-    not, error the Monte-Carlo standard error of that, too early the share on which it begins before it does in truth,
-    in place, runs the share of the grid that it takes and covered the share of the intervals of the predicted gain that
-    hold `gain`; NaN where there is nothing to say.
+    `begins`, infinite if there is none, and the next doubling would gain `gain`. Columns rule, plateau (share of the
+    curves on which it sees one at half of the corpus or less, rightly or not), error (Monte-Carlo standard error of
+    it), too early (share on which it begins before it does in truth), in place, runs (share of the grid that it takes)
+    and covered (share of the intervals of the predicted gain that hold `gain`); NaN where there is nothing to say.
     """
     plan = Plan(margin=margin, percentages=tuple(sizes.tolist()), seeds=tuple(range(scores.shape[2])))
     by_size = list(np.moveaxis(scores, 1, 0))
@@ -168,21 +157,21 @@ def judged(
     def points(rule: str, runs: list[np.ndarray], limit: float | None = None) -> tuple[np.ndarray, float]:
         return saturation._points([runs], [curve], rule, limit, 1 - plan.confidence)[0], 1.0
 
-    errors = [1 - of for of in by_size]
-    settled = [settle(lambda size, seed, of=of: of[list(sizes).index(size), seed], plan) for of in scores]
-    found = {
+    errors = [1 - runs for runs in by_size]
+    settled = [settle(lambda size, seed, runs=runs: runs[list(sizes).index(size), seed], plan) for runs in scores]
+    answers = {
         "published": points("published", by_size),
         "mean": points("mean", by_size),
         "error": points("error", errors),
         "equivalence, margin 2 SD": points("equivalence", errors),
         f"equivalence, margin {margin:g}": points("equivalence", errors, margin),
-        "adaptive": (np.array([of.percentage for of in settled]), np.mean([of.share for of in settled])),
+        "adaptive": (np.array([end.percentage for end in settled]), np.mean([end.share for end in settled])),
     }
     rows = []
-    for rule, (at, runs) in found.items():
+    for rule, (at, runs) in answers.items():
         place = {"too early": (at < begins).mean(), "in place": (at == begins).mean()} if np.isfinite(begins) else {}
         rows.append({"rule": rule, "plateau": (at <= 50).mean(), **place, "runs": runs})
-    ends = np.array([_gain(Curve(curve.key, sizes, sizes, list(1 - of), borrowed=False)) for of in scores])
+    ends = np.array([_gain(Curve(curve.key, sizes, sizes, list(1 - runs), borrowed=False)) for runs in scores])
     seen = {"rule": "predicted gain", "plateau": (ends[:, 1] <= margin).mean(), "runs": 1.0}
     if gain is not None:
         seen["covered"] = ((ends[:, 0] <= gain) & (gain <= ends[:, 1])).mean()

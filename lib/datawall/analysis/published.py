@@ -27,15 +27,12 @@ SUBSETS = {
 def results(*, in_figures: bool = True) -> pd.DataFrame:
     """The published results as `read_results` gives a study's, cleaned.
 
-    Three things are mended. Rows that repeat another's run are dropped: one of SSL, 10 % spike-in (fine-tuned
-    periodontitis, 100 %), and the second five of the ten untrained SSL models on placenta (zero-shot), which probably
-    are Geneformer's, whose own rows are missing. What is missing stays so: besides these, SCimilarity on placenta at 75
-    % geometric sketch. And what one may stumble over stays in: Geneformer, fine-tuned on intestine, often names the
-    commonest type for every cell (micro-F1 0.561041). What the published figures do not show (`UNPUBLISHED`) is left
-    out unless it is asked for.
-
-    `n_cells` is the size in whole per cents, to within one per cent of what a strategy took; `split` and `run_id` are
-    empty.
+    Rows that repeat another's run are dropped: one of SSL, 10 % spike-in (fine-tuned periodontitis, 100 %), and the
+    second five of the ten untrained SSL models on placenta (zero-shot), which probably are Geneformer's, whose own are
+    missing. SCimilarity on placenta at 75 % geometric sketch is missing too. What one may stumble over stays in:
+    Geneformer, fine-tuned on intestine, often names the commonest type for every cell (micro-F1 0.561041). What the
+    figures do not show (`UNPUBLISHED`) is left out unless it is asked for. `n_cells` is the size in whole per cents, to
+    within one per cent of what a strategy took; `split` and `run_id` are empty.
     """
     table = pd.read_csv(TABLES / "results.csv.gz")
     # Of two rows for a run, the first is the one that belongs there.

@@ -50,9 +50,8 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if len(oracle):
         levels = oracle.set_index(["task", "dataset", "metric", "split"])["value"]
         keys = pd.MultiIndex.from_frame(scores[levels.index.names])
-        scores = scores.assign(
-            ceiling=scores["ceiling"].fillna(pd.Series(levels.reindex(keys).to_numpy(), scores.index))
-        )
+        ceiling = pd.Series(levels.reindex(keys).to_numpy(), scores.index)
+        scores = scores.assign(ceiling=scores["ceiling"].fillna(ceiling))
     return {
         "results": _sorted(scores[COLUMNS]),
         "intervals": _sorted(scores[[*RUN, "split", "value", *KNOWN]]),
@@ -85,9 +84,9 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict[str, Any]) -> None:
-    """Write tables into a run folder, each as `<name>.parquet` and `<name>.csv`, each atomically.
+    """Write tables as `<name>.parquet` and `<name>.csv`, and the parameters of their study, each atomically.
 
-    The parameters of the study that they are of come with them: a later run may begin with others, and fail.
+    A later run may begin with other parameters, and fail.
     """
     for name, table in tables.items():
         disk.write_atomically(folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
@@ -128,15 +127,15 @@ def _refuse_damaged(path: Path) -> None:
 def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     """A table of a run, from its folder, such as `runs/quick`.
 
-    All tables have the columns study, model, strategy, percentage (0 to 100), seed, n_cells (pretraining cells), task,
-    dataset and split (how test cells were told from training cells). Beside them,
+    All have the columns study, model, strategy, percentage (0 to 100), seed, n_cells (pretraining cells), task, dataset
+    and split (how test cells were told from training cells). Beside them,
 
     - `results` has one number a row: metric, value, run_id (the artifact it is from);
-    - `intervals` the same numbers: metric, value, low and high (95 % bootstrap interval over cells), chance and
-      ceiling, each NaN where it is not known;
+    - `intervals` the same numbers: metric, value, low and high (95 %, over cells), chance and ceiling, NaN where
+      unknown;
     - `per_class` cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
-    - `budgets` metric, value and budget (a share of the model's steps) of the runs of `budget_check`, which are in no
-      other.
+    - `budgets` metric, value and budget (a share of the model's steps) of the runs of `budget_check`, in no other
+      table.
 
     Raises FileNotFoundError if the run has no such table, ValueError if it is not as it was written.
     """
@@ -172,10 +171,9 @@ def select(results: pd.DataFrame, **values: str | float) -> pd.DataFrame:
 
 
 def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The claim in numbers: each model untrained and at every size of the random strategy, beside the baselines.
+    """Each model untrained and at every size of the random strategy, beside the baselines: means over splits and seeds.
 
-    Means over splits and seeds; a row per data set and pretrained model, a column per size and per baseline. Empty
-    where there are no such results.
+    A row per data set and pretrained model, a column per size and per baseline. Empty where there are no such results.
     """
     means = mean_over_splits(select(results, metric=metric))
     means = means.groupby(["dataset", "model", "strategy", "percentage"], as_index=False)["value"].mean()
@@ -183,13 +181,9 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     for dataset, rows in means.groupby("dataset"):
         of_baselines = select(rows, strategy=BASELINE).set_index("model")["value"].to_dict()
         for model, runs in rows[~rows["strategy"].isin([BASELINE, CHECKPOINT])].groupby("model"):
-            runs = runs[runs["strategy"].isin(["random", "untrained"])]
-            sizes = {
-                "untrained" if p == 0 else f"{p:g} %": v for p, v in zip(runs["percentage"], runs["value"], strict=True)
-            }
-            table[dataset, model] = sizes | of_baselines
-    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
-    return pd.DataFrame(table.values(), index)
+            by_size = runs[runs["strategy"].isin(["random", "untrained"])].set_index("percentage")["value"]
+            table[dataset, model] = by_size.rename(lambda p: f"{p:g} %" if p else "untrained").to_dict() | of_baselines
+    return pd.DataFrame(table.values(), pd.MultiIndex.from_tuples(table, names=["dataset", "model"]))
 
 
 def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
@@ -223,15 +217,11 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
         for strategy in by_strategy.index.difference(["random", "untrained"]):
             shared = (by_strategy.loc[strategy] - random).dropna()
             table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")
-    index = pd.MultiIndex.from_tuples(table, names=["dataset", "model"])
-    return pd.DataFrame(table.values(), index)
+    return pd.DataFrame(table.values(), pd.MultiIndex.from_tuples(table, names=["dataset", "model"]))
 
 
 def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) -> pd.DataFrame:
-    """Of every pretrained run, how much of its pretraining loss is gone on held-out cells, and a downstream score.
-
-    Columns model, strategy, percentage, seed, explained and score; runs without either are left out.
-    """
+    """How much of its loss is gone on held-out cells (explained), and a downstream score, by pretrained run."""
     keys = ["model", "strategy", "percentage", "seed"]
     runs = results[results["percentage"] > 0]
     losses = mean_over_splits(select(runs, task="reconstruction", metric="explained")).set_index(keys)["value"]
@@ -241,8 +231,10 @@ def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) 
 
 def rank_correlations(both: pd.DataFrame) -> pd.Series:
     """Spearman's correlation over runs of the two columns of `loss_and_score`, by model."""
-    by_model = {model: of["explained"].corr(of["score"], method="spearman") for model, of in both.groupby("model")}
-    return pd.Series(by_model, dtype=float)
+    tables = both.groupby("model")
+    return pd.Series(
+        {name: runs["explained"].corr(runs["score"], method="spearman") for name, runs in tables}, dtype=float
+    )
 
 
 def against_baselines(
@@ -251,11 +243,11 @@ def against_baselines(
     """Who wins against the best baseline: differences with 95 % intervals, paired over the same splits.
 
     From the table `intervals` of a study. The best baseline is that with the best mean over splits, `Chance` and
-    `Oracle` left out. An interval is of a bootstrap over seeds and splits, both drawn with replacement, with normal
-    noise of the variance over cells (of model and baseline, from their own intervals) added to each draw. That noise is
-    taken as independent, though both err on the same cells: intervals are too wide rather than too narrow, and a tie
-    may be a small win. With `right`, of micro-F1 on all cells of a data set (`evaluation.right_cells`), they are paired
-    by cell (`tasks.uncertainty.paired_interval`), and no wider than they must be.
+    `Oracle` left out. An interval is of a bootstrap over seeds and splits, with normal noise of the variance over cells
+    (of model and baseline, from their own intervals) added to each draw: as if the two did not err on the same cells,
+    so that it is too wide rather than too narrow, and a tie may be a small win. With `right`, of micro-F1
+    (`evaluation.right_cells`), it is paired by cell (`tasks.uncertainty.paired_interval`), and no wider than it must
+    be.
 
     A row per task, data set and pretrained model, strategy and percentage: value, baseline (its name), baseline_value,
     difference (value - baseline_value), low, high, verdict: `win` or `loss` if the interval excludes zero, else `tie`;

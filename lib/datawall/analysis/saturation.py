@@ -54,32 +54,26 @@ def saturation_points(
     Splits of one run are averaged first; untrained controls and baselines are left out. The rules:
 
     - `published`, the original study's: of all runs, take the best score; the point is the smallest percentage at which
-      any single run exceeds 0.95 of it.
-    - `mean`: the same of the means over seeds.
-    - `error`: the smallest percentage whose mean error is within `margin` (a share, 0.05 by default) of the lowest mean
-      error. The error is 1 - score, or the value itself where lower is better.
+      any single run exceeds 0.95 of it. `mean`: the same of the means over seeds.
+    - `error`: the smallest percentage whose mean error is within `margin` (a share, 0.05 by default) of the lowest one.
     - `equivalence`: the smallest percentage from which on every size is equivalent to the full corpus, or NaN: two
       one-sided Welch tests (Schuirmann 1987, J Pharmacokinet Biopharm 15:657) place the difference of means within ±
       `margin`, by default twice the standard deviation over seeds at 100 %: a convenience, since a margin should be
       chosen before the runs are seen. A strategy without runs at 100 % borrows those of `random`, unless it is a
-      spike-in. The tests of all sizes and curves in the results are one family, corrected by Benjamini and Hochberg
-      (1995, J R Stat Soc B 57:289). Two more columns are the margin used, and the verdict `plateau`, `still improving`
-      (no plateau, and the full corpus is better than the largest subset of at most half of it, by a one-sided Welch
-      test corrected over the curves) or `undecided`.
+      spike-in. The tests of all sizes and curves are one family, corrected by Benjamini and Hochberg (1995, J R Stat
+      Soc B 57:289). Two more columns are the margin used, and the verdict `plateau`, `still improving` (no plateau, and
+      the full corpus is better than the largest subset of at most half of it, by a one-sided Welch test corrected over
+      the curves) or `undecided`.
 
     The interval is of a bootstrap of runs within each size, with their deviations scaled by √(n / (n - 1)), widened to
     hold the point; a bound is NaN where it is not established, both where a size has a single run or `n_resamples` is
-    0.
-
-    Raises ValueError if the rule is unknown or needs a score and the metric is better when lower, a score above 1 is to
-    be made an error, or the results cannot be compared.
+    0. Raises ValueError if the rule needs a score and the metric is better when lower, or a score above 1 is to be made
+    an error.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; the rules are: {', '.join(RULES)}.")
     if lower_is_better(metric) and rule in ("published", "mean"):
-        raise ValueError(
-            f"lower {metric} is better, and the rule {rule} needs a score; use pearson_r, say, or the rule error."
-        )
+        raise ValueError(f"lower {metric} is better, and the rule {rule} needs a score; use the rule error, say.")
     if margin is not None and not (margin >= 0 and rule in ("error", "equivalence")):
         raise ValueError(f"margin {margin}: at least 0, and of the rules error and equivalence only.")
     curves = curves_of(results, metric)
@@ -172,7 +166,7 @@ def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     something else.
     """
     runs = pretrained(mean_over_splits(select(results, metric=metric)))
-    n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform(lambda of: len(of.unique()))
+    n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")
     run = [column for column in RUN if column != "dataset"]
     complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]
     return complete.groupby(run, as_index=False)["value"].mean().assign(dataset="all", split="")
@@ -203,10 +197,10 @@ def margin_of(curve: Curve, margin: float | None, runs: list[np.ndarray] | None 
 
 
 def resampled(curve: Curve, n_resamples: int) -> list[np.ndarray]:
-    """Runs of each size drawn with replacement, (n_resamples, n_runs).
+    """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1)).
 
-    Deviations from the mean are scaled by √(n / (n - 1)), so that few runs do not look too alike. The draws depend on
-    the numbers of runs only: curves and rows may come in any order, under any name.
+    So few runs do not look too alike. The draws depend on the numbers of runs only: curves and rows may come in any
+    order.
     """
     rng = np.random.default_rng(0)
     drawn = []
@@ -218,10 +212,7 @@ def resampled(curve: Curve, n_resamples: int) -> list[np.ndarray]:
 
 
 def difference(runs: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Difference of the means over the last axis, its standard error, and Welch's degrees of freedom.
-
-    The error is NaN where either has a single run.
-    """
+    """Difference of the means over the last axis, its error (NaN with a single run), and Welch's degrees of freedom."""
     n, m = runs.shape[-1], others.shape[-1]
     gap = runs.mean(axis=-1) - others.mean(axis=-1)
     if min(n, m) < 2:
@@ -251,7 +242,7 @@ def _points(runs: list[Runs], curves: list[Curve], rule: str, margin: float | No
         reached = _equivalent(runs, curves, margin, alpha)
     else:
         own = [sizes[: curve.n_own] for sizes, curve in zip(runs, curves, strict=True)]
-        reached = [_near_lowest(sizes, margin) if rule == "error" else _near_best(sizes, rule) for sizes in own]
+        reached = [_near_best(sizes, rule, margin) for sizes in own]
     points = []
     for sizes, curve in zip(reached, curves, strict=True):
         first = curve.percentages[sizes.argmax(axis=-1)] if sizes.shape[-1] else np.inf
@@ -259,19 +250,14 @@ def _points(runs: list[Runs], curves: list[Curve], rule: str, margin: float | No
     return points
 
 
-def _near_best(runs: Runs, rule: str) -> np.ndarray:
-    """Which sizes exceed 0.95 of the best, by their best run or by their mean, (..., n_sizes)."""
-    scores = np.stack([each.max(axis=-1) if rule == "published" else each.mean(axis=-1) for each in runs], axis=-1)
+def _near_best(runs: Runs, rule: str, margin: float | None) -> np.ndarray:
+    """Which sizes are near the best: within a share of the lowest error, or above 0.95 of the score, (..., n_sizes)."""
+    scores = np.stack([size.max(axis=-1) if rule == "published" else size.mean(axis=-1) for size in runs], axis=-1)
+    if rule == "error":
+        return scores <= (1 + (TOLERANCE if margin is None else margin)) * scores.min(axis=-1, keepdims=True) + EXACT
     best = scores.max(axis=-1, keepdims=True)
     # The best itself always counts; where it is not positive, nothing else can exceed 0.95 of it.
     return (scores > PUBLISHED_THRESHOLD * best) | (scores >= best - EXACT)
-
-
-def _near_lowest(runs: Runs, margin: float | None) -> np.ndarray:
-    """Which sizes have a mean error within a share of the lowest one, (..., n_sizes)."""
-    errors = np.stack([each.mean(axis=-1) for each in runs], axis=-1)
-    lowest = errors.min(axis=-1, keepdims=True)
-    return errors <= (1 + (TOLERANCE if margin is None else margin)) * lowest + EXACT
 
 
 def _equivalent(runs: list[Runs], curves: list[Curve], margin: float | None, alpha: float) -> list[np.ndarray]:
@@ -287,7 +273,7 @@ def _equivalent(runs: list[Runs], curves: list[Curve], margin: float | None, alp
     adjusted = adjust(np.concatenate(p_values, axis=-1))
     ends = np.cumsum([p.shape[-1] for p in p_values])
     equivalent = np.split(adjusted <= alpha, ends[:-1], axis=-1)
-    return [np.flip(np.logical_and.accumulate(np.flip(each, -1), axis=-1), -1) for each in equivalent]
+    return [np.flip(np.logical_and.accumulate(np.flip(sizes, -1), axis=-1), -1) for sizes in equivalent]
 
 
 def _interval(drawn: np.ndarray, point: float, alpha: float) -> tuple[float, float]:

@@ -19,6 +19,7 @@ N_PARAMETERS = {CONSTANT: 1, POWER: 3, EXPONENTIAL: 3}
 WORTH = 0.01  # share of the error that a doubling must remove to be worth it, by default
 NUMBERS = [f"{name}{end}" for name in ("exponent", "irreducible", "gain") for end in ("", "_low", "_high")]
 MIN_SIZES = 4  # one more than a curve has parameters
+ENDS = [(1 - 0.95) / 2, (1 + 0.95) / 2]  # quantiles of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,11 @@ def fit(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> Fi
     for _ in range(ROUNDS):
         floor, excess, loss = _given_shape(_basis(family, n, shapes[..., None]), error, weight)
         best = loss.argmin(-1)[..., None]
-        floor, excess, loss, shape = (
-            np.take_along_axis(np.broadcast_to(each, loss.shape), best, -1) for each in (floor, excess, loss, shapes)
-        )
+        tried = (np.broadcast_to(part, loss.shape) for part in (floor, excess, loss, shapes))
+        floor, excess, loss, shape = (np.take_along_axis(part, best, -1) for part in tried)
         shapes = np.clip(shape * step ** np.linspace(-1, 1, FINE), low, high)  # between the best's neighbours
         step **= 2 / (FINE - 1)
-    return Fit(family, *(each[..., 0] for each in (floor, excess, shape, loss)))
+    return Fit(family, *(part[..., 0] for part in (floor, excess, shape, loss)))
 
 
 def _given_shape(x: np.ndarray, error: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,20 +84,15 @@ def _given_shape(x: np.ndarray, error: np.ndarray, weight: np.ndarray) -> tuple[
 
 
 def aicc(fitted: Fit, within: float, n_runs: int) -> np.ndarray:
-    """Akaike's criterion, corrected for few runs (Hurvich and Tsai 1989, Biometrika 76:297), of Gaussian errors.
-
-    `within` is the weighted sum of squares of the runs around their sizes' means.
-    """
+    """Akaike's criterion of Gaussian errors, corrected for few runs (Hurvich and Tsai 1989, Biometrika 76:297)."""
+    # `within` is the weighted sum of squares of the runs around their sizes' means.
     k = N_PARAMETERS[fitted.family] + 1  # and the variance
     likelihood = n_runs * np.log(np.maximum(fitted.loss + within, EXACT) / n_runs)
     return likelihood + 2 * k + 2 * k * (k + 1) / (n_runs - k - 1)
 
 
 def left_out(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> float:
-    """Root mean weighted squared error of each size's mean, predicted from the other sizes.
-
-    The smallest size stays in: the curves are to be read towards more cells, not fewer.
-    """
+    """Root mean weighted squared error of each size's mean, but the smallest's, predicted from the other sizes."""
     squares = []
     for out in range(1, len(n)):
         kept = np.arange(len(n)) != out
@@ -135,13 +130,10 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
     A size weighs its number of runs over their variance, which is the mean of its own and of all sizes' average, since
     few runs tell a variance badly. With that variance the means of the resamples are drawn, from a Student distribution
     of twice as many degrees of freedom as the runs of a size have: a parametric bootstrap. Resampling five runs instead
-    gives intervals that are too narrow.
-
-    Each resample chooses its curve anew, between the power law and the exponential, by the better fit. The constant is
-    no candidate: it is either of them without an excess, and they come to that by themselves. As a candidate, AICc
-    would prefer it wherever runs are few, whatever the error does, and each resample would repeat the preference, with
-    an interval of no width: no interval after such a choice can be relied on (Leeb and Pötscher 2005, Econometric
-    Theory 21:21). As it is, the interval tells what the runs leave possible, also where a constant describes them best.
+    gives intervals that are too narrow. Each resample chooses the power law or the exponential anew, by the better fit.
+    The constant is either of them without an excess, and no candidate: AICc would prefer it wherever runs are few, and
+    each resample would repeat the preference, with an interval of no width (Leeb and Pötscher 2005, Econometric Theory
+    21:21).
     """
     n = curve.n_cells / curve.n_cells.max()
     n_runs = np.array([len(runs) for runs in curve.runs])
@@ -169,15 +161,13 @@ def scaling_curves(
     Three curves are fitted to the error against the number of cells: a constant, a power law with an offset, and an
     exponential. The one with the lowest AICc predicts what the next doubling gains. The intervals are of a bootstrap
     (see `scale`) that chooses anew each time, among the curves that can change: runs that merely show no trend have a
-    wide interval, and no plateau. The margin is the gain that would be worth a doubling, by default one per cent of the
-    error at the largest size.
+    wide interval, and no plateau. The margin is by default one per cent of the error at the largest size.
 
-    Returns a row per model, strategy, task and data set: `curve` (lowest AICc); `exponent` and `irreducible` (error of
+    A row per model, strategy, task and data set: `curve` (lowest AICc); `exponent` and `irreducible` (error of
     infinitely many cells) of the power law and `gain` of the next doubling, each with _low and _high; `aicc_…`, less
     the lowest, and `left_out_…` (error of a size predicted from the others, in standard errors) of each curve; margin;
-    verdict and reason. The verdict is `plateau` where the gain's interval lies below the margin, `still improving`
-    where it lies above, else `undecided`; also, with numbers NaN, where there are fewer than four sizes or a size has a
-    single run.
+    verdict and reason: `plateau` where the gain's interval lies below the margin, `still improving` where it lies
+    above, else `undecided`; also, with numbers NaN, where there are fewer than four sizes or a size has a single run.
     """
     of_families = [f"{name}_{family.replace(' ', '_')}" for family in FAMILIES for name in ("aicc", "left_out")]
     columns = [*KEY, "curve", *NUMBERS, *of_families, "margin", "verdict", "reason"]
@@ -197,7 +187,7 @@ def scaling_curves(
             ("irreducible", power.floor, powers.floor),
             ("gain", gain, gains),
         ):
-            low, high = np.quantile(drawn, [0.025, 0.975])
+            low, high = np.quantile(drawn, ENDS)
             row |= {name: float(point), f"{name}_low": min(low, point), f"{name}_high": max(high, point)}
         for family in FAMILIES:
             row[f"aicc_{family.replace(' ', '_')}"] = scaling.criteria[family] - scaling.criteria[scaling.best]

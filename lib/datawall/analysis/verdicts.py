@@ -45,18 +45,17 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
 def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: float | None = None) -> pd.DataFrame:
     """What results on random subsets say of every model, task and data set.
 
-    From the tables `intervals` and `budgets` of a study, the margin being twice the spread over seeds of each curve by
-    default. The verdict is that of the rule `equivalence`, the curves of a task being one family of tests. But a curve
-    is budget-limited where twice the steps gain more than the margin at a size that was checked, and more than the
-    spread over seeds lets one expect of two runs alike (one-sided, 5 %): it then tells of the budget and not of the
-    data. Without `checked`, or without a margin, none is.
+    From the tables `intervals` and `budgets` of a study. The verdict is that of the rule `equivalence`, the curves of a
+    task being one family of tests. But a curve is budget-limited where twice the steps gain more than the margin at a
+    size that was checked, and more than the spread over seeds lets one expect of two runs alike (one-sided, 5 %): it
+    then tells of the budget and not of the data. Without `checked`, or without a margin, none is.
 
-    Columns model, task, dataset, percentage, low, high (the saturation point, by the published rule; by the rule
-    `error` where lower is better), plateau (percentage; NaN without that verdict) and verdict, metric, gain (of the
-    full corpus over the largest subset of at most half of it), gain_low and gain_high (95 %, Welch), spread (standard
-    deviation over seeds, pooled over the sizes), decides (what would decide it, empty where it is decided), value (the
-    best of the sizes' means), size (its percentage), baseline (the best one), baseline_value, difference from it at
-    that size, and against (`AGAINST`, by `results.against_baselines`); the last four are empty without one.
+    Columns percentage, low, high (the saturation point, by the published rule; by the rule `error` where lower is
+    better), plateau (percentage; NaN without that verdict), verdict, gain (of the full corpus over the largest subset
+    of at most half of it), gain_low and gain_high (95 %, Welch), spread (standard deviation over seeds, pooled over the
+    sizes), decides (what would decide it, empty where it is decided), value (the best of the sizes' means), size (its
+    percentage), baseline (the best one), baseline_value, difference from it at that size, and against (`AGAINST`); the
+    last four are empty without a baseline.
     """
     limited = pd.DataFrame(columns=[*CURVE, "percentage", "seeds", "change"])
     if checked is not None and len(checked) and margin is not None:
@@ -73,9 +72,8 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
         curves = {curve.key: saturation.as_error(curve, metric) for curve in saturation.curves_of(random, metric)}
         means = results.mean_over_splits(random).groupby(["dataset", "model", "percentage"])["value"].mean()
         compared = results.against_baselines(of_task[of_task["strategy"].isin(["random", BASELINE])], metric)
-        compared = compared.assign(against=compared["verdict"].map(AGAINST)).set_index(
-            ["dataset", "model", "percentage"]
-        )
+        compared = compared.assign(against=compared["verdict"].map(AGAINST))
+        compared = compared.set_index(["dataset", "model", "percentage"])
         for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
             sizes = means[point["dataset"], point["model"]]
             size = sizes.idxmin() if lower else sizes.idxmax()
@@ -157,6 +155,13 @@ def sentences(found: pd.DataFrame) -> list[str]:
         f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with it "
         f"and {below} below.",
     ]
+    plateaus = found["plateau"].dropna()
+    if len(plateaus):
+        said.insert(
+            1,
+            f"For {len(plateaus)} of {n} curves a part of the corpus is enough: from some size on, most often "
+            f"{plateaus.mode()[0]:g}\u00a0% of it, scores are shown to lie within the margin of the full corpus's.",
+        )
     improving = found[found["verdict"] == IMPROVING]
     if len(improving):
         most = improving.loc[improving["gain"].idxmax()]

@@ -37,21 +37,16 @@ PBMC_SIBLINGS = (
 
 
 def annotate(
-    counts: sp.csr_matrix,
-    genes: pd.Index,
-    batches: pd.Series,
-    markers: dict[str, list[str]],
+    counts: sp.csr_matrix, genes: pd.Index, batches: pd.Series, markers: dict[str, list[str]]
 ) -> tuple[pd.Categorical, pd.DataFrame]:
     """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
 
-    1. Genes that vary within `batches` (conditions, or samples) are log-normalised, centred and scaled within each
-    batch, and reduced to principal components. 2. Coarse Leiden clusters of the exact neighbour graph get the type
-    whose markers (symbols, passed over where `genes`, the columns, lack them), as mean z-scores within batches, are
-    highest. 3. Between siblings (say CD4 and CD8 T cells), which share a cluster, a cell gets the type whose marker
-    score is higher on average over itself and its neighbours.
-
-    Arithmetic is in double precision and the graph is exact and unweighted, so that labels come out the same on another
-    machine with the same package versions (approximate neighbours do not; scanpy#2956).
+    1. Genes that vary within `batches` (conditions, or samples) are log-normalised, centred and scaled within each, and
+    reduced to principal components. 2. Coarse Leiden clusters of the exact neighbour graph get the type whose markers
+    (symbols among `genes`, the columns), as mean z-scores within batches, are highest. 3. Between siblings (say CD4 and
+    CD8 T cells), which share a cluster, a cell gets the type whose marker score is higher on average over itself and
+    its neighbours. In double precision and on an exact, unweighted graph, labels come out the same on another machine
+    with the same package versions (with approximate neighbours they do not; scanpy#2956).
 
     Returns types (n_cells,), and a table with a row per cluster: mean marker score of each type, `n_cells`,
     `cell_type`. Raises ValueError if a type has no marker among the genes.
@@ -59,8 +54,8 @@ def annotate(
     import scanpy as sc
     from sklearn.neighbors import kneighbors_graph
 
-    found = {name: [gene for gene in given if gene in genes] for name, given in markers.items()}
-    if absent := [name for name, given in found.items() if not given]:
+    known = {name: [gene for gene in given if gene in genes] for name, given in markers.items()}
+    if absent := [name for name, given in known.items() if not given]:
         raise ValueError(f"no marker of {absent} is among the genes; give symbols that the data set has.")
     batch = pd.Categorical(batches).codes
     adata = ad.AnnData(expression.lognormalise(counts), var=pd.DataFrame(index=genes))
@@ -71,20 +66,11 @@ def annotate(
     neighbours = kneighbors_graph(np.clip(X, -10, 10) @ axes.T, NEIGHBOURS)
     neighbours = neighbours.maximum(neighbours.T).tocsr()
 
-    every_marker = sorted({gene for given in found.values() for gene in given})
+    every_marker = sorted({gene for given in known.values() for gene in given})
     z = pd.DataFrame(_scaled_within(adata[:, every_marker].X.toarray().astype(np.float64), batch), columns=every_marker)
-    scores = pd.DataFrame({name: z[given].mean(axis=1) for name, given in found.items()})
+    scores = pd.DataFrame({name: z[given].mean(axis=1) for name, given in known.items()})
 
-    sc.tl.leiden(
-        adata,
-        resolution=RESOLUTION,
-        adjacency=neighbours,
-        use_weights=False,
-        flavor="igraph",
-        directed=False,
-        n_iterations=-1,
-        random_state=0,
-    )
+    sc.tl.leiden(adata, RESOLUTION, adjacency=neighbours, use_weights=False, flavor="igraph", directed=False)
     cluster = adata.obs["leiden"].to_numpy()
     table = scores.groupby(cluster).mean()
     table.index.name = "cluster"

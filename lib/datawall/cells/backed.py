@@ -94,10 +94,7 @@ def foreign(path: Path) -> str | None:
 
 
 class CellFile:
-    """A file of cells, open for reading; use it in a `with` block.
-
-    Every method raises CorpusError if the file cannot be read, or its parts do not fit together.
-    """
+    """A file of cells, open for reading in a `with` block; whatever is wrong with it raises CorpusError."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -107,16 +104,21 @@ class CellFile:
             told = foreign(path) or f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata."
             raise CorpusError(told)
         with reading(self.name), ExitStack() as if_it_fails:
-            self._root = _open(path)
+            if path.suffix.lower() == ".h5ad":
+                import h5py
+
+                self._root = h5py.File(path, "r")
+            else:
+                import zarr
+
+                self._root = zarr.open_group(path, mode="r")
             if_it_fails.callback(self.close)
             for part in ("obs", "var"):
                 if "mod" in self._root or part not in self._root or hasattr(self._at(part), "dtype"):
-                    raise CorpusError(
-                        foreign(path)
-                        or f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
-                    )
+                    old = f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
+                    raise CorpusError(foreign(path) or old)
             self._obs = self._at("obs")
-            self._obs_names = self._at(f"obs/{_text(self._obs.attrs.get('_index', '_index'))}")
+            self._obs_names = self._at(f"obs/{_index(self._obs)}")
             self.n_cells = _length(self._obs_names)
             if_it_fails.pop_all()
 
@@ -131,27 +133,21 @@ class CellFile:
         if hasattr(self._root, "close"):
             self._root.close()
 
-    def places(self) -> list[str]:
-        """The places of the file that hold a matrix: `X`, `raw.X`, and the layers, as `layers['counts']`."""
+    def places(self) -> dict[str, str]:
+        """Where in the file a matrix lies, by place: `X`, `raw.X`, and the layers, as `layers['counts']`."""
         with reading(self.name):
             held = self._at("layers") if "layers" in self._root else ()
             layers = () if hasattr(held, "dtype") else sorted(held)
-            places = ["X", "raw.X", *(f"layers['{layer}']" for layer in layers)]
-            return [place for place in places if self._there(_matrix_key(place))]
-
-    def _there(self, key: str) -> bool:
-        return key in self._root and _text(self._at(key).attrs.get("encoding-type", "")) != "null"
+            places = {"X": "X", "raw.X": "raw/X"} | {f"layers['{layer}']": f"layers/{layer}" for layer in layers}
+            return {place: key for place, key in places.items() if key in self._root and _kind(self._at(key)) != "null"}
 
     def _at(self, key: str) -> Any:
         """An element, which must be in this file itself, as its hash is that of this file."""
         node = self._root
         for part in key.split("/"):
             link = node.get(part, getlink=True) if hasattr(node, "get") and hasattr(node, "visititems_links") else None
-            if (
-                type(link).__name__ == "ExternalLink"
-                or getattr(node[part], "is_virtual", False)
-                or (getattr(node[part], "external", None))
-            ):
+            elsewhere = getattr(node[part], "is_virtual", False) or getattr(node[part], "external", None)
+            if elsewhere or type(link).__name__ == "ExternalLink":
                 raise CorpusError(
                     f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
                     "anndata and write it as one."
@@ -170,20 +166,18 @@ class CellFile:
     def matrix(self, place: str) -> Dense | Rows | Columns:
         """The matrix of a place; its method `rows(start, stop)` gives CSR of the values as stored, in any order."""
         with reading(self.name):
-            node = self._at(_matrix_key(place))
-            reader = _reader(node, f"{self.name}: {place}")
             var, index = self._var(place)
             shape = (self.n_cells, _length(var[index]))
             check_shape(shape, self.name)
-            return reader(node, shape, f"{self.name}: {place}")
+            return _matrix(self._at(self.places()[place]), shape, f"{self.name}: {place}")
 
     def columns(self) -> list[str]:
         """Names of the columns of obs, those that a writer has not listed last."""
         with reading(self.name):
             listed = [_text(name) for name in self._obs.attrs.get("column-order", ())]
-            index = {_text(self._obs.attrs.get("_index", "_index")), "__categories"}
             others = (name for name in self._obs if hasattr(self._obs[name], "dtype") or "codes" in self._obs[name])
-            return [name for name in dict.fromkeys([*listed, *others]) if name in self._obs and name not in index]
+            none = {_index(self._obs), "__categories"}
+            return [name for name in dict.fromkeys([*listed, *others]) if name in self._obs and name not in none]
 
     def has(self, key: str) -> bool:
         """Whether obs has a column."""
@@ -199,13 +193,11 @@ class CellFile:
             node = self._at(f"obsm/{key}")
             if hasattr(node, "dtype"):
                 values = _array(node)[:]
-            elif _text(node.attrs.get("encoding-type", "")) == "dataframe":
+            elif _kind(node) == "dataframe":
                 values = np.stack([self._values(node[_text(name)]) for name in node.attrs["column-order"]], axis=1)
             else:
                 shape = tuple(int(size) for size in _shape(node))
-                values = (
-                    _reader(node, f"{self.name}: obsm[{key!r}]")(node, shape, self.name).rows(0, shape[0]).toarray()
-                )
+                values = _matrix(node, shape, f"{self.name}: obsm[{key!r}]").rows(0, shape[0]).toarray()
             if values.ndim != 2 or len(values) != self.n_cells:
                 raise CorpusError(f"{self.name}: obsm[{key!r}] has the shape {values.shape} for {self.n_cells} cells.")
             return values
@@ -223,20 +215,18 @@ class CellFile:
                 raise CorpusError(f"{missing} Name the right column in the study file.")
             node = self._at(f"obs/{key}")
             if (n_values := _length(node)) != self.n_cells:
-                raise CorpusError(
-                    f"{self.name}: column {key!r} of obs has {n_values} values for {self.n_cells} cells; "
-                    "write the file again with anndata."
-                )
+                told = f"column {key!r} of obs has {n_values} values for {self.n_cells} cells"
+                raise CorpusError(f"{self.name}: {told}; write the file again with anndata.")
             return self._values(node, slice(start, stop))
 
     def _var(self, place: str) -> tuple[Any, str]:
         """The table of the genes of a place, and the name of its index."""
         var = self._at("raw/var" if place == "raw.X" else "var")
-        return var, _text(var.attrs.get("_index", "_index"))
+        return var, _index(var)
 
     def _values(self, node: Any, rows: slice = slice(None)) -> np.ndarray:
         """Values of an element that has a row for each cell or gene, whichever of anndata's encodings it has."""
-        kind = _text(node.attrs.get("encoding-type", ""))
+        kind = _kind(node)
         if kind == "categorical" or (not hasattr(node, "dtype") and {"codes", "categories"} <= set(node)):
             return _decoded(_array(node["codes"])[rows], self._values(node["categories"]))
         if kind.startswith("nullable"):
@@ -257,9 +247,8 @@ class CellFile:
                 raise CorpusError(f"{self.name}: {node.name} has {values.ndim} dimensions, not one.")
             return np.char.decode(values, "utf-8").astype(object) if values.dtype.kind == "S" else values
         except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"{self.name}: {node.name.lstrip('/')} holds text that is not UTF-8; write it again."
-            ) from error
+            where = node.name.lstrip("/")
+            raise CorpusError(f"{self.name}: {where} holds text that is not UTF-8; write it again.") from error
 
 
 class Dense:
@@ -267,9 +256,7 @@ class Dense:
 
     def __init__(self, array: Any, shape: tuple[int, int], name: str) -> None:
         self._array = _array(array)
-        _check_fit(self._array.shape, shape, name)
-        if self._array.dtype.kind not in "fiub":
-            raise CorpusError(f"{name} holds {self._array.dtype} values, not numbers; store counts as numbers.")
+        _check_fit(self._array, self._array.shape, shape, name)
         self._n_rows = max(1, PIECE // shape[1])
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
@@ -278,20 +265,20 @@ class Dense:
         return sp.vstack(pieces, format="csr")
 
 
-class _Compressed:
-    """What matrices stored by row and by column have in common; `major` is the axis that they are stored by."""
+class Rows:
+    """A CSR matrix; `major` is the axis that it is stored by."""
 
     major = 0
 
     def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
-        self._name = name
-        self._shape = shape
-        _check_fit(tuple(_shape(group)), shape, name)
-        with _every_chunk(shape[1 - self.major] > 1):
+        import zarr
+
+        self._name, self._shape = name, shape
+        _check_fit(group["data"], _shape(group), shape, name)
+        # Where a chunk is missing, zarr reads zeros unless told not to; values and indices have none, but of one gene.
+        with zarr.config.set({"array.read_missing_chunks": shape[1 - self.major] <= 1}):
             self._data, self._indices = _array(group["data"]), _array(group["indices"])
         self._indptr = _array(group["indptr"])
-        if self._data.dtype.kind not in "fiub":
-            raise CorpusError(f"{name} holds {self._data.dtype} values, not numbers; store counts as numbers.")
         n_major = shape[self.major]
         whole = [array.shape for array in (self._data, self._indices, self._indptr)]
         n_values = int(self._indptr[-1]) if whole[2] == (n_major + 1,) else -1
@@ -299,6 +286,11 @@ class _Compressed:
             self._damaged("data, indices and indptr do not fit together")
         if {self._indices.dtype.kind, self._indptr.dtype.kind} - set("iu"):
             self._damaged("indices and indptr are not integers")
+
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
+        indptr = self._offsets(start, stop)
+        values, indices = self._entries(indptr[0], indptr[-1])
+        return sp.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, self._shape[1]))
 
     def _entries(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Values and indices of some stored entries, the indices checked."""
@@ -321,16 +313,7 @@ class _Compressed:
         raise CorpusError(f"{self._name} is damaged: {what}; write the file again with anndata.")
 
 
-class Rows(_Compressed):
-    """A CSR matrix."""
-
-    def rows(self, start: int, stop: int) -> sp.csr_matrix:
-        indptr = self._offsets(start, stop)
-        values, indices = self._entries(indptr[0], indptr[-1])
-        return sp.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, self._shape[1]))
-
-
-class Columns(_Compressed):
+class Columns(Rows):
     """A CSC matrix: the whole is read, and as many rows of it kept as `PANEL` counts are, so often as that takes."""
 
     major = 1
@@ -363,28 +346,6 @@ class Columns(_Compressed):
         return sp.csr_matrix((values, (row, column)), shape=(stop - start, self._shape[1]))
 
 
-def _open(path: Path) -> Any:
-    if path.suffix.lower() == ".h5ad":
-        import h5py
-
-        return h5py.File(path, "r")
-    import zarr
-
-    return zarr.open_group(path, mode="r")
-
-
-@contextmanager
-def _every_chunk(required: bool) -> Iterator[None]:
-    """Let zarr refuse an array that lacks a chunk, where it would read zeros and nobody would know.
-
-    It leaves out chunks of zeros on purpose, but values and indices have none, unless the only index is 0.
-    """
-    import zarr
-
-    with zarr.config.set({"array.read_missing_chunks": not required}):
-        yield
-
-
 def _array(node: Any) -> Any:
     """The element, which must be an array, and compressed by what is there to read it."""
     if not hasattr(node, "dtype"):
@@ -405,9 +366,14 @@ def _array(node: Any) -> Any:
     return node
 
 
-def _matrix_key(place: str) -> str:
-    """Where the matrix of a place lies in the file."""
-    return {"X": "X", "raw.X": "raw/X"}.get(place, f"layers/{place.removeprefix("layers['").removesuffix("']")}")
+def _kind(node: Any) -> str:
+    """How anndata says that an element is stored."""
+    return _text(node.attrs.get("encoding-type", ""))
+
+
+def _index(table: Any) -> str:
+    """Name of the index of a table."""
+    return _text(table.attrs.get("_index", "_index"))
 
 
 def _shape(group: Any) -> Any:
@@ -415,16 +381,16 @@ def _shape(group: Any) -> Any:
     return group.attrs.get("shape", group.attrs.get("h5sparse_shape", ()))
 
 
-def _reader(node: Any, name: str) -> type[Dense | Rows | Columns]:
+def _matrix(node: Any, shape: tuple[int, int], name: str) -> Dense | Rows | Columns:
     """What reads a matrix."""
-    stored = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-    kind = "dense" if hasattr(node, "dtype") else stored
-    reader = {"dense": Dense, "csr_matrix": Rows, "csr": Rows, "csc_matrix": Columns, "csc": Columns}.get(kind)
-    if reader is None:
-        raise CorpusError(
-            f"{name} is stored as {kind!r}, which is neither a dense array nor CSR nor CSC; write it again as CSR."
-        )
-    return reader
+    if hasattr(node, "dtype"):
+        return Dense(node, shape, name)
+    kind = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    readers = {"csr_matrix": Rows, "csr": Rows, "csc_matrix": Columns, "csc": Columns}
+    if kind not in readers:
+        what = "neither a dense array nor CSR nor CSC"
+        raise CorpusError(f"{name} is stored as {kind!r}, which is {what}; write it again as CSR.")
+    return readers[kind](node, shape, name)
 
 
 def _length(node: Any) -> int:
@@ -434,11 +400,9 @@ def _length(node: Any) -> int:
 
 def _is_text(node: Any) -> bool:
     if not hasattr(node, "dtype"):
-        kind = _text(node.attrs.get("encoding-type", ""))
+        kind = _kind(node)
         return _is_text(node["categories"]) if kind == "categorical" else kind == "nullable-string-array"
-    if "categories" in node.attrs:
-        return True
-    return node.dtype.kind in "OTSU"
+    return "categories" in node.attrs or node.dtype.kind in "OTSU"
 
 
 def _decoded(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
@@ -453,13 +417,13 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32) if values.dtype == np.float16 else values.astype(values.dtype.newbyteorder("="))
 
 
-def _check_fit(found: tuple[int, ...], expected: tuple[int, int], name: str) -> None:
-    found = tuple(int(size) for size in found)
-    if found != expected:
-        raise CorpusError(
-            f"{name} has the shape {found}, but there are names for {expected[0]} cells x {expected[1]} genes; "
-            "write the file again with anndata."
-        )
+def _check_fit(values: Any, shape: Any, expected: tuple[int, int], name: str) -> None:
+    """Refuse a matrix of another shape than names, or of no numbers."""
+    if (shape := tuple(int(size) for size in shape)) != expected:
+        names = f"there are names for {expected[0]} cells x {expected[1]} genes"
+        raise CorpusError(f"{name} has the shape {shape}, but {names}; write the file again with anndata.")
+    if _array(values).dtype.kind not in "fiub":
+        raise CorpusError(f"{name} holds {values.dtype} values, not numbers; store counts as numbers.")
 
 
 def _text(value: Any) -> str:

@@ -39,12 +39,10 @@ PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times 
 def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     """Write cells to `<folder>/cells.zarr`, in a folder that holds no store yet.
 
-    What is written does not depend on how the cells are divided into blocks. Of the columns of `obs`, all that are not
-    numbers become categorical. In memory are a block, two files' worth of counts and, for each cell, twelve bytes and
-    the codes of its labels.
-
-    Raises ValueError if there are no cells, a count is not a whole number from 0 to 2³² - 1, or blocks differ in genes
-    or columns.
+    What is written does not depend on the blocks. Of the columns of `obs`, all that are not numbers become categorical.
+    In memory are a block, two files' worth of counts and, for each cell, twelve bytes and the codes of its labels.
+    Raises ValueError if there are no cells, a count is no whole number from 0 to 2³² - 1, or blocks differ in genes or
+    columns.
     """
     import anndata as ad
     import zarr
@@ -104,10 +102,7 @@ def _smallest(counts: np.ndarray) -> np.ndarray:
 
 
 class _Growing:
-    """An array on disk that grows by whole files, so that none is written twice; the rest waits in memory.
-
-    Once values come that are too large for its type, what is there already is written anew in theirs.
-    """
+    """An array on disk that grows by whole files, written once but for values that are too large for its type."""
 
     def __init__(self, group: zarr.Group, name: str, dtype: Any, file_size: int) -> None:
         self.group, self.name, self.file_size = group, name, file_size
@@ -282,10 +277,7 @@ class Cells:
         return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
 
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
-        """Raw counts of batches of rows, in the store's integers.
-
-        All are read at once, and each cell once however often it occurs.
-        """
+        """Raw counts of batches of rows, in the store's integers; all are read at once, and each cell once."""
         return self._file.read([self._positions(rows) for rows in batches])
 
     def _positions(self, rows: np.ndarray | None) -> np.ndarray:

@@ -74,10 +74,8 @@ def select(recipe: Recipe) -> Selection:
 
     As in scTab, cells are filtered by their own columns first. Each filter of types then judges all cells that are
     left, and the types that any of them refuses are removed together. Unlike there, a type that is no term of the
-    ontology is removed, and said to be, where theirs stops.
-
-    Raises DatasetError if the Census cannot be opened, or lacks the organism; CorpusError if a column or too many genes
-    are missing, or no cell passes; and as `ontology.read`.
+    ontology is removed, and said to be, where theirs stops. Raises DatasetError if the Census cannot be opened or lacks
+    the organism, CorpusError if a column or too many genes are missing or no cell passes, and as `ontology.read`.
     """
     terms = None if recipe.ontology is None else ontology.read(paths.located(recipe.ontology), relations=("is_a",))
     with _experiment(recipe) as experiment:
@@ -104,9 +102,9 @@ def judge_types(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Count what each cell type has, and name the filters that it fails: `Selection.types`, and types by filters, bool.
 
-    Each filter of types judges all cells of `obs`, by `cell_type` and `tech_sample`. `terms` has parents by is_a alone;
-    None leaves out the filters by ontology. Raises CorpusError if that has no root of the name, goes round in a circle,
-    or knows none of the types.
+    All cells of `obs` are judged, by `cell_type` and `tech_sample`. Without `terms`, whose parents are by is_a alone,
+    there are no filters by ontology. Raises CorpusError if they lack the root, go round in a circle, or know none of
+    the types.
     """
     pairs = obs[[TYPE, "tech_sample"]].drop_duplicates()
     columns = {"n_cells": obs[TYPE].value_counts(), "n_tech_samples": pairs[TYPE].value_counts()}

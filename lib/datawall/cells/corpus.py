@@ -33,21 +33,15 @@ OTHER_NAME = (
     r"(?:chr\w+|\d{1,2}|[XYM]|MT|(?:GL|KI)\d+)(?:\.\d)?[:_-]\d+[-_]\d+|"
     r"(?:NegControl|NegPrb|UnassignedCodeword|DeprecatedCodeword|SystemControl|Intergenic|BLANK|Blank)[-_\w]*"
 )
-FAMILIES, MANY_GENES = (
-    ("MT-", "HLA-"),
-    8_000,
-)  # families whose names tools change; data sets with so many genes have some
+FAMILIES, MANY_GENES = ("MT-", "HLA-"), 8_000  # whose names tools change; data sets with so many genes have some
 EQUAL = 0.05  # standard deviation of cell sums, as a share of their mean, below which they are nearly the same
 
 
 class CorpusError(ValueError):
-    """A data set breaks a rule; the message names the data set, the value, the rule and the remedy.
-
-    The message is one line, cut in the middle where names from a file would make it endless.
-    """
+    """A data set breaks a rule; the message, one line, names the data set, the value, the rule and the remedy."""
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
+        line = " ".join(message.split())  # names from a file would make it endless
         super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-250:]}")
 
 
@@ -155,8 +149,7 @@ def _texts(values: pd.Series) -> pd.Series:
 def _positions(texts: pd.Series, *, ids_alone: bool) -> tuple[np.ndarray, np.ndarray]:
     """Row of the gene table that each text names, by id or symbol, and whether it is an id.
 
-    `SILENT` where it says nothing that is known; `NO_GENE` where it is an id that the table lacks or, in a column of
-    ids, anything else.
+    `SILENT` where it says nothing that is known; `NO_GENE` where it is an id that the table lacks, or anything in ids.
     """
     table, (symbols, of_r) = gene_table(), _symbols()
     is_id = texts.str.fullmatch(ENSEMBL_ID).to_numpy(bool)
@@ -184,13 +177,12 @@ def find_genes(
 ) -> tuple[np.ndarray, GeneMatch]:
     """Row of each gene in the gene table, (n_genes,) int64, -1 where it is not there; and the record of the match.
 
-    Genes are joined each by Ensembl id where it has one, else by symbol. Columns of `var` are asked in one order,
-    whatever their order in the file: `NAME_COLUMNS`, the index (None) among them, then others of which more than half
-    of the values name genes. A gene has the first name that is given to it: an id, without its version, is trusted, and
-    a gene whose id is not in the table is missing, whatever its symbol. In a column of ids, what is no id is no gene.
-    Names are found as R changes them, too. `weights` are each gene's counts in some cells, by default alike.
-
-    Raises CorpusError if two of the columns that are known to name genes name different ones in most rows.
+    Genes are joined by Ensembl id where they have one, else by symbol. Columns of `var` are asked in one order,
+    whatever their order in the file: `NAME_COLUMNS`, then others of which more than half of the values name genes. A
+    gene has the first name that is given to it: an id, without its version, is trusted, and a gene whose id is not in
+    the table is missing, whatever its symbol. In a column of ids, what is no id is no gene. Names are found as R
+    changes them, too. `weights` are each gene's counts in some cells, by default alike. Raises CorpusError if two of
+    the columns that are known to name genes name different ones in most rows.
     """
     table, notes, apart = gene_table(), [], other_features(var)
     names = pd.Series(var.index.astype(str), dtype=object)
@@ -208,8 +200,8 @@ def find_genes(
         if len(differ) > 0.01 * both.sum():
             pairs = ((names[i], table["feature_name"].iloc[[position[i], own[i]]]) for i in differ[:3])
             examples = "; ".join(f"{row[:50]}: {' or '.join(genes)}" for row, genes in pairs)
-            of = f"{len(differ):,} of {both.sum():,} rows"
-            what = f"{first} and {name} of var name different genes in {of} ({examples})"
+            share = f"{len(differ):,} of {both.sum():,} rows"
+            what = f"{first} and {name} of var name different genes in {share} ({examples})"
             most = len(differ) > 0.5 * both.sum()
             if most and key in known:
                 raise CorpusError(f"{dataset}: {what}; take the wrong column out of the file.")
@@ -319,12 +311,8 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
     if not len(full):
         raise CorpusError(f"{dataset}: no cell has a count in any matched gene; give it cells that were sequenced.")
     if len(full) < adata.n_obs:
-        log.warning(
-            "%s: %d of %d cells have no count in any matched gene and are dropped.",
-            dataset,
-            adata.n_obs - len(full),
-            adata.n_obs,
-        )
+        told = "%s: %d of %d cells have no count in any matched gene and are dropped."
+        log.warning(told, dataset, adata.n_obs - len(full), adata.n_obs)
     return ad.AnnData(moved[full], obs=adata.obs.iloc[full].copy(), var=var), match
 
 
@@ -348,25 +336,21 @@ def label_notes(n_cells: Mapping[str, int], where: str, role: str) -> list[str]:
     for label in sorted(n_cells):
         folded = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
         alike.setdefault(re.sub(r"^(\d+)\.0+$", r"\1", folded), []).append(label)
-    groups = [
-        ", ".join(f"{_spelled(label)} ({n_cells[label]:,})" for label in spellings)
-        for spellings in alike.values()
-        if len(spellings) > 1
-    ]
-    missing = [f"{label!r} ({n_cells[label]:,})" for label in n_cells if label.strip().casefold() in MISSING]
+    # A label is spelled letter by letter where it looks like another.
+    told = {
+        label: f"{repr(label) if unicodedata.is_normalized('NFC', label) else ascii(label)} ({n:,})"
+        for label, n in n_cells.items()
+    }
+    groups = [", ".join(map(told.get, spellings)) for spellings in alike.values() if len(spellings) > 1]
+    missing = [told[label] for label in n_cells if label.strip().casefold() in MISSING]
     remedy = "`labels: {old: new}` in the study file joins them" if role == "cell_type" else "make them alike"
     notes = []
     if groups:
-        told = "; ".join(groups[:5]) + ("; …" if len(groups) > 5 else "")
-        notes.append(f"{where}: labels differ only by case, spaces, Unicode form or .0 (cells): {told}: {remedy}")
+        some = "; ".join(groups[:5]) + ("; …" if len(groups) > 5 else "")
+        notes.append(f"{where}: labels differ only by case, spaces, Unicode form or .0 (cells): {some}: {remedy}")
     if missing and role != "perturbation":
         notes.append(f'{where}: labels spell "missing" (cells): {", ".join(missing)}; they are taken as names')
     return notes
-
-
-def _spelled(label: str) -> str:
-    """A label in quotes, letter by letter where it looks like another."""
-    return repr(label) if unicodedata.is_normalized("NFC", label) else ascii(label)
 
 
 def no_column(dataset: str, key: str, columns: Iterable[str], role: str = "") -> str:

@@ -116,8 +116,7 @@ def _load_kang2018_condition(condition: str) -> ad.AnnData:
 def load_pbmc68k() -> ad.AnnData:
     """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference.
 
-    The source keeps log-normalised values; counts are recovered by inverting them, exactly but for rounding
-    (`rint(expm1(x) * n_counts / 1e4)`, greatest rounding error 0.08).
+    The source keeps log-normalised values; counts are recovered by inverting them (greatest rounding error 0.08).
     """
     import scanpy as sc
 
@@ -182,7 +181,7 @@ def identity(name: str, source: str | None = None) -> str:
     path = file(name, source)
     if path.is_file():
         return f"sha256:{_file_sha256(path)}"
-    parts = sorted(Path(folder) / part for folder, _, of in os.walk(path, followlinks=True) for part in of)
+    parts = sorted(Path(folder) / part for folder, _, files in os.walk(path, followlinks=True) for part in files)
     listing = "\n".join(f"{part.relative_to(path).as_posix()} {_file_sha256(part)}" for part in parts)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
@@ -214,15 +213,14 @@ def file(name: str, source: str | None = None) -> Path:
             f"{' or '.join(backed.SUFFIXES)}."
         )
     if not path.exists():
-        origin = f" It comes from {source}." if source else ""
-        raise DatasetError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}.{origin}")
+        origin = f"; it comes from {source}." if source else ""
+        raise DatasetError(f"{paths.not_found(name)}{origin}")
     return path
 
 
 def listing() -> str:
     """The named data sets, a line each: what they are, of whom, under which licence and where from."""
-    lines = (f"{of.name}: {of.title}, doi:{of.doi}; {of.licence}; {of.source}" for of in DATASETS.values())
-    return "\n".join(lines)
+    return "\n".join(f"{d.name}: {d.title}, doi:{d.doi}; {d.licence}; {d.source}" for d in DATASETS.values())
 
 
 if __name__ == "__main__":

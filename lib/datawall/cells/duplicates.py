@@ -29,10 +29,9 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
 
     The hash is the sum of the counts times random weights of their genes, modulo 2^64, twice (multilinear hashing,
     Carter and Wegman 1979). Two cells that differ are taken for equal with a probability of 2^-128 if any difference is
-    odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80. `genes` are the
-    columns' Ensembl ids, all in the gene table. A zero adds nothing, so that a gene that a data set lacks counts as
-    zero: compare data sets on `among`, the genes that both have. Cells that express fewer than `MIN_EXPRESSED` of them
-    have zeros, which are equal to none.
+    odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80. Columns are
+    `genes`, Ensembl ids. A gene that a data set lacks counts as zero: compare data sets on `among`, the genes that both
+    have. Cells that express fewer than `MIN_EXPRESSED` of them have zeros, which are equal to none.
     """
     weights = _weights()[gene_table().index.get_indexer(genes)]
     compared = np.ones(len(genes), bool) if among is None else among.get_indexer(genes) >= 0
@@ -88,32 +87,24 @@ class Contamination:
 
     n_cells: int  # of the evaluation set
     duplicates: int  # cells of the evaluation set whose counts are also in the corpus
-    donors: tuple[str, ...]  # donors of both
+    shared_donors: tuple[str, ...]  # of both
     donor_cells: int  # cells of the evaluation set from these donors
     duplicate_rows: np.ndarray  # sorted rows of the corpus equal to a cell of the evaluation set
     donor_rows: np.ndarray  # sorted rows of the corpus from donors of both
 
     def row(self) -> dict[str, int]:
-        """The record as a table's row, rows of the corpus as their number."""
-        return {
-            "n_cells": self.n_cells,
-            "duplicates": self.duplicates,
-            "shared_donors": len(self.donors),
-            "donor_cells": self.donor_cells,
-            "duplicate_rows": len(self.duplicate_rows),
-            "donor_rows": len(self.donor_rows),
-        }
+        """The record as a table's row, donors and rows of the corpus as their number."""
+        return {name: value if isinstance(value, int) else len(value) for name, value in asdict(self).items()}
 
     def write(self, folder: Path) -> None:
-        np.savez_compressed(
-            folder / "contamination.npz", **{**asdict(self), "donors": np.array(self.donors, dtype=str)}
-        )
+        donors = np.array(self.shared_donors, dtype=str)
+        np.savez_compressed(folder / "contamination.npz", **{**asdict(self), "shared_donors": donors})
 
     @classmethod
     def read(cls, folder: Path) -> Contamination:
         with np.load(folder / "contamination.npz", allow_pickle=False) as file:
             values = {name: array if name.endswith("rows") else array.tolist() for name, array in file.items()}
-        return cls(**{**values, "donors": tuple(values["donors"])})
+        return cls(**{**values, "shared_donors": tuple(values["shared_donors"])})
 
     def rows_to_drop(self) -> np.ndarray:
         """Rows to leave out of pretraining: duplicates, and all cells of shared donors."""
@@ -143,19 +134,10 @@ def contamination(
     donors, donor_cells, donor_rows = (), 0, np.empty(0, np.int64)
     if evaluation_donors is not None and corpus_donors is not None:
         (of_cell, names), (of_row, corpus_names) = map(pd.factorize, (evaluation_donors, corpus_donors))
-        donors = tuple(sorted(set(map(str, names)) & set(map(str, corpus_names))))
-        donor_cells = int(np.isin(of_cell, _named(names, donors)).sum())
-        donor_rows = np.flatnonzero(np.isin(of_row, _named(corpus_names, donors)))
-    return Contamination(
-        n_cells=len(evaluation_hashes),
-        duplicates=int((pretrained.find(evaluation_hashes) >= 0).sum()),
-        donors=donors,
-        donor_cells=donor_cells,
-        duplicate_rows=np.concatenate(duplicate_rows),
-        donor_rows=donor_rows,
-    )
-
-
-def _named(names: Iterable[object], wanted: tuple[str, ...]) -> list[int]:
-    """Codes of names, read as text, that are wanted."""
-    return [code for code, name in enumerate(names) if str(name) in wanted]
+        names, corpus_names = ([str(name) for name in known] for known in (names, corpus_names))
+        donors = tuple(sorted({*names} & {*corpus_names}))
+        donor_cells = int(np.isin(of_cell, np.flatnonzero(np.isin(names, donors))).sum())
+        donor_rows = np.flatnonzero(np.isin(of_row, np.flatnonzero(np.isin(corpus_names, donors))))
+    duplicates = int((pretrained.find(evaluation_hashes) >= 0).sum())
+    rows = np.concatenate(duplicate_rows)
+    return Contamination(len(evaluation_hashes), duplicates, donors, donor_cells, rows, donor_rows)

@@ -80,10 +80,7 @@ def _choose_genes(moments: np.ndarray, n_cells: int, n_genes: int | None) -> np.
 
 
 def _standardised_dispersion(moments: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log mean of each gene, and its log dispersion standardised among genes of like mean (Satija et al. 2015).
-
-    scanpy's function of the same purpose compiles its sums anew in every process, for seconds.
-    """
+    """Log mean of each gene, and its log dispersion standardised among genes of like mean (Satija et al. 2015)."""
     mean, squares = moments[:2] / n_cells
     variance = np.maximum(squares - mean**2, 0) * n_cells / max(1, n_cells - 1)
     mean = np.where(mean == 0, 1e-12, mean)
@@ -130,13 +127,11 @@ def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks | None = None) -> n
     """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file atomically.
 
     They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over blocks
-    in double precision, so a pass each for genes, covariance and scores is all it takes, where incremental PCA
-    (scikit-learn) would approximate at more cost a block. As everywhere here, genes are centred and not scaled; the
-    original study scales them to unit variance and clips at 10, which gives rare, noisy genes the same weight. Cells of
-    `then` are scored after those of `blocks`, on the components that those have without them.
-
-    Returns a read-only memory map of the file, (n_cells, 50) float32; fewer columns where there are fewer cells or
-    genes.
+    in double precision, so a pass each for genes, covariance and scores is all it takes; incremental PCA would
+    approximate at more cost a block. As everywhere here, genes are centred and not scaled; the original study scales
+    them to unit variance and clips at 10, which gives rare, noisy genes the same weight. Cells of `then` are scored
+    after those of `blocks`, on the components of these. Returns a read-only memory map of the file, (n_cells, 50 or
+    fewer) float32.
     """
     genes = streamed_variable_genes(blocks)
     axes, mean, n_cells = streamed_axes(blocks, genes, COMPONENTS)

@@ -57,14 +57,10 @@ def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_b
     The range of each principal component of `X_pca` (n_cells, n_components) is cut into intervals of one common length,
     such that 90 to 100 % of `n_boxes` boxes hold cells, where the scores allow: by default 1 % of the cells, as in the
     original study. Boxes are of equal volume, so dense regions of expression space give fewer of their cells than
-    sparse ones: rare states are kept without knowing any label. Raises ValueError if scores are not finite.
-
-    geosketch, the authors' package, begins each interval at the first cell that lies past the last one, where ours lie
-    end to end from the lowest score; and it holds one list of cells a box, where ours are rounds of one sort, so that
-    sketches of one seed are nested. Both visit the boxes in rounds, a cell from each that has any left.
-
-    Scores are read in blocks, once for each of the five to ten lengths tried, and all else takes about 45 bytes a cell:
-    a memory map will do.
+    sparse ones: rare states are kept without knowing any label. geosketch, the authors' package, begins each interval
+    at the first cell that lies past the last one, where ours lie end to end from the lowest score, and its sketches of
+    one seed are not nested. Scores are read in blocks, five to ten times, and all else takes about 45 bytes a cell: a
+    memory map will do. Raises ValueError if scores are not finite.
     """
     size = subset_size(len(X_pca), percentage)
     return _evenly(_occupied_boxes(X_pca, n_boxes or max(1, len(X_pca) // 100)), size, seed)
@@ -94,9 +90,9 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
     """Part of each cell, (n_cells,) int64, where parts of exact size each hold every label in proportion.
 
     Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it has
-    each label in proportion to within one cell. The next part takes from what is left, so with more than two parts it
-    is two cells. Rare labels are no obstacle: where there are fewer cells than parts, chance decides. `shares` are the
-    parts' sizes; raises ValueError if one is negative or they do not add up to 1.
+    each label in proportion to within one cell (two, with more than two parts, as the next takes from what is left).
+    Where a label has fewer cells than there are parts, chance decides. `shares` are the parts' sizes; raises ValueError
+    if one is negative or they do not add up to 1.
     """
     _check_shares(shares)
     rng = np.random.default_rng(seed)
@@ -113,11 +109,10 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
 def split_by_group(groups: np.ndarray | pd.Categorical, shares: list[float], *, seed: Seed) -> np.ndarray:
     """Part of each cell, (n_cells,) int64, where parts consist of whole groups, such as donors.
 
-    Groups are dealt out in random order, each to the part that lacks most of its cells. Of `ORDERS` orders the one
-    counts that leaves the least largest gap between a part's size and its share. So sizes are near to the shares, and
-    in any case exceed them by less than one group; `stratified_split` meets them exactly, but parts donors. Every part
-    with a share has a group at least. Raises ValueError as `stratified_split`, and if there are fewer groups than parts
-    or a cell has no group.
+    Groups are dealt out in random order, each to the part that lacks most of its cells; of `ORDERS` orders the one
+    counts that leaves the least largest gap between a part's size and its share. So sizes exceed their shares by less
+    than one group; `stratified_split` meets them exactly, but parts donors. Every part with a share has a group at
+    least. Raises ValueError as `stratified_split`, and if there are fewer groups than parts or a cell has no group.
     """
     _check_shares(shares)
     group = _codes(groups, "group")
@@ -160,11 +155,9 @@ def _codes(labels: np.ndarray | pd.Categorical, role: str) -> np.ndarray:
 
 
 def _evenly(group: np.ndarray, size: int, seed: Seed) -> np.ndarray:
-    """`size` rows, sorted, as evenly from the groups as possible: in turns, one from each group that has any left.
-
-    Groups take turns in an order drawn once, and cells of a group come up in an order drawn once, so the rows of a
-    smaller size are among those of a larger. A counting sort brings groups together, which is linear in the cells.
-    """
+    """`size` rows, sorted, as evenly from the groups as possible: in turns, one from each group that has any left."""
+    # Groups take turns in an order drawn once, and cells of a group come up in an order drawn once, so that the rows of
+    # a smaller size are among those of a larger. A counting sort brings groups together, which is linear in the cells.
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(group))
     n_groups = int(group.max()) + 1

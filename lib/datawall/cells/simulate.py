@@ -122,8 +122,7 @@ class Truth:
         arrays = {name: getattr(self, name) for name in ("weights", "donor_share", "capture")}
         arrays |= {"genes": self.genes.index.to_numpy(str), "theta": self.genes["theta"].to_numpy()}
         arrays["loadings"] = self.loadings.astype(np.float32)
-        with (folder / "truth.npz").open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        np.savez_compressed(folder / "truth.npz", **arrays)
 
 
 @cache
@@ -172,12 +171,15 @@ def truth(atlas: Atlas) -> Truth:
     loadings = _random_loadings(len(names), atlas.n_genes, rng)
     profile = share.to_numpy() @ (mean * prevalence) @ loadings
     theta = np.maximum(atlas.dispersion * atlas.counts_per_cell * profile, 1e-6)
-    loadings = _tabulated(loadings, theta)
+    # Logarithmic bursts of this mean have Poisson sums that are negative binomial; their tables round the loadings.
+    per_burst = theta / np.log1p(theta)
+    molecules = _tables(loadings, per_burst)[0] * per_burst
+    loadings = molecules / molecules.sum(axis=1, keepdims=True)
 
     programmes = _needs(atlas, share.to_numpy()[:, None] * (weights.to_numpy() > 0) * prevalence, mean, loadings, theta)
     programmes.insert(0, "kind", kinds)
     programmes.index = pd.Index(names, name="programme")
-    parent = [next((each for each in _lineage(name)[1:] if each in carried), "") for name in share.index]
+    parent = [next((above for above in _lineage(name)[1:] if above in carried), "") for name in share.index]
     types = pd.DataFrame({"parent": parent, "share": share, "response": strength})
     donors, donor_share, capture = _donors(atlas, len(share), rng)
     return Truth(
@@ -186,10 +188,7 @@ def truth(atlas: Atlas) -> Truth:
 
 
 def _carried(types: pd.Index) -> pd.DataFrame:
-    """Which lineages' programmes each cell type carries, bool: one for every set of types that a term tells apart.
-
-    Of terms with the same types beneath them, the lowest stands for all; a term above every type tells nothing.
-    """
+    """Which lineages' programmes each cell type carries, bool: one for every set of types that a term tells apart."""
     lineages = {name: _lineage(name) for name in types}
     terms = [term for term in _parents() if any(term in lineage for lineage in lineages.values())]
     carried = pd.DataFrame({term: [term in lineages[name] for name in types] for term in terms}, index=types)
@@ -200,15 +199,12 @@ def _carried(types: pd.Index) -> pd.DataFrame:
 def _responds(atlas: Atlas, types: pd.Index) -> pd.DataFrame:
     """Which cell types belong to each lineage that responds in this atlas, bool: columns are their programmes."""
     lineages = atlas.responsive if atlas.treated and atlas.response else []
-    belongs = {f"response of {name}": [name in _lineage(each) for each in types] for name in lineages}
+    belongs = {f"response of {name}": [name in _lineage(cell_type) for cell_type in types] for name in lineages}
     return pd.DataFrame(belongs, index=types).loc[:, lambda table: table.any()]
 
 
 def _random_loadings(n_programmes: int, n_genes: int, rng: np.random.Generator) -> np.ndarray:
-    """Share of each gene in a programme's molecules: the first is of all genes, the others of a few each.
-
-    Their spreads are such that gene means, zeros and genes per cell are those of real blood cells.
-    """
+    """Share of each gene in a programme's molecules, spread as to make counts like those of real blood cells."""
     loadings = np.zeros((n_programmes, n_genes))
     loadings[0] = rng.lognormal(0, 2.4, n_genes)
     for row in loadings[1:]:
@@ -217,14 +213,9 @@ def _random_loadings(n_programmes: int, n_genes: int, rng: np.random.Generator) 
     return loadings / loadings.sum(axis=1, keepdims=True)
 
 
-def _molecules_per_burst(theta: np.ndarray) -> np.ndarray:
-    """Mean of the logarithmic distribution whose Poisson sums are negative binomial, variance = mean (1 + theta)."""
-    return theta / np.log1p(theta)
-
-
-def _tables(loadings: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _tables(loadings: np.ndarray, per_burst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Entries of each gene in each programme's table of bursts (int64), and the bursts that give a molecule."""
-    bursts = loadings / _molecules_per_burst(theta)
+    bursts = loadings / per_burst
     entries = np.full(len(loadings), PROGRAMME_ENTRIES)
     entries[0] = BASELINE_ENTRIES
     per_molecule = bursts.sum(axis=1)
@@ -232,19 +223,10 @@ def _tables(loadings: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.diff(edges, axis=1, prepend=0).astype(np.int64), per_molecule
 
 
-def _tabulated(loadings: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """The loadings that the tables of bursts have in fact, rounded to whole entries."""
-    molecules = _tables(loadings, theta)[0] * _molecules_per_burst(theta)
-    return molecules / molecules.sum(axis=1, keepdims=True)
-
-
 def _needs(
     atlas: Atlas, carriers: np.ndarray, mean: np.ndarray, loadings: np.ndarray, theta: np.ndarray
 ) -> pd.DataFrame:
-    """How common, how active and how hard to learn each programme is (see `Truth`).
-
-    `carriers` (n_types, n_programmes) are shares of all cells, `mean` the share of a carrier's molecules.
-    """
+    """How common, active and hard to learn programmes are (`Truth`), from shares of cells and of their molecules."""
     prevalence = carriers.sum(axis=0)
     share = (carriers * mean).sum(axis=0)  # of an average cell's molecules
     spread = (carriers * mean**2).sum(axis=0) * (1 + 1 / GAMMA_SHAPE) - share**2
@@ -281,14 +263,9 @@ def _donors(atlas: Atlas, n_types: int, rng: np.random.Generator) -> tuple[pd.Da
         effect += scale * rng.standard_normal((number, atlas.n_genes))[level]
         log_size += scale * rng.standard_normal(number)[level]
     capture = 256 * np.exp(effect - 1.5 * effect.std()) - 1  # the best caught are all caught, none more than once
-    table = pd.DataFrame(
-        {
-            "dataset_id": [f"dataset_{number + 1}" for number in dataset],
-            "assay": np.array(atlas.assays)[assay],
-            "log_size": log_size - log_size.mean(),
-        },
-        index=pd.Index([f"donor_{number + 1}" for number in range(n_donors)], name="donor_id"),
-    )
+    names = pd.Index([f"donor_{number + 1}" for number in range(n_donors)], name="donor_id")
+    table = pd.DataFrame({"dataset_id": [f"dataset_{number + 1}" for number in dataset]}, names)
+    table = table.assign(assay=np.array(atlas.assays)[assay], log_size=log_size - log_size.mean())
     donor_share = (of_dataset[:, :, None] * of_donor).reshape(n_types, n_donors)
     return table, donor_share, np.clip(np.rint(capture), 0, 255).astype(np.uint8)
 
@@ -300,8 +277,6 @@ def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData
     of its own, seeded by the atlas and the run's number. Counts are int32; `obs` has cell_type, donor_id, dataset_id,
     assay and condition (ctrl or treated), and `var` is one for all blocks: `feature_name` by Ensembl id.
     """
-    if block_size < 1:
-        raise ValueError(f"block_size {block_size} must be at least 1.")
     cells = Cells(truth(atlas))
     for begin in range(0, atlas.n_cells, block_size):
         yield cells.block(begin, min(begin + block_size, atlas.n_cells))
@@ -331,12 +306,13 @@ class Cells:
     def __init__(self, planted: Truth) -> None:
         atlas, kind = planted.atlas, planted.programmes["kind"].to_numpy()
         self.truth, self.n_genes = planted, len(planted.genes)
-        entries, self.bursts_per_molecule = _tables(planted.loadings, planted.genes["theta"].to_numpy())
+        theta = planted.genes["theta"].to_numpy()
+        entries, self.bursts_per_molecule = _tables(planted.loadings, theta / np.log1p(theta))
         genes = np.arange(self.n_genes, dtype=np.int32)
         self.table = np.concatenate([np.repeat(genes, row) for row in entries])  # gene of a burst, by programme
         self.mask = entries.sum(axis=1).astype(np.uint32) - 1  # sizes are powers of two
         self.begin = np.cumsum([0, *entries.sum(axis=1)[:-1]]).astype(np.uint32)
-        self.log1p_theta = np.log1p(planted.genes["theta"].to_numpy()).astype(np.float32)
+        self.log1p_theta = np.log1p(theta).astype(np.float32)
         # What a cell may carry: columns are the shared programme, its lineage's, a state, responses to the drug.
         rows = np.arange(len(planted.types))[:, None]
         lineage = np.flatnonzero(kind == "lineage")
@@ -396,8 +372,8 @@ class Cells:
         self, programmes: np.ndarray, n_bursts: np.ndarray, donor: np.ndarray, rng: np.random.Generator
     ) -> sp.csr_matrix:
         """Counts of cells, given how many bursts of which programmes each has, (n_cells, n_slots) both."""
-        of_each, per_cell = n_bursts.ravel(), n_bursts.sum(axis=1)
-        begin, mask = (np.repeat(each[programmes].ravel(), of_each) for each in (self.begin, self.mask))
+        n_of_slot, per_cell = n_bursts.ravel(), n_bursts.sum(axis=1)
+        begin, mask = (np.repeat(table[programmes].ravel(), n_of_slot) for table in (self.begin, self.mask))
         draw = rng.integers(0, 2**32, len(begin), dtype=np.uint32)
         gene = self.table.take(begin + (draw & mask))
         captured = self.truth.capture.ravel().take(np.repeat(donor * self.n_genes, per_cell) + gene)

@@ -6,7 +6,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -42,9 +44,12 @@ class Options:
     max_mito: float = 1.0  # greatest share of a cell's counts in the 13 mitochondrial genes of the gene table
     drop_duplicates: bool = True
 
+    def renamed(self, role: str) -> Mapping[str, str]:
+        """What labels of a role are to be called."""
+        return self.labels if role == "cell_type" else {}
 
-@dataclass(frozen=True)
-class Report:
+
+class Report(NamedTuple):
     """What became of the cells, as tables."""
 
     cells: pd.DataFrame  # a row per file: dataset, read, empty, filtered, duplicate, kept
@@ -61,29 +66,28 @@ class _File:
     keys: dict[str, str]  # column of obs by role
 
 
+@dataclass
 class Source:
-    """Files opened as one corpus; made by `open_source`.
+    """Files opened as one corpus; made by `open_source`."""
 
-    A gene that a file lacks is zero there. `blocks` have fewer than `n_cells` where cells are dropped; `report` is
-    there once they have come to their end.
-    """
+    files: list[_File]
+    matches: list[GeneMatch]  # of each file
+    labels: dict[str, list[str]]  # of each role over all files, sorted: the categories of every block's columns
+    notes: list[str]  # what a reader should know of the files: where counts and names of genes are, odd labels
+    var: pd.DataFrame  # genes that some file has, by Ensembl id in the gene table's order; zero where one lacks them
+    options: Options
+    report: Report | None = None  # from the end of `blocks` on
 
-    def __init__(
-        self,
-        files: list[_File],
-        matches: list[GeneMatch],
-        labels: dict[str, list[str]],
-        notes: list[str],
-        var: pd.DataFrame,
-        options: Options,
-    ) -> None:
-        self.var, self.matches, self.labels, self.notes, self.options = var, matches, labels, notes, options
-        self.n_cells = sum(file.n_cells for file in files)
-        self.report: Report | None = None
-        self._files = files
-        # Only what every file has measured can tell whether two cells are the same.
-        everywhere = [np.isin(np.arange(len(var)), file.position) for file in files]
-        self.shared_genes = var.index[np.all(everywhere, axis=0)]
+    @property
+    def n_cells(self) -> int:
+        """Cells in the files; blocks have fewer where cells are dropped."""
+        return sum(file.n_cells for file in self.files)
+
+    @cached_property
+    def shared_genes(self) -> pd.Index:
+        """What every file has measured: nothing else can tell whether two cells are the same."""
+        everywhere = [np.isin(np.arange(len(self.var)), file.position) for file in self.files]
+        return self.var.index[np.all(everywhere, axis=0)]
 
     def blocks(self, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
         """The cells, file by file in order, as blocks that share `var` and the categories of `obs`.
@@ -93,22 +97,30 @@ class Source:
         role, and `n_genes`, `n_counts` and `mito_share`, all of the genes in `var`. Raises CorpusError if a file is
         damaged or holds what is no count, wherever in it that is; or if no cell is left.
         """
-        tally, seen = _Tally([file.name for file in self._files]), SeenCells()
+        outcomes = ["read", "empty", "filtered", "duplicate", "kept"]
+        names = [file.name for file in self.files]
+        tally, twice, seen = pd.DataFrame(0, range(len(names)), outcomes), Counter(), SeenCells()
         with tqdm(total=self.n_cells, desc="reading cells", unit="cell", leave=False, delay=5) as bar:
-            for number, file in enumerate(self._files):
+            for number, file in enumerate(self.files):
                 with CellFile(file.path) as cells:
                     matrix = cells.matrix(file.place)
                     for start in range(0, file.n_cells, block_size):
                         stop = min(start + block_size, file.n_cells)
-                        block = self._kept(self._block(file, cells, matrix, start, stop), number, tally, seen)
-                        if block.n_obs:
-                            yield block
+                        block = self._block(file, cells, matrix, start, stop)
+                        outcome, origin = self._outcomes(block, number, seen)
+                        tally.loc[number] += [len(outcome), *(np.sum(outcome == name) for name in outcomes[1:])]
+                        twice.update((int(first), number) for first in origin[outcome == "duplicate"])
+                        if (kept := outcome == "kept").any():
+                            yield block if kept.all() else block[kept].copy()
                         bar.update(stop - start)
-        self.report = tally.report()
-        if not self.report.cells["kept"].sum():
+        pairs = [(names[i], names[j], n) for (i, j), n in sorted(twice.items())]
+        tally.insert(0, "dataset", names)
+        self.report = Report(tally, pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"]))
+        if not tally["kept"].sum():
+            paths, (_, empty, filtered, duplicate, _) = [str(file.path) for file in self.files], tally[outcomes].sum()
             raise CorpusError(
-                f"{', '.join(str(file.path) for file in self._files)}: no cell is left of {self.n_cells} "
-                f"({tally}); loosen the filters, or give cells with counts."
+                f"{', '.join(paths)}: no cell is left of {self.n_cells} ({empty} without counts, {filtered} filtered, "
+                f"{duplicate} duplicates); loosen the filters, or give cells with counts."
             )
 
     def _block(self, file: _File, cells: CellFile, matrix: object, start: int, stop: int) -> ad.AnnData:
@@ -121,35 +133,27 @@ class Source:
             )
         X = corpus.place_columns(values, file.position, len(self.var))
         names = cells.cell_names(start, stop)
-        obs = {
-            role: pd.Categorical(self._labels(cells, key, role, start, stop), categories=self.labels[role])
-            for role, key in file.keys.items()
-        }
+        obs = {}
+        for role, key in file.keys.items():
+            codes, labels = corpus.label_codes(cells.column(key, role, start, stop), self.options.renamed(role))
+            obs[role] = pd.Categorical(labels[codes], categories=self.labels[role])
         if "dataset_id" not in obs:
             same = np.full(stop - start, file.name, dtype=object)
             obs["dataset_id"] = pd.Categorical(same, categories=self.labels["dataset_id"])
         obs |= quality(X, self.var)
-        prefix = f"{file.name}_" if len(self._files) > 1 else ""
+        prefix = f"{file.name}_" if len(self.files) > 1 else ""
         return ad.AnnData(X, obs=pd.DataFrame(obs, index=[f"{prefix}{name}" for name in names]), var=self.var)
 
-    def _labels(self, cells: CellFile, key: str, role: str, start: int, stop: int) -> np.ndarray:
-        codes, labels = corpus.label_codes(cells.column(key, role, start, stop), _renamed(self.options, role))
-        return labels[codes]
-
-    def _kept(self, block: ad.AnnData, number: int, tally: _Tally, seen: SeenCells) -> ad.AnnData:
-        """The cells of a block that stay, all counted in the tally."""
+    def _outcomes(self, block: ad.AnnData, number: int, seen: SeenCells) -> tuple[np.ndarray, np.ndarray]:
+        """What becomes of each cell of a block, and the file that has the same cell, or -1."""
         o, obs = self.options, block.obs
         full = obs["n_genes"].to_numpy() > 0
-        good = full & (obs["n_genes"] >= o.min_genes) & (obs["n_counts"] >= o.min_counts)
-        good = (good & (obs["mito_share"] <= o.max_mito)).to_numpy()
-        rows = np.flatnonzero(good)
-        origin = np.full(len(rows), -1)
+        good = (obs["n_genes"] >= o.min_genes) & (obs["n_counts"] >= o.min_counts) & (obs["mito_share"] <= o.max_mito)
+        good = good.to_numpy()
+        origin, rows = np.full(len(obs), -1), np.flatnonzero(full & good)
         if o.drop_duplicates and len(rows):
-            origin = seen.add(cell_hashes(block.X[rows], self.var.index, self.shared_genes), number)
-        kept = rows[origin < 0]
-        tally.cells[number] += len(obs), (~full).sum(), (full & ~good).sum(), (origin >= 0).sum(), len(kept)
-        tally.duplicates.update((int(first), number) for first in origin[origin >= 0])
-        return block if len(kept) == block.n_obs else block[kept].copy()
+            origin[rows] = seen.add(cell_hashes(block.X[rows], self.var.index, self.shared_genes), number)
+        return np.select([~full, ~good, origin >= 0], ["empty", "filtered", "duplicate"], "kept"), origin
 
 
 def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -163,26 +167,6 @@ def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
     return {"n_genes": counts.getnnz(axis=1).astype(np.int32), "n_counts": n_counts, "mito_share": mito_share}
 
 
-class _Tally:
-    """What became of the cells, in numbers."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.cells = np.zeros((len(names), 5), np.int64)
-        self.duplicates: Counter[tuple[int, int]] = Counter()
-
-    def report(self) -> Report:
-        """The tables."""
-        cells = pd.DataFrame(self.cells, columns=["read", "empty", "filtered", "duplicate", "kept"])
-        cells.insert(0, "dataset", self.names)
-        pairs = [(self.names[i], self.names[j], n) for (i, j), n in sorted(self.duplicates.items())]
-        return Report(cells, pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"]))
-
-    def __str__(self) -> str:
-        _, empty, filtered, duplicate, _ = self.cells.sum(axis=0)
-        return f"{empty} without counts, {filtered} filtered, {duplicate} duplicates"
-
-
 def open_source(paths: Sequence[str | Path], columns: Columns, options: Options | None = None) -> Source:
     """Open files as one corpus: find their counts, join their genes, check the names and labels of all cells.
 
@@ -193,10 +177,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
 
     `columns` names the column of `obs` for each role (`cell_type`, `donor_id`, `batch`, …); where files differ, a
     mapping from the file's name to its column. A file is called by its stem, and by its folder too where stems are the
-    same; `dataset_id` is that name unless it is given, and cells have it before their own where there are several
-    files.
-
-    Raises CorpusError if a file cannot be read or breaks a rule.
+    same; `dataset_id` is that name unless it is given, and several files' cells have it before their own.
     """
     options = options or Options()
     paths = [Path(path) for path in paths]
@@ -213,7 +194,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
                     log.warning("%s: has no mitochondrial gene, so that max_mito keeps all its cells.", path)
                 keys = {role: _key(columns, role, name, path) for role in columns}
                 for role, key in keys.items():
-                    found[role].update(_all_labels(cells, key, role, _renamed(options, role)))
+                    found[role].update(_all_labels(cells, key, role, options.renamed(role)))
                 files.append(_File(path, name, cells.n_cells, place, position, keys))
             matches.append(match)
             bar.update()
@@ -229,10 +210,6 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     return Source(files, matches, labels, notes, var, options)
 
 
-def _renamed(options: Options, role: str) -> Mapping[str, str]:
-    return options.labels if role == "cell_type" else {}
-
-
 def _file_names(paths: list[Path]) -> list[str]:
     """A name of its own for each file: the stem, with the folder's name before it where stems are the same."""
     if not paths:
@@ -245,17 +222,17 @@ def _file_names(paths: list[Path]) -> list[str]:
 
 
 def _key(columns: Columns, role: str, name: str, path: Path) -> str:
+    """Column of a file for a role."""
     key = columns[role]
     if isinstance(key, str):
         return key
     if name not in key:
-        raise CorpusError(
-            f"{path}: no column is named for the {role}, only for {', '.join(key)}; name one for {name!r}."
-        )
+        known = ", ".join(key)
+        raise CorpusError(f"{path}: no column is named for the {role}, only for {known}; name one for {name!r}.")
     return key[name]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Place:
     """A matrix of a file that holds counts, by a sample of its cells."""
 
@@ -264,7 +241,7 @@ class _Place:
     match: GeneMatch
     var: pd.DataFrame
     weights: np.ndarray  # (n_genes,) sums
-    doubt: str | None
+    doubt: str | None  # what is odd about the counts
 
     @property
     def worth(self) -> tuple[bool, int, int]:
@@ -304,11 +281,8 @@ def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[str
     notes = [f"{best.name} {best.doubt}: are these raw counts?"] if best.doubt else []
     if "spliced" in parts and np.array_equal(parts["spliced"], best.weights):
         notes.append(f"{best.name} has the spliced molecules alone, as layers['spliced']; the others are left out")
-    others = [
-        f"{one.name} {one.doubt or 'holds counts too'} ({one.match.matched:,} genes)"
-        for one in places
-        if one is not best
-    ]
+    places.remove(best)
+    others = [f"{place.name} {place.doubt or 'holds counts too'} ({place.match.matched:,} genes)" for place in places]
     others += [f"{place} {fault}" for place, fault in faults.items()]
     if others:
         notes.append(f"counts are taken from {best.name}; besides, {'; '.join(others)}")

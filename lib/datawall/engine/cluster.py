@@ -1,4 +1,4 @@
-"""Where work units run: in processes of this machine, or on a Dask cluster.
+"""Where units of work are made: in processes of this machine, or on a Dask cluster.
 
 `executor` of the study file says where: `local` (a process per GPU, or per core), `tcp://scheduler:8786` (any Dask
 cluster that runs already; `tls://` where others share the network) or `slurm` (jobs of one's own, by dask-jobqueue).
@@ -6,27 +6,27 @@ cluster that runs already; `tls://` where others share the network) or `slurm` (
 Nothing is unpickled from a file. Functions and records travel as pickles between processes of one user: on this
 machine through a pair of sockets that nobody else holds; to a cluster by Dask's own protocol, by which whoever can
 reach the scheduler can run code as its user. Keep it on loopback or a private network, or use TLS (README, "On a
-cluster").
+cluster"). Not covered: a run whose Dask scheduler is lost ends, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from datawall.engine import code, disk, paths
-from datawall.engine.processes import Ended, Need, Unit, Work, Worker, describe, on_this_machine, visible_gpus
+from datawall.engine.processes import Ended, Job, Need, Work, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
     from dask.distributed import Client
@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 SHOWN = 20  # failed units that a message names
 WAIT = 300.0  # seconds for the first worker of a Dask cluster
-LOOK = 1.0  # seconds between looks for whether a unit is still wanted
-JOBS = 8  # of a Slurm cluster, where the study does not say
+LOOK = 1.0  # seconds between looks for workers, and for whether a unit is still wanted
+SOON = 0.05  # seconds between looks for units that are done
+SLURM_JOBS = 8  # of a Slurm cluster, where the study does not say
 
 
 class UnitsFailedError(RuntimeError):
@@ -50,25 +51,13 @@ def run_units[Item, Study: Work](
     name: str,
     need_of: Callable[[Study, Item], Need] = lambda study, item: Need(),
 ) -> None:
-    """Call `make(study, item)` for every item, with a progress bar that leaves nothing behind.
+    """Call `make(study, item)` for every item, with a progress bar of that name, which leaves nothing behind.
 
-    Each runs in a process apart from this one, with one thread: small models gain little from threads, and numbers
-    depend neither on how many processes there are nor on what else the cores do. The longest begin first. A unit that
-    raises, whose process dies (for want of memory, say) or that takes longer than the study's `time_limit` is begun
-    again as often as its `retries` say, while the others go on.
-
-    Parameters
-    ----------
-    study
-        Where to run, and what; opened again by each process.
-    make
-        A function of the library; what it returns is dropped, what it stores stays.
-    items
-        What to make.
-    name
-        Label of the progress bar.
-    need_of
-        What an item needs.
+    Each runs in a process apart from this one, which opens the study again and has one thread: small models gain little
+    from threads, and numbers depend neither on how many processes there are nor on what else the cores do. What `make`
+    returns is dropped, what it stores stays. The longest begin first. A unit that raises, whose process dies (for want
+    of memory, say) or that takes longer than the study's `time_limit` is begun again as often as its `retries` say,
+    while the others go on.
 
     Raises
     ------
@@ -79,15 +68,15 @@ def run_units[Item, Study: Work](
     """
     if not items:
         return
-    units = [Unit(study.opening, make, item, need_of(study, item)) for item in items]
-    units.sort(key=lambda unit: -unit.need.seconds)
+    jobs = [Job(study.opening, make, item, need_of(study, item)) for item in items]
+    jobs.sort(key=lambda job: -job.need.seconds)
     run = on_this_machine if study.params.executor == "local" else _on_dask
     failed = []
-    with tqdm(total=len(items), desc=name, leave=False) as bar, closing(run(study, units)) as ended:
-        for unit, error in ended:
+    with tqdm(total=len(items), desc=name, leave=False) as bar, closing(run(study, jobs)) as ended:
+        for job, error in ended:
             bar.update()
             if error is not None:
-                failed.append(f"  {describe(unit.item)}: {error}")
+                failed.append(f"  {describe(job.item)}: {error}")
     if failed:
         times = f" {n} times each" if (n := 1 + study.params.retries) > 1 else ""
         lines = failed[:SHOWN] + [f"  … and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
@@ -97,56 +86,41 @@ def run_units[Item, Study: Work](
         )
 
 
-def _on_dask(study: Work, units: list[Unit]) -> Iterator[Ended]:
-    """Do units on a Dask cluster, each in a process beside one of its workers' threads."""
-    from dask.distributed import as_completed
-
+def _on_dask(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+    """Do jobs on a Dask cluster, each in a process beside one of its workers' threads."""
     p = study.params
-    with _client(study, len(units)) as client, client.as_current(), _mark(study) as mark:
+    with _client(study, len(jobs)) as client, client.as_current(), _mark(study) as mark:
         _await_workers(client, p.executor)
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         declared = [worker["resources"] for worker in workers]
-        wanted = [_resources(unit, declared) for unit in units]
+        wanted = [_resources(job, declared) for job in jobs]
         futures = {}
-        for unit, resources in zip(units, wanted, strict=True):
-            options = {"resources": resources, "retries": p.retries, "priority": unit.need.seconds, "pure": False}
-            on_gpus = resources.get("GPU", 0) if any("GPU" in of for of in declared) else None
-            futures[client.submit(_beside, unit, p.time_limit, mark, _software(), on_gpus, **options)] = unit
-        with _watched(client, p.executor):
-            for future in as_completed(list(futures)):
+        for job, resources in zip(jobs, wanted, strict=True):
+            options = {"resources": resources, "retries": p.retries, "priority": job.need.seconds, "pure": False}
+            n_gpus = resources.get("GPU", 0) if any("GPU" in worker for worker in declared) else None
+            futures[client.submit(_beside, job, p.time_limit, mark, _software(), n_gpus, **options)] = job
+        there, looked = True, time.monotonic()
+        while futures:
+            for future in [future for future in futures if future.done()]:
                 if future.status not in ("finished", "error"):
                     raise ConnectionError(
                         f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
                     )
                 raised = future.exception()
                 yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
+            time.sleep(SOON)
+            if time.monotonic() > looked + LOOK:
+                there, looked = _tell_of_workers(client, p.executor, there), time.monotonic()
 
 
-@contextmanager
-def _watched(client: Client, executor: str) -> Iterator[None]:
-    """Say when the last worker has gone, and when one is there again: Dask waits in silence, and then goes on."""
-    over = Event()
-
-    def watch() -> None:
-        there = True
-        while not over.wait(LOOK):
-            with suppress(OSError, RuntimeError):  # of a scheduler that has gone, or is about to
-                if there != bool(client.scheduler_info()["workers"]):
-                    there = not there
-                    told = (
-                        "a worker is there again"
-                        if there
-                        else "no worker is left; waiting for one, what is done is kept"
-                    )
-                    log.warning("%s: %s.", executor, told)
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def _tell_of_workers(client: Client, executor: str, there: bool) -> bool:
+    """Say that the last worker has gone, or that one is there again; Dask waits in silence. Whether one is there."""
+    with suppress(OSError, RuntimeError):  # of a scheduler that has gone, as its futures will say
+        if there != bool(client.scheduler_info()["workers"]):
+            there = not there
+            lost = "no worker is left; waiting for one, what is done is kept"
+            log.warning("%s: %s.", executor, "a worker is there again" if there else lost)
+    return there
 
 
 def _await_workers(client: Client, executor: str) -> None:
@@ -162,8 +136,8 @@ def _await_workers(client: Client, executor: str) -> None:
         raise ConnectionError(f"executor {executor}: no Dask worker came; start some, and run again.") from error
 
 
-def _resources(unit: Unit, declared: list[dict[str, float]]) -> dict[str, float]:
-    """What a unit takes of a worker, of what the workers declare.
+def _resources(job: Job, declared: list[dict[str, float]]) -> dict[str, float]:
+    """What a job takes of a worker, of what the workers declare.
 
     Raises
     ------
@@ -171,20 +145,20 @@ def _resources(unit: Unit, declared: list[dict[str, float]]) -> dict[str, float]
         If no worker declares as much: Dask would wait for one for ever.
     """
     known = {name for resources in declared for name in resources}
-    needs = {"GPU": unit.need.gpus, "MEMORY": unit.need.memory_gib * 2**30}
+    needs = {"GPU": job.need.gpus, "MEMORY": job.need.memory_gib * 2**30}
     wanted = {name: amount for name, amount in needs.items() if name in known and amount}
-    if wanted and not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in declared):
+    if wanted and not any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in declared):
         asks = ", ".join(f"{name}={amount:.0f}" for name, amount in wanted.items())
-        most = ", ".join(f"{name}={max(of.get(name, 0) for of in declared):.0f}" for name in wanted)
+        most = ", ".join(f"{name}={max(has.get(name, 0) for has in declared):.0f}" for name in wanted)
         raise ValueError(
-            f"{describe(unit.item)} asks for {asks}, and no Dask worker declares as much (the most: {most}); start one "
+            f"{describe(job.item)} asks for {asks}, and no Dask worker declares as much (the most: {most}); start one "
             "that does (`--resources`), or ask for less."
         )
     return wanted
 
 
 @contextmanager
-def _client(study: Work, n_units: int) -> Iterator[Client]:
+def _client(study: Work, n_jobs: int) -> Iterator[Client]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 
@@ -203,7 +177,7 @@ def _client(study: Work, n_units: int) -> Iterator[Client]:
     private = {"protocol": "tls://", "security": True, "shared_temp_directory": str(study.folder)}
     loopback = {"dashboard_address": "127.0.0.1:0"}
     with SLURMCluster(**private, scheduler_options=loopback) as slurm, Client(slurm, set_as_default=False) as client:
-        slurm.scale(jobs=min(n_units, p.workers or JOBS))
+        slurm.scale(jobs=min(n_jobs, p.workers or SLURM_JOBS))
         yield client
 
 
@@ -213,9 +187,8 @@ def _mark(study: Work) -> Iterator[Path | None]:
     if study.params.storage:
         yield None
         return
-    folder = study.folder
-    mark = folder / f".shared.{uuid.uuid4().hex}"
-    folder.mkdir(parents=True, exist_ok=True)
+    mark = study.folder / f".shared.{uuid.uuid4().hex}"
+    mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
     try:
         with disk.mark_in_use(mark):
@@ -225,14 +198,14 @@ def _mark(study: Work) -> Iterator[Path | None]:
 
 
 _resting: list[Worker] = []  # of a Dask worker
-_taken: set[str] = set()  # GPUs of its units
+_taken: set[str] = set()  # GPUs of its jobs
 _dealing = Lock()
 
 
 def _beside(
-    unit: Unit, time_limit: float | None, mark: Path | None, software: dict[str, str], n_gpus: int | None = None
+    job: Job, time_limit: float | None, mark: Path | None, software: dict[str, str], n_gpus: int | None
 ) -> None:
-    """Do a unit in a process beside this Dask worker, which then outlives a unit that hangs or dies.
+    """Do a job in a process beside this Dask worker, which then outlives a job that hangs or dies.
 
     It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
     has gone, it ends.
@@ -243,8 +216,8 @@ def _beside(
     if other := code.differing(software, _software()):
         raise RuntimeError(f"{here} has other code or versions, in {paths.LIBRARY}: {other}; install the same.")
     with _devices(n_gpus) as devices:
-        worker = _rested(devices) or Worker(devices)
-        worker.begin(unit, time_limit)
+        worker = _resting_worker(devices) or Worker(devices)
+        worker.begin(job, time_limit)
         wanted = _still_wanted()
         while not (ended := worker.wait(LOOK)) and wanted():
             pass
@@ -259,7 +232,7 @@ def _beside(
 
 @contextmanager
 def _devices(n_gpus: int | None) -> Iterator[str | None]:
-    """So many GPUs of this Dask worker, as CUDA_VISIBLE_DEVICES names them, that no other of its units has."""
+    """So many GPUs of this Dask worker, as CUDA_VISIBLE_DEVICES names them, that no other of its jobs has."""
     if n_gpus is None:
         yield None
         return
@@ -277,8 +250,8 @@ def _devices(n_gpus: int | None) -> Iterator[str | None]:
         _taken.difference_update(given)
 
 
-def _rested(devices: str | None) -> Worker | None:
-    """A process that has done units on these GPUs; those on some of them leave their memory to it."""
+def _resting_worker(devices: str | None) -> Worker | None:
+    """A process that has done jobs on these GPUs; those on some of them leave their memory to it."""
     mine = set((devices or "").split(",")) - {""}
     with _dealing:
         same = [worker for worker in _resting if worker.devices == devices]
@@ -302,7 +275,4 @@ def _still_wanted() -> Callable[[], bool]:
 @cache
 def _software() -> dict[str, str]:
     """What decides results beside the study: a hash of the library's code, and versions of packages."""
-    digest = hashlib.sha256()
-    for path in sorted(paths.LIBRARY.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return {**code.versions(), "datawall": digest.hexdigest()[:8]}
+    return {**code.versions(), "datawall": code.json_sha256(code.SOURCES)[:8]}

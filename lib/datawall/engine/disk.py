@@ -134,19 +134,13 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Refuse a folder of other things: a run would strew its files among them.
+    """Raise FileExistsError for a folder of other things, among which a run would strew its files, or for a file.
 
     What a run writes before it has a study file is its lock and that file half-made.
-
-    Raises
-    ------
-    FileExistsError
-        If there is something in it, or it is no folder at all.
     """
     if not folder.exists() or is_run_folder(folder):
         return
-    ours = folder.is_dir() and all(path.name == LOCK or HALF_MADE.fullmatch(path.name) for path in folder.iterdir())
-    if not ours:
+    if folder.is_file() or any(path.name != LOCK and not HALF_MADE.fullmatch(path.name) for path in folder.iterdir()):
         raise FileExistsError(
             f"{folder}: neither empty nor the folder of a run (no study.yaml, no artifacts in store/); give a new or "
             "an empty folder with --out."
@@ -184,7 +178,7 @@ def reserve(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            _remove_half_made(folder)  # of workers that died and whose units others did
+            _remove_half_made(folder)  # of workers that died and whose jobs others did
 
 
 def half_made(folder: Path) -> list[Path]:

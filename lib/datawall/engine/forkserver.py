@@ -5,7 +5,7 @@ them. `multiprocessing` has a fork server too, but a process that came out of it
 its workers.
 
 It only saves time. Where there is none (not on Linux, or `DATAWALL_FORKS=off`), kernels and workers are processes from
-scratch, with the same results.
+scratch, with the same results. Not covered: a process whose guard alone is killed stays until it ends by itself.
 """
 
 from __future__ import annotations
@@ -154,24 +154,11 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
 
 
 class Forked:
-    """A process that the fork server started, with the methods of `subprocess.Popen`.
+    """A process that the fork server started, with the methods of `subprocess.Popen`; it ends when this process does.
 
-    It has a session of its own, and ends when this process does.
-
-    Parameters
-    ----------
-    name
-        What `ps` and `top` call it, of at most 15 characters.
-    function
-        What it calls: `package.module:function`.
-    arguments
-        Of the function, as JSON can carry them.
-    descriptors
-        Of open files: their numbers over there are the function's last arguments.
-    environment
-        Its environment variables.
-    output
-        Open file for its standard output and error; by default, they are those of this process.
+    It has a session of its own, a name of at most 15 characters for `ps` and `top`, and calls `package.module:function`
+    with these arguments, as JSON carries them, and the numbers that open files have over there. Standard output and
+    error are the file `output`, or those of this process.
 
     Raises
     ------
@@ -192,13 +179,13 @@ class Forked:
     ) -> None:
         self.returncode: int | None = None
         self._guard = _socket()
-        called = {"name": name, "function": function, "arguments": arguments}
-        surroundings = {"environment": environment, "folder": os.getcwd(), "path": search_path().split(os.pathsep)}
+        request = {"name": name, "function": function, "arguments": arguments, "environment": environment}
+        request |= {"folder": os.getcwd(), "path": search_path().split(os.pathsep)}
         printing = (1, 2) if output is None else (output, output)
         try:
             self._guard.connect(os.environ[ADDRESS])
             with tempfile.TemporaryFile() as file:  # an environment may be larger than a message
-                file.write(json.dumps(called | surroundings).encode())
+                file.write(json.dumps(request).encode())
                 file.seek(0)
                 socket.send_fds(self._guard, [b"."], [file.fileno(), *printing, *descriptors])
             self.pid = int(self._guard.recv(64))
@@ -207,13 +194,11 @@ class Forked:
             raise ConnectionError("the process that starts kernels and workers has died") from error
 
     def poll(self) -> int | None:
-        """Its exit status, as `subprocess.Popen.poll` has it."""
         with suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status, once it has ended; raises subprocess.TimeoutExpired."""
         if self.returncode is None:
             if not select.select([self._guard], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("forked process", timeout)
@@ -222,29 +207,18 @@ class Forked:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it has not ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Tell it to end."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it."""
         self.send_signal(signal.SIGKILL)
 
 
 def end(pid: int, ended: Callable[[float], bool]) -> None:
-    """End a process and those of its group: told to first, and then made to.
-
-    Parameters
-    ----------
-    pid
-        Of the process, which leads the group.
-    ended
-        Waits so many seconds at most, and says whether the process has ended.
-    """
+    """End the group that a process leads: told to first, and then made to; `ended` waits for it so many seconds."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(pid, how)

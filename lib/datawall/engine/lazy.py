@@ -8,15 +8,10 @@ from typing import Any
 
 
 def attach(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package.
+    """The `__getattr__` and `__dir__` of a package, by its `__name__` and where each public name is.
 
-    Parameters
-    ----------
-    package
-        Its `__name__`.
-    places
-        Where each public name is: `module` for a module itself, `module:name` for something in it. Modules of the
-        package that are not among them load when named too, but are not listed.
+    That is `module` for a module itself, `module:name` for something in it. Other modules of the package load when
+    named too, but are not listed.
     """
 
     def load(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -14,13 +15,8 @@ PACKAGE_DATA = LIBRARY / "data"
 def repository() -> Path:
     """Root of the compendium: the nearest folder, from here upwards, that holds `params/` and `notebooks/`.
 
-    Notebooks start in their own folder under nbval and in the caller's under papermill, so the search begins at
-    the working directory and falls back to the checkout that this package was installed from.
-
-    Raises
-    ------
-    FileNotFoundError
-        If neither search finds it.
+    Notebooks start in their own folder under nbval and in the caller's under papermill, so the search begins at the
+    working directory and falls back to the checkout that this package was installed from; else FileNotFoundError.
     """
     for start in (Path.cwd(), Path(__file__).resolve()):
         for folder in (start, *start.parents):
@@ -37,13 +33,18 @@ def located(path: str | Path) -> Path:
     return Path(path) if Path(path).exists() else repository() / path
 
 
+def not_found(path: str) -> str:
+    """What to say of a file that is neither here nor in the repository: where it was sought, and what is like it."""
+    places = [Path(path).parent] if Path(path).is_absolute() else dict.fromkeys([Path.cwd(), repository()])
+    beside = [file.name for place in places for file in (place / path).parent.glob("*")]
+    similar = "".join(f"; is it {name!r}?" for name in difflib.get_close_matches(Path(path).name, beside, n=1))
+    return f"{path}: no such file in {' or '.join(map(str, places))}{similar}"
+
+
 def study_file(study: str) -> Path:
     """Path of a study file, from its name (`quick`), its path, or a run folder that holds a `study.yaml`.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file; the message lists the studies that exist.
+    Raises FileNotFoundError, which lists the studies that exist, if there is no such file.
     """
     given = Path(study)
     named = repository() / "params" / f"{study}.yaml"

@@ -1,4 +1,9 @@
-"""Processes of this machine that do units of work, one at a time each, and may hang or die without harm to the rest."""
+"""Processes of this machine that do jobs, one at a time each, and may hang or die without harm to the rest.
+
+Not covered: memory is what a job says that it needs and is not enforced; a job that leaves its process group outlives
+its worker; and in the one process of `workers: 1` a job that hangs outside of Python, or exhausts memory, takes the
+notebook along.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +34,7 @@ from datawall.engine import forkserver
 
 log = logging.getLogger(__name__)
 
+OUT_OF_TIME = "stopped after {:g} seconds, the time limit of a unit"
 GPU = re.compile(r"\d+|(GPU|MIG)-.+")  # how CUDA_VISIBLE_DEVICES names one
 
 
@@ -42,7 +48,7 @@ class Need:
 
 
 class Work(Protocol):
-    """What units belong to, a study, as far as it matters to where they run."""
+    """What jobs belong to, a study, as far as it matters to where they run."""
 
     params: Any  # `executor`, `workers`, `retries`, `time_limit` and `storage`: see `params.Params`
     folder: Path
@@ -50,8 +56,8 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A call of a function of the library, in a process that opens the study for itself."""
+class Job:
+    """A unit of work to be made: a call of a function of the library, in a process that opens the study for itself."""
 
     opening: tuple[Callable[..., Any], *tuple[str, ...]]  # see `Work`
     make: Callable[[Any, Any], object]
@@ -59,18 +65,18 @@ class Unit:
     need: Need
 
 
-type Ended = tuple[Unit, str | None]  # a unit, and what went wrong with it for good
+type Ended = tuple[Job, str | None]  # a job, and what went wrong with it for good
 
 
 def describe(item: Any) -> str:
-    """A unit in words: the values of its record in order."""
+    """What a job makes, in words: the values of its record in order."""
     if is_dataclass(item):
         return " ".join(describe(getattr(item, field.name)) for field in fields(item))
     return f"{item:g}" if isinstance(item, float) else str(item)
 
 
-def on_this_machine(study: Work, units: list[Unit]) -> Iterator[Ended]:
-    """Do units in a process per core or, where there are GPUs, per as many of them as the units want each.
+def on_this_machine(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+    """Do jobs in a process per core or, where there are GPUs, per as many of them as the jobs want each.
 
     One worker asked for is this process itself, which spares the seconds that another takes to start.
     """
@@ -78,30 +84,30 @@ def on_this_machine(study: Work, units: list[Unit]) -> Iterator[Ended]:
 
     p, gpus = study.params, visible_gpus()
     if p.workers == 1:
-        yield from _in_this_process(study, units)
+        yield from _in_this_process(study, jobs)
         return
     if not gpus:
-        yield from _in_processes(p, units, [None] * (p.workers or CPU_COUNT))
+        yield from _in_processes(p, jobs, [None] * (p.workers or CPU_COUNT))
         return
-    for together in sorted({max(1, unit.need.gpus) for unit in units}, reverse=True):
+    for together in sorted({max(1, job.need.gpus) for job in jobs}, reverse=True):
         devices = [",".join(gpus[i : i + together]) for i in range(0, len(gpus) - together + 1, together)]
         if not devices:
             raise ValueError(f"units ask for {together} GPUs each, and this machine has {len(gpus)}; ask for fewer.")
         slots = [devices[i % len(devices)] for i in range(p.workers or len(devices))]
-        yield from _in_processes(p, [unit for unit in units if max(1, unit.need.gpus) == together], slots)
+        yield from _in_processes(p, [job for job in jobs if max(1, job.need.gpus) == together], slots)
 
 
-def _in_processes(p: Any, units: list[Unit], slots: list[str | None]) -> Iterator[Ended]:
-    """Do units in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
-    waiting, begun = deque(units), Counter()
-    empty, idle, busy = slots[: len(units)], [], {}
+def _in_processes(p: Any, jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
+    """Do jobs in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
+    waiting, begun = deque(jobs), Counter()
+    empty, idle, busy = slots[: len(jobs)], [], {}
     memory = memory_gib()
     try:
         while waiting or busy:
-            while (empty or idle) and (unit := _next(waiting, busy.values(), memory)):
+            while (empty or idle) and (job := _take_next(waiting, busy.values(), memory)):
                 worker = idle.pop() if idle else Worker(empty.pop())
-                worker.begin(unit, p.time_limit)
-                begun[id(unit)] += 1
+                worker.begin(job, p.time_limit)
+                begun[id(job)] += 1
                 busy[worker.connection] = worker
             soonest = min(worker.seconds_left for worker in busy.values())
             ready = wait(list(busy), None if soonest == float("inf") else soonest)
@@ -109,48 +115,54 @@ def _in_processes(p: Any, units: list[Unit], slots: list[str | None]) -> Iterato
                 if connection not in ready and worker.seconds_left > 0:
                     continue
                 del busy[connection]
-                unit, error = worker.unit, worker.outcome()
+                job, error = worker.job, worker.outcome()
                 if worker.usable:
                     idle.append(worker)
                 else:
                     worker.stop()
                     empty.append(worker.devices)
-                if error is None or begun[id(unit)] > p.retries:
-                    yield unit, error
+                if error is None or begun[id(job)] > p.retries:
+                    yield job, error
                 else:
-                    log.warning("%s: %s; it is begun again.", describe(unit.item), error)
-                    waiting.append(unit)
+                    log.warning("%s: %s; it is begun again.", describe(job.item), error)
+                    waiting.append(job)
     finally:
         for worker in [*idle, *busy.values()]:
             worker.stop()
 
 
-def _in_this_process(study: Work, units: list[Unit]) -> Iterator[Ended]:
-    """Do units here, one after the other; one that hangs outside of Python, or exhausts memory, takes this along."""
+def _in_this_process(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+    """Do jobs here, one after the other."""
     use_one_thread()
-    for unit in units:
+    for job in jobs:
         for _ in range(1 + study.params.retries):
-            try:
-                with _time_limit(study.params.time_limit):
-                    unit.make(study, unit.item)
-                error = None
+            with _time_limit(study.params.time_limit):
+                error = _attempt(lambda job=job: job.make(study, job.item))
+            if error is None:
                 break
-            except Exception as raised:
-                traceback.print_exc()
-                error = _last_line(raised)
-        yield unit, error
+        yield job, error
+
+
+def _attempt(work: Callable[[], object]) -> str | None:
+    """Do something; what went wrong, in one line, if anything did."""
+    try:
+        work()
+    except Exception as error:
+        traceback.print_exc()
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None
 
 
 @contextmanager
 def _time_limit(seconds: float | None) -> Iterator[None]:
     """Raise TimeoutError within the block when it takes longer; in the main thread alone, as signals reach no other."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(OUT_OF_TIME.format(seconds))
+
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(_out_of_time(seconds))
-
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -160,27 +172,18 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _out_of_time(seconds: float) -> str:
-    return f"stopped after {seconds:g} seconds, the time limit of a unit"
-
-
-def _last_line(raised: Exception) -> str:
-    """The last line of a traceback, in one line."""
-    return " ".join(f"{type(raised).__name__}: {raised}".split())
-
-
-def _next(waiting: deque[Unit], busy: Iterable[Worker], memory_gib: float) -> Unit | None:
-    """The first unit for which there is memory beside those that run, taken from the waiting."""
-    taken = [worker.unit.need.memory_gib for worker in busy]
-    for unit in waiting:
-        if not taken or sum(taken) + unit.need.memory_gib <= memory_gib:
-            waiting.remove(unit)
-            return unit
+def _take_next(waiting: deque[Job], busy: Iterable[Worker], memory_gib: float) -> Job | None:
+    """Take from the waiting the first job for which there is memory beside those that run."""
+    taken = [worker.job.need.memory_gib for worker in busy]
+    for job in waiting:
+        if not taken or sum(taken) + job.need.memory_gib <= memory_gib:
+            waiting.remove(job)
+            return job
     return None
 
 
 class Worker:
-    """A process that does units, one at a time; it ends, with all that it started, when the one that made it does."""
+    """A process that does jobs, one at a time; it ends, with all that it started, when the one that made it does."""
 
     def __init__(self, devices: str | None = None) -> None:
         self.devices = devices
@@ -190,35 +193,33 @@ class Worker:
             self.process = _start(theirs.fileno(), environment)
         self.connection = Connection(ours.detach())
 
-    def begin(self, unit: Unit, time_limit: float | None) -> None:
-        """Start a unit, which may take so many seconds."""
-        self.unit, self.time_limit, self.usable = unit, time_limit, True
+    def begin(self, job: Job, time_limit: float | None) -> None:
+        """Start a job, which may take so many seconds."""
+        self.job, self.time_limit, self.usable = job, time_limit, True
         self.deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
         with suppress(BrokenPipeError):  # from a process that died, as `outcome` will say
-            self.connection.send(unit)
+            self.connection.send(job)
 
     @property
     def seconds_left(self) -> float:
-        """Until the unit's time is up."""
+        """Until the job's time is up."""
         return max(0.0, self.deadline - time.monotonic())
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long for the unit to end; says whether it did, or its time is up."""
+        """Wait so long for the job to end; says whether it did, or its time is up."""
         return bool(wait([self.connection], min(seconds, self.seconds_left))) or not self.seconds_left
 
     def outcome(self) -> str | None:
-        """What went wrong with the unit, if anything; waits until it ends or its time is up."""
+        """What went wrong with the job, if anything; waits until it ends or its time is up."""
         self.usable = False
         if not wait([self.connection], None if self.time_limit is None else self.seconds_left):
-            return _out_of_time(self.time_limit)
+            return OUT_OF_TIME.format(self.time_limit)
         try:
             error = self.connection.recv()
         except (EOFError, ConnectionResetError):
             code = self.process.wait()
-            killed = "; perhaps memory ran out" if code == -signal.SIGKILL else ""
-            return (
-                f"its process died ({f'signal {signal.Signals(-code).name}' if code < 0 else f'status {code}'}){killed}"
-            )
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            return f"its process died ({how})" + "; perhaps memory ran out" * (code == -signal.SIGKILL)
         self.usable = error is None or self.devices is None  # a GPU may be left in a state that fails all that follow
         return error
 
@@ -247,7 +248,7 @@ def _start(descriptor: int, environment: dict[str, str]) -> forkserver.Forked | 
 
 
 def serve(descriptor: int) -> None:
-    """Be the process of a `Worker`: do the units that come through a socket, until its other end is closed."""
+    """Be the process of a `Worker`: do the jobs that come through a socket, until its other end is closed."""
     connection, waiting = Connection(descriptor), SimpleQueue()
 
     def listen() -> None:
@@ -256,18 +257,15 @@ def serve(descriptor: int) -> None:
                 waiting.put(connection.recv_bytes())
         os.killpg(0, signal.SIGTERM)  # who started this process is gone, be it by SIGKILL
 
+    def do_next() -> None:
+        job = pickle.loads(waiting.get())  # noqa: S301 - of the process that started this one: nobody else can write here
+        job.make(_opened(*job.opening), job.item)
+
     threading.Thread(target=listen, daemon=True).start()
     with suppress(OSError):  # not on Linux
         Path("/proc/self/oom_score_adj").write_text("500")  # should memory run out, this process goes, no notebook
     while True:
-        try:
-            unit = pickle.loads(waiting.get())  # noqa: S301 - of the process that started this one, as nobody else can write here
-            unit.make(_opened(*unit.opening), unit.item)
-            error = None
-        except Exception as raised:
-            traceback.print_exc()
-            error = _last_line(raised)
-        connection.send(error)
+        connection.send(_attempt(do_next))
 
 
 def visible_gpus() -> list[str]:
@@ -285,7 +283,7 @@ def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/s
 
     A container is such a group, a Slurm job and a systemd unit are groups within groups.
     """
-    files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # of Linux' two ways
+    files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # Linux has two ways
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
         _, controller, path = line.split(":", 2)
@@ -315,7 +313,7 @@ def use_one_thread() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     else:
-        os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when a unit loads it; some seconds that others save
+        os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when a job loads it; some seconds that others save
 
 
 @cache

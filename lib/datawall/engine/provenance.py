@@ -27,36 +27,31 @@ class Made:
     @property
     def label(self) -> str:
         """What it is, among others of its kind: the family of a model, the task of an evaluation."""
-        of = {"model": "model", "evaluation": "task"}.get(self.kind)
-        return f"{self.kind}: {self.record[of]}" if of in self.record else self.kind
+        name = {"model": "model", "evaluation": "task"}.get(self.kind)
+        return f"{self.kind}: {self.record[name]}" if name in self.record else self.kind
 
 
 def read(folder: Path) -> dict[str, Made]:
     """The artifacts of a store, by key; those whose manifest is missing or damaged are left out."""
-    found = {}
+    artifacts = {}
     for path in sorted(folder.glob(f"*/[!.]*/{disk.MANIFEST}")):
         try:
-            given = store.read_manifest(path.parent)
-            n_bytes = path.stat().st_size + sum((path.parent / name).stat().st_size for name in given["files"])
+            manifest = store.read_manifest(path.parent)
+            n_bytes = sum((path.parent / name).stat().st_size for name in (path.name, *manifest["files"]))
         except (OSError, ValueError):
             continue
-        parts = {name: given[name] for name in ("key", "kind", "record", "code", "made", "files")}
-        found[given["key"]] = Made(**parts, n_bytes=n_bytes)
-    return found
+        artifacts[manifest["key"]] = Made(**manifest, n_bytes=n_bytes)
+    return artifacts
 
 
-def inputs(one: Made, artifacts: dict[str, Made]) -> list[Made]:
-    """The artifacts that one's record names."""
-    return [artifacts[text] for text in dict.fromkeys(texts(one.record)) if text in artifacts]
-
-
-def upstream(one: Made, artifacts: dict[str, Made]) -> list[Made]:
+def upstream(made: Made, artifacts: dict[str, Made]) -> list[Made]:
     """All that an artifact was made from, nearest first."""
-    found, following = {}, inputs(one, artifacts)
-    while following:
-        found |= {each.key: each for each in following if each.key not in found}
-        following = [each for near in following for each in inputs(near, artifacts) if each.key not in found]
-    return list(found.values())
+    sources, nearest = {}, [made]
+    while nearest:
+        keys = dict.fromkeys(key for artifact in nearest for key in texts(artifact.record))
+        nearest = [artifacts[key] for key in keys if key in artifacts and key not in sources]
+        sources |= {artifact.key: artifact for artifact in nearest}
+    return list(sources.values())
 
 
 def costs(made: Iterable[Made]) -> pd.DataFrame:
@@ -65,22 +60,16 @@ def costs(made: Iterable[Made]) -> pd.DataFrame:
     Columns: what, n, seconds (of all, each in a process of its own), longest (of one), memory_mib (greatest of a
     process), n_bytes, device.
     """
-    rows = [
-        {
-            "what": one.label,
-            "n": 1,
-            "seconds": one.made.get("seconds"),
-            "longest": one.made.get("seconds"),
-            "memory_mib": one.made.get("peak_memory_mib"),
-            "n_bytes": one.n_bytes,
-            "device": one.made.get("device", ""),
-        }
-        for one in made
-    ]
-    how = {"n": "sum", "seconds": "sum", "longest": "max", "memory_mib": "max", "n_bytes": "sum"}
-    joined = {"device": lambda devices: ", ".join(sorted(set(devices)))}
-    table = pd.DataFrame(rows, columns=["what", *how, *joined])
-    return table.groupby("what", sort=False).agg(how | joined).reset_index()
+    columns = ["what", "n", "seconds", "longest", "memory_mib", "n_bytes", "device"]
+    rows = []
+    for artifact in made:
+        how, seconds = artifact.made, artifact.made.get("seconds")
+        memory, device = how.get("peak_memory_mib"), how.get("device", "")
+        rows.append((artifact.label, 1, seconds, seconds, memory, artifact.n_bytes, device))
+    table = pd.DataFrame(rows, columns=columns)
+    totals = dict.fromkeys(("n", "seconds", "n_bytes"), "sum") | dict.fromkeys(("longest", "memory_mib"), "max")
+    totals["device"] = lambda devices: ", ".join(sorted(set(devices)))
+    return table.groupby("what", sort=False).agg(totals).reset_index()[columns]
 
 
 def duration(seconds: float | None) -> str:
@@ -95,11 +84,11 @@ def duration(seconds: float | None) -> str:
 
 def versions(made: Iterable[Made]) -> dict[str, list[str]]:
     """Versions of Python and of packages that artifacts were made with."""
-    found: dict[str, set[str]] = {}
-    for one in made:
-        for package, version in one.made.get("versions", {}).items():
-            found.setdefault(package, set()).add(version)
-    return {package: sorted(of) for package, of in found.items()}
+    by_package: dict[str, set[str]] = {}
+    for artifact in made:
+        for package, version in artifact.made.get("versions", {}).items():
+            by_package.setdefault(package, set()).add(version)
+    return {package: sorted(among) for package, among in by_package.items()}
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Artifacts in an object store, from which machines that share no folder take them, and where they put theirs.
 
 An artifact is one object, `<url>/<kind>/<key>.tar`: it is there as a whole or not at all, and nobody appends to it.
-What is taken is checked like all that is read; of what is not sound there is a warning, and it is made again.
+What is taken is checked by `store` like all that is read. Not covered: nothing is ever removed from an object store,
+and of two machines that make the same unit the later replaces what the earlier put there.
 """
 
 from __future__ import annotations
@@ -18,13 +19,7 @@ WHOLE = ("s3", "gcs")  # where an object appears when all of it is written; a fi
 
 
 class Shared:
-    """An object store.
-
-    Parameters
-    ----------
-    url
-        `s3://bucket/folder`, or another that `pyarrow.fs.FileSystem.from_uri` knows; keys are those of the environment.
-    """
+    """An object store, `s3://bucket/folder` or another URL that pyarrow knows; its keys are in the environment."""
 
     def __init__(self, url: str) -> None:
         from pyarrow import fs
@@ -61,15 +56,11 @@ class Shared:
                 self._files.delete_file(written)  # of an object store: closed half-way, it would appear
             raise
         if written != path:
-            self._move(written, path)
-
-    def _move(self, written: str, path: str) -> None:
-        """Give a file its name; HDFS does not in place of another."""
-        try:
-            self._files.move(written, path)
-        except OSError:
-            self._files.delete_file(path)
-            self._files.move(written, path)
+            try:
+                self._files.move(written, path)
+            except OSError:  # HDFS gives no file the name of another
+                self._files.delete_file(path)
+                self._files.move(written, path)
 
     def put_if_missing(self, name: str, folder: Path) -> None:
         """Pack an artifact's folder that may be here alone: made before there was a store, or when it was away."""

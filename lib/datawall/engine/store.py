@@ -60,15 +60,7 @@ class Artifact:
 
 
 class Store:
-    """The artifacts of one study, `<folder>/<kind>/<key>/`.
-
-    Parameters
-    ----------
-    folder
-        Made when the first artifact is written.
-    url
-        Of an object store (see `shared`), if artifacts are taken from one and put there.
-    """
+    """The artifacts of one study, `<folder>/<kind>/<key>/`; by `url`, of an object store too (see `shared`)."""
 
     def __init__(self, folder: Path, url: str | None = None) -> None:
         self.folder = folder
@@ -97,14 +89,8 @@ class Store:
         """Find a unit's artifact, or make it: `make` writes files into an empty folder that is then moved into place.
 
         The move is atomic, so a killed process leaves nothing that could be taken for an artifact. Of two processes
-        that make the same one the earlier stores it, and others may read it already; the later drops its own.
-
-        Parameters
-        ----------
-        unit
-            What to find or make.
-        make
-            Writes the files; may return more provenance to record.
+        that make the same one the earlier stores it, and others may read it already; the later drops its own. What
+        `make` returns is recorded with the provenance.
         """
         if artifact := self.find(unit):
             return artifact

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __getattr__, _lazy_names = lazy.attach(
     __name__,
     {
-        "FAMILIES": "datawall.models.hyperparameters:FAMILIES",
         "Geneformer": "datawall.models.geneformer:Geneformer",
         "Model": "datawall.models.base:Model",
         "ModelSpec": "datawall.models.hyperparameters:ModelSpec",
@@ -24,7 +23,6 @@ __getattr__, _lazy_names = lazy.attach(
         "SCimilarity": "datawall.models.scimilarity:SCimilarity",
         "SSL": "datawall.models.ssl:SSL",
         "ScVI": "datawall.models.scvi:ScVI",
-        "model_class": "datawall.models.hyperparameters:model_class",
         "resolve": "datawall.models.hyperparameters:resolve",
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -17,9 +17,8 @@ from torch import nn
 from datawall.cells import expression
 from datawall.cells.cellstore import Cells
 from datawall.engine import disk
-from datawall.models import training
+from datawall.models import streaming, training
 from datawall.models.hyperparameters import Hyperparameters, check
-from datawall.models.training import History
 
 CONFIG, TENSORS = "model.json", "model.safetensors"
 HELD_OUT = 500  # cells at most that choose the best weights
@@ -38,7 +37,7 @@ class Model(Protocol):
         seed: int,
         init_seed: int | None = None,
         checkpoint: Path | None = None,
-    ) -> History | None:
+    ) -> training.History | None:
         """Pretrain on a subset; the history is None for a model that takes no optimiser steps.
 
         Parameters
@@ -48,9 +47,16 @@ class Model(Protocol):
         steps
             Optimiser steps: the budget.
         seed, init_seed
-            Of the training, and of the initial weights; by default one and the same.
+            Seeds of the training and of the initial weights; by default one and the same.
         checkpoint
             See `training.train`.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells that the family can learn from.
+        training.NonFiniteLossError
+            If training diverges.
         """
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
@@ -74,10 +80,10 @@ class Model(Protocol):
 
 
 class Network:
-    """A family whose weights are one torch module over a panel of genes: its life apart from `fit` and `embed`.
+    """A family whose weights are one torch module over a panel of genes.
 
-    The panel is the `n_genes` most variable genes of the subset itself, or all genes. A subclass names itself
-    (`family`) and makes its module (`network`).
+    The panel is the `n_genes` most variable genes of the subset itself, or all genes. A subclass names itself, makes
+    its module (`network`), and says what this reads (`prepare`) and how it learns (`objective`, `course`).
 
     Parameters
     ----------
@@ -86,6 +92,7 @@ class Network:
     """
 
     family: ClassVar[str]
+    statistics: ClassVar[tuple[str, ...]] = ()  # names of arrays that a model learns beside its weights
 
     def __init__(self, **hyperparameters: Any) -> None:
         self.hyperparameters = check(self.family, hyperparameters)
@@ -97,13 +104,64 @@ class Network:
         """The module for a number of genes, with random weights."""
         raise NotImplementedError
 
+    def prepare(self, counts: sp.csr_matrix) -> Any:
+        """What the module reads of raw counts over the corpus's genes, each cell on its own; indexed by cell."""
+        raise NotImplementedError
+
+    def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
+        """The loss of a batch, as `training.train` takes it; `n_cells` are trained on."""
+        raise NotImplementedError
+
+    def course(self, steps: int, n_cells: int) -> dict[str, Any]:
+        """What the family's `training.Recipe` has beside its budget, batches, learning rate and weight decay."""
+        return {}
+
+    def learn_statistics(self, counts: sp.csr_matrix | Cells) -> np.ndarray:
+        """Take from the subset what the family keeps of it beside weights; gives the rows that can be learned from."""
+        return np.arange(counts.shape[0])
+
+    def batches(self, rows: np.ndarray, obs: pd.DataFrame, steps: int, seed: int) -> Iterable[np.ndarray]:
+        """Rows of each step's batch."""
+        return training.minibatches(rows, self.hyperparameters.batch_size, steps, seed=seed)
+
+    def fit(
+        self,
+        counts: sp.csr_matrix | Cells,
+        obs: pd.DataFrame,
+        *,
+        steps: int,
+        seed: int,
+        init_seed: int | None = None,
+        checkpoint: Path | None = None,
+    ) -> training.History:
+        h = self.hyperparameters
+        self.build(counts.shape[1], seed if init_seed is None else init_seed, choose_panel(counts, h.n_genes))
+        learned, validation_loss = hold_out(self, counts, obs, self.learn_statistics(counts), seed=seed)
+        recipe = training.Recipe(
+            steps=steps,
+            validate_every=max(1, steps // LOOKS),
+            **h.model_dump(include={"batch_size", "learning_rate", "weight_decay"}),
+            **self.course(steps, len(learned)),
+        )
+        return training.train(
+            self.module,
+            self.objective(obs, recipe, len(learned)),
+            len(learned),
+            recipe,
+            seed=seed,
+            batches=self.batches(learned, obs, steps, seed),
+            load=streaming.loader(counts, self.prepare, h.batch_size),
+            validation_loss=validation_loss,
+            checkpoint=checkpoint,
+        )
+
     def build(self, n_genes: int, seed: int, panel: np.ndarray | None = None) -> nn.Module:
         """Make the module for a panel, or all genes, with initial weights from a seed, on the device, to evaluate."""
         self.n_genes, self.genes = n_genes, np.arange(n_genes) if panel is None else panel
         self.module = training.seeded(lambda: self.network(len(self.genes)), seed).eval()
         return self.module
 
-    def of_panel(self, X: sp.csr_matrix) -> sp.csr_matrix:
+    def select_panel(self, X: sp.csr_matrix) -> sp.csr_matrix:
         """The columns of the panel, (n_cells, n_panel), of a matrix over the corpus's genes."""
         return X if len(self.genes) == X.shape[1] else X[:, self.genes]
 
@@ -120,19 +178,20 @@ class Network:
         return self
 
     def save(self, folder: Path) -> None:
-        """Write panel, weights and hyper-parameters."""
         if self.module is None:
             raise NotFittedError(self.family)
-        weights = {f"module.{name}": weight.cpu().numpy() for name, weight in self.module.state_dict().items()}
-        arrays = {"n_genes": np.array([self.n_genes]), "genes": self.genes, **weights}
+        arrays = {"n_genes": np.array([self.n_genes]), "genes": self.genes}
+        arrays |= {name: getattr(self, name) for name in self.statistics}
+        arrays |= {f"module.{name}": weight.cpu().numpy() for name, weight in self.module.state_dict().items()}
         write(Path(folder), self.family, self.hyperparameters, arrays)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read a saved model."""
         hyperparameters, arrays = read(Path(folder))
         model = cls(**hyperparameters)
         model.build(int(arrays.pop("n_genes")[0]), 0, arrays.pop("genes"))
+        for name in cls.statistics:
+            setattr(model, name, arrays.pop(name))
         model.module.load_state_dict(
             {name.removeprefix("module."): torch.from_numpy(array) for name, array in arrays.items()}
         )
@@ -151,18 +210,9 @@ def choose_panel(counts: sp.csr_matrix | Cells, n_genes: int | None) -> np.ndarr
 def hold_out(
     model: Any, counts: sp.csr_matrix | Cells, obs: pd.DataFrame | None, rows: np.ndarray, *, seed: int
 ) -> tuple[np.ndarray, Callable[[], float] | None]:
-    """Divide a subset into cells to train on and, with `keep="best"`, cells that choose which weights are kept.
+    """Divide rows of a subset into those to train on and, with `keep="best"`, those that choose the weights to keep.
 
     The latter are a tenth, at least one cell and at most 500, drawn by the seed; a subset of one cell serves as both.
-
-    Parameters
-    ----------
-    model
-        With hyper-parameters (`keep`) and a loss of cells (`heldout_loss`).
-    counts, obs
-        The subset; `obs` where the loss reads it.
-    rows
-        Its cells that can be trained on.
 
     Returns
     -------
@@ -173,23 +223,17 @@ def hold_out(
     rows = np.random.default_rng([seed, 1]).permutation(rows)
     n_held = min(HELD_OUT, max(1, len(rows) // 10))
     held = np.sort(rows[:n_held])
-    X, of_held = counts[held], None if obs is None else obs.iloc[held]
+    held_counts, held_obs = counts[held], None if obs is None else obs.iloc[held]
 
     def loss() -> float:
         torch.manual_seed(0)  # the same masks at every look; the next step has its own seed
-        return model.heldout_loss(X, of_held)
+        return model.heldout_loss(held_counts, held_obs)
 
     return rows[n_held:] if len(rows) > 1 else rows, loss
 
 
 def check_genes(counts: sp.csr_matrix, n_genes: int, family: str) -> None:
-    """Refuse counts over another number of genes than the model was made for.
-
-    Raises
-    ------
-    ValueError
-        Naming both numbers.
-    """
+    """Refuse counts over another number of genes than the model was made for."""
     if counts.shape[1] != n_genes:
         raise ValueError(
             f"{family}: counts have {counts.shape[1]} genes, the model {n_genes}; align them to its corpus."
@@ -211,13 +255,7 @@ def write(folder: Path, family: str, hyperparameters: Hyperparameters, tensors: 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The family and hyper-parameters of a saved model.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none.
-    """
+    """The family and hyper-parameters of a saved model; raises FileNotFoundError where there is none."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no saved model ({CONFIG} is missing).")
     return json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -27,15 +27,9 @@ def is_external(model: str) -> bool:
 
 
 def source_file(model: str) -> Path:
-    """File of a model named `module:Class`.
+    """File of a model named `module:Class`, of which nothing runs, nor of the packages that it is in.
 
     Looked for, like data files, from the working directory and then the repository; else among installed packages.
-    Nothing of it runs, nor of the packages that it is in.
-
-    Raises
-    ------
-    ValueError
-        If there is no such module.
     """
     module = model.partition(":")[0]
     relative = Path(*module.split("."))
@@ -105,13 +99,7 @@ def _imported(file: Path, root: Path, known: set[Path]) -> set[Path]:
 
 
 def model_class(model: str) -> type[Any]:
-    """The class of a model named `module:Class`, as its file is now: an edited file is read again.
-
-    Raises
-    ------
-    ValueError
-        If the module has no such class, or the class lacks a method of `models.Model`.
-    """
+    """The class of a model named `module:Class`, as its file is now: an edited file is read again."""
     return _model_class(model, source_file(model), version(model))
 
 
@@ -121,53 +109,34 @@ def _model_class(model: str, file: Path, sha256: str) -> type[Any]:
     _, files, own = _sources(model)
     if own:  # what it imported before may have been edited since
         sources = set(map(str, files))
-        for name in [name for name, one in sys.modules.items() if getattr(one, "__file__", None) in sources]:
+        for name in [name for name, loaded in sys.modules.items() if getattr(loaded, "__file__", None) in sources]:
             del sys.modules[name]
         spec = importlib.util.spec_from_file_location(module_name, file)
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:  # others may hold its classes already
         module = importlib.import_module(module_name)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
+    own_class = getattr(module, class_name, None)
+    if not isinstance(own_class, type):
         raise ValueError(f"{model!r}: {file} defines no class {class_name!r}; name the one that is the model.")
-    if missing := [method for method in METHODS if not callable(getattr(found, method, None))]:
+    if missing := [method for method in METHODS if not callable(getattr(own_class, method, None))]:
         raise ValueError(f"{model!r}: {file}: {class_name} lacks {', '.join(missing)}; see datawall.models.Model.")
-    return found
+    return own_class
 
 
 def embeddings_file(name: str) -> Path:
-    """Path of a file of embeddings, from the working directory or else the repository.
-
-    Raises
-    ------
-    ValueError
-        If it is no `.h5ad` file or does not exist.
-    """
+    """Path of a file of embeddings, from the working directory or else the repository."""
     if not name.endswith(".h5ad"):
         raise ValueError(f"{name}: embeddings are read from .h5ad files; write them with AnnData's write_h5ad")
     if not (path := paths.located(name)).is_file():
-        raise ValueError(f"{name}: no such file, neither from {Path.cwd()} nor from {paths.repository()}")
+        raise ValueError(paths.not_found(name))
     return path
 
 
 def read_embedding(name: str, key: str, cells: pd.Index, dataset: str) -> np.ndarray:
-    """Embedding of a data set's cells from a file, matched by name of the cell.
+    """Embedding of a data set's cells, (len(cells), n_latent) float32: those of `obsm[key]` of a file by cell name.
 
-    Parameters
-    ----------
-    name
-        Of the file, whose `obsm[key]` is (n_cells_of_the_file, n_latent) and whose other cells do not matter.
-    key
-        In `obsm`.
-    cells
-        Names of the cells of the data set.
-    dataset
-        Its name, for messages.
-
-    Returns
-    -------
-    (len(cells), n_latent) float32.
+    Other cells of the file do not matter.
 
     Raises
     ------

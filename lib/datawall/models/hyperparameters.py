@@ -254,26 +254,3 @@ def resolve(
 def check(model: str, values: dict[str, Any]) -> Hyperparameters:
     """Hyper-parameters of a model, complete; raises as `resolve` does."""
     return resolve(model, {model: values}).hyperparameters
-
-
-# Names that `ModelSpec` replaces.
-
-
-def family(model: str) -> str:
-    """The family of a model."""
-    return resolve(model).family
-
-
-def takes_steps(model: str) -> bool:
-    """Whether a model's budget is counted in optimiser steps."""
-    return resolve(model).takes_steps
-
-
-def model_class(name: str) -> type[Any]:
-    """The class of a model."""
-    return resolve(name).model_class
-
-
-def of_family(name: str) -> type[Hyperparameters]:
-    """The hyper-parameters that a family has."""
-    return FAMILIES.get(name, External)

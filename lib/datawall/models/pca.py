@@ -20,7 +20,7 @@ class PretrainedPCA:
 
     Counts are normalised to 10,000 a cell and log-transformed; genes variable among the pretraining cells
     (scanpy's default cut-offs) are centred and decomposed. The embedding is the product with the axes, not
-    centred: a constant shift that no distance sees.
+    centred: a constant shift that no distance sees. `fit` is exact: steps and seeds change nothing.
 
     Parameters
     ----------
@@ -42,13 +42,6 @@ class PretrainedPCA:
         init_seed: int | None = None,
         checkpoint: Path | None = None,
     ) -> None:
-        """Find the axes, exactly: there are no steps and no randomness, so the keyword arguments change nothing.
-
-        Raises
-        ------
-        ValueError
-            If no gene is variable among the cells.
-        """
         n_components = self.hyperparameters.n_components
         if isinstance(counts, Cells):
             variable = expression.streamed_variable_genes(counts.count_blocks)
@@ -67,18 +60,11 @@ class PretrainedPCA:
         return self
 
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Log-normalised expression projected onto the axes, (n_cells, n_components) float32."""
-        if self.axes is None:
-            raise base.NotFittedError("PretrainedPCA")
-        base.check_genes(counts, self.axes.shape[1], "PretrainedPCA")
-        return np.asarray(expression.lognormalise(counts) @ self.axes.T, dtype=np.float32)
+        return np.asarray(self._expression(counts) @ self.axes.T, dtype=np.float32)
 
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """Squared error per entry of log-normalised expression, centred and put back together from the axes."""
-        if self.axes is None:
-            raise base.NotFittedError("PretrainedPCA")
-        base.check_genes(counts, self.axes.shape[1], "PretrainedPCA")
-        X = expression.lognormalise(counts)
+        X = self._expression(counts)
         scores = X @ np.linalg.qr(self.axes.T.astype(np.float64))[0]
         explained = np.square(scores - scores.mean(axis=0)).sum()
         return base.variance(X) - float(explained) / np.prod(X.shape)
@@ -88,15 +74,19 @@ class PretrainedPCA:
         return base.variance(expression.lognormalise(counts))
 
     def save(self, folder: Path) -> None:
-        """Write the axes and hyper-parameters."""
         if self.axes is None:
             raise base.NotFittedError("PretrainedPCA")
         base.write(Path(folder), "PretrainedPCA", self.hyperparameters, {"axes": self.axes})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read a saved model."""
         hyperparameters, tensors = base.read(Path(folder))
         model = cls(**hyperparameters)
         model.axes = tensors["axes"]
         return model
+
+    def _expression(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        if self.axes is None:
+            raise base.NotFittedError("PretrainedPCA")
+        base.check_genes(counts, self.axes.shape[1], "PretrainedPCA")
+        return expression.lognormalise(counts)

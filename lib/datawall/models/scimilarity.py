@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall.cells import cellstore
 from datawall.cells.ontology import read as read_ontology
 from datawall.engine import paths
-from datawall.models import base, hyperparameters, streaming, training
+from datawall.models import base, hyperparameters, training
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear, SparseNetwork, bernoulli
 
 LABEL = "cell_type"
@@ -31,7 +31,9 @@ class TripletAutoencoder(nn.Module):
         self.h = h
 
         def layers(*linears: nn.Module) -> list[nn.Module]:
-            parts = ((nn.Dropout(h.dropout), each, nn.BatchNorm1d(len(each.bias)), nn.PReLU()) for each in linears)
+            parts = (
+                (nn.Dropout(h.dropout), linear, nn.BatchNorm1d(len(linear.bias)), nn.PReLU()) for linear in linears
+            )
             return [*chain(*parts)][1:]  # what comes first is the input, or the latent space: no such dropout
 
         widths, back = h.n_hidden, h.n_hidden[::-1]
@@ -45,11 +47,11 @@ class TripletAutoencoder(nn.Module):
         if self.training and h.input_dropout:  # it leaves zeros zero, so that only the other values need be drawn for
             kept = bernoulli(len(cells.data), 1 - h.input_dropout, cells.data.device)
             seen = cells.thinned(kept, 1 / (1 - h.input_dropout))
-        latent = self.encode(seen)
+        latent = self.encode(seen)  # (B, L)
         loss = (1 - h.triplet_weight) * self.reconstruction(self.decoder(latent), cells)
         loss = loss + h.l1 * rate * _Absolute.apply(self.encoder[0 if h.l1_layer == "first" else -1].weight)
         with torch.autocast(latent.device.type, enabled=False):
-            distance = 2 - 2 * latent.detach() @ latent.detach().T
+            distance = 2 - 2 * latent.detach() @ latent.detach().T  # (B, B) d² on the unit sphere
         anchor, positive, negative = semihard_triplets(distance, pairs, negatives, h.margin)
         if len(anchor):
             triplets = F.triplet_margin_loss(latent[anchor], latent[positive], latent[negative], margin=h.margin)
@@ -77,7 +79,7 @@ class _Absolute(torch.autograd.Function):
 def semihard_triplets(
     distance: Tensor, pairs: Tensor, negatives: Tensor, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pair one random negative that is farther than the positive, but by less than the margin.
+    """For each pair one random negative n with d²(anchor, positive) < d²(anchor, n) < d²(anchor, positive) + margin.
 
     Distances from a cell are sorted once, and the negatives that suit one of its pairs are then a range of them: so
     memory grows with the square of the cells, not with pairs times negatives.
@@ -86,12 +88,8 @@ def semihard_triplets(
     ----------
     distance
         (n_cells, n_cells) squared distances d².
-    pairs
-        (n_cells, n_cells) bool: whether the row is an anchor and the column its positive.
-    negatives
-        (n_cells, n_cells) bool: whether the column is a negative of the row.
-    margin
-        d²(anchor, positive) < d²(anchor, negative) < d²(anchor, positive) + margin.
+    pairs, negatives
+        (n_cells, n_cells) bool: whether the row is an anchor and the column its positive, or a negative of it.
 
     Returns
     -------
@@ -109,16 +107,11 @@ def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
     """Whether of two cell types, names of terms in an OBO file, one is the other or its ancestor, (n, n) bool.
 
     Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original. The path of
-    the file is from the working directory, or else from the repository.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        From `ontology.read`, or if there is no term of a name; obsolete ones do not count.
+    the file is from the working directory, or else from the repository. A name without a term, or with an obsolete one
+    alone, is refused.
     """
     terms = read_ontology(paths.located(ontology))
-    unknown = [str(label) for label in labels if label not in terms.identifiers]
-    if unknown:
+    if unknown := [str(label) for label in labels if label not in terms.identifiers]:
         raise ValueError(
             f"SCimilarity: {ontology} has no term named {', '.join(map(repr, unknown))}; rename these cell types to "
             "terms of the ontology, or leave `ontology` out."
@@ -174,79 +167,45 @@ class SCimilarity(SparseNetwork):
     family = "SCimilarity"
 
     def network(self, n_genes: int) -> TripletAutoencoder:
-        """The autoencoder."""
         return TripletAutoencoder(n_genes, self.hyperparameters)
 
-    def fit(
-        self,
-        counts: sp.csr_matrix | cellstore.Cells,
-        obs: pd.DataFrame,
-        *,
-        steps: int,
-        seed: int,
-        init_seed: int | None = None,
-        checkpoint: Path | None = None,
-    ) -> training.History:
-        """Train for a number of optimiser steps, on cells with a type in `obs["cell_type"]`.
+    def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
+        relations = self._relations(obs)
+        return lambda forward, cells, step: forward(Cells.of(cells[1]), *relations(cells[0]), recipe.rate(step))
 
-        Raises
-        ------
-        ValueError
-            If there are no cells, if one has no type, or if the ontology does not know a type.
-        training.NonFiniteLossError
-            If training diverges.
-        """
-        h = self.hyperparameters
-        labels, studies, types = _codes(obs)
-        kin = self._kin(types)
-        learned, validation_loss = base.hold_out(self, counts, obs, np.arange(len(labels)), seed=seed)
-        panel = base.choose_panel(counts, h.n_genes)
-        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
-        settings = h.model_dump(include={"batch_size", "learning_rate", "weight_decay"})
-        looks = {"validate_every": max(1, steps // base.LOOKS)}
-        recipe = training.Recipe(steps=steps, decay="cosine", decay_vectors=True, **looks, **settings)
+    def course(self, steps: int, n_cells: int) -> dict[str, Any]:
+        return {"decay": "cosine", "decay_vectors": True}
 
-        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
-            rows, X = cells
-            relations = _relations(labels[rows], studies[rows] if studies.any() else None, kin)
-            return forward(Cells.of(X), *relations, recipe.rate(step))
-
-        weights = sampling_weights(labels[learned], studies[learned])
-        drawn = weighted_batches(weights, h.batch_size, steps, seed=seed)
-        return training.train(
-            module,
-            loss_of,
-            len(learned),
-            recipe,
-            seed=seed,
-            batches=(learned[rows] for rows in drawn),
-            load=streaming.loader(counts, self.expression, h.batch_size),
-            validation_loss=validation_loss,
-            checkpoint=checkpoint,
-        )
+    def batches(self, rows: np.ndarray, obs: pd.DataFrame, steps: int, seed: int) -> Iterator[np.ndarray]:
+        labels, studies, _ = _codes(obs)
+        weights = sampling_weights(labels[rows], studies[rows])
+        return (rows[drawn] for drawn in weighted_batches(weights, self.hyperparameters.batch_size, steps, seed=seed))
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """The loss that is trained, without the penalty of weights: triplets are those among these cells."""
-        labels, studies, types = _codes(obs)
-        relations = _relations(labels, studies if studies.any() else None, self._kin(types))
-        return self.ready(counts)(Cells.of(self.expression(counts)), *relations, 0.0).item()
+        relations = self._relations(obs)(np.arange(len(obs)))
+        return self.ready(counts)(Cells.of(self.prepare(counts)), *relations, 0.0).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         """That of the mean cell, for which no triplet counts."""
-        return (1 - self.hyperparameters.triplet_weight) * base.variance(self.expression(counts))
+        return (1 - self.hyperparameters.triplet_weight) * base.variance(self.prepare(counts))
 
-    def _kin(self, types: np.ndarray) -> np.ndarray:
-        """Whether of two types one is no negative of the other, (n_types, n_types) bool."""
+    def _relations(self, obs: pd.DataFrame) -> Callable[[np.ndarray], tuple[Tensor, Tensor]]:
+        """By rows: which of them are pairs and which negatives, each (n_rows, n_rows) bool on the device."""
+        labels, studies, types = _codes(obs)
         ontology = self.hyperparameters.ontology
-        return np.eye(len(types), dtype=bool) if ontology is None else kinship(types, ontology)
+        kin = np.eye(len(types), dtype=bool) if ontology is None else kinship(types, ontology)  # no negatives
 
+        def relations(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+            label, study = labels[rows], studies[rows]
+            apart = study[:, None] != study if studies.any() else True  # of one study alone, pairs lie within it
+            pairs = np.triu((label[:, None] == label) & apart, 1)  # each once: the row is the anchor
+            return tuple(
+                torch.from_numpy(table).to(training.device()) for table in (pairs, ~kin[label[:, None], label])
+            )
 
-def _relations(labels: np.ndarray, studies: np.ndarray | None, kin: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Which cells are pairs and which negatives of one another, (n_cells, n_cells) bool on the device."""
-    apart = True if studies is None else studies[:, None] != studies
-    relations = np.triu((labels[:, None] == labels) & apart, 1), ~kin[labels[:, None], labels]
-    return tuple(torch.from_numpy(each).to(training.device()) for each in relations)
+        return relations
 
 
 def _codes(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

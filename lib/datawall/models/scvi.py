@@ -7,7 +7,7 @@ the likelihood is taken with its gradient in blocks of cells that stay in a proc
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from datawall.cells import cellstore
-from datawall.models import base, hyperparameters, sparse, streaming, training
+from datawall.models import base, hyperparameters, sparse, training
 
 ADAM = {"optimiser": "Adam", "epsilon": 0.01, "decay_vectors": True, "decay": "none"}  # as in scvi-tools
 BLOCK = {"cpu": 64, "cuda": 4096}  # cells whose every gene is in memory at a time
@@ -46,53 +45,16 @@ class ScVI(base.Network):
     family = "scVI"
 
     def network(self, n_genes: int) -> Autoencoder:
-        """The autoencoder."""
         return Autoencoder(n_genes, self.hyperparameters)
 
-    def fit(
-        self,
-        counts: sp.csr_matrix | cellstore.Cells,
-        obs: pd.DataFrame,
-        *,
-        steps: int,
-        seed: int,
-        init_seed: int | None = None,
-        checkpoint: Path | None = None,
-    ) -> training.History:
-        """Maximise the evidence lower bound for a number of optimiser steps; no column of `obs` is read.
+    def prepare(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        return self.select_panel(counts)
 
-        Raises
-        ------
-        ValueError
-            If there are no cells.
-        training.NonFiniteLossError
-            If training diverges.
-        """
-        h = self.hyperparameters
-        learned, validation_loss = base.hold_out(self, counts, None, np.arange(counts.shape[0]), seed=seed)
-        panel, n_cells = base.choose_panel(counts, h.n_genes), len(learned)
-        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
+    def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
+        return lambda forward, cells, step: forward(cells[1], self.kl_weight(step, recipe.steps, n_cells))
 
-        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
-            return forward(cells[1], self.kl_weight(step, steps, n_cells))
-
-        recipe = training.Recipe(
-            steps=steps,
-            validate_every=max(1, steps // base.LOOKS),
-            **h.model_dump(include={"batch_size", "learning_rate", "weight_decay"}),
-            **ADAM,
-        )
-        return training.train(
-            module,
-            loss_of,
-            n_cells,
-            recipe,
-            seed=seed,
-            batches=training.minibatches(learned, h.batch_size, steps, seed=seed),
-            load=streaming.loader(counts, self.of_panel, h.batch_size),
-            validation_loss=validation_loss,
-            checkpoint=checkpoint,
-        )
+    def course(self, steps: int, n_cells: int) -> dict[str, Any]:
+        return ADAM
 
     def kl_weight(self, step: int, steps: int, n_cells: int) -> float:
         """Weight of the KL term at a step, counted from 0: rising to 1 in a share of them, or by 1/400 each pass."""
@@ -108,19 +70,19 @@ class ScVI(base.Network):
         embedding = np.zeros((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
         for first in range(0, len(embedding), CELLS_AT_ONCE):
             block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.posterior(self.of_panel(counts[block]))[0].cpu().numpy()
-        embedding[np.asarray(self.of_panel(counts).sum(axis=1)).ravel() == 0] = 0
+            embedding[block] = module.posterior(self.prepare(counts[block]))[0].cpu().numpy()
+        embedding[np.asarray(self.prepare(counts).sum(axis=1)).ravel() == 0] = 0
         return embedding
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """Negative evidence lower bound, in nats a cell, with the KL term in full."""
-        return self.ready(counts)(self.of_panel(counts), 1.0).item()
+        return self.ready(counts)(self.prepare(counts), 1.0).item()
 
     @torch.no_grad()
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         """Negative log-likelihood of the mean cell's shares, in nats a cell, at the model's dispersions."""
-        module, counts = self.ready(counts), self.of_panel(counts)
+        module, counts = self.ready(counts), self.prepare(counts)
         n_cells, n_genes = counts.shape
         share = torch.from_numpy(np.asarray(counts.sum(axis=0)).ravel()).to(module.log_theta)
         nothing = share.new_zeros(n_cells, 1), share.new_zeros(n_genes, 1)
@@ -142,9 +104,9 @@ class Autoencoder(nn.Module):
 
     @torch.autocast("cuda", enabled=False)  # batch statistics and likelihood in bfloat16 would be noise
     def forward(self, counts: sp.csr_matrix, kl_weight: float) -> Tensor:
-        mean, variance = self.posterior(counts)
-        z = mean + variance.sqrt() * torch.randn_like(mean)
-        divergence = (mean.square() + variance - 1 - variance.log()).sum(1).mean() / 2  # from N(0, 1)
+        mean, variance = self.posterior(counts)  # each (B, L)
+        z = mean + variance.sqrt() * torch.randn_like(mean)  # (B, L)
+        divergence = (mean.square() + variance - 1 - variance.log()).sum(1).mean() / 2  # from N(0, 1): (B, L) to ()
         return self.reconstruction(counts, z) + kl_weight * divergence
 
     def posterior(self, counts: sp.csr_matrix) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Cells(NamedTuple):
         """The cells of a matrix that has no entry twice."""
         by_gene = sp.csr_matrix((np.arange(X.nnz, dtype=np.int32), X.indices, X.indptr), shape=X.shape).tocsc()
         positions = (X.indices, X.indptr, by_gene.data, by_gene.indices, by_gene.indptr)
-        arrays = (X.data.astype(np.float32), *(each.astype(np.int32) for each in positions))
+        arrays = (X.data.astype(np.float32), *(array.astype(np.int32) for array in positions))
         return cls(*(torch.from_numpy(array).to(training.device()) for array in arrays))
 
     def thinned(self, kept: Tensor, scale: float) -> Self:
@@ -44,7 +44,7 @@ class Cells(NamedTuple):
         if kept.device.type != "cpu":  # how many are left a GPU would be waited for
             return self._replace(data=self.data * kept * scale)
         by_gene = kept.index_select(0, self.order)
-        before, before_by_gene = (F.pad(each.cumsum(0, dtype=torch.int32), (1, 0)) for each in (kept, by_gene))
+        before, before_by_gene = (F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0)) for mask in (kept, by_gene))
         left, left_by_gene = kept.nonzero().view(-1), by_gene.nonzero().view(-1)
         return Cells(
             self.data.index_select(0, left) * scale,
@@ -92,12 +92,7 @@ def _product(values: Tensor, columns: Tensor, offsets: Tensor, dense: Tensor) ->
 class Reconstruction(nn.Linear):
     """The last layer of a decoder and its squared error in one, so that only a block of the output is ever in memory.
 
-    Parameters
-    ----------
-    n_inputs, n_genes
-        Sizes.
-    sigmoid
-        Whether the output is squashed between 0 and 1.
+    With `sigmoid`, the output is squashed between 0 and 1.
     """
 
     def __init__(self, n_inputs: int, n_genes: int, *, sigmoid: bool = False) -> None:
@@ -107,12 +102,12 @@ class Reconstruction(nn.Linear):
     def forward(self, inputs: Tensor, cells: Cells, hidden: Tensor | None = None, mask: float = 1.0) -> Tensor:
         """Squared error averaged over all cells and genes, in float32; an entry that is not hidden counts as 0.
 
+        By definition that is ((output - x)² * is_hidden).mean(), of (n_cells, n_genes) that are never whole.
+
         Parameters
         ----------
         inputs
             (n_cells, n_inputs).
-        cells
-            What is to be reconstructed.
         hidden
             (n_values,) uint8: which of the non-zero values were hidden. Without it, every entry counts.
         mask
@@ -137,18 +132,19 @@ class _SquaredError(torch.autograd.Function):
         starts = [*range(0, n_genes, width), n_genes]
         ends = cells.gene_offsets[starts].tolist() if width < n_genes else [0, len(cells.data)]
         for (first, last), (begin, end) in zip(pairwise(starts), pairwise(ends), strict=True):
-            block, some = slice(first, last), slice(begin, end)
-            error = F.linear(inputs, weight[block], bias[block]).float()  # here still the output, with x taken as 0
+            block, values = slice(first, last), slice(begin, end)
+            # (n_cells, last - first): the output, and so the error of the zeros; below, that of the values too
+            error = F.linear(inputs, weight[block], bias[block]).float()
             if sigmoid:
                 error.sigmoid_()
                 slope = error * (1 - error)
             counts = cells.gene_offsets[first : last + 1].diff()
             column = torch.arange(last - first, device=error.device).repeat_interleave(counts, output_size=end - begin)
-            at = cells.cells[some] * (last - first) + column
-            difference = error.take(at) - targets[some]
+            at = cells.cells[values] * (last - first) + column
+            difference = error.take(at) - targets[values]
             if hidden is not None:
                 error.mul_(bernoulli(error.numel(), mask, error.device).view_as(error))
-                difference *= hidden[some]
+                difference *= hidden[values]
             error.view(-1).scatter_(0, at, difference)
             total += torch.linalg.vector_norm(error, dim=1).square().sum()  # by cell: all at once loses digits
             if learning:
@@ -161,8 +157,8 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so of use once
-        return *(each.mul_(gradient * 2 / ctx.n_entries) for each in gradients), *[None] * 5
+        parts, ctx.gradients = ctx.gradients, None  # scaled in place, so of use once
+        return *(part.mul_(gradient * 2 / ctx.n_entries) for part in parts), *[None] * 5
 
 
 def bernoulli(n: int, share: float, where: torch.device) -> Tensor:
@@ -170,7 +166,8 @@ def bernoulli(n: int, share: float, where: torch.device) -> Tensor:
 
     On the CPU 64 are drawn at once, to the nearest 2⁻³²: torch's own would take a quarter of a step. Where a bit is 1
     with probability p, it is with (1 + p) / 2 after OR with a fair bit, and with p / 2 after AND; so the binary
-    digits of the share, the last one first, make fair bits into those wanted.
+    digits of the share, the last one first, make fair bits into those wanted. For 0.625, binary 0.101: OR makes 0 into
+    1/2, AND this into 1/4, and OR that into 5/8.
     """
     if where.type != "cpu":
         return torch.empty(n, dtype=torch.uint8, device=where).bernoulli_(share)
@@ -185,25 +182,22 @@ def bernoulli(n: int, share: float, where: torch.device) -> Tensor:
 class SparseNetwork(base.Network):
     """A family whose module embeds `Cells` of log-normalised expression by its method `encode`."""
 
-    def expression(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+    def prepare(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """Log-normalised expression of the panel, (n_cells, n_panel); a cell is scaled by its counts of all genes."""
-        return self.of_panel(expression.lognormalise(counts))
+        return self.select_panel(expression.lognormalise(counts))
 
     @torch.no_grad()
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Output of the encoder for whole cells, (n_cells, n_latent) float32; zero for a cell without counts.
-
-        A block at a time, so that memory does not grow with the cells.
-        """
+        """Output of the encoder for whole cells, block by block; zero for a cell without counts."""
         module = self.ready(counts)
         embedding = np.empty((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
         for first in range(0, len(embedding), CELLS_AT_ONCE):
             block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.encode(Cells.of(self.expression(counts[block]))).cpu().numpy()
+            embedding[block] = module.encode(Cells.of(self.prepare(counts[block]))).cpu().numpy()
         embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
         return embedding
 
     def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
         """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
         network = copy.deepcopy(self.module)
-        return network, lambda counts: network.encode(Cells.of(self.expression(counts)))
+        return network, lambda counts: network.encode(Cells.of(self.prepare(counts)))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from datawall.cells import cellstore
-from datawall.models import base, hyperparameters, sparse, streaming, training
+from datawall.models import base, hyperparameters, sparse, training
 from datawall.models.sparse import Cells
 
 
@@ -24,7 +22,7 @@ class Autoencoder(nn.Module):
         self.mask, self.n_latent, self.variational = h.mask, h.n_latent, h.loss == "vae"
 
         def layers(widths: list[int]) -> list[nn.Module]:
-            return [each for n, m in pairwise(widths) for each in (nn.Linear(n, m), nn.SELU(), nn.Dropout(h.dropout))]
+            return [part for n, m in pairwise(widths) for part in (nn.Linear(n, m), nn.SELU(), nn.Dropout(h.dropout))]
 
         self.encoder = nn.Sequential(
             sparse.SparseLinear(n_genes, h.n_hidden[0]),
@@ -38,12 +36,12 @@ class Autoencoder(nn.Module):
 
     def forward(self, cells: Cells) -> Tensor:
         if self.variational:
-            mean, log_variance = self.encoder(cells).float().chunk(2, dim=1)
+            mean, log_variance = self.encoder(cells).float().chunk(2, dim=1)  # (B, 2 L) to twice (B, L)
             latent = mean + torch.randn_like(mean) * (log_variance / 2).exp()
-            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2  # (B, L) to ()
             n_genes = self.reconstruction.out_features
             return self.reconstruction(self.decoder(latent), cells) / 2 + divergence / n_genes
-        hidden = sparse.bernoulli(len(cells.data), self.mask, cells.data.device)
+        hidden = sparse.bernoulli(len(cells.data), self.mask, cells.data.device)  # (n_values,) of the non-zero ones
         seen = cells.thinned(1 - hidden, 1 / (1 - self.mask))
         return self.reconstruction(self.decoder(self.encoder(seen)), cells, hidden, self.mask)
 
@@ -77,63 +75,23 @@ class SSL(sparse.SparseNetwork):
     family = "SSL"
 
     def network(self, n_genes: int) -> Autoencoder:
-        """The autoencoder."""
         return Autoencoder(n_genes, self.hyperparameters)
 
-    def fit(
-        self,
-        counts: sp.csr_matrix | cellstore.Cells,
-        obs: pd.DataFrame,
-        *,
-        steps: int,
-        seed: int,
-        init_seed: int | None = None,
-        checkpoint: Path | None = None,
-    ) -> training.History:
-        """Train for a number of optimiser steps; no column of `obs` is read.
+    def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
+        return lambda forward, cells, step: forward(Cells.of(cells[1]))
 
-        Raises
-        ------
-        ValueError
-            If there are no cells.
-        training.NonFiniteLossError
-            If training diverges.
-        """
+    def course(self, steps: int, n_cells: int) -> dict[str, Any]:
         h = self.hyperparameters
-        learned, validation_loss = base.hold_out(self, counts, None, np.arange(counts.shape[0]), seed=seed)
-        panel = base.choose_panel(counts, h.n_genes)
-        module = self.build(counts.shape[1], seed if init_seed is None else init_seed, panel)
-
-        def loss_of(forward: training.Forward, cells: tuple[np.ndarray, sp.csr_matrix], step: int) -> Tensor:
-            return forward(Cells.of(cells[1]))
-
-        passes = max(1.0, len(learned) / h.batch_size)  # steps of one; a pass takes a step at least
-        recipe = training.Recipe(
-            steps=steps,
-            decay="stepwise",
-            decay_every=steps / h.n_decays if h.schedule == "steps" else 2 * passes,
-            decay_vectors=True,
-            validate_every=max(1, steps // base.LOOKS),
-            **h.model_dump(include={"batch_size", "learning_rate", "weight_decay", "clip_norm"}),
-        )
-        return training.train(
-            module,
-            loss_of,
-            len(learned),
-            recipe,
-            seed=seed,
-            batches=training.minibatches(learned, h.batch_size, steps, seed=seed),
-            load=streaming.loader(counts, self.expression, h.batch_size),
-            validation_loss=validation_loss,
-            checkpoint=checkpoint,
-        )
+        steps_a_pass = max(1.0, n_cells / h.batch_size)
+        every = steps / h.n_decays if h.schedule == "steps" else 2 * steps_a_pass
+        return {"decay": "stepwise", "decay_every": every, "decay_vectors": True, "clip_norm": h.clip_norm}
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """The loss that is trained: of hidden entries alone, unless `loss` is "vae"."""
-        return self.ready(counts)(Cells.of(self.expression(counts))).item()
+        return self.ready(counts)(Cells.of(self.prepare(counts))).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         """That of the mean cell."""
         h = self.hyperparameters
-        return (0.5 if h.loss == "vae" else h.mask) * base.variance(self.expression(counts))
+        return (0.5 if h.loss == "vae" else h.mask) * base.variance(self.prepare(counts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,6 @@ def loader[Prepared](
     counts: sp.csr_matrix | Cells,
     prepare: Callable[[sp.csr_matrix], Prepared],
     batch_size: int,
-    *,
-    take: Callable[[Prepared, np.ndarray], Prepared] = operator.getitem,
 ) -> training.Load:
     """What gives `training.train` its batches, as pairs of rows and prepared cells.
 
@@ -35,18 +32,14 @@ def loader[Prepared](
 
     Parameters
     ----------
-    counts
-        Raw counts.
     prepare
-        What a model makes of counts, each cell on its own.
+        What a model makes of counts, each cell on its own; indexed by cell.
     batch_size
         Cells a step, over all processes.
-    take
-        Some cells of those that are prepared.
     """
     if not isinstance(counts, Cells):
         prepared = prepare(counts)
-        return lambda shares: ((rows, take(prepared, rows)) for _, rows in shares)
+        return lambda shares: ((rows, prepared[rows]) for _, rows in shares)
     together = training.batches_together(batch_size)
 
     def read(shares: Numbered) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
@@ -55,12 +48,12 @@ def loader[Prepared](
             yield from zip(batches, counts.read(batches), strict=True)
 
     def load(shares: Numbered) -> Iterator[tuple[np.ndarray, Prepared]]:
-        return ((rows, prepare(floats(some))) for rows, some in ahead(read(shares), together))
+        return ((rows, prepare(floats(some))) for rows, some in read_ahead(read(shares), together))
 
-    return lambda shares: ahead(load(shares), PREPARED)
+    return lambda shares: read_ahead(load(shares), PREPARED)
 
 
-def ahead[Item](items: Iterator[Item], n: int) -> Iterator[Item]:
+def read_ahead[Item](items: Iterator[Item], n: int) -> Iterator[Item]:
     """The same items, made by a thread that is up to `n` ahead; an error comes in its item's place."""
     pool = ThreadPoolExecutor(1)
     try:

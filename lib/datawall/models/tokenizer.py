@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,13 +19,18 @@ N_GATHERED = 1 << 22  # at least, before equal values are put together
 ENTRIES_PER_BLOCK = 1 << 16  # detected genes encoded at once: what is made of them stays in a core's cache
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True)
+class Tokens:
     """Packed token sequences: those of cell i are `ids[offsets[i]:offsets[i + 1]]`."""
 
     ids: np.ndarray  # (n_tokens,) int32, gene position plus the number of special tokens
     offsets: np.ndarray  # (n_cells + 1,) int64
 
-    def take(self, cells: np.ndarray) -> Tokens:
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """As `ids, offsets = tokens`."""
+        return iter((self.ids, self.offsets))
+
+    def __getitem__(self, cells: np.ndarray) -> Tokens:
         """The sequences of some cells, in the order given."""
         lengths = np.diff(self.offsets)[cells]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -34,17 +39,10 @@ class Tokens(NamedTuple):
 
 
 def gene_medians(counts: sp.csr_matrix) -> np.ndarray:
-    """Median of each gene's counts per 10,000 over the cells that express it.
+    """Median of each gene's counts per 10,000 over the cells that express it, (n_genes,) float32; of none 1.
 
-    Parameters
-    ----------
-    counts
-        (n_cells, n_genes) raw counts: the pretraining subset, never cells of an evaluation. (The original took
-        its medians from 30 million other cells.)
-
-    Returns
-    -------
-    (n_genes,) float32; 1 for a gene that no cell expresses.
+    `counts` are those of the pretraining subset, never of an evaluation. (The original took its medians from 30
+    million other cells.)
     """
     totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     # A copy, since the caller's matrix is not ours to prune: stored zeros would count as expressed.
@@ -66,12 +64,8 @@ def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.n
     """`gene_medians` of a corpus in blocks: exactly those, in two passes.
 
     The first counts each gene's values in bins 0.4 to 0.8 % wide, and so finds the bins of its two middle values. The
-    second gathers the different values in these, which are few, as counts and their sums are whole numbers.
-
-    Parameters
-    ----------
-    blocks
-        Gives raw counts, (n_cells of the block, n_genes) CSR, anew at each call.
+    second gathers the different values in these, which are few, as counts and their sums are whole numbers. `blocks`
+    gives the raw counts, CSR, anew at each call.
     """
     highest = int(np.float32(TARGET_SUM).view(np.uint32) >> 16)
 
@@ -81,7 +75,10 @@ def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.n
             totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
             values = counts.data / np.repeat(totals, np.diff(counts.indptr)) * TARGET_SUM
             genes, values = counts.indices[values > 0], values[values > 0]
-            bits = values.astype(np.float32).view(np.uint32) >> 16  # the first 16 of a float32 rise with its value
+            # The bits of a positive float32, read as an integer, rise with its value: sign (0), exponent, mantissa. The
+            # first 16 of them have 7 of the mantissa, so that a bin is at most 1/128 of its value wide. Of 10,000 they
+            # are 0x461C, the last bin's; 9,984 falls into that too, 9,920 (0x461B) into the one before.
+            bits = values.astype(np.float32).view(np.uint32) >> 16
             yield genes, values, np.maximum(bits.astype(np.int64) - highest + N_BINS - 1, 0)
 
     n_genes = next(iter(blocks())).shape[1]
@@ -95,14 +92,14 @@ def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.n
     n_below = np.where(bin_of[0] > 0, n_until[np.arange(n_genes), bin_of[0] - 1], 0)
     del n_until
 
-    found, n_new = [(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))], 0
+    gathered, n_new = [(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))], 0
     for genes, value, bins in values():
         chosen = (bins == bin_of[0][genes]) | (bins == bin_of[1][genes])
-        found.append((genes[chosen], value[chosen], np.ones(chosen.sum(), np.int64)))
-        n_new += len(found[-1][0])
-        if n_new > max(N_GATHERED, len(found[0][0])):
-            found, n_new = [_tally(*found)], 0
-    genes, value, times = _tally(*found)
+        gathered.append((genes[chosen], value[chosen], np.ones(chosen.sum(), np.int64)))
+        n_new += len(gathered[-1][0])
+        if n_new > max(N_GATHERED, len(gathered[0][0])):
+            gathered, n_new = [_tally(*gathered)], 0
+    genes, value, times = _tally(*gathered)
     until = np.cumsum(times)
     n_before = np.concatenate([[0], until])[np.searchsorted(genes, np.arange(n_genes))]
     seen = n_cells > 0
@@ -114,7 +111,7 @@ def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.n
 
 def _tally(*parts: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Different pairs of gene and value in order, and how often each occurs."""
-    genes, values, times = (np.concatenate(each) for each in zip(*parts, strict=True))
+    genes, values, times = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.lexsort((values, genes))
     genes, values = genes[order], values[order]
     first = np.flatnonzero((np.diff(genes, prepend=-1) != 0) | (np.diff(values, prepend=-1) != 0))
@@ -130,14 +127,9 @@ class RankTokenizer:
     Parameters
     ----------
     medians
-        (n_genes,) positive, the non-zero median of each gene (`gene_medians`).
+        (n_genes,) positive and finite (`gene_medians`).
     max_length
         Tokens kept per cell, the highest ranked ones.
-
-    Raises
-    ------
-    ValueError
-        If a median is not positive and finite.
     """
 
     def __init__(self, medians: np.ndarray, max_length: int = 2048) -> None:
@@ -147,27 +139,16 @@ class RankTokenizer:
             raise ValueError(f"median of gene {gene} is {self.medians[gene]}; medians must be positive and finite.")
         self.max_length = max_length
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids: the genes and the special tokens."""
-        return len(self.medians) + N_SPECIAL
-
     def encode(self, counts: sp.csr_matrix) -> Tokens:
-        """Rank-value encode cells.
+        """Rank-value encode raw counts, (n_cells, n_genes), genes in the order of `medians`; of no counts no token.
 
-        Parameters
-        ----------
-        counts
-            (n_cells, n_genes) raw counts, genes in the order of `medians`. A cell without counts gets no token.
+        By definition, the tokens of a cell are
 
-        Returns
-        -------
-        Tokens, at most `max_length` a cell.
+            values = counts / medians
+            ranked = np.argsort(-values, kind="stable")
+            ranked[values[ranked] > 0][:max_length] + N_SPECIAL
 
-        Raises
-        ------
-        ValueError
-            If the matrix has another number of genes than there are medians.
+        which a test holds all of this to.
         """
         if counts.shape[1] != len(self.medians):
             raise ValueError(
@@ -202,6 +183,10 @@ class RankTokenizer:
         lengths = np.diff(bounds)
         # The bits of a positive float32 grow with its value, so what they lack to the largest sorts it descending.
         # The highest bits, which that leaves free, number the cells: one call sorts as many as they tell apart.
+        # Say cell 0 has values 1, 2 and cell 1 has 4. Their bits are 0x3F800000, 0x40000000, 0x40800000; they lack
+        # 0x01000000, 0x00800000, 0 to the largest. That takes 25 bits, and 7 are free: they number 128 cells. With the
+        # cell's number above them the keys are 0x01000000, 0x00800000, 0x02000000, whose order is the second gene and
+        # the first of cell 0, then that of cell 1.
         keys = values.view(np.uint32)
         keys = keys.max(initial=0) - keys
         free = 32 - int(keys.max(initial=0)).bit_length()

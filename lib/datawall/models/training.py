@@ -37,6 +37,7 @@ NEIGHBOURS = 64  # cells that a pass over many draws together: what a disk gives
 MIXED = 32_768  # cells whose order is fully random
 
 type Forward = Callable[..., Any]
+type LossOf = Callable[[Forward, Any, int], Tensor | tuple[Tensor, int]]
 type Load = Callable[[Iterator[tuple[int, np.ndarray]]], Iterator[Any]]
 
 
@@ -49,8 +50,7 @@ class Recipe:
     learning_rate: float  # at its peak, after warm-up
     warmup: float = 0.0  # share of the steps, 0 to 1, in which the rate rises from zero
     decay: Literal["linear", "cosine", "stepwise", "none"] = "linear"  # after warm-up; the first two end at zero
-    decay_every: float = 1.0  # stepwise: steps after each of which the rate is multiplied
-    decay_factor: float = 0.9  # by this
+    decay_every: float = 1.0  # stepwise: steps after each of which the rate is multiplied by 0.9
     optimiser: Literal["AdamW", "Adam"] = "AdamW"
     epsilon: float = 1e-8  # of the optimiser
     weight_decay: float = 0.0  # on matrices
@@ -65,7 +65,7 @@ class Recipe:
         if step < rising:
             return self.learning_rate * (step + 1) / (rising + 1)
         if self.decay == "stepwise":
-            return self.learning_rate * self.decay_factor ** int((step - rising) // self.decay_every)
+            return self.learning_rate * 0.9 ** int((step - rising) // self.decay_every)
         left = (self.steps - step) / (self.steps - rising)
         course = {"linear": left, "cosine": (1 - np.cos(np.pi * left)) / 2, "none": 1.0}
         return self.learning_rate * course[self.decay]
@@ -93,7 +93,7 @@ def device() -> torch.device:
 
 
 def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: int) -> Iterator[np.ndarray]:
-    """Rows of each step's batch: shuffled passes over the cells, laid end to end and cut into batches.
+    """Rows of each step's batch, (batch_size,) int64: shuffled passes over the cells, laid end to end and cut.
 
     No cell is dropped at the end of a pass, and a batch larger than the data holds repeats. A pass over more than
     32,768 cells is shuffled so that it can be read from a disk: blocks of 64 neighbours in random order, and cells
@@ -103,14 +103,6 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
     ----------
     cells
         Their rows, or the number of them.
-    batch_size, steps
-        Sizes; both positive.
-    seed
-        Of the order.
-
-    Yields
-    ------
-    rows (batch_size,) int64.
 
     Raises
     ------
@@ -125,9 +117,8 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
     n_drawn, waiting = 0, np.empty(0, np.int64)
     for _ in range(steps):
         while len(waiting) < batch_size:
-            waiting = np.concatenate(
-                [waiting, _shuffled(cells, rng, np.arange(-n_drawn % together, len(cells), together))]
-            )
+            cuts = np.arange(-n_drawn % together, len(cells), together)
+            waiting = np.concatenate([waiting, _shuffled(cells, rng, cuts)])
             n_drawn += len(cells)
         yield waiting[:batch_size]
         waiting = waiting[batch_size:]
@@ -152,7 +143,7 @@ def _shuffled(cells: np.ndarray, rng: np.random.Generator, cuts: np.ndarray) -> 
 
 def train(
     module: nn.Module,
-    loss_of: Callable[[Forward, Any, int], Tensor],
+    loss_of: LossOf,
     n_cells: int,
     recipe: Recipe,
     *,
@@ -162,27 +153,24 @@ def train(
     validation_loss: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
 ) -> History:
-    """Train a module in place.
+    """Train a module in place; where stderr is a terminal, a bar shows steps, their rate and the loss.
 
-    Where stderr is a terminal, a bar shows steps, their rate and the loss.
-
-    Under `torchrun` each process takes its share of every batch and gradients are averaged, so that the result is
-    that of one process with the same recipe, up to rounding (and to the batch statistics of batch normalisation).
+    Under `torchrun` each process takes its share of every batch, and gradients are averaged with the weight of what
+    each process's loss is a mean of. So the result is that of one process with the same recipe, up to rounding, but
+    for what a process draws for itself (masks, noise, dropout) and the batch statistics of batch normalisation.
 
     Parameters
     ----------
     module
         On its device; left in evaluation mode. With `validation_loss`, it ends with the weights of its lowest.
     loss_of
-        Loss, a scalar tensor, from `forward` (the module, or what runs it in several processes), the rows of the
-        batch, or what `load` made of them, and the number of the step, from 0. It takes randomness from torch's
-        global generator alone.
+        Loss of a step from `forward` (the module, or what runs it in several processes), the rows of the batch, or
+        what `load` made of them, and the number of the step, from 0. A scalar tensor, the mean over the cells; or a
+        pair of it and of the number of other things that it is the mean of. Random by torch's global generator alone.
     n_cells
         Cells that rows are drawn from.
-    recipe
-        Budget and optimiser.
     seed
-        Of the order of cells and of the randomness of each step.
+        Seed of the order of cells and of the randomness of each step.
     batches
         Rows of each step's batch; `minibatches` by default.
     load
@@ -192,10 +180,6 @@ def train(
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
         File written about once a minute, and resumed from where it exists.
-
-    Returns
-    -------
-    the history.
 
     Raises
     ------
@@ -214,13 +198,17 @@ def train(
     if batches is None:
         batches = minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)
     taken: deque[tuple[int, np.ndarray]] = deque()  # by `load`, which may be ahead, and not used yet
+    drawn = np.zeros(0, bool)  # whether each row was: a byte a cell, whatever the number of steps
 
-    seen = _Seen()
+    def note(rows: np.ndarray) -> None:
+        nonlocal drawn
+        drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
+        drawn[rows] = True
 
     def shares() -> Iterator[tuple[int, np.ndarray]]:
         numbered = enumerate(itertools.islice(batches, recipe.steps))
         for _, rows in itertools.islice(numbered, len(state.losses)):  # steps of before a run was resumed
-            seen.add(rows)
+            note(rows)
         for step, rows in numbered:
             taken.append((step, rows))
             yield step, rows[rank::n_processes]
@@ -237,14 +225,17 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for cells in load(shares()) if load else (rows for _, rows in shares()):
             step, rows = taken.popleft()
-            seen.add(rows)
-            of_step = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+            note(rows)
+            step_seed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
             for generator in generators:
-                generator.manual_seed(of_step)
+                generator.manual_seed(step_seed)
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 loss = loss_of(forward, cells, step)
+            loss, n_averaged = loss if isinstance(loss, tuple) else (loss, len(rows[rank::n_processes]))
+            if n_processes > 1:
+                loss = loss * _relative_weight(n_averaged, where)
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)
@@ -261,7 +252,7 @@ def train(
             optimiser.step()
             bar.update()
             if look:
-                state.look(step + 1, _look(module, validation_loss))
+                state.look(step + 1, validation_loss)
                 if recipe.patience is not None and len(state.looks) - state.best_look >= recipe.patience:
                     break
             if save:
@@ -276,7 +267,7 @@ def train(
         validation_step=np.array([step for step, _ in state.looks], dtype=np.int64),
         validation_loss=np.array([value for _, value in state.looks]),
         samples_seen=len(state.losses) * recipe.batch_size,
-        unique_cells=seen.count(),
+        unique_cells=int(drawn.sum()),
     )
 
 
@@ -284,12 +275,18 @@ def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser over a module's weights."""
     matrices = [weight for weight in module.parameters() if weight.ndim > 1]
     vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
-    vector_decay = recipe.weight_decay if recipe.decay_vectors else 0.0
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": vector_decay},
+        {"params": vectors, "weight_decay": recipe.weight_decay if recipe.decay_vectors else 0.0},
     ]
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
+
+
+def _relative_weight(n: int, where: torch.device) -> Tensor:
+    """What a process's mean of n things weighs in the mean over all processes' things, where 1 is the average."""
+    total = torch.tensor(float(n), device=where)
+    dist.all_reduce(total)
+    return n * dist.get_world_size() / total
 
 
 def _settle(
@@ -318,23 +315,6 @@ def _settle(
     pending.clear()
 
 
-class _Seen:
-    """Cells that were drawn: a byte for each of the corpus's, whatever the number of steps."""
-
-    def __init__(self) -> None:
-        self.drawn = np.zeros(0, bool)
-
-    def add(self, rows: np.ndarray) -> None:
-        """Note the cells of a batch."""
-        if (more := int(rows.max()) + 1 - len(self.drawn)) > 0:
-            self.drawn = np.pad(self.drawn, (0, more))
-        self.drawn[rows] = True
-
-    def count(self) -> int:
-        """How many there are."""
-        return int(self.drawn.sum())
-
-
 class _State:
     """What a run must remember to be resumed: weights, optimiser, losses and looks; all else follows from the step.
 
@@ -348,8 +328,12 @@ class _State:
         self.best, self.best_look = np.inf, 0
         self.best_weights: dict[str, Tensor] | None = None
 
-    def look(self, step: int, value: float) -> None:
-        """Note a validation loss, and the weights if it is the lowest."""
+    @torch.no_grad()
+    def look(self, step: int, validation_loss: Callable[[], float]) -> None:
+        """Note the validation loss in evaluation mode, and the weights if it is the lowest."""
+        self.module.eval()
+        value = float(validation_loss())
+        self.module.train()
         self.looks.append((step, value))
         if value < self.best:
             self.best, self.best_look = value, len(self.looks)
@@ -357,10 +341,8 @@ class _State:
 
     def write(self, path: Path) -> None:
         """Write the state atomically."""
-        arrays = {f"weight/{name}": weight for name, weight in self.module.state_dict().items()}
-        arrays |= {f"best/{name}": weight for name, weight in (self.best_weights or {}).items()}
-        for i, moments in self.optimiser.state_dict()["state"].items():
-            arrays |= {f"optimiser/{i}/{name}": value for name, value in moments.items()}
+        parts = {"weight": self.module.state_dict(), "best": self.best_weights or {}}
+        parts |= {f"optimiser/{i}": moments for i, moments in self.optimiser.state_dict()["state"].items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
@@ -371,20 +353,18 @@ class _State:
                     losses=np.array(self.losses),
                     looks=np.array(self.looks, dtype=np.float64).reshape(-1, 2),
                     best=np.array([self.best, self.best_look]),
-                    **{name: value.cpu().numpy() for name, value in arrays.items()},
+                    **{
+                        f"{part}/{name}": x.cpu().numpy()
+                        for part, values in parts.items()
+                        for name, x in values.items()
+                    },
                 )
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
 
     def resume(self, path: Path) -> None:
-        """Take up the state of a checkpoint, if there is a sound one.
-
-        Raises
-        ------
-        ValueError
-            If it is of another run.
-        """
+        """Take up the state of a checkpoint, if there is a sound one; one of another run is refused."""
         if not path.exists():
             return
         try:
@@ -396,30 +376,17 @@ class _State:
         if str(arrays["identity"]) != self.identity:
             raise ValueError(f"{path} is a checkpoint of another run ({arrays['identity']}); remove it to start again.")
         parts: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, array in arrays.items():
-            part, _, rest = name.partition("/")
-            if part == "optimiser":
-                i, _, moment = rest.partition("/")
-                moments.setdefault(int(i), {})[moment] = torch.from_numpy(array)
-            elif rest:
-                parts[part][rest] = torch.from_numpy(array)
-        self.module.load_state_dict(parts["weight"])
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        for path_of_tensor in (name for name in arrays if "/" in name):
+            part, _, name = path_of_tensor.rpartition("/")
+            parts.setdefault(part, {})[name] = torch.from_numpy(arrays[path_of_tensor])
         where = next(self.module.parameters()).device
-        self.best_weights = {name: weight.to(where) for name, weight in parts["best"].items()} or None
+        self.module.load_state_dict(parts.pop("weight"))
+        self.best_weights = {name: weight.to(where) for name, weight in parts.pop("best").items()} or None
+        moments = {int(part.removeprefix("optimiser/")): values for part, values in parts.items()}
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         self.losses = arrays["losses"].tolist()
         self.looks = [(int(step), value) for step, value in arrays["looks"].tolist()]
         self.best, self.best_look = float(arrays["best"][0]), int(arrays["best"][1])
-
-
-@torch.no_grad()
-def _look(module: nn.Module, validation_loss: Callable[[], float]) -> float:
-    """The validation loss in evaluation mode; the module returns to training."""
-    module.eval()
-    value = float(validation_loss())
-    module.train()
-    return value
 
 
 class Head(nn.Sequential):

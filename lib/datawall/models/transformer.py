@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PAD, MASK = 0, 1
+MASK = 1  # id of the mask token; 0 stays free, for padding elsewhere
 N_SPECIAL = 2
 IGNORED = -100
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of the prediction head, whose output is never whole in memory
 COMPILED = os.environ.get("DATAWALL_COMPILE", "1") == "1"  # whether layers are compiled on a GPU
 
+# In shapes: B sequences of T tokens in all, the longest of L; C channels in H heads of D; V token ids.
 # From queries, keys, values (T, H, D), offsets of queries' sequences and of keys' (B + 1,) int32, and the longest of
 # either to (T, H, D): the signature of `torch.nn.attention.varlen.varlen_attn`.
 type Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
@@ -62,10 +63,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, layout: Layout, attend: Attend) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3 * self.n_heads, -1).chunk(3, dim=1)  # each (T, H, D)
+        q, k, v = self.qkv(x).view(len(x), 3 * self.n_heads, -1).chunk(3, dim=1)  # (T, 3 C) to thrice (T, H, D)
         if self.training and self.dropout:
             v = v * F.dropout(v.new_ones(len(x), self.n_heads, 1), self.dropout)
-        return attend(q, k, v, layout.offsets, layout.offsets, layout.longest, layout.longest).reshape(x.shape)
+        y = attend(q, k, v, layout.offsets, layout.offsets, layout.longest, layout.longest)
+        return y.reshape(x.shape)  # (T, H, D) to (T, C)
 
 
 class Layer(nn.Module):
@@ -111,27 +113,28 @@ def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, 
     """Attention, one sequence after the other, or in one call if all are of one length; for a CPU."""
     n_sequences = len(offsets) - 1
     if n_sequences * longest == len(q):
-        q, k, v = (each.view(n_sequences, longest, *each.shape[1:]).transpose(1, 2) for each in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.view(n_sequences, longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)  # (T, H, D)
     sizes = offsets.diff().tolist()
-    parts = zip(*(each.transpose(0, 1).split(sizes, dim=1) for each in (q, k, v)), strict=True)
-    y = [F.scaled_dot_product_attention(*(each[None] for each in part))[0] for part in parts]  # (H, L, D)
-    return torch.cat(y, dim=1).transpose(0, 1)
+    sequences = zip(*(x.transpose(0, 1).split(sizes, dim=1) for x in (q, k, v)), strict=True)  # each thrice (H, L, D)
+    y = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in sequences]  # each (H, L, D)
+    return torch.cat(y, dim=1).transpose(0, 1)  # (H, T, D) to (T, H, D)
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
     """Attention, all sequences at once, padded to the longest; for a GPU in single precision, or an old one."""
-    token = torch.arange(len(q), dtype=offsets.dtype, device=q.device)
+    token = torch.arange(len(q), dtype=offsets.dtype, device=q.device)  # (T,)
     sequence = torch.searchsorted(offsets[1:], token, right=True)
     place = sequence, (token - offsets.index_select(0, sequence)).long()
-    keys = torch.arange(longest, device=q.device) < offsets.diff()[:, None]  # (B, L)
+    keys = torch.arange(longest, device=q.device) < offsets.diff()[:, None]  # (B, L) whether there is a token
     shape = len(offsets) - 1, longest, *q.shape[1:]
-    q, k, v = (each.new_zeros(shape).index_put(place, each).transpose(1, 2) for each in (q, k, v))  # (B, H, L, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None]).transpose(1, 2)[place]
+    q, k, v = (x.new_zeros(shape).index_put(place, x).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None])
+    return y.transpose(1, 2)[place]  # (B, L, H, D) to (T, H, D)
 
 
 class Layout:
-    """Where the sequences of a packed batch lie.
+    """Where the sequences of a packed batch lie; none may be empty, as attention over no keys is undefined.
 
     Parameters
     ----------
@@ -139,11 +142,6 @@ class Layout:
         (B + 1,) int64 on the CPU, first token of each sequence and the total at the end.
     where
         Device of the batch.
-
-    Raises
-    ------
-    ValueError
-        If a sequence is empty: attention over no keys is undefined.
     """
 
     def __init__(self, offsets: Tensor, where: torch.device | str = "cpu") -> None:
@@ -153,9 +151,8 @@ class Layout:
         self.longest = int(lengths.max())
         sequence = torch.repeat_interleave(lengths)  # (T,) which sequence a token belongs to
         position = torch.arange(len(sequence)) - offsets[sequence]  # (T,)
-        self.offsets, self.sequence, self.position = (
-            send(each, where) for each in (offsets.to(torch.int32), sequence, position)
-        )
+        self.offsets = send(offsets.to(torch.int32), where)
+        self.sequence, self.position = send(sequence, where), send(position, where)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of the tokens of each sequence: (T, C) to (B, C)."""
@@ -216,12 +213,11 @@ class Encoder(nn.Module):
         ----------
         ids
             (T,) int64 token ids of the packed sequences, masked ones replaced.
-        layout
-            Where the sequences lie.
         chosen, originals
             (N,) int64 positions to predict, and the token ids that belong there; see `to_predict`.
         """
-        hidden = self.head_norm(F.relu(self.head(self.hidden(ids, layout).index_select(0, chosen))))
+        hidden = self.hidden(ids, layout).index_select(0, chosen)  # (T, C) to (N, C)
+        hidden = self.head_norm(F.relu(self.head(hidden)))
         learning = torch.is_grad_enabled()
         return _CrossEntropy.apply(hidden, self.tokens.weight, self.head_bias, originals, learning)
 
@@ -242,23 +238,23 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=inputs.device)
         n_rows = max(1, LOGITS_AT_ONCE.get(inputs.device.type, 2**27) // len(weight))
         for first in range(0, len(inputs), n_rows):
-            some = slice(first, first + n_rows)
-            logits, target = F.linear(inputs[some], weight, bias).float(), targets[some, None]
-            log_sum = logits.logsumexp(1, keepdim=True)
+            rows = slice(first, first + n_rows)
+            logits, target = F.linear(inputs[rows], weight, bias).float(), targets[rows, None]  # (n, V) and (n, 1)
+            log_sum = logits.logsumexp(1, keepdim=True)  # (n, 1)
             total += (log_sum - logits.gather(1, target)).sum()
-            if learning:
-                share = logits.sub_(log_sum).exp_()
-                share.scatter_add_(1, target, -torch.ones_like(log_sum))
-                d_inputs[some] = share @ weight
-                d_weight += share.T @ inputs[some]
-                d_bias += share.sum(0)
+            if learning:  # by logits, the gradient is softmax less one at the target
+                gradient = logits.sub_(log_sum).exp_()
+                gradient.scatter_add_(1, target, -torch.ones_like(log_sum))
+                d_inputs[rows] = gradient @ weight
+                d_weight += gradient.T @ inputs[rows]
+                d_bias += gradient.sum(0)
         ctx.gradients, ctx.n_rows = (d_inputs, d_weight, d_bias), len(inputs)
         return total / len(inputs)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so of use once
-        return *(each.mul_(gradient / ctx.n_rows) for each in gradients), None, None
+        parts, ctx.gradients = ctx.gradients, None  # scaled in place, so of use once
+        return *(part.mul_(gradient / ctx.n_rows) for part in parts), None, None
 
 
 def mask_tokens(
@@ -267,22 +263,12 @@ def mask_tokens(
     """Choose tokens to predict and hide them (Devlin et al. 2019, section 3.1).
 
     Each token is chosen with probability `share`; a chosen one becomes the mask token in 80 % of cases, a random
-    token in 10 % and stays itself in 10 %. At least one token is chosen.
-
-    Parameters
-    ----------
-    ids
-        (T,) int64 token ids without special tokens.
-    vocab_size
-        Number of token ids, special tokens included; random tokens are never special.
-    generator
-        Source of randomness; torch's global one by default.
-    share
-        Probability that a token is chosen, in (0, 1].
+    token, never a special one, in 10 % and stays itself in 10 %. At least one token is chosen. Random by the
+    generator, or by torch's global one.
 
     Returns
     -------
-    masked ids and targets, both (T,) int64; targets are `IGNORED` where nothing is to be predicted.
+    masked ids and targets, both (T,) int64 as the ids; targets are `IGNORED` where nothing is to be predicted.
     """
     draw = torch.rand(ids.shape, generator=generator, device=ids.device)
     draw[draw.argmin()] = 0.0

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,15 +25,13 @@ from tqdm import tqdm
 from datawall.cells import datasets, simulate
 from datawall.engine import disk, processes
 from datawall.engine.store import Artifact, Record
-from datawall.models import hyperparameters, training
+from datawall.models import training
 from datawall.study import curation, evaluation, scoring
 from datawall.study.costs import calibration_file, size_of, work
-from datawall.study.curated import Subset
 from datawall.study.params import Params
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run
-from datawall.tasks import baselines
-from datawall.tasks import reconstruction as reconstructed
+from datawall.study.units import Evaluation, Run, Subset
+from datawall.tasks import TASKS, baselines
 
 CELLS = 800, 3200  # of the miniature's corpora, of which 70 % are pretrained on
 CONTEXTS = 2  # of perturbation response
@@ -68,28 +67,18 @@ def machine() -> str:
 
 def _measure(p: Params, folder: Path) -> Record:
     n_genes, genes_per_cell = size_of(p)
-    sizes = CELLS[0], *CELLS
     first, few, many = (
-        Study(_miniature(p, n_cells, n_genes, genes_per_cell), folder / str(i)) for i, n_cells in enumerate(sizes)
+        Study(_miniature(p, n_cells, n_genes, genes_per_cell), folder / str(i))
+        for i, n_cells in enumerate([CELLS[0], *CELLS])
     )
-    tasks = [task for task in p.tasks if task != "reconstruction"]
-    with tqdm(total=3 + len(p.models) + len(tasks), desc="calibration", leave=False) as bar:
-
-        def done[Made](what: str, made: Made) -> Made:
-            bar.set_postfix_str(what)
-            bar.update()
-            return made
-
-        start, data = done("start", _start()), done("curation", _data(first, few, many))
-        named = {
-            name: _timed(lambda name=name: datasets.load(name))[0] for name in set(p.sources()) & set(datasets.DATASETS)
-        }
-        done("data sets", None)
-        models = [done(name, _model(many, name, work(p, name, n_genes, genes_per_cell))) for name in p.models]
-        embedders = {of["family"]: name for name, of in zip(p.models, models, strict=True) if of["work"] < LARGE}
-        by = list(embedders.values()) or p.models[:1]
-        briefly = _shortened(many, STEPS[0][1], {name: _batch_size(many, name, large=False) for name in by})
-        costs = {task: done(task, _task(briefly, task, by)) for task in tasks}
+    start, data = _start(), _data(first, few, many)
+    named = {name: _seconds(lambda name=name: datasets.load(name)) for name in {*p.sources()} & {*datasets.DATASETS}}
+    bar = partial(tqdm, desc="calibration", leave=False)
+    models = [_model(many, name, work(p.specs[name], n_genes, genes_per_cell)) for name in bar(p.models, unit="model")]
+    small = {model["family"]: name for name, model in zip(p.models, models, strict=True) if model["work"] < LARGE}
+    embedders = list(small.values()) or p.models[:1]
+    briefly = _shortened(many, STEPS[0][1], {name: _batch_size(many, name, large=False) for name in embedders})
+    judged = [task for task in p.tasks if TASKS[task].judges == "embeddings"]
     return {
         "machine": machine(),
         "study": p.study,
@@ -99,7 +88,7 @@ def _measure(p: Params, folder: Path) -> Record:
         "named": named,
         "models": models,
         "evaluated": EVALUATED[1],
-        "tasks": costs,
+        "tasks": {task: _task(briefly, task, embedders) for task in bar(judged, unit="task")},
     }
 
 
@@ -138,18 +127,12 @@ def _counts_for(atlas: Record, genes_per_cell: float) -> float:
 
 
 def _start() -> float:
-    """What a process costs before it does anything: the start of Python, and imports."""
-
-    def spent() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    before = spent()
-    imports = (
-        "import datawall.study.evaluation, datawall.models, datawall.reading.plots, scanpy, torch._dynamo, IPython"
-    )
-    subprocess.run([sys.executable, "-c", imports], check=True)
-    return spent() - before
+    """Seconds of a process before it does anything: the start of Python, and imports."""
+    modules = "datawall.study.evaluation, datawall.models.base, datawall.reading.plots, scanpy, torch._dynamo, IPython"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _data(first: Study, few: Study, many: Study) -> Record:
@@ -160,17 +143,21 @@ def _data(first: Study, few: Study, many: Study) -> Record:
         "sketch": lambda study: study.X_pca,
         "geometric_sketching": lambda study: study.rows(Subset("geometric_sketching", 25.0, 0)),
         "dataset": lambda study: study.dataset_artifact(str(EVALUATED[study is many])),
-        "tables": lambda study: [of(study) for of in TABLES],
+        "tables": lambda study: [table(study) for table in TABLES],
     }
     lines = {}
     for name, make in parts.items():
-        seconds = [_timed(lambda make=make, study=study: make(study))[0] for study in (first, few, many)][1:]
+        seconds = [_seconds(partial(make, study)) for study in (first, few, many)][1:]
         lines[name] = _line(EVALUATED if name == "dataset" else CELLS, seconds)
     rows = np.random.default_rng(0).permutation(CELLS[1])
-    lines["read"] = [0.0, _timed(lambda: many.corpus.counts(rows))[0] / CELLS[1]]
+    lines["read"] = [0.0, _seconds(lambda: many.corpus.counts(rows)) / CELLS[1]]
     dataset = many.dataset_artifact(str(EVALUATED[1]))
     size = {"corpus": _bytes(many.corpus_artifact) / CELLS[1], "dataset": _bytes(dataset) / EVALUATED[1]}
     return {**lines, "bytes": size}
+
+
+def _bytes(artifact: Artifact) -> int:
+    return sum(path.stat().st_size for path in artifact.folder.rglob("*") if path.is_file())
 
 
 def _model(study: Study, name: str, millions: float) -> Record:
@@ -180,7 +167,7 @@ def _model(study: Study, name: str, millions: float) -> Record:
     """
     from scipy.optimize import nnls
 
-    large = millions > LARGE
+    large, spec = millions > LARGE, study.params.specs[name]
     few, more = STEPS[large]
     batch = _batch_size(study, name, large=large)
     runs = [(25.0, few, batch), (25.0, few, batch), (100.0, few, batch)]
@@ -188,23 +175,22 @@ def _model(study: Study, name: str, millions: float) -> Record:
         runs += [(100.0, more, batch), (100.0, more, max(2, batch // 2))]
     terms, seconds = [], []
     for seed, (percentage, steps, size) in enumerate(runs):
-        variant, run = _shortened(study, steps, {name: size}), _run(name, percentage, seed)
-        n_cells = len(variant.rows(run.subset))
-        took, _ = _timed(lambda variant=variant, run=run: variant.model_artifact(run))
-        terms.append([1, n_cells, steps * bool(batch), steps * size])
-        seconds.append(took)
+        variant, run = _shortened(study, steps, {name: size}), Run(name, Subset("random", percentage, seed))
+        terms.append([1, len(variant.rows(run.subset)), steps * bool(batch), steps * size])
+        seconds.append(_seconds(partial(variant.model_artifact, run)))
     relative = 1 / np.array(seconds[1:])  # so that a long run's error counts no more than a short one's
     costs = nnls(np.array(terms[1:]) * relative[:, None], np.ones(len(relative)))[0].tolist()
-    sizes, counts = EMBEDDED[large], study.dataset(str(EVALUATED[1])).X
-    n_latent = variant.model(run).embed(counts[:2]).shape[1]
-    embedding = [_timed(lambda n=n: variant.model(run).embed(counts[:n]))[0] for n in sizes]
-    reconstruction = [0.0, 0.0]
-    if "reconstruction" in study.params.tasks and evaluation.reconstructs(name):
-        obs = study.dataset(str(EVALUATED[1])).obs
-        lost = [lambda n=n: reconstructed(variant.model(run), counts[:n], obs.iloc[:n], seed=0) for n in (2, *sizes)]
-        reconstruction = [_timed(each)[0] for each in lost][1:]
+    sizes, dataset, model = EMBEDDED[large], study.dataset(str(EVALUATED[1])), variant.model(run)
+    n_latent = model.embed(dataset.X[:2]).shape[1]
+    embedding, reconstruction = [_seconds(lambda n=n: variant.model(run).embed(dataset.X[:n])) for n in sizes], [0, 0]
+    if "reconstruction" in study.params.tasks and evaluation.reconstructs(spec):
+
+        def reconstruct(n: int) -> None:
+            TASKS["reconstruction"].function(variant.model(run), dataset.X[:n], dataset.obs.iloc[:n], seed=0)
+
+        reconstruction = [_seconds(partial(reconstruct, n)) for n in (2, *sizes)][1:]  # once to warm up
     return {
-        "family": hyperparameters.family(name),
+        "family": spec.family,
         "work": millions,
         **dict(zip(("once", "cell", "step", "step_cell"), costs, strict=True)),
         "embedding": _line(sizes, embedding),
@@ -215,24 +201,19 @@ def _model(study: Study, name: str, millions: float) -> Record:
 
 def _batch_size(study: Study, name: str, *, large: bool) -> int:
     """Cells of a model's step here; 0 if it takes none."""
-    given = getattr(study.params.hyperparameters_of(name), "batch_size", 0)
-    return min(given, BATCH[large]) if training.device().type == "cpu" else given
+    size = getattr(study.params.specs[name].hyperparameters, "batch_size", 0)
+    return min(size, BATCH[large]) if training.device().type == "cpu" else size
 
 
 def _shortened(study: Study, steps: int, batch_sizes: dict[str, int]) -> Study:
     """The study with so many steps, and for some models batches of so many cells."""
     changed = {}
     for name, size in batch_sizes.items():
-        given = study.params.hyperparameters_of(name).model_dump()
-        if given.get("ontology"):
-            given["ontology"] = str(simulate.ONTOLOGY)  # the simulated types are in it, and the file is there
-        changed[name] = {**given, "batch_size": size} if size else given
+        changed[name] = study.params.specs[name].hyperparameters.model_dump() | ({"batch_size": size} if size else {})
+        if changed[name].get("ontology"):
+            changed[name]["ontology"] = str(simulate.ONTOLOGY)  # the simulated types are in it, and the file is there
     values = {"steps": steps, "hyperparameters": {**study.params.hyperparameters, **changed}}
-    return Study(study.params.model_copy(update=values), study.folder)
-
-
-def _run(model: str, percentage: float, seed: int = 0) -> Run:
-    return Run(model, Subset("random", percentage, seed))
+    return Study(Params(**{**study.params.model_dump(), **values}), study.folder)
 
 
 def _task(study: Study, task: str, embedders: list[str]) -> Record:
@@ -240,18 +221,21 @@ def _task(study: Study, task: str, embedders: list[str]) -> Record:
 
     Baselines have their names; `model` is an embedding by a model, the mean over some.
     """
-    costs = {name: _growth(study, task, [name]) for name in scoring.BASELINES.get(task, baselines.EMBEDDINGS)}
-    return {**costs, "model": _growth(study, task, [_run(name, 100.0, LONGEST) for name in embedders])}
+    costs = {name: _growth(study, task, [name]) for name in TASKS[task].baselines}
+    runs = [Run(name, Subset("random", 100.0, LONGEST)) for name in embedders]
+    return {**costs, "model": _growth(study, task, runs)}
 
 
 def _growth(study: Study, task: str, sources: list[Run] | list[str]) -> list[float]:
     seconds = []
     for n_cells in (EVALUATED[0], *EVALUATED):  # once to warm up
         took = []
-        for one in (Evaluation(task, str(n_cells), source) for source in sources):
-            for needed in {one.source, "PCA"} - set(scoring.BASELINES.get(task, ())):
-                study.embedding(needed, one.dataset)
-            whole, splits = _timed(lambda one=one: list(scoring.score(study, one)))
+        for source in sources:
+            for embedding in {source, "PCA"}:
+                if isinstance(embedding, Run) or embedding in baselines.EMBEDDINGS:
+                    study.embedding(embedding, str(n_cells))
+            item, splits = Evaluation(task, str(n_cells), source), []
+            whole = _seconds(lambda item=item, splits=splits: splits.extend(scoring.score(study, item)))
             took.append(whole / len(splits))
         seconds.append(max(float(np.mean(took)), 1e-6))
     _, fewer, more = seconds
@@ -259,16 +243,12 @@ def _growth(study: Study, task: str, sources: list[Run] | list[str]) -> list[flo
     return [more, min(2.0, max(0.0, power))]
 
 
-def _timed[Made](make: Callable[[], Made]) -> tuple[float, Made]:
-    """Seconds that a call takes, of this process or, on a GPU, by the clock; and what it returns."""
+def _seconds(make: Callable[[], object]) -> float:
+    """Seconds that a call takes, of this process or, on a GPU, by the clock."""
     clock = time.perf_counter if training.device().type == "cuda" else time.process_time
     begin = clock()
-    made = make()
-    return clock() - begin, made
-
-
-def _bytes(artifact: Artifact) -> int:
-    return sum(path.stat().st_size for path in artifact.folder.rglob("*") if path.is_file())
+    make()
+    return clock() - begin
 
 
 def _line(sizes: tuple[int, int], seconds: list[float]) -> list[float]:

@@ -30,52 +30,38 @@ class Looked:
 
     def faults(self, keys: Iterable[str]) -> list[str]:
         """What is wrong with columns that a study names."""
-        found = []
+        faults = []
         for key in keys:
             if key not in self.columns:
-                found.append(corpus.no_column(self.name, key, self.columns))
+                faults.append(corpus.no_column(self.name, key, self.columns))
             elif key in self.unreadable:
-                found.append(self.unreadable[key])
+                faults.append(self.unreadable[key])
             elif key in self.obs and (missing := int(self.obs[key].isna().sum())):
-                found.append(f"{self.name}: column {key!r} is missing for {missing:,} cells; label or drop them.")
-        return found
+                faults.append(f"{self.name}: column {key!r} is missing for {missing:,} cells; label or drop them.")
+        return faults
 
     def notes(self, roles: dict[str, str]) -> list[str]:
         """What a reader should know: of the counts, the genes, and the labels of roles, by name of the column."""
-        of_labels = [
-            corpus.label_notes(self.obs[key].value_counts().to_dict(), f"{self.name}: {key!r}", role)
-            for role, key in roles.items()
-            if key in self.obs
-        ]
-        return [*(f"{self.name}: {note}" for note in self.match.notes), *(note for of in of_labels for note in of)]
+        notes = [f"{self.name}: {note}" for note in self.match.notes]
+        for role, key in roles.items():
+            if key in self.obs:
+                counts = self.obs[key].value_counts().to_dict()
+                notes += corpus.label_notes(counts, f"{self.name}: {key!r}", role)
+        return notes
 
 
 def look(name: str, keys: Iterable[str] = (), *, others: bool = True, min_matched: float = 0.5) -> Looked:
-    """Look into a data set. Of a file counts are sampled and labels read, whatever its size; others are loaded.
+    """Look into a named data set, which is loaded, or a file, of which counts are sampled and labels read.
 
-    Parameters
-    ----------
-    name
-        A named data set, or the path of an `.h5ad` or `.zarr` file.
-    keys
-        Columns to look at, if they are there, whatever is in them, as a run takes them.
-    others
-        Whether to look at all other columns that are likely to label cells, with few values and no fractions.
-    min_matched
-        See `corpus.check_match`.
-
-    Raises
-    ------
-    datawall.cells.corpus.CorpusError, datawall.cells.datasets.DatasetError
-        If the data set breaks a rule, columns apart.
+    Columns named by `keys` are looked at if they are there, whatever is in them, as a run takes them; `others` if they
+    are likely to label cells, with few values and no fractions. For `min_matched` see `corpus.check_match`. Raises
+    CorpusError or DatasetError if the data set breaks a rule, columns apart.
     """
     keys = set(keys)
     if name in datasets.DATASETS:
         adata, match = corpus.align(datasets.load(name), name, min_matched=min_matched)
-        wanted = adata.obs[[key for key in adata.obs if others or key in keys]]
-        return Looked(
-            name, adata.n_obs, match, list(adata.obs), wanted.astype("category").reset_index(drop=True), unreadable={}
-        )
+        obs = adata.obs[[key for key in adata.obs if others or key in keys]].astype("category")
+        return Looked(name, adata.n_obs, match, list(adata.obs), obs.reset_index(drop=True), unreadable={})
     path = datasets.file(name)
     source = sources.open_source([path], {}, sources.Options(min_matched=min_matched))
     read, unreadable = {}, {}

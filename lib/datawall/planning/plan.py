@@ -18,10 +18,10 @@ from datawall.engine import code, processes, provenance
 from datawall.engine.processes import Need
 from datawall.study import evaluation
 from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
-from datawall.study.curated import Subset
 from datawall.study.params import Params
 from datawall.study.study import Study
 from datawall.study.units import Evaluation, Run
+from datawall.tasks import TASKS
 
 NOTEBOOK = 0.5  # of the time that a process takes to import all: a notebook's tables and figures
 SECONDS_PER_UNIT = 0.02  # to hand one out, write it, hash it and read it again
@@ -61,8 +61,8 @@ class Stage:
 def makespan(seconds: Iterable[float], n_workers: int) -> float:
     """When the last of several units ends that begin in order of their length, the longest first."""
     ends = [0.0] * n_workers
-    for each in sorted(seconds, reverse=True):
-        heapq.heapreplace(ends, ends[0] + each)
+    for length in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + length)
     return max(ends)
 
 
@@ -77,28 +77,29 @@ def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
     The study's name and counts come first, with embeddings of others among the experiments, and the baselines.
     """
     p, counted, subsets, runs = study.params, [], set(), set()
-    of_source = Counter(one.source for task in p.tasks for one in evaluation.evaluations(study, task))
+    evaluated = Counter(item.source for task in p.tasks for item in evaluation.evaluations(study, task))
     for name, grid in [(p.study, p), *((grid.name, grid) for grid in p.also)]:
-        new = {Run(model, Subset(*subset)) for model, subset in p.runs_of(grid)} - runs
-        new &= set(study.pretraining_runs())
-        drawn = {run.subset for run in new if run.subset.strategy != "untrained"} - subsets
-        experiments = sum(of_source[run] for run in new)
+        new = (set(p.runs_of(grid)) - runs) & set(study.pretraining_runs())
+        drawn = {run.subset for run in new if not run.subset.untrained} - subsets
+        experiments = sum(evaluated[run] for run in new)
         counted.append((name, {"subsets": len(drawn), "models": len(new), "experiments": experiments}))
         runs, subsets = runs | new, subsets | drawn
     if checked := study.budget_runs():
-        counted.append(
-            ("half and twice the steps", {"models": len(checked), "experiments": sum(map(of_source.get, checked))})
-        )
-    baselines = sum(n for source, n in of_source.items() if isinstance(source, str))
-    counted[0][1]["experiments"] += of_source.total() - baselines - sum(of["experiments"] for _, of in counted)
+        experiments = sum(evaluated[run] for run in checked)
+        counted.append(("half and twice the steps", {"models": len(checked), "experiments": experiments}))
+    baselines = sum(n for source, n in evaluated.items() if isinstance(source, str))
+    told = sum(numbers["experiments"] for _, numbers in counted)
+    counted[0][1]["experiments"] += evaluated.total() - baselines - told
     counted[0][1]["baselines"] = baselines
     return counted
 
 
-def work(study: Study) -> list[str]:
-    """The counts in words, a line for the study's grid and for each grid in `also`."""
-    words = {name: ", ".join(f"{n:,} {what}" for what, n in of.items() if n) for name, of in counts(study)}
-    return [of if name == study.params.study else f"besides, {name}: {of}" for name, of in words.items()]
+def counts_in_words(study: Study) -> list[str]:
+    """The counts, a line for the study's grid and for each grid in `also`."""
+    first, *others = [
+        (name, ", ".join(f"{n:,} {what}" for what, n in numbers.items() if n)) for name, numbers in counts(study)
+    ]
+    return [first[1], *(f"besides, {name}: {told}" for name, told in others)]
 
 
 def verdicts_to_expect(p: Params) -> tuple[str, bool]:
@@ -113,7 +114,7 @@ def verdicts_to_expect(p: Params) -> tuple[str, bool]:
     flat = power.of_design(SPREAD, n_seeds, p.margin, n_draws=400, **design).set_index("truth").loc["flat"]
     needed = power.seeds_needed(SPREAD, p.margin, n_draws=200, **design)
     enough = flat["right"] >= 0.8
-    more = "" if enough else f"; {needed or 'more than 50'} seeds would in four of five"
+    more = "" if enough else f"; with {needed or 'more than 50'} seeds, four of five would"
     return (
         f"of curves that are flat, {flat['right']:.0%} (± {flat['error']:.0%}) would be shown flat within "
         f"{p.margin:g} with {n_seeds} seeds, at a spread of {SPREAD:g} over seeds{more}",
@@ -121,13 +122,11 @@ def verdicts_to_expect(p: Params) -> tuple[str, bool]:
     )
 
 
-def passes(study: Study, costs: Costs) -> dict[str, float]:
+def passes(study: Study) -> dict[str, float]:
     """How often each model that takes batches draws a cell of the full corpus, on average."""
-    p, steps = study.params, {}
-    for name in p.models:
-        if size := costs.batch_size(name):
-            steps[name] = p.steps_of(name) * size / costs.n_pretraining
-    return steps
+    p, costs = study.params, study.costs
+    sizes = {name: costs.batch_size(name) for name in p.models}
+    return {name: p.steps_of(name) * size / costs.n_pretraining for name, size in sizes.items() if size}
 
 
 def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
@@ -145,25 +144,28 @@ def _curation(study: Study, costs: Costs) -> Stage:
     p, n_cells, known = study.params, costs.n_cells, costs.known["data"]
     around = (1 + NOTEBOOK) * costs.known["start"]  # that of the run among it, whose other processes are forks
     stage = Stage("curation", around, memory_gib=BASE_GIB + 0.5 + 100 * n_cells / 2**30)
-    sets = [costs.cells_of_set[one.dataset] for one in p.evaluation]
+    sets = [costs.cells_of_set[dataset.dataset] for dataset in p.evaluation]
     drawn = Counter(subset.strategy for subset in study.subsets())
     stage.in_turn = sum(costs.known["named"].get(name, 0.0) for name in p.sources())
     stage.in_turn += sum(costs.line(what, n_cells) for what in ("corpus", "split", "sketch", "tables"))
     stage.in_turn += drawn["geometric_sketching"] * costs.line("geometric_sketching", n_cells)
     stage.in_turn += sum(costs.line("dataset", n) for n in sets)
     rows = sum(subset.percentage / 100 * costs.n_pretraining for subset in study.subsets())
-    of_counts = n_cells * known["bytes"]["corpus"] + sum(sets) * known["bytes"]["dataset"]
-    stage.n_bytes = costs.density * of_counts + BYTES_PER_ROW * costs.n_pretraining + 8 * rows
+    n_bytes = n_cells * known["bytes"]["corpus"] + sum(sets) * known["bytes"]["dataset"]
+    stage.n_bytes = costs.density * n_bytes + BYTES_PER_ROW * costs.n_pretraining + 8 * rows
     return stage
 
 
 def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> Stage:
     stage = Stage("pretraining", NOTEBOOK * costs.known["start"])
-    for run in filter(missing, [*study.pretraining_runs(), *study.budget_runs()]):
+    for run in filter(missing, study.all_runs()):
         need, steps = costs.run(run), costs.steps(run)
         assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
-        of_gpu = need.gpus * need.seconds if costs.on_gpu else assumed
-        stage.add(need, of_gpu, costs.model_bytes(run.model) + BYTES_PER_STEP * steps)
+        stage.add(
+            need,
+            need.gpus * need.seconds if costs.on_gpu else assumed,
+            costs.model_bytes(run.model) + BYTES_PER_STEP * steps,
+        )
     return stage
 
 
@@ -172,14 +174,14 @@ def _task(
 ) -> Stage:
     """A task, with the embeddings that no task before it needed."""
     stage = Stage(task, NOTEBOOK * costs.known["start"])
-    for one in filter(missing, evaluation.evaluations(study, task)):
-        which = one.source, one.dataset
-        need, n_bytes, assumed = costs.evaluation(one, embedded=which in embedded), BYTES_PER_EVALUATION, 0.0
-        if isinstance(one.source, Run) and task != "reconstruction" and which not in embedded:
-            embedded.add(which)
-            n_cells = costs.cells_of_set[one.dataset]
-            n_bytes += 4 * n_cells * costs.model(one.source.model)[0]["n_latent"]
-            assumed = n_cells * costs.gpu_seconds_per_cell(one.source.model)
+    for item in filter(missing, evaluation.evaluations(study, task)):
+        embedding = item.source, item.dataset
+        need, n_bytes, assumed = costs.evaluation(item, embedded=embedding in embedded), BYTES_PER_EVALUATION, 0.0
+        if isinstance(item.source, Run) and TASKS[task].judges == "embeddings" and embedding not in embedded:
+            embedded.add(embedding)
+            n_cells = costs.cells_of_set[item.dataset]
+            n_bytes += 4 * n_cells * costs.model(item.source.model)[0]["n_latent"]
+            assumed = n_cells * costs.gpu_seconds_per_cell(item.source.model)
         stage.add(need, need.gpus * need.seconds if costs.on_gpu else assumed, n_bytes)
     return stage
 
@@ -187,9 +189,8 @@ def _task(
 def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
     """About how long each stage will compute, and what of it was made already, but by other versions of packages.
 
-    Returns
-    -------
-    seconds of `pretraining`, and of each task by name; and numbers of models and evaluations, by how versions differ.
+    Returns seconds of `pretraining`, and of each task by name; and numbers of models and evaluations, by how versions
+    differ.
     """
     made, otherwise = provenance.read(study.store.folder), Counter()
 
@@ -211,22 +212,16 @@ def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
 
 def table(study: Study, costs: Costs) -> str:
     """A study's stages and their costs, as text."""
-    n_workers, known = workers(study), costs.known
+    n_workers, known, duration = workers(study), costs.known, provenance.duration
     rows = [
         (
-            stage.name,
-            len(stage.needs),
-            stage.wall_seconds(n_workers),
-            stage.wall_seconds(1) / 3600,
-            stage.gpu_seconds / 3600,
-            stage.memory_gib,
-            stage.n_bytes / 2**30,
+            *(stage.name, len(stage.needs), stage.wall_seconds(n_workers), stage.wall_seconds(1) / 3600),
+            *(stage.gpu_seconds / 3600, stage.memory_gib, stage.n_bytes / 2**30),
         )
         for stage in stages(study, costs)
     ]
-    _, *columns = zip(*rows, strict=True)
-    rows.append(("all", *(sum(column) for column in columns[:4]), max(columns[4]), sum(columns[5])))
-    duration = provenance.duration
+    _, units, wall, cores, gpus, memory, disk = zip(*rows, strict=True)
+    rows.append(("all", sum(units), sum(wall), sum(cores), sum(gpus), max(memory), sum(disk)))
     head = f"{'stage':26}{'units':>8}{'time':>14}{'core-hours':>14}{'GPU-hours':>14}{'memory':>12}{'disk':>14}"
     lines = [
         f"{name:26}{units:>8,}{duration(wall):>14}{cores:>14,.2f}{gpus:>14,.2f}{memory:>8.1f} GiB{disk:>10,.2f} GiB"

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall import tasks
 from datawall.cells import sampling
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
@@ -20,6 +19,8 @@ from datawall.planning.starter import FEW
 from datawall.study import assembly, joining, params
 from datawall.study.params import Params
 from datawall.study.study import Study
+from datawall.study.units import EvaluationSet
+from datawall.tasks import TASKS
 
 CONTEXTS = 3  # of perturbation response; when one is held out, two are too few to learn from
 RARE = 10  # held-out cells; on fewer, a type or context is judged by chance
@@ -40,13 +41,6 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     A first look, in which counts are sampled, collects mistakes. If there are none, all cells are read by the code
     that a run reads them with, counted as it counts them, and split as it splits them. A simulated corpus is not
     made, a Census not opened, and clusters that stand in for types are not sought.
-
-    Parameters
-    ----------
-    path
-        The study file.
-    overrides
-        As in `params.read`.
     """
     try:
         p = params.read(path, overrides)
@@ -63,21 +57,21 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         if not found.errors:
             _read(p, found)
     found.facts.append(f"tasks: {', '.join(p.tasks)}")
-    for task in (task for task in tasks.TASKS if task not in p.tasks):
-        lacking = [key for key in params.NEEDED.get(task, ()) if getattr(p, key) is None]
-        found.facts.append(f"left out: {task}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
+    for task in (task for name, task in TASKS.items() if name not in p.tasks):
+        lacking = [key for key in task.needs if getattr(p, key) is None]
+        found.facts.append(f"left out: {task.name}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
     study = Study(p, Path())
-    found.facts += (f"work: {line}" for line in planning.work(study))
+    found.facts += (f"work: {line}" for line in planning.counts_in_words(study))
     if not found.errors:
-        _design(study, found)
+        _check_design(study, found)
     return found
 
 
-def _design(study: Study, found: Findings) -> None:
+def _check_design(study: Study, found: Findings) -> None:
     """Whether seeds and budgets let verdicts be reached."""
     said, enough = planning.verdicts_to_expect(study.params)
     (found.facts if enough else found.warnings).append(f"verdicts: {said}")
-    passes = planning.passes(study, study.costs)
+    passes = planning.passes(study)
     if few := [f"{name} {n:.2g}" for name, n in passes.items() if n < 1]:
         found.warnings.append(
             f"a cell of the full corpus is drawn less than once on average ({', '.join(few)} times): raise steps, or "
@@ -104,11 +98,9 @@ def _look(p: Params, found: Findings) -> None:
                     joining.check_contexts(p, obs["cell_type"].replace(p.labels).unique())
             except CorpusError as error:
                 found.errors.append(f"{p.perturbation_key}: {error}")
-    for name, one in list(p.evaluation_sets().items())[1:]:  # the first is the corpus's held-out cells
-        keys = assembly.dataset_columns(p, name)
-        if one.donor_key is None:
-            keys.pop("donor_id", None)  # the study's column, which not every data set has
-        _look_into(p, one.file, keys, f"evaluation set {name}", found)
+    for dataset in p.evaluation:
+        keys = assembly.dataset_columns(p, dataset.dataset, there=())
+        _look_into(p, dataset.file, keys, f"evaluation set {dataset.dataset}", found)
     if p.spike_in is not None:
         _look_into(p, p.spike_in, {}, "cells to spike in", found)
 
@@ -132,8 +124,9 @@ def _read(p: Params, found: Findings) -> None:
         labels = []
         for block in assembly.read_corpus(p, reports):
             labels.append(block.obs)
-        obs = pd.concat(labels)
-        n_spike_in = 0 if p.spike_in is None else sum(of.n_obs for of in assembly.read_spike_in(p, block, reports))
+        obs, n_spike_in = pd.concat(labels), 0
+        if p.spike_in is not None:
+            n_spike_in = sum(perturbed.n_obs for perturbed in assembly.read_spike_in(p, block, reports))
         found.warnings += reports["notes"]
         became = reports["cells"].drop(columns="dataset").sum()
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
@@ -145,17 +138,17 @@ def _read(p: Params, found: Findings) -> None:
         _labels(p, obs, held_out, found)
         _subsets(p, int((~held_out).sum()), found, n_spike_in)
         sets = {p.held_out_name: obs[held_out]}
-        for one in p.evaluation:
-            aligned, _, notes = assembly.read_dataset(p, one.dataset, block.var)
+        for name in [dataset.dataset for dataset in p.evaluation]:
+            aligned, _, notes = assembly.read_dataset(p, name, block.var)
             found.warnings += notes
-            sets[one.dataset] = aligned.obs
+            sets[name] = aligned.obs
     except (CorpusError, DatasetError, ValueError) as error:
         found.errors.append(str(error))
         return
     _tasks(p, sets, found)
-    for one in p.embeddings:
+    for given in p.embeddings:
         try:
-            external.read_embedding(one.file, one.obsm_key, sets[one.dataset].index, one.dataset)
+            external.read_embedding(given.file, given.obsm_key, sets[given.dataset].index, given.dataset)
         except ValueError as error:
             found.errors.append(str(error))
     if p.drop_contaminated:
@@ -184,53 +177,48 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, found: Findings)
 
 
 def _subsets(p: Params, n_pretraining: int, found: Findings, n_spike_in: int | None = None) -> None:
-    """Sizes of the subsets, and whether there are cells enough to spike in.
-
-    Raises
-    ------
-    ValueError
-        If there are not.
-    """
+    """Sizes of the subsets; raises ValueError if there are too few cells to spike in."""
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
     found.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
     if small := [f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW]:
         found.warnings.append(f"under {FEW} cells to pretrain on at {', '.join(small)}; larger percentages teach more.")
-    for strategy, percentage, seed in p.subsets():
-        if strategy.startswith("spikein") and n_spike_in is not None:
-            size = sampling.subset_size(n_pretraining, percentage)
-            sampling.spike_in(size, n_spike_in, float(strategy.removeprefix("spikein_")), seed=seed)
+    for subset in (subset for subset in p.subsets() if not subset.untrained and n_spike_in is not None):
+        if spiked := sampling.STRATEGIES[subset.strategy].spiked:
+            size = sampling.subset_size(n_pretraining, subset.percentage)
+            sampling.spike_in(size, n_spike_in, spiked, seed=subset.seed)
 
 
 def _tasks(p: Params, sets: dict[str, pd.DataFrame], found: Findings) -> None:
     """Which tasks cannot be judged on which data sets, and which contexts have few cells."""
     judged = 0
     for task in p.tasks:
-        for name, one in p.evaluation_sets().items():
-            if not one.joins(task):
-                continue
+        for name, dataset in p.evaluation_sets().items():
             obs = sets[name]
-            if "cell_type" not in obs:
-                judged += 1
+            if not dataset.joins(task):
                 continue
-            if why := joining.unfit(task, obs, one, p):
+            if "cell_type" in obs and (why := joining.unfit(task, obs, dataset, p)):
                 found.facts.append(f"left out: {task} on {name}: {why}")
                 continue
             judged += 1
-            if task == "perturbation_response":
-                cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
-                both = int(((cells[one.control] > 0) & (cells.drop(columns=one.control) > 0).any(axis=1)).sum())
-                if both <= CONTEXTS:
-                    found.warnings.append(
-                        f"{name}: perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, "
-                        "from which it cannot tell an embedding from noise; data of "
-                        f"{CONTEXTS + 1} contexts or more can."
-                    )
-                for treatment, contexts in joining.treatments(obs, one, p).items():
-                    few = cells.loc[contexts, [treatment, one.control]].min(axis=1)
-                    _few(few, f"contexts of {treatment!r} in {name}", found)
+            if task == "perturbation_response" and "cell_type" in obs:
+                _contexts(name, dataset, obs, found)
     if not judged:
         found.errors.append("no task is left to judge by; give more cells, types or columns.")
+
+
+def _contexts(name: str, dataset: EvaluationSet, obs: pd.DataFrame, found: Findings) -> None:
+    """Warn of few contexts to learn from, and of contexts with few cells."""
+    cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
+    both = int(((cells[dataset.control] > 0) & (cells.drop(columns=dataset.control) > 0).any(axis=1)).sum())
+    if both <= CONTEXTS:
+        found.warnings.append(
+            f"{name}: perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, from which it "
+            f"cannot tell an embedding from noise; data of {CONTEXTS + 1} contexts or more can."
+        )
+    for treatment, contexts in joining.treatments(obs, dataset).items():
+        few = cells.loc[contexts, [treatment, dataset.control]].min(axis=1)
+        _few(few, f"contexts of {treatment!r} in {name}", found)
 
 
 def _few(n_held_out: pd.Series, what: str, found: Findings) -> None:

@@ -14,6 +14,7 @@ from datawall.engine import disk, paths
 from datawall.planning import inspection
 from datawall.planning.inspection import Looked
 from datawall.study import params
+from datawall.tasks import TASKS
 
 # What columns are called, likelier names first.
 NAMES = {
@@ -22,7 +23,11 @@ NAMES = {
         r"leiden|louvain|clusters?$",
     ),
     "batch": (
-        *(r"^batch", r"sample|library|lane|channel|replicate|^run$|plate", r"assay|technolog|chemistry|platform"),
+        *(
+            r"^batch",
+            r"sample|library|lane|channel|replicate|^run$|plate|^orig.?ident$",
+            r"assay|technolog|chemistry|platform",
+        ),
         r"donor|patient|individual|subject|data.?set",
     ),
     "donor": (r"donor", r"patient|individual|subject|participant"),
@@ -67,33 +72,15 @@ def new(
     say: Callable[[str], None],
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `params/<name>.yaml` for a corpus, after a look into it.
+    """Write `params/<name>.yaml` for a corpus, paths of files or one named data set, after a look into it.
 
-    Parameters
-    ----------
-    name
-        Of the study.
-    corpora
-        Paths of its files, or one named data set.
-    given
-        Columns by role and the control (keys of `QUESTIONS`), or `none`, which are taken as they are; what is absent
-        or None is proposed.
-    ask
-        Asks for what is not given; by default proposals are taken.
-    say
-        Tells what is found.
-    settings
-        More keys of the study file, and their values.
+    What is `given`, columns by role and the control (keys of `QUESTIONS`) or `none`, is taken as it is; what is absent
+    or None is asked for, or else proposed. `say` tells what is found; `settings` are more keys of the study file.
 
-    Raises
-    ------
-    FileExistsError
-        If there is such a study file.
-    datawall.study.params.ParamsError, datawall.cells.corpus.CorpusError, datawall.cells.datasets.DatasetError
-        If the name is none, a file breaks a rule or what was given is not there.
+    Raises FileExistsError if there is such a study file, and ParamsError, CorpusError or DatasetError if the name is
+    none, a file breaks a rule or what was given is not there.
     """
-    path = paths.repository() / "params" / f"{name}.yaml"
-    settings = settings or {}
+    path, settings = paths.repository() / "params" / f"{name}.yaml", settings or {}
     if taken := [option for option, key in KEYS.items() if key in settings]:
         raise ValueError(f"--set {KEYS[taken[0]]}: with --new, name it as --{taken[0]}.")
     plain = {key: value for key, value in settings.items() if key in ("min_matched_genes", "held_out", "percentages")}
@@ -101,16 +88,14 @@ def new(
     if path.exists():
         raise FileExistsError(f"{path}: there is such a study file; choose another name, or remove it.")
     named = [key for role, key in given.items() if role != "control" and key]
-    looks = [inspection.look(one, named, min_matched=default.min_matched_genes) for one in corpora]
+    looks = [inspection.look(corpus, named, min_matched=default.min_matched_genes) for corpus in corpora]
     for looked in looks:
         say(str(looked))
     looked = _joined(looks)
     roles = _choose(looked, given, ask, say)
-    for note in (note for each in looks for note in each.notes(roles)):
+    for note in (note for looked_at in looks for note in looked_at.notes(roles)):
         say(f"warning: {note}")
-    text = study_file(name, [_portable(one) for one in corpora], looked, roles, default)
-    if settings:
-        text = _with(text, settings)
+    text = _with(study_file(name, [_portable(corpus) for corpus in corpora], looked, roles, default), settings)
     params.check(params.from_yaml(text), path.name)
     disk.write_text(path, text)
     return path
@@ -130,9 +115,9 @@ def propose(looked: Looked) -> Roles:
         "donor": [key for key in obs if counts[key] >= 2],
         "perturbation": [key for key in obs if control_of(obs[key]) is not None],
     }
-    found = {role: _likeliest(allowed[role], NAMES[role]) for role in NAMES}
-    perturbation = found["perturbation"]
-    return found | {"control": None if perturbation is None else control_of(obs[perturbation])}
+    roles = {role: _likeliest(allowed[role], NAMES[role]) for role in NAMES}
+    perturbation = roles["perturbation"]
+    return roles | {"control": None if perturbation is None else control_of(obs[perturbation])}
 
 
 def control_of(labels: pd.Series) -> str | None:
@@ -146,8 +131,11 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     """The text of a study file, with comments that say what was found; the rest is as in the default study."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    needed = {"zeroshot_integration": roles["batch"], "perturbation_response": roles["perturbation"]}
-    labels = looked.obs.get(roles["cell_type"])
+    named = {KEYS["label" if role == "cell_type" else role] for role, value in roles.items() if value}
+    labels, contexts = looked.obs.get(roles["cell_type"]), None
+    if labels is not None and roles["perturbation"]:  # the types with the most cells both with and without treatment
+        untreated = looked.obs[roles["perturbation"]] == roles["control"]
+        contexts = pd.crosstab(labels, untreated).min(axis=1).nlargest(2).index.tolist()
     n_pretraining = round(looked.n_cells * (1 - default.held_out))
     environment = Environment(  # noqa: S701 - YAML, not HTML: values and comments pass through filters of their own
         loader=FileSystemLoader(paths.PACKAGE_DATA), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -166,8 +154,8 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
         sizes=sizes(n_pretraining, default.percentages),
         steps=int(steps.pop("")),
         steps_by_model={name: int(n) for name, n in steps.items()},
-        tasks=[task for task in default.tasks if needed.get(task, True)],
-        contexts=None if labels is None else labels.value_counts().index[:2].tolist(),
+        tasks=[task for task in default.tasks if named.issuperset(TASKS[task].needs)],
+        contexts=contexts,
         default=default,
     )
 
@@ -232,12 +220,12 @@ def _joined(looks: list[Looked]) -> Looked:
     """Several files as one, with the columns that all have."""
     if len(looks) == 1:
         return looks[0]
-    shared = [key for key in looks[0].columns if all(key in one.columns for one in looks)]
-    labels = [key for key in shared if all(key in one.obs for one in looks)]
-    obs = pd.concat([one.obs[labels].astype(object) for one in looks], ignore_index=True).astype("category")
-    names = ", ".join(one.name for one in looks)
-    unreadable = {key: why for one in looks for key, why in one.unreadable.items()}
-    return Looked(names, sum(one.n_cells for one in looks), looks[0].match, shared, obs, unreadable)
+    shared = [key for key in looks[0].columns if all(key in looked.columns for looked in looks)]
+    labels = [key for key in shared if all(key in looked.obs for looked in looks)]
+    obs = pd.concat([looked.obs[labels].astype(object) for looked in looks], ignore_index=True).astype("category")
+    names = ", ".join(looked.name for looked in looks)
+    unreadable = {key: why for looked in looks for key, why in looked.unreadable.items()}
+    return Looked(names, sum(looked.n_cells for looked in looks), looks[0].match, shared, obs, unreadable)
 
 
 def _with(text: str, settings: dict[str, Any]) -> str:

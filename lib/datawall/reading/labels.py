@@ -43,6 +43,9 @@ LABELS = {
     "spikein_50": "50 % perturbed cells",
     "LogisticRegression": "logistic regression",
     "NoChange": "no change",
+    "MeanShift": "mean shift",
+    "TreatedMean": "treated mean",
+    "Oracle": "oracle (ceiling)",
     "reconstruction": "reconstruction",
 }
 

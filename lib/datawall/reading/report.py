@@ -35,10 +35,11 @@ TEMPLATES = paths.PACKAGE_DATA / "report"
 DEFAULT = "quick"  # the study that others are compared with
 # The summary shows the first three of these figures that the run has.
 SHOWN = (
-    *("learning_curves_zeroshot_classification", "saturation_points", "scaling_curves"),
+    *("learning_curves_zeroshot_classification", "saturation_points", "beside_published"),
     *("learning_curves_perturbation_response", "learning_curves_finetuned_classification"),
 )
-ASIDE = {"study", "executor", "storage", "workers", "gpus", "retries", "time_limit", "memory_gib"}  # no number's matter
+# Parameters that no number depends on.
+IN_NO_NUMBER = {"study", "executor", "storage", "workers", "gpus", "retries", "time_limit", "memory_gib"}
 KINDS = ("corpus", "dataset", "split", "contamination", "sketch", "subset", "model", "embedding", "evaluation")
 
 
@@ -60,16 +61,9 @@ class Table:
 
 
 def write(run_dir: str | Path) -> Path:
-    """Write the report of a run into its folder, in place of an earlier one.
+    """Write the report of a run (`runs/quick`, say) into its folder, in place of an earlier one.
 
-    Parameters
-    ----------
-    run_dir
-        Folder of the run, such as `runs/quick`. Of a run that is not complete the report has what there is.
-
-    Returns
-    -------
-    path of its first page, `<run_dir>/report/index.html`.
+    Of a run that is not complete it has what there is. Returns the path of its first page.
 
     Raises
     ------
@@ -82,13 +76,7 @@ def write(run_dir: str | Path) -> Path:
 
 
 class Site:
-    """The pages of a report.
-
-    Parameters
-    ----------
-    study
-        With the folder of its run.
-    """
+    """The pages of a report, of a study with the folder of its run."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -106,7 +94,7 @@ class Site:
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
         self.artifacts = provenance.read(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
-        sources = {one.key: one for each in scored for one in provenance.upstream(each, self.artifacts)}
+        sources = {made.key: made for each in scored for made in provenance.upstream(each, self.artifacts)}
         self.made = _in_order([*sources.values(), *scored])  # all that the results are made from
         self.notebooks = [notebooks.read(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
         self.changes = changes(params.read(paths.repository() / "params" / f"{DEFAULT}.yaml"), study.params)
@@ -129,8 +117,8 @@ class Site:
     @cached_property
     def sentences(self) -> list[str]:
         """The verdicts in words; of results of another study than that of the folder, what is other about it."""
-        of, now = results.parameters(self.study.folder), self.study.params.model_dump(mode="json")
-        if other := [key for key in now if key not in ASIDE and of and of.get(key) != now[key]]:
+        then, now = results.parameters(self.study.folder), self.study.params.model_dump(mode="json")
+        if other := [key for key in now if key not in IN_NO_NUMBER and then and then.get(key) != now[key]]:
             return [
                 f"The results are not those of study.yaml as it is now: they are of other {', '.join(other)}. Its own "
                 "come with the stages of its tasks."
@@ -148,9 +136,8 @@ class Site:
             for path in self.downloads:
                 shutil.copy(path, scratch / "files")
             shutil.copy(TEMPLATES / "tables.js", scratch)
-            (scratch / "style.css").write_text(
-                (TEMPLATES / "style.css").read_text(encoding="utf-8") + notebooks.code_colours(), encoding="utf-8"
-            )
+            styles = (TEMPLATES / "style.css").read_text(encoding="utf-8") + notebooks.code_colours()
+            (scratch / "style.css").write_text(styles, encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(scratch, folder)
@@ -162,117 +149,106 @@ class Site:
         for task in self.tasks:
             yield f"results_{task}.html", self._page("results", "Results", task=task, table=self._results(task))
         yield "figures.html", self._page("figures", "Figures")
-        for before, notebook, after in zip(
-            [None, *self.notebooks], self.notebooks, [*self.notebooks[1:], None], strict=False
-        ):
-            content = {
-                "changes": self.changes,
-                "notebook": notebook,
-                "body": notebook.html(),
-                "before": before,
-                "after": after,
-            }
-            yield f"notebooks/{notebook.name}.html", self._page("notebook", notebook.opening[0], "../", **content)
+        neighbours = zip([None, *self.notebooks], [*self.notebooks[1:], None], strict=False)
+        for notebook, (before, after) in zip(self.notebooks, neighbours, strict=False):
+            content = {"changes": self.changes, "notebook": notebook, "body": notebook.html()}
+            page = self._page("notebook", notebook.opening[0], "../", **content, before=before, after=after)
+            yield f"notebooks/{notebook.name}.html", page
         yield "provenance.html", self._page("provenance", "Provenance", tables=self._provenance())
-        for one in self.made:
-            yield f"artifacts/{one.key}.html", self._page("artifact", _what(one.label), "../", **self._artifact(one))
+        for made in self.made:
+            page = self._page("artifact", _label_parts(made.label), "../", **self._artifact(made))
+            yield f"artifacts/{made.key}.html", page
 
     def _page(self, template: str, title: str, root: str = "", **content: Any) -> str:
         page = _environment().get_template(f"{template}.html.j2")
         return page.render(site=self, title=title, root=root, **content)
 
     def _summary(self) -> dict[str, Any]:
-        found = self.verdicts
-        cells = {(row["model"], row["task"], row["dataset"]): row for row in found.to_dict("records")}
+        cells = {(row["model"], row["task"], row["dataset"]): row for row in self.verdicts.to_dict("records")}
         return {
-            "plan": sum((Counter(of) for _, of in planning.counts(self.study)), Counter()),
+            "plan": sum((Counter(counts) for _, counts in planning.counts(self.study)), Counter()),
             "sentences": self.sentences,
-            "columns": found.drop_duplicates(["task", "dataset"]).to_dict("records") if cells else [],
+            "columns": self.verdicts.drop_duplicates(["task", "dataset"]).to_dict("records") if cells else [],
             "models": [model for model in self.study.params.models if model in {key[0] for key in cells}],
             "cells": cells,
             "figures": [name for name in SHOWN if name in self.figures][:3],
             "costs": self._costs(),
             "totals": provenance.costs(self.made)[["seconds", "n_bytes"]].sum(),
             "versions": provenance.versions(self.made),
-            "devices": sorted({str(one.made.get("device", "unknown")) for one in self.made}),
+            "devices": sorted({str(made.made.get("device", "unknown")) for made in self.made}),
             "changes": self.changes,
             "of": date.fromtimestamp((self.study.folder / "study.yaml").stat().st_mtime).isoformat(),
         }
 
     def _costs(self) -> Table:
-        table = provenance.costs(self.made)
         rows = [
             [
-                Cell(_what(row.what)),
+                Cell(_label_parts(row.what)),
                 _number(row.n, "{:,.0f}"),
-                Cell(provenance.duration(row.seconds), sort=row.seconds),
-                Cell(provenance.duration(row.longest), sort=row.longest),
+                _time(row.seconds),
+                _time(row.longest),
                 _number(row.memory_mib, "{:,.0f}"),
                 _number(row.n_bytes / 1e6, "{:,.1f}"),
                 Cell(row.device),
             ]
-            for row in table.itertuples()
+            for row in provenance.costs(self.made).itertuples()
         ]
         head = ["made", "artifacts", "time, all", "time, longest", "peak memory (MiB)", "disk (MB)", "on"]
         return Table("Costs", head, rows)
 
     def _results(self, task: str) -> Table:
         """A row per evaluation of a task, a column per metric; means over splits."""
-        of_task = select(self.results, task=task)
-        ids = of_task.drop_duplicates(results.RUN[:-1]).set_index(results.RUN[:-1])["run_id"]
-        means = results.mean_over_splits(of_task)
+        shown = select(self.results, task=task)
+        run = results.RUN[:-1]
+        ids = shown.drop_duplicates(run).set_index(run)["run_id"]
+        means = results.mean_over_splits(shown)
         metrics = sorted(means["metric"].unique(), key=lambda metric: (metric != tasks.HEADLINE.get(task), metric))
-        wide = means.pivot_table(index=results.RUN[:-1], columns="metric", values="value")[metrics]
-        rows = []
-        for index, values in wide.iterrows():
-            of = dict(zip(results.RUN, index, strict=False))
-            key = ids[index]
-            rows.append(
-                [
-                    Cell(of["model"], href=f"artifacts/{key}.html" if key in self.artifacts else None),
-                    Cell(labels.label(of["strategy"])),
-                    _number(of["percentage"], "{:g}"),
-                    _number(of["seed"], "{:g}") if of["seed"] >= 0 else Cell("", sort=-1),
-                    _number(of["n_cells"], "{:,.0f}"),
-                    Cell(labels.label(of["dataset"])),
-                    *(_number(values[metric], "{:.3f}") for metric in metrics),
-                ]
-            )
-        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *map(labels.label, metrics)]
+        wide = means.pivot_table(index=run, columns="metric", values="value")[metrics]
+        rows = [
+            [
+                Cell(row["model"], href=f"artifacts/{row['run_id']}.html" if row["run_id"] in self.artifacts else None),
+                Cell(labels.label(row["strategy"])),
+                _number(row["percentage"], "{:g}"),
+                _number(row["seed"], "{:g}") if row["seed"] >= 0 else Cell("", sort=-1),
+                _number(row["n_cells"], "{:,.0f}"),
+                Cell(labels.label(row["dataset"])),
+                *(_number(row[metric], "{:.3f}") for metric in metrics),
+            ]
+            for row in wide.join(ids).reset_index().to_dict("records")
+        ]
+        names = [labels.label(metric).replace("_", " ") for metric in metrics]
+        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *names]
         return Table(labels.label(task), head, rows)
 
     def _provenance(self) -> list[Table]:
         """A table per kind of artifact."""
-        tables = []
-        for kind in dict.fromkeys(one.kind for one in self.made):
-            rows = [
-                [
-                    Cell(one.key, href=f"artifacts/{one.key}.html"),
-                    Cell(about(one)),
-                    Cell(provenance.duration(one.made.get("seconds")), sort=one.made.get("seconds")),
-                    _number(one.made.get("peak_memory_mib"), "{:,.0f}"),
-                    _number(one.n_bytes / 1e6, "{:,.2f}"),
-                ]
-                for one in self.made
-                if one.kind == kind
+        rows = {}
+        for made in self.made:
+            row = [
+                Cell(made.key, href=f"artifacts/{made.key}.html"),
+                Cell(about(made)),
+                _time(made.made.get("seconds")),
+                _number(made.made.get("peak_memory_mib"), "{:,.0f}"),
+                _number(made.n_bytes / 1e6, "{:,.2f}"),
             ]
-            tables.append(Table(kind, ["key", "made from", "time", "peak memory (MiB)", "disk (MB)"], rows))
-        return tables
+            rows.setdefault(made.kind, []).append(row)
+        head = ["key", "made from", "time", "peak memory (MiB)", "disk (MB)"]
+        return [Table(kind, head, rows_of_kind) for kind, rows_of_kind in rows.items()]
 
-    def _artifact(self, one: Made) -> dict[str, Any]:
+    def _artifact(self, artifact: Made) -> dict[str, Any]:
         """What an artifact was made from, and the metrics of an evaluation, a column per split."""
-        sources = _in_order(provenance.upstream(one, self.artifacts))
-        content = {"one": one, "sources": sources, "keys": {each.key for each in sources}, "run": None}
-        if one.key not in self._values:
+        sources = _in_order(provenance.upstream(artifact, self.artifacts))
+        content = {"one": artifact, "sources": sources, "keys": {source.key for source in sources}, "run": None}
+        if artifact.key not in self._values:
             return content
-        values = self._values[one.key]
+        values = self._values[artifact.key]
         splits = list(dict.fromkeys(split for by_split in values.values() for split in by_split))
         rows = [
             [Cell(labels.label(metric)), *(_number(by_split.get(split), "{:.4f}") for split in splits)]
             for metric, by_split in sorted(values.items())
         ]
         table = Table("Metrics by split", ["metric", *splits], rows)
-        return content | {"run": self._runs.loc[one.key], "table": table}
+        return content | {"run": self._runs.loc[artifact.key], "table": table}
 
 
 def changes(default: params.Params, other: params.Params) -> list[tuple[str, str, str]]:
@@ -285,16 +261,16 @@ def changes(default: params.Params, other: params.Params) -> list[tuple[str, str
 def _in_order(artifacts: list[Made]) -> list[Made]:
     """Artifacts by kind, as they are made in a study."""
     order = {kind: place for place, kind in enumerate(KINDS)}
-    return sorted(artifacts, key=lambda one: order.get(one.kind, 0))
+    return sorted(artifacts, key=lambda made: order.get(made.kind, 0))
 
 
-def about(one: Made) -> str:
+def about(artifact: Made) -> str:
     """The plain values of an artifact's record in a line."""
-    plain = [value for value in _flat(one.record).items() if not re.fullmatch("[0-9a-f]{16}", str(value[1]))]
+    plain = [value for value in _flat(artifact.record).items() if not re.fullmatch("[0-9a-f]{16}", str(value[1]))]
     return ", ".join(f"{name} {_text(value)}" for name, value in plain if value not in (None, [], {}))
 
 
-def _what(label: str) -> str:
+def _label_parts(label: str) -> str:
     """The label of an artifact as a reader should see it."""
     return ": ".join(labels.label(part) for part in label.split(": "))
 
@@ -302,6 +278,10 @@ def _what(label: str) -> str:
 def _number(value: float | None, form: str) -> Cell:
     """A number to show and sort by; an empty cell if there is none."""
     return Cell("") if value is None or pd.isna(value) else Cell(form.format(value), sort=float(value))
+
+
+def _time(seconds: float | None) -> Cell:
+    return Cell(provenance.duration(seconds), sort=seconds)
 
 
 def _text(value: Any) -> str:
@@ -329,15 +309,10 @@ def _environment() -> Any:
 
     # All that comes from data is escaped.
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
-    made.filters |= {
-        "label": labels.label,
-        "duration": provenance.duration,
-        "text": _text,
-        "about": about,
-        "what": _what,
-    }
-    return made
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
+    environment.filters |= {"label": labels.label, "duration": provenance.duration}
+    environment.filters |= {"text": _text, "about": about, "what": _label_parts}
+    return environment
 
 
 if __name__ == "__main__":

@@ -18,22 +18,21 @@ def problems(folder: Path) -> list[str]:
     Every file of every artifact is read and hashed again.
     """
     places = _places(folder)
-    found = [f"{_shown(place)}: {what}" for place in places.values() for what in _wrong(place)]
-    of_tables = results.damage(folder)
-    if not of_tables:
-        lost = sorted(key for key in results.run_ids(folder) if key not in places)
-        found += [f"store/evaluation/{key}: is missing, and results.csv has numbers of it" for key in lost]
-    return found + of_tables
+    damaged = [f"store/{place.parent.name}/{key}: {what}" for key, place in places.items() for what in _wrong(place)]
+    if tables := results.damage(folder):
+        return damaged + tables
+    lost = sorted(key for key in results.run_ids(folder) if key not in places)
+    return damaged + [f"store/evaluation/{key}: is missing, and results.csv has numbers of it" for key in lost]
 
 
 def absent(folder: Path) -> list[str]:
     """What others were made from and is not there, a line each: no damage, as what was made from it is whole."""
     places, needed = _places(folder), {}
-    for one in provenance.read(folder / "store").values():
-        for name, given in one.record.items():
-            for value in provenance.texts(given):  # of a split, `drop` is a list
-                if re.fullmatch("[0-9a-f]{16}", value) and value not in places:
-                    needed.setdefault((name, value), []).append(one)
+    for made in provenance.read(folder / "store").values():
+        for name, given in made.record.items():
+            for key in provenance.texts(given):  # of a split, `drop` is a list
+                if re.fullmatch("[0-9a-f]{16}", key) and key not in places:
+                    needed.setdefault((name, key), []).append(made)
     return [
         f"not here: {name} {key}, from which {_counted(made)} {'was' if len(made) == 1 else 'were'} made; a run makes "
         "it again if it needs it"
@@ -51,10 +50,6 @@ def _places(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((folder / "store").glob("*/[!.]*")) if path.is_dir()}
 
 
-def _shown(place: Path) -> str:
-    return "/".join(place.parts[-3:])
-
-
 def _wrong(place: Path) -> list[str]:
     """What is wrong with an artifact, or with where it is."""
     if damaged := store.damage(place):
@@ -68,14 +63,9 @@ def _wrong(place: Path) -> list[str]:
 
 
 def why(folder: Path, key: str) -> str:
-    """What made an artifact, what has changed since, and what else would be made again with it; in words.
+    """What made an artifact of a run folder, what has changed since, and what else would be made again with it.
 
-    Parameters
-    ----------
-    folder
-        The run folder.
-    key
-        Its key, such as a `run_id` of the results, or how that begins.
+    The key, such as a `run_id` of the results, may be shortened.
 
     Raises
     ------
@@ -96,51 +86,55 @@ def why(folder: Path, key: str) -> str:
     return "\n".join([*_origin(artifacts[key], artifacts), *_fate(artifacts[key], artifacts)])
 
 
-def _origin(one: Made, artifacts: dict[str, Made]) -> list[str]:
+def _origin(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
     """Who made an artifact, and from what."""
-    of = one.made
+    how = artifact.made
+    cost = f"{how['seconds']:g} s, {how['peak_memory_mib']} MiB"
     return [
-        f"{one.kind} {one.key}",
-        f"made    {of['ended']} on {of['host']} ({of['device']}), {of['seconds']:g} s, {of['peak_memory_mib']} MiB",
-        f"with    {', '.join(f'{name} {version}' for name, version in of['versions'].items())}",
-        f"files   {', '.join(one.files)}",
+        f"{artifact.kind} {artifact.key}",
+        f"made    {how['ended']} on {how['host']} ({how['device']}), {cost}",
+        f"with    {', '.join(f'{name} {version}' for name, version in how['versions'].items())}",
+        f"files   {', '.join(artifact.files)}",
         "from",
-        *_tree(one, artifacts, "  "),
+        *_tree(artifact, artifacts, "  "),
     ]
 
 
-def _tree(one: Made, artifacts: dict[str, Made], indent: str) -> Iterator[str]:
+def _tree(artifact: Made, artifacts: dict[str, Made], indent: str) -> Iterator[str]:
     """The record of an artifact and, below it, those of what it was made from."""
-    for name, value in one.record.items():
-        made = [artifacts[text] for text in provenance.texts(value) if text in artifacts]
-        for each in made:
-            yield f"{indent}{name}: {each.kind} {each.key}"
-            yield from _tree(each, artifacts, indent + "  ")
-        if not made:
+    for name, value in artifact.record.items():
+        sources = [artifacts[text] for text in provenance.texts(value) if text in artifacts]
+        for source in sources:
+            yield f"{indent}{name}: {source.kind} {source.key}"
+            yield from _tree(source, artifacts, indent + "  ")
+        if not sources:
             yield f"{indent}{name}: {value}"
 
 
-def _fate(one: Made, artifacts: dict[str, Made]) -> list[str]:
+def _fate(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
     """What has changed since, and what depends on an artifact."""
-    stale = {made: changed for made in [one, *provenance.upstream(one, artifacts)] if (changed := _changed(made))}
-    dependent = [other for other in artifacts.values() if one in provenance.upstream(other, artifacts)]
-    if stale:
-        lines = [f"  the code of {', '.join(of)}, which made {made.kind} {made.key}" for made, of in stale.items()]
-        begin = ["changed since, so that a run makes it again, under another key:", *lines]
+    lines = [
+        f"  the code of {', '.join(changed)}, which made {made.kind} {made.key}"
+        for made in [artifact, *provenance.upstream(artifact, artifacts)]
+        if (changed := _changed(made))
+    ]
+    if lines:
+        lines.insert(0, "changed since, so that a run makes it again, under another key:")
     else:
-        begin = ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
-    return [*begin, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."]
+        lines = ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
+    dependent = [other for other in artifacts.values() if artifact in provenance.upstream(other, artifacts)]
+    return [*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."]
 
 
-def _changed(one: Made) -> list[str]:
+def _changed(artifact: Made) -> list[str]:
     """Modules whose code is no longer what made an artifact."""
-
-    def same(name: str, before: str) -> bool:
-        return name.partition(":")[0] in code.SOURCES and code.code_version(name) == before
-
-    return [name for name, before in one.code.items() if not same(name, before)]
+    return [
+        name
+        for name, before in artifact.code.items()
+        if name.partition(":")[0] not in code.SOURCES or code.code_version(name) != before
+    ]
 
 
 def _counted(made: list[Made]) -> str:
     """How many artifacts of which kinds, in words."""
-    return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(one.kind for one in made).items()))
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(artifact.kind for artifact in made).items()))

@@ -3,7 +3,8 @@
 Costs grow as follows. A pretraining run: once, for each cell of its subset, for each step and for each cell of a step,
 the last two in proportion to the multiplications of the model (`work`); a subset streamed from the disk is read too.
 An embedding: a line in cells, in proportion to multiplications. A task: a power of the cells of the data set, times its
-splits or contexts. Curation: lines in the corpus's cells. What reads counts grows with the genes that a cell has.
+splits, or its treatments and contexts. Curation: lines in the corpus's cells. What reads counts grows with the genes
+that a cell has.
 """
 
 from __future__ import annotations
@@ -11,19 +12,18 @@ from __future__ import annotations
 import json
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from datawall import tasks
 from datawall.cells import backed, corpus, datasets, simulate
 from datawall.engine import paths
 from datawall.engine.processes import Need
 from datawall.engine.store import Record
-from datawall.models import external, hyperparameters
-from datawall.study.params import Embedding, Params
-
-if TYPE_CHECKING:
-    from datawall.study.units import Evaluation, Run
+from datawall.models.hyperparameters import Hyperparameters, ModelSpec
+from datawall.study import joining
+from datawall.study.params import Params
+from datawall.study.units import Evaluation, Run
 
 SHIPPED = paths.PACKAGE_DATA / "calibration"  # measured elsewhere, each names its machine
 DEFAULT = "quick"  # the study whose calibration stands in for others
@@ -34,7 +34,6 @@ BYTES_PER_STEP = 12  # of a history
 SCTAB_CELLS = 22_190_622  # of the default recipe of the Census,
 GENES_PER_CELL = 1_660.0  # and genes of which such a cell has counts
 CONTEXTS = 4  # of perturbation response, where the study does not name those to hold out
-RECONSTRUCTED, SMALL = 1_000, 5_000  # cells, as in `scoring`
 FLOPS = 20e12  # of a GPU, sustained: assumed where none was calibrated
 
 
@@ -52,66 +51,55 @@ def calibration_of(study: str) -> Record:
 def size_of(p: Params) -> tuple[int, float]:
     """Genes of a study's corpus, and of how many of them a cell has counts, as far as can be told beforehand."""
     if p.simulation is None:
-        of = datasets.DATASETS.get(p.sources()[0])
-        return len(corpus.gene_table()), (of and of.genes_per_cell) or GENES_PER_CELL
+        dataset = datasets.DATASETS.get(p.sources()[0])
+        return len(corpus.gene_table()), (dataset and dataset.genes_per_cell) or GENES_PER_CELL
     cells = simulate.Cells(simulate.truth(p.simulation)).block(0, simulate.CHUNK)
     return p.simulation.n_genes, cells.X.nnz / cells.n_obs
 
 
-def work(p: Params, model: str, n_genes: int, genes_per_cell: float) -> float:
+def work(spec: ModelSpec, n_genes: int, genes_per_cell: float) -> float:
     """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
-    h = _described(p, model)
+    h = described(spec)
+    if not hasattr(h, "n_genes"):
+        return genes_per_cell / 1e6
+    share = _panel(h, n_genes) / n_genes
     if hasattr(h, "max_length"):  # a transformer; it predicts the 15 % of genes that are masked
-        share = _panel(h, n_genes) / n_genes
         length = min(h.max_length, genes_per_cell * share)
         per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + 0.15 * n_genes * share * h.n_embd
         return length * per_token / 1e6
-    if not hasattr(h, "n_hidden"):
-        return genes_per_cell / 1e6
-    share = _panel(h, n_genes) / n_genes
-    return (_widths(h)[0] * share * (genes_per_cell + n_genes) + 2 * _inner(h)) / 1e6  # there and back
+    first, others = _encoder(h)
+    return (first * share * (genes_per_cell + n_genes) + 2 * others) / 1e6  # there and back
 
 
-def n_weights(p: Params, model: str, n_genes: int) -> int:
+def n_weights(spec: ModelSpec, n_genes: int) -> int:
     """Weights of a model, about; none of one of the user's own."""
-    h = _described(p, model)
+    h = described(spec)
     if hasattr(h, "max_length"):
         return (8 * h.n_layers + 1) * h.n_embd**2 + (_panel(h, n_genes) + h.max_length) * h.n_embd
     if hasattr(h, "n_hidden"):
-        return 2 * (_widths(h)[0] * _panel(h, n_genes) + _inner(h))
+        first, others = _encoder(h)
+        return 2 * (first * _panel(h, n_genes) + others)
     return getattr(h, "n_components", 0) * n_genes
 
 
-def _described(p: Params, model: str) -> hyperparameters.Hyperparameters:
+def described(spec: ModelSpec) -> Hyperparameters:
     """Hyper-parameters that tell what a model looks like: those of one of the user's own may mean anything."""
-    return hyperparameters.Hyperparameters() if external.is_external(model) else p.hyperparameters_of(model)
+    return Hyperparameters() if spec.is_external else spec.hyperparameters
 
 
-def _panel(h: hyperparameters.Network, n_genes: int) -> int:
+def _panel(h: Hyperparameters, n_genes: int) -> int:
     """Genes that a network sees, of those of the corpus."""
     return min(h.n_genes or n_genes, n_genes)
 
 
-def _widths(h: hyperparameters.Hyperparameters) -> list[int]:
-    """Of an encoder's hidden layers."""
-    return h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
-
-
-def _inner(h: hyperparameters.Hyperparameters) -> int:
-    """Weights of an encoder, the first layer's apart."""
-    return sum(a * b for a, b in zip(_widths(h), [*_widths(h)[1:], h.n_latent], strict=True))
+def _encoder(h: Hyperparameters) -> tuple[int, int]:
+    """Width of an encoder's first layer, and weights of the others."""
+    widths = h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
+    return widths[0], sum(a * b for a, b in zip(widths, [*widths[1:], h.n_latent], strict=True))
 
 
 class Costs:
-    """The costs of a study's units, one core or GPU each.
-
-    Parameters
-    ----------
-    p
-        The study.
-    known
-        A calibration; by default `calibration_of` it.
-    """
+    """The costs of a study's units, one core or GPU each, by what is known: its calibration, unless one is given."""
 
     def __init__(self, p: Params, known: Record | None = None) -> None:
         self.p, self.known = p, known or calibration_of(p.study)
@@ -125,13 +113,7 @@ class Costs:
 
     @cached_property
     def n_cells(self) -> int:
-        """Cells of the corpus, before any is filtered out.
-
-        Raises
-        ------
-        datawall.cells.datasets.DatasetError, datawall.cells.corpus.CorpusError
-            If a file is missing or not readable.
-        """
+        """Cells of the corpus, before any is filtered out; raises as `backed.CellFile` does."""
         if self.p.simulation is not None:
             return self.p.simulation.n_cells
         return SCTAB_CELLS if self.p.census is not None else sum(map(_cells_in, self.p.sources()))
@@ -144,7 +126,7 @@ class Costs:
     @cached_property
     def cells_of_set(self) -> dict[str, int]:
         """Cells of each evaluation data set."""
-        cells = {one.dataset: one.n_cells or _cells_in(one.file) for one in self.p.evaluation}
+        cells = {dataset.dataset: dataset.n_cells or _cells_in(dataset.file) for dataset in self.p.evaluation}
         return cells | {self.p.held_out_name: round(self.n_cells * self.p.held_out)}
 
     # Units
@@ -152,53 +134,62 @@ class Costs:
     def run(self, run: Run) -> Need:
         """Pretraining a model."""
         cost, scale = self.model(run.model)
-        n_cells, steps = self.cells_of_run(run), self.steps(run)
-        streamed = 2 * n_cells * self.size[1] * BYTES_PER_COUNT > self.p.memory_gib * 2**30
+        n_cells, steps = self.n_pretraining * run.subset.percentage / 100, self.steps(run)
+        bytes_of_counts = 2 * n_cells * self.size[1] * BYTES_PER_COUNT
+        streamed = bytes_of_counts > self.p.memory_gib * 2**30
         per_cell = cost["step_cell"] * scale + (self.line("read", 1) if streamed else 0)
         seconds = cost["once"] + cost["cell"] * self.density * n_cells
         seconds += steps * (cost["step"] * scale + per_cell * self.batch_size(run.model))
-        counts = 2 * n_cells * self.size[1] * BYTES_PER_COUNT / 2**30
-        memory = (
-            BASE_GIB + min(counts, self.p.memory_gib) + 4 * self.model_bytes(run.model) / 2**30
-        )  # and an optimiser's
+        in_memory = min(bytes_of_counts / 2**30, self.p.memory_gib)
+        memory = BASE_GIB + in_memory + 4 * self.model_bytes(run.model) / 2**30  # and an optimiser's
         return Need(self.p.gpus.get(run.model, 1) if steps else 0, memory, seconds)
 
-    def evaluation(self, one: Evaluation, *, embedded: bool = False) -> Need:
+    def evaluation(self, evaluation: Evaluation, *, embedded: bool = False) -> Need:
         """A task, and the embedding that it is of, unless that is there already."""
-        n_cells = self.cells_of_set[one.dataset]
-        by_model = not isinstance(one.source, str | Embedding)
-        seconds = self._scoring_seconds(one, n_cells)
-        if by_model and not embedded and one.task != "reconstruction":
-            seconds += self.embedding_seconds(one.source.model, n_cells)
+        n_cells, source = self.cells_of_set[evaluation.dataset], evaluation.source
+        seconds = self._scoring_seconds(evaluation, n_cells)
+        if isinstance(source, Run) and not embedded and tasks.TASKS[evaluation.task].judges == "embeddings":
+            cost, scale = self.model(source.model)
+            seconds += cost["embedding"][0] + cost["embedding"][1] * scale * n_cells
         per_cell = 2 * self.size[1] * BYTES_PER_COUNT + 8 * VARIABLE_GENES
-        per_cell += 4 * self.p.perturbation_genes * (one.task == "perturbation_response")
-        gpus = 1 if by_model and self.batch_size(one.source.model) else 0
+        per_cell += 4 * self.p.perturbation_genes * (evaluation.task == "perturbation_response")
+        gpus = 1 if isinstance(source, Run) and self.batch_size(source.model) else 0
         return Need(gpus, BASE_GIB + n_cells * per_cell / 2**30, seconds)
 
-    def embedding_seconds(self, model: str, n_cells: int) -> float:
-        """Cells by a model."""
-        cost, scale = self.model(model)
-        return cost["embedding"][0] + cost["embedding"][1] * scale * n_cells
-
-    def _scoring_seconds(self, one: Evaluation, n_cells: int) -> float:
-        if one.task == "reconstruction":
-            (cost, scale), n_cells = self.model(one.source.model), min(RECONSTRUCTED, n_cells)
+    def _scoring_seconds(self, evaluation: Evaluation, n_cells: int) -> float:
+        task, source = tasks.TASKS[evaluation.task], evaluation.source
+        if task.judges == "models":
+            (cost, scale), n_cells = self.model(source.model), min(joining.RECONSTRUCTED, n_cells)
             return cost["reconstruction"][0] + cost["reconstruction"][1] * scale * n_cells
-        if one.task == "zeroshot_integration":
+        if task.name == "zeroshot_integration":
             n_cells = min(n_cells, self.p.integration_cells or n_cells)
-        costs = self.known["tasks"].get(one.task, {"model": [0.0, 1.0]})
-        seconds, power = costs.get(one.source if isinstance(one.source, str) else "model", costs["model"])
-        return seconds * (n_cells / self.known["evaluated"]) ** power * self._times(one, n_cells)
+        costs = self.known["tasks"].get(task.name, {"model": [0.0, 1.0]})
+        seconds, power = costs.get(source if isinstance(source, str) else "model", costs["model"])
+        return seconds * (n_cells / self.known["evaluated"]) ** power * self._times(evaluation, n_cells)
 
-    def _times(self, one: Evaluation, n_cells: int) -> int:
-        """How often a task is done on a data set: once a split, or a context that is held out."""
-        if one.task == "perturbation_response":
-            return len(self.sets[one.dataset].held_out_contexts or range(CONTEXTS))
-        if one.task not in ("zeroshot_classification", "finetuned_classification"):
+    def _times(self, evaluation: Evaluation, n_cells: int) -> int:
+        """How often a task is done on a data set: once, or once a split, or once a treatment and context held out."""
+        task, dataset = tasks.TASKS[evaluation.task], self.sets[evaluation.dataset]
+        if task.repeated == "by context":
+            return self._n_treatments(evaluation.dataset) * len(dataset.held_out_contexts or range(CONTEXTS))
+        if task.repeated == "once":
             return 1
-        finetuned = self.p.finetuned_splits if one.task == "finetuned_classification" else None
-        by_donor = (self.sets[one.dataset].donor_key or self.p.donor_key) is not None
-        return (finetuned or self.p.splits if n_cells < SMALL else 1) * (1 + by_donor)
+        by_donor = (dataset.donor_key or self.p.donor_key) is not None
+        return joining.n_splits(self.p, task.name, n_cells) * (1 + by_donor)
+
+    @cache  # noqa: B019 - as long as its study
+    def _n_treatments(self, name: str) -> int:
+        """Treatments that are judged: those named, or as many as there are in files, up to the number; else one."""
+        dataset, values = self.sets[name], set()
+        if not isinstance(dataset.treatments, int):
+            return len(dataset.treatments)
+        held_out = name == self.p.held_out_name
+        for file in self.p.sources() if held_out else [dataset.file]:
+            if backed.names_file(file) and dataset.n_cells is None:
+                with backed.CellFile(datasets.file(file)) as cells:
+                    key = self.p.key("perturbation", file) if held_out else dataset.perturbation_key
+                    values.update(cells.column(key, "perturbation", 0, cells.n_cells))
+        return min(dataset.treatments, max(1, len(values) - 1))
 
     # Parts of them
 
@@ -209,42 +200,37 @@ class Costs:
 
     def line(self, what: str, n: float) -> float:
         """Seconds of a part of curation, of so many cells."""
-        once, each = self.known["data"][what]
-        return once + each * n * self.density
+        once, per_cell = self.known["data"][what]
+        return once + per_cell * n * self.density
 
-    @cache  # noqa: B019 - as long as its study
+    @cache  # noqa: B019
     def model(self, name: str) -> tuple[Record, float]:
         """The calibrated model of the family that is most alike, and how many times its work this one is."""
-        family = hyperparameters.family(name)
-        if not (of_family := [each for each in self.known["models"] if each["family"] == family]):
+        spec = self.p.specs[name]
+        if not (alike := [model for model in self.known["models"] if model["family"] == spec.family]):
             costs = dict.fromkeys(("once", "cell", "step", "step_cell", "n_latent"), 0)
             return {**costs, "embedding": [0, 0], "reconstruction": [0, 0]}, 1.0  # of the user's own
-        millions = work(self.p, name, *self.size)
-        nearest = min(of_family, key=lambda each: abs(np.log(each["work"] / millions)))
+        millions = work(spec, *self.size)
+        nearest = min(alike, key=lambda model: abs(np.log(model["work"] / millions)))
         return nearest, millions / nearest["work"]
 
     def model_bytes(self, name: str) -> int:
         """A model on disk."""
-        return 4 * n_weights(self.p, name, self.size[0])
-
-    def cells_of_run(self, run: Run) -> float:
-        """Cells of its subset."""
-        return self.n_pretraining * run.subset.percentage / 100
+        return 4 * n_weights(self.p.specs[name], self.size[0])
 
     def steps(self, run: Run) -> int:
         """Optimiser steps of a run: none of an untrained model, or of one that takes no batches."""
-        trains = run.subset.strategy != "untrained" and self.batch_size(run.model)
-        return round(self.p.steps_of(run.model) * run.budget) if trains else 0
+        trains = not run.subset.untrained and self.batch_size(run.model)
+        return self.p.steps_of(run.model, run.budget) if trains else 0
 
-    @cache  # noqa: B019
     def batch_size(self, model: str) -> int:
         """Cells a step; 0 for a model that takes no steps."""
-        return getattr(_described(self.p, model), "batch_size", 0)
+        return getattr(described(self.p.specs[model]), "batch_size", 0)
 
     @cache  # noqa: B019
     def gpu_seconds_per_cell(self, model: str) -> float:
         """Of a GPU of `FLOPS`, for a cell's way through a model."""
-        return 2e6 * work(self.p, model, *self.size) / FLOPS if self.batch_size(model) else 0.0
+        return 2e6 * work(self.p.specs[model], *self.size) / FLOPS if self.batch_size(model) else 0.0
 
 
 def _cells_in(name: str) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -15,34 +16,20 @@ import pandas as pd
 
 from datawall.cells import cellstore, datasets, duplicates, expression, sampling
 from datawall.cells.cellstore import Cells
+from datawall.cells.corpus import CorpusError
+from datawall.cells.duplicates import Contamination
 from datawall.engine import code, store
 from datawall.engine.store import Artifact, Unit
 from datawall.study import assembly, joining
 from datawall.study.params import Params
+from datawall.study.units import Subset
 
 HERE, ASSEMBLY = map(code.module_name, (__name__, assembly.__name__))
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 
-@dataclass(frozen=True)
-class Subset:
-    """Cells chosen from the corpus by a strategy; `untrained` chooses none."""
-
-    strategy: str
-    percentage: float
-    seed: int
-
-
 class Curated:
-    """What a study works on.
-
-    Parameters
-    ----------
-    parameters
-        The checked study file.
-    folder
-        The run folder, where all that is made goes.
-    """
+    """What a study works on: its checked study file, and the run folder, where all that is made goes."""
 
     def __init__(self, parameters: Params, folder: Path) -> None:
         self.params = parameters
@@ -53,77 +40,51 @@ class Curated:
 
     def subsets(self) -> list[Subset]:
         """Every subset of the corpus."""
-        return [Subset(*subset) for subset in self.params.subsets() if subset[0] != "untrained"]
+        return [subset for subset in self.params.subsets() if not subset.untrained]
 
     @property
     def held_out_name(self) -> str:
         """Name of the data set made of the corpus's held-out cells."""
         return self.params.held_out_name
 
+    # Which data sets a task is judged on
+
     def first_dataset(self, task: str) -> str:
         """The data set by which a task is told: the held-out cells or, if they do not join it, the first that does."""
-        return next(iter(self.joined(task)), self.params.held_out_name)
+        return next(iter(self.joined(task)), self.held_out_name)
 
     def joined(self, task: str) -> list[str]:
         """Data sets that a task is judged on; until they have been read, all whose columns allow it."""
         apart = self.not_judged(task)
-        return [name for name, one in self.params.evaluation_sets().items() if one.joins(task) and name not in apart]
+        return [
+            name for name, dataset in self.params.evaluation_sets().items() if dataset.joins(task) and name not in apart
+        ]
 
     def not_judged(self, task: str) -> dict[str, str]:
         """Data sets, read before, whose columns allow a task and whose cells do not, and why."""
-        sets = {name: one for name, one in self.params.evaluation_sets().items() if one.joins(task)}
+        sets = {name: dataset for name, dataset in self.params.evaluation_sets().items() if dataset.joins(task)}
         read = {name: obs for name in sets if (obs := self._labels(name)) is not None}
         why = {name: joining.unfit(task, obs, sets[name], self.params) for name, obs in read.items()}
-        return {name: of for name, of in why.items() if of}
+        return {name: reason for name, reason in why.items() if reason}
 
     def _labels(self, name: str) -> pd.DataFrame | None:
         """`obs` of an evaluation data set; None if that has not been made."""
         if name not in self._obs and self.store.folder.is_dir():
             with suppress(datasets.DatasetError):  # a file that is not there, of a study that is planned
-                if self.store.find(self.dataset_unit(name)) and self.store.find(self.corpus_unit):
-                    self._obs[name] = self._read_obs(name)
+                found = self.store.find(self.dataset_unit(name)) if self.store.find(self.corpus_unit) else None
+                if found and name == self.held_out_name:
+                    self._obs[name] = self.held_out_cells.obs
+                elif found:
+                    with h5py.File(found.folder / "cells.h5ad") as file:
+                        self._obs[name] = ad.io.read_elem(file["obs"])
         return self._obs.get(name)
 
-    def _read_obs(self, name: str) -> pd.DataFrame:
-        if name == self.held_out_name:
-            return self.held_out_cells.obs
-        with h5py.File(self.dataset_artifact(name).folder / "cells.h5ad") as file:
-            return ad.io.read_elem(file["obs"])
+    # The corpus, and how it is split
 
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""
         return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact", ASSEMBLY))
-
-    @cached_property
-    def split_unit(self) -> Unit:
-        """Which cells of the corpus are pretrained on, and which are held out."""
-        p = self.params
-        drop = [self.contamination_unit(one.dataset).key for one in p.evaluation] if p.drop_contaminated else []
-        drawn = {"held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
-        record = {"corpus": self.corpus_unit.key, **drawn, "drop": drop}
-        return Unit("split", record, (f"{HERE}:_make_split", ASSEMBLY))
-
-    @cache  # noqa: B019 - every key asks for it, and a folder's files take long to look through
-    def dataset_unit(self, name: str) -> Unit:
-        """An evaluation data set, its genes in the corpus's order."""
-        if name == self.held_out_name:
-            return self.split_unit
-        p, one = self.params, self.params.evaluation_sets()[name]
-        record = {
-            "dataset": datasets.identity(one.file, one.source),
-            "corpus": self.corpus_unit.key,
-            "min_matched_genes": p.min_matched_genes,
-            "columns": assembly.dataset_columns(p, name),
-            "labels": p.labels,
-        }
-        return Unit("dataset", record, (f"{HERE}:dataset_artifact", ASSEMBLY))
-
-    def contamination_unit(self, name: str) -> Unit:
-        """What an evaluation data set shares with the corpus; held-out cells, with those that are pretrained on."""
-        within = self.split_unit if name == self.held_out_name else self.corpus_unit
-        record = {"dataset": self.dataset_unit(name).key, "cells": within.key}
-        return Unit("contamination", record, (f"{HERE}:contamination", ASSEMBLY))
 
     @cached_property
     def corpus_artifact(self) -> Artifact:
@@ -139,20 +100,45 @@ class Curated:
     def corpus(self) -> Cells:
         """The corpus, on disk: counts by row, genes by Ensembl id, `obs` with cell_type and what else is known.
 
-        Raises
-        ------
-        datawall.cells.corpus.CorpusError
-            If the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
+        Raises CorpusError if the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
         """
         cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
         joining.check_contexts(self.params, cells.obs["cell_type"].unique())
         return cells
 
+    @cached_property
+    def split_unit(self) -> Unit:
+        """Which cells of the corpus are pretrained on, and which are held out."""
+        p = self.params
+        drop = [self.contamination_unit(name).key for name in self._dropped_for]
+        drawn = {"held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
+        record = {"corpus": self.corpus_unit.key, **drawn, "drop": drop}
+        return Unit("split", record, (f"{HERE}:_make_split", ASSEMBLY))
+
+    @property
+    def _dropped_for(self) -> list[str]:
+        """Evaluation data sets whose cells and donors are left out of pretraining."""
+        return [dataset.dataset for dataset in self.params.evaluation] if self.params.drop_contaminated else []
+
+    def _make_split(self, folder: Path) -> None:
+        """Write the sorted rows of the corpus that may be pretrained on and those held out, spiked-in cells apart."""
+        rows = np.setdiff1d(np.arange(self.corpus.n_obs), self.split_rows("spike_in"), assume_unique=True)
+        held_out = assembly.held_out(self.params, self.corpus.obs.iloc[rows])
+        dropped = [self.contamination(name).rows_to_drop() for name in self._dropped_for]
+        dropped = np.unique(np.concatenate([np.empty(0, np.int64), *dropped]))
+        pretraining = np.setdiff1d(rows[~held_out], dropped, assume_unique=True)
+        if not len(pretraining):
+            raise CorpusError(
+                f"{self.params.study}: no cell of the corpus is left to pretrain on; hold out less, or keep "
+                "contaminated cells."
+            )
+        np.save(folder / "pretraining.npy", pretraining)
+        np.save(folder / "held_out.npy", rows[held_out])
+
     def split_rows(self, part: str) -> np.ndarray:
         """Sorted rows of the corpus of a part: `pretraining`, `held_out`, or `spike_in`."""
-        if part == "spike_in":
-            return _mapped(self.corpus_artifact.folder / "spike_in.npy")
-        return _mapped(self.dataset_artifact(self.held_out_name).folder / f"{part}.npy")
+        artifact = self.corpus_artifact if part == "spike_in" else self.dataset_artifact(self.held_out_name)
+        return _mapped(artifact.folder / f"{part}.npy")
 
     @cached_property
     def pretraining_cells(self) -> Cells:
@@ -164,58 +150,80 @@ class Curated:
         """The corpus's held-out cells, on disk; `dataset` has them in memory."""
         return self.corpus.take(self.split_rows("held_out"))
 
-    def dataset(self, name: str) -> ad.AnnData:
-        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known.
+    @cached_property
+    def response_genes(self) -> np.ndarray:
+        """(n_genes,) bool: the genes whose response is predicted, the most variable among the pretraining cells."""
+        return expression.streamed_variable_genes(self.pretraining_cells.count_blocks, self.params.perturbation_genes)
 
-        Those asked for before stay in memory, the latest first, as far as `KEPT` goes.
-        """
-        if name in self._in_memory:
-            self._in_memory[name] = self._in_memory.pop(name)
-            return self._in_memory[name]
-        while sum(map(sys.getsizeof, self._in_memory.values())) > KEPT:
-            del self._in_memory[next(iter(self._in_memory))]
-        self._in_memory[name] = self._read_dataset(name)
-        return self._in_memory[name]
+    # Evaluation data sets
 
-    def _read_dataset(self, name: str) -> ad.AnnData:
+    @cache  # noqa: B019 - every key asks for it, and a folder's files take long to look through
+    def dataset_unit(self, name: str) -> Unit:
+        """An evaluation data set, its genes in the corpus's order; of held-out cells, the split."""
         if name == self.held_out_name:
-            return self.held_out_cells.to_memory()
-        return ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")
+            return self.split_unit
+        p, dataset = self.params, self.params.evaluation_sets()[name]
+        record = {
+            "dataset": datasets.identity(dataset.file, dataset.source),
+            "corpus": self.corpus_unit.key,
+            "min_matched_genes": p.min_matched_genes,
+            "columns": assembly.dataset_columns(p, name),
+            "labels": p.labels,
+        }
+        return Unit("dataset", record, (f"{HERE}:dataset_artifact", ASSEMBLY))
 
     def dataset_artifact(self, name: str) -> Artifact:
         """An evaluation data set on disk (see `assembly.make_dataset`); of held-out cells, the split."""
         if name == self.held_out_name:
             return self.store.find_or_make(self.split_unit, self._make_split)
         return self.store.find_or_make(
-            self.dataset_unit(name),
-            lambda folder: assembly.make_dataset(self.params, name, self.corpus.var, folder),
+            self.dataset_unit(name), lambda folder: assembly.make_dataset(self.params, name, self.corpus.var, folder)
         )
 
-    def contamination(self, name: str) -> duplicates.Contamination:
-        """What an evaluation data set shares with the corpus; rows count in the corpus."""
+    def dataset(self, name: str) -> ad.AnnData:
+        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known.
+
+        Those asked for before stay in memory, the latest first, as far as `KEPT` goes.
+        """
+        if (adata := self._in_memory.pop(name, None)) is None:
+            while sum(map(sys.getsizeof, self._in_memory.values())) > KEPT:
+                del self._in_memory[next(iter(self._in_memory))]
+            if name == self.held_out_name:
+                adata = self.held_out_cells.to_memory()
+            else:
+                adata = ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")
+        self._in_memory[name] = adata
+        return adata
+
+    def contamination_unit(self, name: str) -> Unit:
+        """What an evaluation data set shares with the corpus; held-out cells, with those that are pretrained on."""
+        within = self.split_unit if name == self.held_out_name else self.corpus_unit
+        record = {"dataset": self.dataset_unit(name).key, "cells": within.key}
+        return Unit("contamination", record, (f"{HERE}:contamination",))
+
+    def contamination(self, name: str) -> Contamination:
+        """What an evaluation data set shares with the corpus: equal cells, and donors of the same name.
+
+        Rows count in the corpus. Cells are compared by the genes that the data set has; what lies on disk is read in
+        blocks, and in memory are 36 bytes for each cell of the evaluation set.
+        """
 
         def make(folder: Path) -> None:
             if name == self.held_out_name:
-                everything = np.ones(self.corpus.n_vars, bool)
-                found = assembly.contamination(self.held_out_cells, everything, self.pretraining_cells)
+                dataset, cells = self.held_out_cells, self.pretraining_cells
+                genes = cells.var.index
             else:
-                measured = np.load(self.dataset_artifact(name).folder / "measured.npy")
-                found = assembly.contamination(self.dataset(name), measured, self.corpus)
-            found.write(folder)
+                dataset, cells = self.dataset(name), self.corpus
+                genes = cells.var.index[np.load(self.dataset_artifact(name).folder / "measured.npy")]
 
-        return duplicates.Contamination.read(self.store.find_or_make(self.contamination_unit(name), make).folder)
+            def hashes(of_cells: ad.AnnData | Cells) -> Iterator[np.ndarray]:
+                blocks = of_cells.count_blocks() if isinstance(of_cells, Cells) else [of_cells.X]
+                return (duplicates.cell_hashes(counts, cells.var.index, genes) for counts in blocks)
 
-    @cached_property
-    def response_genes(self) -> np.ndarray:
-        """(n_genes,) bool: the genes whose response is predicted, the most variable among the pretraining cells."""
-        return expression.streamed_variable_genes(self.pretraining_cells.count_blocks, self.params.perturbation_genes)
+            donors = (obs["donor_id"].array if "donor_id" in obs else None for obs in (dataset.obs, cells.obs))
+            duplicates.contamination(np.concatenate([*hashes(dataset)]), hashes(cells), *donors).write(folder)
 
-    def _make_split(self, folder: Path) -> None:
-        p = self.params
-        names = [one.dataset for one in p.evaluation] if p.drop_contaminated else []
-        found = [self.contamination(name).rows_to_drop() for name in names]
-        dropped = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
-        assembly.make_split(p, self.corpus, self.split_rows("spike_in"), dropped, folder)
+        return Contamination.read(self.store.find_or_make(self.contamination_unit(name), make).folder)
 
     # Subsets
 
@@ -233,11 +241,10 @@ class Curated:
 
         def make(folder: Path) -> None:
             spike_in = self.corpus.take(self.split_rows("spike_in"))
-            expression.streamed_pca(
-                self.pretraining_cells.count_blocks, folder / "X_pca.npy", then=spike_in.count_blocks
-            )
+            path = folder / "X_pca.npy"
+            expression.streamed_pca(self.pretraining_cells.count_blocks, path, then=spike_in.count_blocks)
 
-        return np.load(self.store.find_or_make(self.sketch_unit, make).folder / "X_pca.npy", mmap_mode="r")
+        return _mapped(self.store.find_or_make(self.sketch_unit, make).folder / "X_pca.npy")
 
     def pca_scores(self, rows: np.ndarray) -> np.ndarray:
         """Principal component scores of rows of the corpus that a subset takes."""
@@ -253,22 +260,20 @@ class Curated:
     @cache  # noqa: B019
     def rows(self, subset: Subset) -> np.ndarray:
         """Sorted rows of the corpus that a subset takes; none for `untrained`."""
-        if subset.strategy == "untrained":
+        if subset.untrained:
             return np.empty(0, np.int64)
         artifact = self.store.find_or_make(self.subset_unit(subset), lambda folder: self._make_subset(subset, folder))
         return _mapped(artifact.folder / "rows.npy")
 
     def _make_subset(self, subset: Subset, folder: Path) -> None:
-        percentage, seed = subset.percentage, subset.seed
-        if not self.params.nested:
-            seed = (seed, round(percentage * 1e6))
         strategy, pretraining = sampling.STRATEGIES[subset.strategy], self.split_rows("pretraining")
+        seed = subset.seed if self.params.nested else (subset.seed, round(subset.percentage * 1e6))
         of_cells = {
             "n_cells": lambda: len(pretraining),
             "cell_type": lambda: self.pretraining_cells.obs["cell_type"].array,
             "X_pca": lambda: self.X_pca[: len(pretraining)],
         }
-        rows = pretraining[strategy.choose(of_cells[strategy.by](), percentage, seed=seed)]
+        rows = pretraining[strategy.choose(of_cells[strategy.by](), subset.percentage, seed=seed)]
         if strategy.spiked:
             perturbed = self.split_rows("spike_in")
             kept, spiked = sampling.spike_in(len(rows), len(perturbed), strategy.spiked, seed=seed)
@@ -277,5 +282,5 @@ class Curated:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """Rows that stay in their file: those of every subset of an atlas would take gigabytes."""
+    """An array that stays in its file: rows of every subset of an atlas would take gigabytes."""
     return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,12 +27,11 @@ def gene_matches(study: Study) -> pd.DataFrame:
     Columns of the same gene are summed, and counted as `duplicated`.
     `in_corpus` is the number of genes shared with the corpus, which is all that a model can see of a data set.
     """
-    of_corpus = json.loads((study.corpus_artifact.folder / "genes.json").read_text(encoding="utf-8"))
-    rows = [{**match, "in_corpus": match["matched"]} for match in of_corpus]
+    corpus_folder, *others = _folders(study)
+    rows = [{**match, "in_corpus": match["matched"]} for match in _read(corpus_folder / "genes.json")]
     if study.params.spike_in is not None:
-        rows.append(json.loads((study.corpus_artifact.folder / "spike_in_genes.json").read_text(encoding="utf-8")))
-    for one in study.params.evaluation:
-        rows.append(json.loads((study.dataset_artifact(one.dataset).folder / "genes.json").read_text(encoding="utf-8")))
+        rows.append(_read(corpus_folder / "spike_in_genes.json"))
+    rows += [_read(folder / "genes.json") for folder in others]
     return pd.DataFrame(rows).set_index("dataset")
 
 
@@ -41,15 +41,21 @@ def remarks(study: Study) -> list[str]:
     First, of each, which matrix was taken and how much of it is known; then what else could be counts, columns that
     name genes otherwise, and labels that look alike or spell "missing".
     """
-    folders = [study.corpus_artifact.folder]
-    folders += [study.dataset_artifact(one.dataset).folder for one in study.params.evaluation]
-    rows, notes = [], []
-    for folder in folders:
-        of = json.loads((folder / "genes.json").read_text(encoding="utf-8"))
-        rows += of if isinstance(of, list) else [of]
-        notes += json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+    corpus_folder, *others = _folders(study)
+    rows = _read(corpus_folder / "genes.json") + [_read(folder / "genes.json") for folder in others]
+    notes = [note for folder in (corpus_folder, *others) for note in _read(folder / "notes.json")]
     known = [field.name for field in fields(corpus.GeneMatch) if field.name != "notes"]
     return [*(f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in known})}" for row in rows), *notes]
+
+
+def _folders(study: Study) -> list[Path]:
+    """Folders of the corpus and of every other evaluation data set, which have `genes.json` and `notes.json`."""
+    datasets = [study.dataset_artifact(dataset.dataset) for dataset in study.params.evaluation]
+    return [artifact.folder for artifact in (study.corpus_artifact, *datasets)]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def reports(study: Study) -> dict[str, pd.DataFrame]:
@@ -65,12 +71,11 @@ def reports(study: Study) -> dict[str, pd.DataFrame]:
 
 def quality(study: Study) -> pd.DataFrame:
     """Genes, counts and mitochondrial share (0 to 1) of the corpus's cells, a row each: 5 to 95 % quantiles."""
-    var = study.corpus.var
     values = np.empty((len(sources.QUALITY), study.corpus.n_obs), np.float32)  # 12 bytes a cell, and exact
     for rows, counts in study.corpus.blocks():
-        values[:, rows] = [*sources.quality(counts, var).values()]
+        values[:, rows] = [*sources.quality(counts, study.corpus.var).values()]
     quantiles = pd.Index([0.05, 0.25, 0.5, 0.75, 0.95], name="quantile")
-    table = [np.quantile(of_cells, quantiles, overwrite_input=True).astype(float) for of_cells in values]
+    table = [np.quantile(row, quantiles, overwrite_input=True).astype(float) for row in values]
     return pd.DataFrame(table, pd.Index(sources.QUALITY, name="metric"), quantiles)
 
 
@@ -100,15 +105,8 @@ def beside_simulated(study: Study) -> dict[str, sp.csr_matrix]:
 def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What counts look like, to set simulated cells beside real ones: a table of genes and a table of cells.
 
-    Parameters
-    ----------
-    counts
-        By name of the data set, (n_cells, n_genes) raw counts.
-
-    Returns
-    -------
-    genes that have a count (dataset, mean, variance, zeros: the share of cells without it) and cells (dataset,
-    library_size, n_genes).
+    `counts` has raw counts, (n_cells, n_genes), by name of the data set. Genes that have a count have the columns
+    dataset, mean, variance, and zeros (share of cells without it); cells dataset, library_size and n_genes.
     """
     genes, cells = [], []
     for name, matrix in counts.items():
@@ -137,18 +135,8 @@ def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
     """Write the names of the cells of every subset, to publish them: a text file each, a cell a line.
 
     Names are those of the sources, with the file's name before them where the corpus has several files; those of the
-    Census are `soma_joinid`. So they mean the same to anyone who has the sources.
-
-    Parameters
-    ----------
-    study
-        Whose subsets.
-    folder
-        Made if need be; files in it are replaced.
-
-    Returns
-    -------
-    table with the columns file, strategy, percentage, seed, n_cells, which is also written, as `subsets.csv`.
+    Census are `soma_joinid`. So they mean the same to anyone who has the sources. The folder is made if need be, and
+    files in it are replaced. The table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = []
@@ -158,7 +146,7 @@ def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
         with (folder / name).open("w", encoding="utf-8") as file:
             for first in range(0, len(rows), cellstore.NAMES):
                 names = study.corpus.names(rows[first : first + cellstore.NAMES])
-                file.writelines(f"{one}\n" for one in names)
+                file.writelines(f"{cell}\n" for cell in names)
         table.append({"file": name, **asdict(subset), "n_cells": len(rows)})
     table = pd.DataFrame(table)
     table.to_csv(folder / "subsets.csv", index=False)
@@ -175,18 +163,14 @@ def subset_diversity(study: Study) -> pd.DataFrame:
     table = []
     for subset in study.subsets():
         rows = study.rows(subset)
-        measures = {
-            "n_cells": len(rows),
-            "shannon": diversity.shannon(cell_type[rows]),
-            "inverse_simpson": diversity.inverse_simpson(cell_type[rows]),
-            "vendi": np.nan,
-            "vendi_sd": np.nan,
-        }
+        measures = {"n_cells": len(rows), "shannon": diversity.shannon(cell_type[rows])}
+        measures["inverse_simpson"] = diversity.inverse_simpson(cell_type[rows])
+        vendi = np.nan, np.nan
         if len(rows) >= VENDI_CELLS:
-            measures["vendi"], measures["vendi_sd"] = diversity.at_equal_n(
+            vendi = diversity.at_equal_n(
                 lambda drawn: diversity.vendi(study.pca_scores(drawn)), rows, VENDI_CELLS, seed=subset.seed
             )
-        table.append({**asdict(subset), **measures})
+        table.append({**asdict(subset), **measures, **dict(zip(("vendi", "vendi_sd"), vendi, strict=True))})
     return pd.DataFrame(table)
 
 

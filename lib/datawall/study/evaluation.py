@@ -16,13 +16,10 @@ from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
 from datawall.engine import cluster, code, disk
 from datawall.engine.store import Artifact, Unit
-from datawall.models import external
+from datawall.models.hyperparameters import ModelSpec
 from datawall.study import curated, curation, joining, scoring
-from datawall.study.curated import Subset
-from datawall.study.params import Embedding
-from datawall.study.scoring import BASELINES
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run
+from datawall.study.units import Evaluation, Run, Source
 from datawall.tasks import baselines
 
 LEFT_OUT = {
@@ -40,42 +37,37 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     p = study.params
     if task not in p.tasks:
         return []
-    names = study.joined(task)
-    runs = [*study.pretraining_runs(), *study.budget_runs()]
-    brought = [one for one in p.embeddings if one.dataset in names]
-    if task == "reconstruction":
-        names, brought = [name for name in names if name == study.held_out_name], []
-        runs = [run for run in runs if reconstructs(run.model)]
-    sources = [*BASELINES.get(task, baselines.EMBEDDINGS), *runs]
-    return [
-        *(Evaluation(task, name, source) for source in sources for name in names),
-        *(Evaluation(task, one.dataset, one) for one in brought),
-    ]
+    names, runs = study.joined(task), study.all_runs()
+    given = [embedding for embedding in p.embeddings if embedding.dataset in names]
+    if tasks.TASKS[task].judges == "models":
+        names, given = [name for name in names if name == study.held_out_name], []
+        runs = [run for run in runs if reconstructs(p.specs[run.model])]
+    sources = [*tasks.TASKS[task].baselines, *runs]
+    by_dataset = [Evaluation(task, name, source) for source in sources for name in names]
+    return by_dataset + [Evaluation(task, embedding.dataset, embedding) for embedding in given]
 
 
-def reconstructs(model: str) -> bool:
+def reconstructs(spec: ModelSpec) -> bool:
     """Whether a model can tell its loss on held-out cells: every family, and those of the user's own that say so."""
-    return not external.is_external(model) or hasattr(external.model_class(model), "heldout_loss")
+    return not spec.is_external or hasattr(spec.model_class, "heldout_loss")
 
 
 def evaluate(study: Study, task: str) -> pd.DataFrame:
     """Make, or find, every evaluation of a task, and write the study's tables.
 
-    Returns
-    -------
-    the task's tidy results (see `results.read_results`).
+    Returns the task's tidy results (see `results.read_results`).
     """
-    missing = [one for one in evaluations(study, task) if not study.store.find(evaluation_unit(study, one))]
+    missing = [item for item in evaluations(study, task) if not study.store.find(evaluation_unit(study, item))]
     if missing:
         for name in study.params.evaluation_sets():
             study.dataset_artifact(name)
         joined = study.joined(task)
-        missing = [one for one in missing if one.dataset in joined]
-    if (why := study.not_judged(task)) and not study.joined(task):
-        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {of}' for name, of in why.items())}.")
+        missing = [item for item in missing if item.dataset in joined]
+    if (reasons := study.not_judged(task)) and not study.joined(task):
+        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}.")
     if missing:
         study.pretrain()
-    cluster.run_units(study, make, missing, task, lambda study, one: study.costs.evaluation(one))
+    cluster.run_units(study, make, missing, task, lambda study, evaluation: study.costs.evaluation(evaluation))
     return results.select(_tabulate(study), task=task)
 
 
@@ -84,46 +76,41 @@ def _tabulate(study: Study) -> pd.DataFrame:
 
     What this process has written already is not written again: a notebook may ask for every task in turn.
     """
-    every = [one for task in study.params.tasks for one in evaluations(study, task)]
-    made = [(one, found) for one in every if (found := study.store.find(evaluation_unit(study, one)))]
+    wanted = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
+    made = [(item, artifact) for item in wanted if (artifact := study.store.find(evaluation_unit(study, item)))]
     keys = [artifact.key for _, artifact in made]
     if study.tabulated is None or study.tabulated[0] != keys:
-        rows = [row for one, artifact in made for row in _rows(study, one, artifact)]
+        rows = [row for evaluation, artifact in made for row in _rows(study, evaluation, artifact)]
         tables = results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
         results.write_tables(tables, study.folder, study.params.model_dump(mode="json"))
         study.tabulated = keys, tables["results"]
     return study.tabulated[1]
 
 
-def grow(study: Study) -> pd.DataFrame:
+def pretrain_adaptively(study: Study) -> pd.DataFrame:
     """Choose the runs of an adaptive study, and make them: sizes and seeds only until every verdict is settled.
 
     Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
     over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
     and seed, and judged by all tasks; all models' wishes of a round are made side by side. A second call finds all of
-    it, and chooses the same.
-
-    Returns
-    -------
-    table with the columns model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs (that the
-    verdict took) and share (of the full grid's).
+    it, and chooses the same. Columns: model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs
+    (that the verdict took) and share (of the full grid's).
     """
     p = study.params
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
     for name in p.evaluation_sets():
         study.dataset_artifact(name)  # which tells what it can be judged by
-    scored = [
-        task for task in p.tasks if study.joined(task) and not results.lower_is_better(tasks.HEADLINE.get(task, "loss"))
-    ]
-    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in scored}
-    wanted, outcomes = {key: next(of) for key, of in asking.items()}, {}
+    headlines = {task: tasks.TASKS[task].headline for task in p.tasks if study.joined(task)}
+    headlines = {task: metric for task, metric in headlines.items() if metric and not results.lower_is_better(metric)}
+    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in headlines}
+    wanted, outcomes = {key: next(questions) for key, questions in asking.items()}, {}
     chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
     while wanted:
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
         disk.write_json(study.chosen_path, chosen)
         study.pretrain()
-        scores = {task: _scores(evaluate(study, task), tasks.HEADLINE[task]) for task in scored}
+        scores = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
         for key, runs in list(wanted.items()):
             model, task = key
             try:
@@ -132,9 +119,9 @@ def grow(study: Study) -> pd.DataFrame:
                 outcomes[key] = settled.value
                 del wanted[key]
     rows = [
-        {"model": model, "task": task, "verdict": of.verdict, "percentage": of.percentage, "reason": of.reason}
-        | {"runs": len(of.runs), "share": of.share}
-        for (model, task), of in sorted(outcomes.items())
+        {"model": model, "task": task, "verdict": end.verdict, "percentage": end.percentage, "reason": end.reason}
+        | {"runs": len(end.runs), "share": end.share}
+        for (model, task), end in sorted(outcomes.items())
     ]
     return pd.DataFrame(rows)
 
@@ -148,52 +135,50 @@ def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], 
 def panels(study: Study) -> pd.DataFrame:
     """How many genes the panels of random subsets have, by percentage: means over seeds.
 
-    The panel is the same for every network of the study with that many genes; the first is asked.
-
-    Returns
-    -------
-    table with the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of
-    each evaluation data set how many it measures; empty if no network of the study has a panel.
+    The panel is the same for every network of the study with that many genes; the first is asked. Returns a table with
+    the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of each
+    evaluation data set how many it measures; empty if no network of the study has a panel.
     """
-    chosen = (name for name in study.params.models if getattr(study.params.hyperparameters_of(name), "n_genes", None))
-    if (name := next(chosen, None)) is None:
+    specs = (study.params.specs[name] for name in study.params.models)
+    if (model := next((spec.name for spec in specs if getattr(spec.hyperparameters, "n_genes", None)), None)) is None:
         return pd.DataFrame()
-    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (name, "random")]
-    genes = {run.subset: study.model(run).genes for run in sorted(runs, key=lambda run: -run.subset.percentage)}
+    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (model, "random")]
     largest, rows = {}, []
-    measured = {name: np.ones(study.corpus.n_vars, bool) for name in study.params.evaluation_sets()}
-    for one in study.params.evaluation:
-        measured[one.dataset] = np.load(study.dataset_artifact(one.dataset).folder / "measured.npy")
-    for subset, panel in genes.items():
-        shared = np.intersect1d(panel, largest.setdefault(subset.seed, panel))
-        of_sets = {dataset: int(known[panel].sum()) for dataset, known in measured.items()}
-        rows.append({"percentage": subset.percentage, "genes": len(panel), "in_largest": len(shared), **of_sets})
+    measured = {study.held_out_name: np.ones(study.corpus.n_vars, bool)}
+    for dataset in study.params.evaluation:
+        measured[dataset.dataset] = np.load(study.dataset_artifact(dataset.dataset).folder / "measured.npy")
+    for run in sorted(runs, key=lambda run: -run.subset.percentage):
+        panel = study.model(run).genes
+        shared = np.intersect1d(panel, largest.setdefault(run.subset.seed, panel))
+        n_measured = {dataset: int(genes[panel].sum()) for dataset, genes in measured.items()}
+        rows.append({"percentage": run.subset.percentage, "genes": len(panel), "in_largest": len(shared), **n_measured})
     return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
+
+
+def _predictions(study: Study, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Columns of each model and baseline of zero-shot classification, and the labels that it predicts, by split."""
+    for evaluation in evaluations(study, "zeroshot_classification"):
+        checked = isinstance(evaluation.source, Run) and evaluation.source.budget != 1
+        if evaluation.dataset == dataset and not checked:
+            with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
+                yield _source_columns(study, evaluation.source), dict(predicted)
 
 
 def second_opinion(study: Study) -> pd.DataFrame:
     """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
 
-    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice.
-
-    Returns
-    -------
-    table with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the
-    cells with the predicted type by either label) and judged (number of those cells); empty if none has labels.
+    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice. Returns table
+    with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the cells
+    with the predicted type by either label) and judged (number of those cells); empty if none has labels.
     """
-    name, task = study.held_out_name, "zeroshot_classification"
-    cells = study.dataset(name).obs["cell_type"].astype(str)
+    cells = study.dataset(study.held_out_name).obs["cell_type"].astype(str)
     theirs = curation.authors_labels(study, cells.index)
     rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
     table = []
-    for one in evaluations(study, task) if judged else ():
-        if one.dataset != name or (isinstance(one.source, Run) and one.source.budget != 1):
-            continue
-        with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
-            shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
+    for columns, predicted in _predictions(study, study.held_out_name) if judged else ():
+        shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
         by_ours, by_theirs = np.mean(shares, axis=0)
-        of = _source_columns(study, one.source) | {"ours": by_ours, "authors": by_theirs, "judged": judged}
-        table.append({key: value for key, value in of.items() if key != "budget"})
+        table.append(columns | {"ours": by_ours, "authors": by_theirs, "judged": judged})
     return pd.DataFrame(table)
 
 
@@ -202,27 +187,21 @@ def right_cells(study: Study) -> pd.Series:
 
     By dataset, model, strategy, percentage and seed; for `results.against_baselines`.
     """
-    right, keys = {}, ["dataset", "model", "strategy", "percentage", "seed"]
-    for one in evaluations(study, "zeroshot_classification"):
-        source = {"dataset": one.dataset, **_source_columns(study, one.source)}
-        if source.get("budget", 1) == 1:
-            labels = study.dataset(one.dataset).obs["cell_type"].to_numpy().astype(str)
-            with np.load(make(study, one).folder / "predicted.npz", allow_pickle=False) as predicted:
-                splits = [split for split in predicted if not split.startswith(results.DONORS)] or list(predicted)
-                shares = np.mean([predicted[split] == labels for split in splits], axis=0)
-            right[tuple(source[key] for key in keys)] = shares
-    return pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=keys), dtype=object).sort_index()
+    right, keys = {}, ["model", "strategy", "percentage", "seed"]
+    for dataset in study.joined("zeroshot_classification"):
+        labels = study.dataset(dataset).obs["cell_type"].to_numpy().astype(str)
+        for columns, predicted in _predictions(study, dataset):
+            splits = [split for split in predicted if not split.startswith(results.DONORS)] or list(predicted)
+            shares = np.mean([predicted[split] == labels for split in splits], axis=0)
+            right[dataset, *(columns[key] for key in keys)] = shares
+    index = pd.MultiIndex.from_tuples(right, names=["dataset", *keys])
+    return pd.Series(right, index=index, dtype=object).sort_index()
 
 
-def scope(study: Study, *tasks_told: str) -> str:
+def summary(study: Study, *tasks_told: str) -> str:
     """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
 
-    Parameters
-    ----------
-    study
-        The study.
-    tasks_told
-        Tasks that the notebook tells of beside its own.
+    `tasks_told` are those that the notebook tells of beside its own.
     """
     strategies = {run.subset.strategy for run in study.pretraining_runs()}
     among = ", untrained ones among them," if "untrained" in strategies else ""
@@ -235,33 +214,22 @@ def scope(study: Study, *tasks_told: str) -> str:
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
 
-    Parameters
-    ----------
-    study
-        Whose runs they are.
-    table
-        Its results of a task.
-    metric
-        The score; of several seeds' runs each stands for itself.
-
-    Returns
-    -------
-    runs by title, for pictures of their embeddings; none if the study pretrains no model.
+    They are by title, for pictures of their embeddings; there are none if the study pretrains no model. `table` has the
+    results of one task; of several seeds' runs each stands for itself.
     """
     first = study.first_dataset(table["task"].iloc[0])
     means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
-    of_run = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
+    scores = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
     runs = {(run.model, *asdict(run.subset).values()): run for run in study.pretraining_runs()}
-    scores = of_run[of_run.index.isin([key for key in runs if key[1] != "untrained"])]
+    scores = scores[scores.index.isin([key for key, run in runs.items() if not run.subset.untrained])]
     if scores.empty:
         return {}
     if results.lower_is_better(metric):
         scores = -scores
     best, worst = runs[scores.idxmax()], runs[scores.idxmin()]
-    chosen = {
-        f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in (("best", best), ("worst", worst))
-    }
-    controls = [run for run in runs.values() if run.model == best.model and run.subset.strategy == "untrained"]
+    titled = {"best": best, "worst": worst}
+    chosen = {f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in titled.items()}
+    controls = [run for run in runs.values() if run.model == best.model and run.subset.untrained]
     return chosen | {f"untrained: {run.model}": run for run in controls[:1]}
 
 
@@ -269,7 +237,7 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     """The metrics of an evaluation."""
     task, source, p = evaluation.task, evaluation.source, study.params
     record = {"task": task, "dataset": study.dataset_unit(evaluation.dataset).key}
-    if isinstance(source, Run) and task == "reconstruction":
+    if tasks.TASKS[task].judges == "models":
         record["model"] = study.model_unit(source).key
     elif not isinstance(source, str) or source in baselines.EMBEDDINGS:
         record["embedding"] = study.embedding_unit(source, evaluation.dataset).key
@@ -284,10 +252,9 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     if task == "finetuned_classification":
         record |= {"finetune": p.finetune, "class_weight": p.class_weight, "splits": p.finetuned_splits or p.splits}
     if task == "perturbation_response":
-        one = p.evaluation_sets()[evaluation.dataset]
-        treatments = p.treatments if one.treatments is None else one.treatments
-        contexts = {"control": one.control, "treatments": treatments, "held_out_contexts": one.held_out_contexts}
-        record |= {**contexts, "genes": p.perturbation_genes, "matching": p.matching}
+        dataset = p.evaluation_sets()[evaluation.dataset]
+        record |= {key: getattr(dataset, key) for key in ("control", "treatments", "held_out_contexts")}
+        record |= {"genes": p.perturbation_genes, "matching": p.matching}
     return Unit("evaluation", record, makers(task))
 
 
@@ -307,17 +274,18 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
     def write(folder: Path) -> None:
         splits = dict(scoring.score(study, evaluation))
         disk.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
-        called = {split: metrics.predicted for split, metrics in splits.items() if metrics.predicted is not None}
+        called = {name: split.predicted.astype(str) for name, split in splits.items() if split.predicted is not None}
         if called:
-            np.savez_compressed(folder / "predicted.npz", **{split: of.astype(str) for split, of in called.items()})
+            np.savez_compressed(folder / "predicted.npz", **called)
 
     return study.store.find_or_make(evaluation_unit(study, evaluation), write)
 
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:
     """Rows of all tables, of one evaluation."""
-    of = {
+    columns = {
         **_source_columns(study, evaluation.source),
+        "budget": evaluation.source.budget if isinstance(evaluation.source, Run) else 1.0,
         "study": study.params.study,
         "task": evaluation.task,
         "dataset": evaluation.dataset,
@@ -325,16 +293,13 @@ def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[
     }
     for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
         for row in metrics:
-            yield {**of, "split": split, **row}
+            yield {**columns, "split": split, **row}
 
 
-def _source_columns(study: Study, source: Run | Embedding | str) -> dict[str, Any]:
+def _source_columns(study: Study, source: Source) -> dict[str, Any]:
     """Model, strategy, percentage, seed and n_cells of a source."""
-    none = {"percentage": 0.0, "seed": -1, "n_cells": 0}
-    if isinstance(source, str):
-        return {"model": source, "strategy": results.BASELINE, **none}
-    if isinstance(source, Embedding) and source.strategy is None:
-        return {"model": source.model, "strategy": results.CHECKPOINT, **none}
-    subset = source.subset if isinstance(source, Run) else Subset(*source.subset())
-    budget = source.budget if isinstance(source, Run) else 1.0
-    return {"model": source.model, **asdict(subset), "n_cells": len(study.rows(subset)), "budget": budget}
+    if isinstance(source, Run) or (not isinstance(source, str) and source.subset):
+        return {"model": source.model, **asdict(source.subset), "n_cells": len(study.rows(source.subset))}
+    baseline = isinstance(source, str)
+    name, strategy = (source, results.BASELINE) if baseline else (source.model, results.CHECKPOINT)
+    return {"model": name, "strategy": strategy, "percentage": 0.0, "seed": -1, "n_cells": 0}

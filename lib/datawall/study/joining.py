@@ -1,4 +1,4 @@
-"""Which tasks a data set joins, told by the labels of its cells: known before anything is trained."""
+"""Which tasks a data set joins, told by its cells and their labels, and how often: known before anything is trained."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from datawall.cells.corpus import CorpusError
 from datawall.study.params import EvaluationSet, Params
 
 FEWEST = 20  # cells of a data set to judge on
+FEWEST_OF_TYPE = 5  # cells of a type: with fewer, one of three folds may have none to train on
 HELD_OUT_CELLS = 10  # of each treatment, at least, in a context that is held out unless contexts are named
+SMALL = 5_000  # cells; of a data set with fewer, one division would leave the score to chance
+RECONSTRUCTED = 1_000  # cells at most
 JUDGED = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
 
 
-def unfit(task: str, obs: pd.DataFrame, one: EvaluationSet, p: Params) -> str | None:
+def n_splits(p: Params, task: str, n_cells: int) -> int:
+    """How often a data set is divided for a task: a large one once."""
+    splits = (p.finetuned_splits or p.splits) if task == "finetuned_classification" else p.splits
+    return splits if n_cells < SMALL else 1
+
+
+def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> str | None:
     """Why a task cannot be judged on a data set that has its columns, told by the labels of its cells; None if it can.
 
     Reconstruction needs no labels, and what a task of the user's own needs nobody knows.
@@ -24,8 +33,10 @@ def unfit(task: str, obs: pd.DataFrame, one: EvaluationSet, p: Params) -> str | 
     fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
     if len(obs) < fewest:
         return f"it has {len(obs):,} cells, and needs {fewest}"
-    if (obs["cell_type"].value_counts() > 1).sum() < 2:
-        return f"its {len(obs):,} cells are all of one type, but for single ones"
+    n_cells = obs["cell_type"].value_counts()
+    if (n_cells >= FEWEST_OF_TYPE).sum() < 2:
+        listed = ", ".join(f"{name!r} ({n})" for name, n in n_cells[n_cells > 0].head(5).items())
+        return f"it has no two types with {FEWEST_OF_TYPE} cells or more: {listed}{', …' if len(n_cells) > 5 else ''}"
     if task == "zeroshot_integration":
         batches = pd.crosstab(obs["cell_type"], obs["batch"]) > 0
         if batches.shape[1] < 2:
@@ -34,33 +45,27 @@ def unfit(task: str, obs: pd.DataFrame, one: EvaluationSet, p: Params) -> str | 
             return "no type has cells of two batches, so that batches and types cannot be told apart"
     if task == "perturbation_response":
         try:
-            treatments(obs, one, p)
+            treatments(obs, dataset)
         except CorpusError as error:
             return str(error)
     return None
 
 
-def treatments(obs: pd.DataFrame, one: EvaluationSet, p: Params) -> dict[str, list[str]]:
+def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]]:
     """Treatments that perturbation response judges, each against the control, and the contexts held out in turn.
 
-    Raises
-    ------
-    CorpusError
-        If there is no control or nothing else; a treatment that is named has no cells, or no contexts to hold out (see
-        `contexts_held_out`); or, where none are named, no treatment has.
+    Raises CorpusError if there is no control or nothing else; a treatment that is named has no cells, or no contexts to
+    hold out (see `contexts_held_out`); or, where none are named, no treatment has.
     """
     n_cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
-    wanted = p.treatments if one.treatments is None else one.treatments
-    check_treatments(list(n_cells), one.control, wanted)
-    pairs = n_cells.drop(columns=one.control).clip(upper=n_cells[one.control], axis=0)
-    if named := not isinstance(wanted, int):
-        names = wanted
-    else:
-        names = pairs.sum().sort_values(ascending=False, kind="stable").index
+    wanted = dataset.treatments
+    check_treatments(list(n_cells), dataset.control, wanted)
+    pairs = n_cells.drop(columns=dataset.control).clip(upper=n_cells[dataset.control], axis=0)
+    named = not isinstance(wanted, int)
     judged, why = {}, None
-    for name in names:
+    for name in wanted if named else pairs.sum().sort_values(ascending=False, kind="stable").index:
         try:
-            judged[name] = contexts_held_out(pairs[name], one.held_out_contexts)
+            judged[name] = contexts_held_out(pairs[name], dataset.held_out_contexts)
         except CorpusError as error:
             if named:
                 raise CorpusError(f"{name}: {error}") from None
@@ -73,13 +78,7 @@ def treatments(obs: pd.DataFrame, one: EvaluationSet, p: Params) -> dict[str, li
 
 
 def check_treatments(values: list[str], control: str, wanted: int | list[str]) -> None:
-    """Refuse treatments without the control or another, or without those that are named.
-
-    Raises
-    ------
-    CorpusError
-        If so.
-    """
+    """Raise a CorpusError if treatments lack the control, another, or one that is named."""
     told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
     if control not in values or len(values) < 2:
         raise CorpusError(
@@ -91,13 +90,7 @@ def check_treatments(values: list[str], control: str, wanted: int | list[str]) -
 
 
 def check_contexts(p: Params, types: Iterable[str]) -> None:
-    """Refuse contexts to hold out of the corpus that are no cell types.
-
-    Raises
-    ------
-    CorpusError
-        If there are some.
-    """
+    """Raise a CorpusError if contexts to hold out of the corpus are no cell types."""
     if "perturbation_response" in p.tasks and (unknown := set(p.held_out_contexts or ()).difference(types)):
         raise CorpusError(
             f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but the types in {p.cell_type_key!r} are "
@@ -106,26 +99,16 @@ def check_contexts(p: Params, types: Iterable[str]) -> None:
 
 
 def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
-    """Contexts to hold out of perturbation response in turn.
+    """Contexts to hold out of perturbation response in turn: those named, or all with cells enough.
 
-    Parameters
-    ----------
-    n_cells
-        By context, the number of cells of the treatment that has fewer.
-    named
-        The contexts that the study names; by default all with at least `HELD_OUT_CELLS`.
-
-    Raises
-    ------
-    CorpusError
-        If fewer than two contexts have both treatments, or none has cells enough, or a named one has fewer than two,
-        which have no spread to tell the ceiling from.
+    `n_cells` are, by context, those of the treatment that has fewer. Raises CorpusError if fewer than two contexts
+    have both treatments, or none has `HELD_OUT_CELLS`, or a named one has fewer than two, which have no spread to
+    tell the ceiling from.
     """
     usable = sorted(n_cells.index[n_cells > 0])
     if len(usable) < 2:
         raise CorpusError(f"perturbation response needs two cell types with control and treated cells, not {usable}.")
-    few = [name for name in named or () if n_cells.get(name, 0) < 2]
-    if few:
+    if few := [name for name in named or () if n_cells.get(name, 0) < 2]:
         raise CorpusError(f"held_out_contexts: {few} have fewer than two control or treated cells; leave them out.")
     contexts = named or sorted(n_cells.index[n_cells >= HELD_OUT_CELLS])
     if not contexts:

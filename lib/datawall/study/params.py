@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datawall import tasks
 from datawall.cells import simulate
@@ -27,12 +18,23 @@ from datawall.cells.census import Recipe
 from datawall.cells.sampling import STRATEGIES
 from datawall.cells.simulate import Atlas
 from datawall.models import external, hyperparameters
-from datawall.models.hyperparameters import Schedule
+from datawall.models.hyperparameters import ModelSpec, Schedule
+from datawall.study.units import (
+    UNTRAINED,
+    BudgetCheck,
+    Column,
+    Embedding,
+    EvaluationSet,
+    Grid,
+    Percentage,
+    Run,
+    Seed,
+    StrategyName,
+    Subset,
+    TaskName,
+    Treatments,
+)
 
-NEEDED = {  # columns that a task needs beside the cell type
-    "zeroshot_integration": ("batch_key",),
-    "perturbation_response": ("perturbation_key", "control"),
-}
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
 BUDGETS = (0.5, 2.0)  # shares of a model's steps that `budget_check` trains for
 ROLES = {
@@ -42,126 +44,14 @@ ROLES = {
     "donor_id": "donor_key",
 }  # columns of the corpus, and the keys that name them
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
+MADE = {"simulated": "simulation", "census": "census"}  # corpora made by settings, and the keys of these
 
-StrategyName = Literal[*STRATEGIES, "untrained"]
-Column = Annotated[str, Field(min_length=1)]  # of obs
 Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
-Percentage = Annotated[float, Field(gt=0, le=100)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Steps = Annotated[int, Field(ge=1)]
-Treatments = Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)]
-
-
-def _known_task(name: str) -> str:
-    if name not in tasks.TASKS:
-        raise ValueError(f"there are the tasks {', '.join(map(repr, tasks.TASKS))}")
-    return name
-
-
-Task = Annotated[str, AfterValidator(_known_task)]
 
 
 class ParamsError(ValueError):
     """A study file breaks a rule; each line of the message names file, key, value, rule and remedy."""
-
-
-class Grid(BaseModel):
-    """Runs besides those of the study's grid: a grid of their own, in which what is not given is as in the study."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    name: Annotated[str, Field(min_length=1)]  # in the plan
-    strategies: Annotated[list[StrategyName], Field(min_length=1)] | None = None
-    percentages: Annotated[list[Percentage], Field(min_length=1)] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    models: Annotated[list[str], Field(min_length=1)] | None = None
-
-
-class BudgetCheck(BaseModel):
-    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them.
-
-    What the study does not have, of these sizes and seeds, is left out.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    percentages: Annotated[list[Percentage], Field(min_length=1)]  # of random subsets
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-
-
-class EvaluationSet(BaseModel):
-    """A data set to evaluate on, and its columns. It joins the tasks whose columns it names itself."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    # Path of an .h5ad or .zarr file, a named data set, or cells of the simulated atlas beyond the corpus: simulated:6-9
-    file: str
-    name: Annotated[str, Field(min_length=1)] | None = None  # in results; by default that of the file
-    cell_type_key: Column | None = None  # by default the study's
-    donor_key: Column | None = None  # by default the study's, if the data set has it
-    batch_key: Column | None = None  # for integration
-    perturbation_key: Column | None = None  # for perturbation response, together with
-    control: str | None = None  # its value that means untreated
-    treatments: Treatments | None = None  # as in the study, by default the study's
-    held_out_contexts: list[str] | None = None  # as in the study
-    tasks: list[Task] | None = None  # of the study's, those it joins; by default all that its columns allow
-    source: str | None = None  # where to get the file, for people
-    n_cells: Annotated[int, Field(ge=1)] | None = None  # of a file that is not there yet, for the plan
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, given: Any) -> Any:
-        return {"file": given} if isinstance(given, str) else given
-
-    @model_serializer(mode="wrap")
-    def _as_given(self, complete: SerializerFunctionWrapHandler) -> str | dict[str, Any]:
-        given = {key: value for key, value in complete(self).items() if value is not None}
-        return self.file if list(given) == ["file"] else given
-
-    @property
-    def dataset(self) -> str:
-        """Its name in results."""
-        return self.name or Path(self.file).stem
-
-    def joins(self, task: str) -> bool:
-        """Whether it has what a task needs, and is meant for it."""
-        if self.tasks is not None and task not in self.tasks:
-            return False
-        return not self.lacks(task)
-
-    def lacks(self, task: str) -> list[str]:
-        """Keys that a task needs and that are not named."""
-        return [key for key in NEEDED.get(task, ()) if getattr(self, key) is None]
-
-
-class Embedding(BaseModel):
-    """An embedding of an evaluation data set that was made elsewhere: by a published checkpoint, or on a subset."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    model: Annotated[str, Field(min_length=1)]  # in results
-    dataset: str  # name of the evaluation data set
-    file: str  # an .h5ad file with its cells, matched by name,
-    key: str | None = None  # and the embedding in obsm; by default "X_" and the model
-    strategy: StrategyName | None = None  # of the subset that it was pretrained on: one of the study's,
-    percentage: Annotated[float, Field(ge=0, le=100)] | None = None  # or all three left out for a checkpoint
-    seed: Seed | None = None
-
-    @model_validator(mode="after")
-    def _complete_subset(self) -> Embedding:
-        if 0 < self.subset().count(None) < 3:
-            raise ValueError("strategy, percentage and seed name a subset together; give all three, or none")
-        external.embeddings_file(self.file)
-        return self
-
-    @property
-    def obsm_key(self) -> str:
-        """Of the embedding in `obsm`."""
-        return self.key or f"X_{self.model}"
-
-    def subset(self) -> tuple[str | None, float | None, int | None]:
-        """Strategy, percentage and seed."""
-        return self.strategy, self.percentage, self.seed
 
 
 class Params(BaseModel):
@@ -189,7 +79,9 @@ class Params(BaseModel):
     # What is held out: cells (`cell`), or whole donors (`donor_id`), data sets (`dataset_id`), groups of any column
     split_by: Column = "cell"
     split_seed: Seed = 0  # of the cells or groups held out
-    held_out_tasks: list[Task] | None = None  # that the cells held out join; by default all that their columns allow
+    held_out_tasks: list[TaskName] | None = (
+        None  # that the cells held out join; by default all that their columns allow
+    )
     evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
@@ -197,7 +89,9 @@ class Params(BaseModel):
     strategies: Annotated[list[StrategyName], Field(min_length=1)]
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    adaptive: bool = False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.grow`
+    adaptive: bool = (
+        False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.pretrain_adaptively`
+    )
     margin: Annotated[float, Field(gt=0)] = 0.02  # difference in a score that does not matter
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
@@ -213,7 +107,7 @@ class Params(BaseModel):
     also: list[Grid] = []  # more runs, which the plan counts apart
     embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets
 
-    tasks: Annotated[list[Task], Field(min_length=1)] = list(tasks.TASKS)
+    tasks: Annotated[list[TaskName], Field(min_length=1)] = list(tasks.TASKS)
     splits: Annotated[int, Field(ge=1)] = 5  # times that a data set of under 5,000 cells is divided; larger ones, once
     finetuned_splits: Annotated[int, Field(ge=1)] | None = None  # the same of fine-tuning; by default as many
     integration_cells: Annotated[int, Field(ge=100)] | None = None  # of a data set, at most; by default all
@@ -246,7 +140,7 @@ class Params(BaseModel):
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Give a corpus made by settings all of its defaults."""
-        for corpus, key in (("simulated", "simulation"), ("census", "census")):
+        for corpus, key in MADE.items():
             if values.get("corpus") == corpus and values.get(key) is None:
                 values = {**values, key: {}}
         return values
@@ -258,18 +152,16 @@ class Params(BaseModel):
         for key, names in named.items():
             try:
                 for name in names:
-                    hyperparameters.family(name)
-                    if external.is_external(name):
+                    if hyperparameters.resolve(name).is_external:
                         external.source_file(name)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
         try:
-            for name in {model for model, _ in self.runs()}.union(self.hyperparameters):
-                self.hyperparameters_of(name)
+            _ = self.specs
         except ValueError as error:
             raise ValueError(f"hyperparameters: {error}") from None
         self._check_sources()
-        if {strategy for strategy, _, _ in self.subsets()} <= {"untrained"}:
+        if all(subset.untrained for subset in self.subsets()):
             raise ValueError(
                 "no subset: `untrained` draws none, at 100 % only `random` does; add `random` or a smaller percentage"
             )
@@ -281,10 +173,10 @@ class Params(BaseModel):
 
     def _check_sources(self) -> None:
         """Refuse settings of a corpus that the study does not have."""
-        for corpus, key in (("simulated", "simulation"), ("census", "census")):
+        for corpus, key in MADE.items():
             if getattr(self, key) is not None and self.corpus != corpus:
                 raise ValueError(f"{key}: the corpus is {self.corpus!r}; set `corpus: {corpus}`, or leave {key} out")
-            if corpus in (*(each.file for each in self.evaluation_sets().values()), self.spike_in):
+            if corpus in (*(dataset.file for dataset in self.evaluation), self.spike_in):
                 raise ValueError(
                     f"{corpus!r} can be the corpus only; name data sets or files to evaluate on or spike in"
                 )
@@ -294,55 +186,57 @@ class Params(BaseModel):
         if not files and (self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1):
             raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
         if self.split_by in ROLES and self.split_by not in self.columns():
-            needed = ROLES[self.split_by]
-            raise ValueError(f"split_by: {self.split_by} needs {needed}: name the column, or split by cell")
-        if self.spike_in is None and any(
-            STRATEGIES[name].spiked for name, _, _ in self.subsets() if name in STRATEGIES
-        ):
+            raise ValueError(
+                f"split_by: {self.split_by} needs {ROLES[self.split_by]}: name the column, or split by cell"
+            )
+        spiked = any(not subset.untrained and STRATEGIES[subset.strategy].spiked for subset in self.subsets())
+        if self.spike_in is None and spiked:
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
 
     def _check_evaluation(self) -> None:
         """Refuse evaluation data sets of one name, and tasks that none of them can join."""
-        sets = self.evaluation_sets()
-        for one in self.evaluation:
-            if (cells := simulate.cells_named(one.file)) is None:
-                continue
-            if self.simulation is None or cells.start < self.simulation.n_cells:
+        for file in (dataset.file for dataset in self.evaluation):
+            cells = simulate.cells_named(file)
+            if cells is not None and (self.simulation is None or cells.start < self.simulation.n_cells):
                 raise ValueError(
-                    f"evaluation: {one.file}: these are cells of a simulated corpus, counted beyond its own; set "
+                    f"evaluation: {file}: these are cells of a simulated corpus, counted beyond its own; set "
                     "`corpus: simulated`, and begin at its n_cells or above"
                 )
+        sets = self.evaluation_sets()
         if len(sets) <= len(self.evaluation):
-            names = [self.held_out_name, *(one.dataset for one in self.evaluation)]
+            names = [self.held_out_name, *(dataset.dataset for dataset in self.evaluation)]
             raise ValueError(f"evaluation: the data sets are named {names}; give those that are alike a `name` each")
-        for name, one in sets.items():
-            for task in one.tasks or ():
-                if lacking := one.lacks(task):
+        for name, dataset in sets.items():
+            for task in dataset.tasks or ():
+                if lacking := dataset.lacks(task):
                     raise ValueError(f"evaluation: {name}: {task} needs {' and '.join(lacking)}; name the column")
         for task in self.tasks:
-            if not any(one.joins(task) for one in sets.values()):
-                lacking = " and ".join(NEEDED.get(task, ()))
-                raise ValueError(f"{task} needs {lacking}: name the column, or leave the task out of tasks")
+            if not any(dataset.joins(task) for dataset in sets.values()):
+                needed = " and ".join(tasks.TASKS[task].needs)
+                raise ValueError(f"{task} needs {needed}: name the column, or leave the task out of tasks")
 
     def _check_embeddings(self) -> None:
         """Refuse embeddings of data sets, or from subsets, that the study does not have."""
         seen = set()
-        for one in self.embeddings:
-            if one.dataset not in self.evaluation_sets():
+        for given in self.embeddings:
+            model, dataset, subset = given.model, given.dataset, given.subset
+            if dataset not in self.evaluation_sets():
                 raise ValueError(
-                    f"embeddings: {one.model}: {one.dataset!r} is no evaluation data set; there are "
+                    f"embeddings: {model}: {dataset!r} is no evaluation data set; there are "
                     f"{', '.join(self.evaluation_sets())}"
                 )
-            if one.model in self.models:
-                raise ValueError(f"embeddings: {one.model}: the study has a model of that name; call it otherwise")
-            if one.strategy is not None and one.subset() not in self.subsets():
+            if model in self.models:
+                raise ValueError(f"embeddings: {model}: the study has a model of that name; call it otherwise")
+            if subset and subset not in self.subsets():
                 raise ValueError(
-                    f"embeddings: {one.model}: {one.strategy} at {one.percentage:g} %, seed {one.seed}, is no subset "
-                    "of this study; embeddings of other origin need no strategy, percentage and seed"
+                    f"embeddings: {model}: {subset.strategy} at {subset.percentage:g} %, seed {subset.seed}, is no "
+                    "subset of this study; embeddings of other origin need no strategy, percentage and seed"
                 )
-            if (which := (one.model, one.dataset, *one.subset())) in seen:
-                raise ValueError(f"embeddings: {one.model} on {one.dataset} is listed twice; list each subset once")
-            seen.add(which)
+            if (model, dataset, subset) in seen:
+                raise ValueError(f"embeddings: {model} on {dataset} is listed twice; list each subset once")
+            seen.add((model, dataset, subset))
+
+    # The corpus, and what is held out of it
 
     @property
     def held_out_name(self) -> str:
@@ -358,11 +252,13 @@ class Params(BaseModel):
             batch_key=None if self.batch_key is None else "batch",
             perturbation_key=None if self.perturbation_key is None else "perturbation",
             control=self.control,
-            treatments=self.treatments,
             held_out_contexts=self.held_out_contexts,
             tasks=self.held_out_tasks,
         )
-        return {one.dataset: one for one in (held_out, *self.evaluation)}
+        return {
+            dataset.dataset: dataset.model_copy(update={"treatments": dataset.treatments or self.treatments})
+            for dataset in (held_out, *self.evaluation)
+        }
 
     def sources(self) -> list[str]:
         """Names of what the corpus is made of."""
@@ -380,65 +276,62 @@ class Params(BaseModel):
 
     def columns(self) -> dict[str, Key]:
         """Columns of the corpus by role."""
-        cell_type = None if self.clusters else self.cell_type_key
-        named = {role: getattr(self, key) for role, key in ROLES.items()} | {"cell_type": cell_type}
-        keys = named | {"split": None if self.split_by in ("cell", "dataset_id", *ROLES) else self.split_by}
-        return {role: key for role, key in keys.items() if key}
+        named = {role: getattr(self, key) for role, key in ROLES.items()}
+        if self.clusters:
+            del named["cell_type"]
+        if self.split_by not in ("cell", "dataset_id", *ROLES):
+            named["split"] = self.split_by
+        return {role: key for role, key in named.items() if key}
 
     @property
     def split_role(self) -> str | None:
         """Column of the corpus, named by role, whose groups are held out whole; None if cells are held out."""
         return None if self.split_by == "cell" else "split" if "split" in self.columns() else self.split_by
 
-    def hyperparameters_of(self, model: str) -> hyperparameters.Hyperparameters:
-        """Hyper-parameters of a model: the study's for its family, what its variant changes, the study's for itself.
+    # Models and runs
 
-        Raises
-        ------
-        ValueError
-            If one is not allowed.
-        """
-        family = hyperparameters.family(model)
-        schedule = {"schedule": self.budget} if "schedule" in hyperparameters.of_family(family).model_fields else {}
-        variant = hyperparameters.VARIANTS[model][1] if model in hyperparameters.VARIANTS else {}
-        given = self.hyperparameters
-        return hyperparameters.check(model, {**schedule, **given.get(family, {}), **variant, **given.get(model, {})})
+    @cached_property
+    def specs(self) -> dict[str, ModelSpec]:
+        """What each model that the study names stands for, by name."""
+        names = [*self.models, *(name for grid in self.also for name in grid.models or ()), *self.hyperparameters]
+        return {
+            name: hyperparameters.resolve(name, self.hyperparameters, schedule=self.budget)
+            for name in dict.fromkeys(names)
+        }
 
-    def steps_of(self, model: str) -> int:
-        """Optimiser steps of a model's runs: its own, its family's or the study's."""
-        of_family = self.steps_by_model.get(hyperparameters.family(model), self.steps)
-        return self.steps_by_model.get(model, of_family)
+    def steps_of(self, model: str, budget: float = 1.0) -> int:
+        """Optimiser steps of a model's runs: a share of its own, its family's or the study's."""
+        steps = self.steps_by_model.get(model, self.steps_by_model.get(self.specs[model].family, self.steps))
+        return max(1, round(steps * budget))
 
-    def runs(self) -> list[tuple[str, tuple[str, float, int]]]:
-        """Model and subset of every pretraining run, once each: those of the study's grid, then those of `also`."""
+    def runs(self) -> list[Run]:
+        """Every pretraining run, once each: those of the study's grid, then those of `also`."""
         return list(dict.fromkeys(run for grid in (self, *self.also) for run in self.runs_of(grid)))
 
-    def runs_of(self, grid: Params | Grid) -> list[tuple[str, tuple[str, float, int]]]:
-        """Model and subset of every run of a grid; of the whole corpus only `random` and spike-ins make a choice."""
+    def runs_of(self, grid: Params | Grid) -> list[Run]:
+        """Every run of a grid; of the whole corpus only `random` and spike-ins make a choice."""
         strategies, percentages = grid.strategies or self.strategies, grid.percentages or self.percentages
         subsets = [
-            (strategy, percentage, seed)
+            Subset(strategy, percentage, seed)
             for strategy in strategies
-            for percentage in ([0.0] if strategy == "untrained" else sorted(percentages))
+            for percentage in ([0.0] if strategy == UNTRAINED else sorted(percentages))
             for seed in grid.seeds or self.seeds
             if percentage < 100 or STRATEGIES[strategy].of_all
         ]
-        return [(model, subset) for model in grid.models or self.models for subset in subsets]
+        return [Run(model, subset) for model in grid.models or self.models for subset in subsets]
 
-    def budget_runs(self) -> list[tuple[str, tuple[str, float, int], float]]:
-        """Model, subset and share of the model's steps of every run of `budget_check`."""
-        runs = self.runs()
-        models = [name for name in self.models if hyperparameters.takes_steps(name)]
-        checked = [(model, subset) for model in models for subset in self._subsets_checked()]
-        return [(*run, share) for run in checked if run in runs for share in BUDGETS]
+    def budget_runs(self) -> list[Run]:
+        """Every run of `budget_check`: by models that take steps, of the study's own runs."""
+        if (check := self.budget_check) is None:
+            return []
+        subsets = [Subset("random", percentage, seed) for percentage in check.percentages for seed in check.seeds]
+        models, runs = [model for model in self.models if self.specs[model].takes_steps], self.runs()
+        checked = [run for model in models for subset in subsets if (run := Run(model, subset)) in runs]
+        return [Run(run.model, run.subset, share) for run in checked for share in BUDGETS]
 
-    def _subsets_checked(self) -> list[tuple[str, float, int]]:
-        check = self.budget_check
-        return [("random", size, seed) for size in check.percentages for seed in check.seeds] if check else []
-
-    def subsets(self) -> list[tuple[str, float, int]]:
-        """Strategy, percentage and seed of every subset that a run takes."""
-        return list(dict.fromkeys(subset for _, subset in self.runs()))
+    def subsets(self) -> list[Subset]:
+        """Every subset that a run takes."""
+        return list(dict.fromkeys(run.subset for run in self.runs()))
 
 
 class _Loader(yaml.SafeLoader):
@@ -449,23 +342,13 @@ class _Dumper(yaml.SafeDumper):
     """Puts a text that `_Loader` would take for a number in quotes."""
 
 
-for each in (_Loader, _Dumper):
-    each.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def from_yaml(text: str) -> Any:
-    """The value that a text spells.
-
-    Raises
-    ------
-    yaml.YAMLError
-        If it spells none.
-    """
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    """The value that a text spells; raises YAMLError if it spells none."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe one
 
 
 def to_yaml(value: Any, **style: Any) -> str:
@@ -474,19 +357,9 @@ def to_yaml(value: Any, **style: Any) -> str:
 
 
 def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
-    """Read and check a study file.
+    """Read and check a study file, in YAML, whose keys are those of `Params`; `overrides` replace its values.
 
-    Parameters
-    ----------
-    path
-        A YAML file, keys as in `Params`.
-    overrides
-        Values that replace those of the file, by key.
-
-    Raises
-    ------
-    ParamsError
-        If the file is not a YAML mapping, or a key or value is not allowed; one line per mistake.
+    Raises ParamsError, a line a mistake, if it is no mapping, or a key or value is not allowed.
     """
     try:
         values = from_yaml(path.read_text(encoding="utf-8"))
@@ -510,13 +383,7 @@ def _from_text(value: Any) -> Any:
 
 
 def check(values: dict[str, Any], source: str) -> Params:
-    """Check the values of a study; `source` names their origin in messages.
-
-    Raises
-    ------
-    ParamsError
-        One line per mistake.
-    """
+    """Check the values of a study; raises ParamsError, a line a mistake, in which `source` names their origin."""
     values = {str(key): value for key, value in values.items()}
     try:
         return Params(**values)
@@ -529,35 +396,35 @@ def _lines(source: str, values: dict[str, Any], mistakes: list[dict[str, Any]]) 
     by_key: dict[str, list[dict[str, Any]]] = {}
     for mistake in mistakes:
         by_key.setdefault(_key(values, mistake), []).append(mistake)
-    for key, of_key in by_key.items():
+    for key, forms in by_key.items():
         if key and any(other.startswith(f"{key}.") for other in by_key):
             continue  # one of its forms was right, but for a value within
-        rules = dict.fromkeys(mistake["msg"].removeprefix("Value error, ") for mistake in of_key)
-        yield _line(source, key, of_key[0], list(rules))
+        rules = dict.fromkeys(mistake["msg"].removeprefix("Value error, ") for mistake in forms)
+        yield f"{source}: {_line(key, forms[0], list(rules))}"
 
 
 def _key(values: dict[str, Any], mistake: dict[str, Any]) -> str:
     """Where in the study file a mistake is; pydantic puts its own names of the forms of a value between the keys."""
-    found, here = [], values
+    keys, here = [], values
     for part in mistake["loc"]:
         if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
             here = here[part]
-            found.append(str(part))
+            keys.append(str(part))
     if mistake["type"] == "missing":
-        found.append(str(mistake["loc"][-1]))
-    return ".".join(found)
+        keys.append(str(mistake["loc"][-1]))
+    return ".".join(keys)
 
 
-def _line(source: str, key: str, mistake: dict[str, Any], rules: list[str]) -> str:
-    """One line that names file, key, value, rule and remedy."""
+def _line(key: str, mistake: dict[str, Any], rules: list[str]) -> str:
+    """What names key, value, rule and remedy."""
     if mistake["type"] == "extra_forbidden":
-        return f"{source}: {key}: no such key; {_nearest(key)}"
+        return f"{key}: no such key; {_nearest(key)}"
     if mistake["type"] == "missing":
-        return f"{source}: {key}: missing; every study needs it."
+        return f"{key}: missing; every study needs it."
     if not key:
-        return f"{source}: {'; '.join(rules).rstrip('.')}."
+        return f"{'; '.join(rules).rstrip('.')}."
     rule = ", or: ".join(rule[0].lower() + rule[1:] for rule in rules)
-    return f"{source}: {key}: {mistake['input']!r} is not allowed: {rule}; change it in the study file or with --set."
+    return f"{key}: {mistake['input']!r} is not allowed: {rule}; change it in the study file or with --set."
 
 
 def _nearest(key: str) -> str:
@@ -568,6 +435,5 @@ def _nearest(key: str) -> str:
     records = {"simulation": Atlas, "census": Recipe, "also": Grid}
     records |= {"evaluation": EvaluationSet, "embeddings": Embedding, "budget_check": BudgetCheck}
     keys = records.get(within.partition(".")[0], Params).model_fields
-    if near := get_close_matches(name, keys, n=1):
-        return f"did you mean {near[0]!r}?"
-    return f"the keys are {', '.join(keys)}."
+    near = get_close_matches(name, keys, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}."

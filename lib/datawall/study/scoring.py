@@ -16,9 +16,7 @@ from datawall.study.units import Evaluation, Run
 from datawall.tasks import baselines
 from datawall.tasks.metrics import Metrics
 
-RECONSTRUCTED = 1_000  # cells at most
-SMALL = 5_000  # cells; of a data set with fewer, one division would leave the score to chance
-FOLDS = 3  # of fine-tuning on such a data set, so that every cell is tested
+FOLDS = 3  # of fine-tuning on a small data set, so that every cell is tested
 
 
 def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
@@ -29,36 +27,29 @@ def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]
 def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """Divisions in two, the same for every model: by cell in proportion to types, and by donor where there are two.
 
-    Returns
-    -------
-    the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1; each tests the other.
+    Returns the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1; each tests the
+    other.
     """
-    obs = study.dataset(dataset).obs
+    p, obs = study.params, study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
-    n_splits = study.params.splits if len(obs) < SMALL else 1
+    n_splits = joining.n_splits(p, "zeroshot_classification", len(obs))
     for seed in range(n_splits):
         yield f"cells {seed}", sampling.stratified_split(labels, [0.5, 0.5], seed=seed)
-    for seed, part in donor_splits(
-        obs, [0.5, 0.5], n_splits, fewest=max(study.params.k, *study.params.more_k, 0), in_turn=True
-    ):
+    for seed, part in donor_splits(obs, [0.5, 0.5], n_splits, fewest=max(p.k, *p.more_k, 0), in_turn=True):
         yield f"donors {seed}", part
 
 
 def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """Divisions into training, validation and test cells, the same for every model.
 
-    Of a data set with fewer than 5,000 cells every cell is tested: each third in turn, with a tenth of the others to
-    stop by. A larger one has 80 % training, 10 % validation and 10 % test cells. By donor, the test cells are whole
-    donors', a fifth of the cells or so, and the validation cells come from the donors that are trained on.
-
-    Returns
-    -------
-    the name of each division, and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
+    Of a small data set every cell is tested: each third in turn, with a tenth of the others to stop by. A larger one
+    has 80 % training, 10 % validation and 10 % test cells. By donor, the test cells are whole donors', a fifth of the
+    cells or so, and the validation cells come from the donors that are trained on. Returns the name of each division,
+    and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
     """
     obs = study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
-    small = len(obs) < SMALL
-    n_splits = (study.params.finetuned_splits or study.params.splits) if small else 1
+    n_splits = joining.n_splits(study.params, "finetuned_classification", len(obs))
 
     def divided(tested: np.ndarray, validation: float, seed: int) -> np.ndarray:
         part = np.full(len(labels), 2)
@@ -66,7 +57,7 @@ def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
         return part
 
     for seed in range(n_splits):
-        if small:
+        if len(obs) < joining.SMALL:
             fold = sampling.stratified_split(labels, [1 / FOLDS] * FOLDS, seed=seed)
             yield f"cells {seed}", np.stack([divided(fold == number, 1 / 10, seed) for number in range(FOLDS)])
         else:
@@ -87,7 +78,7 @@ def donor_splits(
     seen = set()
     for seed in range(n_splits):
         part = sampling.split_by_group(obs["donor_id"].array, shares, seed=seed)
-        trained_on = [obs["cell_type"].array[part == one] for one in (range(2) if in_turn else range(1))]
+        trained_on = [obs["cell_type"].array[part == number] for number in range(2 if in_turn else 1)]
         enough = all(len(types) >= fewest and len(types.unique()) > 1 for types in trained_on)
         if enough and part.tobytes() not in seen:  # few donors leave few ways to part them
             seen.add(part.tobytes())
@@ -140,16 +131,16 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
 
 def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """One context held out at a time."""
-    data, one = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
+    data, dataset = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
     treatment, context = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
     try:
-        judged = joining.treatments(data.obs, one, study.params)
+        judged = joining.treatments(data.obs, dataset)
     except corpus.CorpusError as error:
         raise corpus.CorpusError(f"{evaluation.dataset}: {error}") from None
     X = expression.lognormalise(data.X)
-    X = X[:, response_genes(study, evaluation.dataset, X[treatment == one.control])]
+    X = X[:, response_genes(study, evaluation.dataset, X[treatment == dataset.control])]
     for name, contexts in judged.items():
-        rows = np.flatnonzero(np.isin(treatment, [name, one.control]))
+        rows = np.flatnonzero(np.isin(treatment, [name, dataset.control]))
         cells = X[rows].toarray(), treatment[rows] == name, context[rows]
         for held_out in contexts:
             if isinstance(evaluation.source, str):
@@ -181,12 +172,12 @@ def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: n
         return tasks.perturbation.oracle(truth, control)
     train_control, train_treated = ~treated & ~here, treated & ~here
     if name == "NoChange":
-        predicted = baselines.no_change(control)
+        predicted = control
     elif name == "TreatedMean":
         predicted = baselines.treated_mean(X[train_treated], context[train_treated])
     else:
-        of = context[train_control], context[train_treated]
-        predicted = baselines.mean_shift(control, X[train_control], X[train_treated], of)
+        contexts = context[train_control], context[train_treated]
+        predicted = baselines.mean_shift(control, X[train_control], X[train_treated], contexts)
     others = tasks.perturbation.usable_contexts(treated & ~here, context)
     others = tasks.perturbation.changes(X, treated, context, [name for name in others if name != held_out])
     return tasks.perturbation.response_metrics(predicted, truth, control, others)
@@ -195,7 +186,7 @@ def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: n
 def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """The pretraining loss of held-out cells, in the family's own units; of a sample where they are many."""
     data = study.dataset(evaluation.dataset)
-    rows = np.sort(np.random.default_rng(0).permutation(data.n_obs)[:RECONSTRUCTED])
+    rows = np.sort(np.random.default_rng(0).permutation(data.n_obs)[: joining.RECONSTRUCTED])
     yield "all cells", tasks.reconstruction(study.model(evaluation.source), data.X[rows], data.obs.iloc[rows], seed=0)
 
 
@@ -214,8 +205,3 @@ SCORES = {
     "perturbation_response": perturbation_response,
     "reconstruction": reconstruction,
 }
-BASELINES = {
-    "finetuned_classification": ("LogisticRegression",),
-    "perturbation_response": ("NoChange", "MeanShift", "TreatedMean", "Oracle"),
-    "reconstruction": (),
-}  # by task; those of `baselines.EMBEDDINGS` for all others

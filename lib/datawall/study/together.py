@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from datawall.study.study import Study, Subset, open_study
-from datawall.study.units import Run
+from datawall.study.study import Study, open_study
+from datawall.study.units import Run, Subset
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     study = open_study(options.study)
     study = Study(study.params, options.out or study.folder)
     run = Run(options.model, Subset(options.strategy, options.percentage, options.seed), options.budget)
-    if run not in [*study.pretraining_runs(), *study.budget_runs()]:
+    if run not in study.all_runs():
         raise SystemExit(f"{options.study} has no such run: {run}")
     study.pretrain_together(run)
     if dist.is_initialized():

@@ -1,11 +1,121 @@
-"""The records of a study's units of work: what is to be made, by its parameters."""
+"""The records that a study is made of: data sets, subsets, pretraining runs, embeddings and evaluations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from datawall.study.curated import Subset
-from datawall.study.params import Embedding
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from datawall import tasks
+from datawall.cells.sampling import STRATEGIES
+from datawall.models import external
+
+UNTRAINED = "untrained"  # the strategy that draws no cell
+
+
+def _known_task(name: str) -> str:
+    if name not in tasks.TASKS:
+        raise ValueError(f"there are the tasks {', '.join(map(repr, tasks.TASKS))}")
+    return name
+
+
+StrategyName = Literal[*STRATEGIES, UNTRAINED]
+TaskName = Annotated[str, AfterValidator(_known_task)]
+Column = Annotated[str, Field(min_length=1)]  # of obs
+Percentage = Annotated[float, Field(gt=0, le=100)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Treatments = Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)]
+
+
+class Grid(BaseModel):
+    """Runs besides those of the study's grid: a grid of their own, in which what is not given is as in the study."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(min_length=1)]  # in the plan
+    strategies: Annotated[list[StrategyName], Field(min_length=1)] | None = None
+    percentages: Annotated[list[Percentage], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    models: Annotated[list[str], Field(min_length=1)] | None = None
+
+
+class BudgetCheck(BaseModel):
+    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them.
+
+    What the study does not have, of these sizes and seeds, is left out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    percentages: Annotated[list[Percentage], Field(min_length=1)]  # of random subsets
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+
+class EvaluationSet(BaseModel):
+    """A data set to evaluate on, and its columns. It joins the tasks whose columns it names itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # Path of an .h5ad or .zarr file, a named data set, or cells of the simulated atlas beyond the corpus: simulated:6-9
+    file: str
+    name: Annotated[str, Field(min_length=1)] | None = None  # in results; by default that of the file
+    cell_type_key: Column | None = None  # by default the study's
+    donor_key: Column | None = None  # by default the study's, if the data set has it
+    batch_key: Column | None = None  # for integration
+    perturbation_key: Column | None = None  # for perturbation response, together with
+    control: str | None = None  # its value that means untreated
+    treatments: Treatments | None = None  # as in the study, by default the study's
+    held_out_contexts: list[str] | None = None  # as in the study
+    tasks: list[TaskName] | None = None  # of the study's, those it joins; by default all that its columns allow
+    source: str | None = None  # where to get the file, for people
+    n_cells: Annotated[int, Field(ge=1)] | None = None  # of a file that is not there yet, for the plan
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"file": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, complete: SerializerFunctionWrapHandler) -> str | dict[str, Any]:
+        given = {key: value for key, value in complete(self).items() if value is not None}
+        return self.file if list(given) == ["file"] else given
+
+    @property
+    def dataset(self) -> str:
+        """Its name in results."""
+        return self.name or Path(self.file).stem
+
+    def joins(self, task: str) -> bool:
+        """Whether it has what a task needs, and is meant for it."""
+        return (self.tasks is None or task in self.tasks) and not self.lacks(task)
+
+    def lacks(self, task: str) -> list[str]:
+        """Keys that a task needs and that are not named."""
+        return [key for key in tasks.TASKS[task].needs if getattr(self, key) is None]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Cells chosen from the corpus by a strategy; `untrained` chooses none."""
+
+    strategy: str
+    percentage: float
+    seed: int
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it has no cells."""
+        return self.strategy == UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -15,6 +125,37 @@ class Run:
     model: str
     subset: Subset
     budget: float = 1.0  # share of the model's steps
+
+
+class Embedding(BaseModel):
+    """An embedding of an evaluation data set that was made elsewhere: by a published checkpoint, or on a subset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: Annotated[str, Field(min_length=1)]  # in results
+    dataset: str  # name of the evaluation data set
+    file: str  # an .h5ad file with its cells, matched by name,
+    key: str | None = None  # and the embedding in obsm; by default "X_" and the model
+    strategy: StrategyName | None = None  # of the subset that it was pretrained on: one of the study's,
+    percentage: Annotated[float, Field(ge=0, le=100)] | None = None  # or all three left out for a checkpoint
+    seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _complete_subset(self) -> Embedding:
+        if 0 < [self.strategy, self.percentage, self.seed].count(None) < 3:
+            raise ValueError("strategy, percentage and seed name a subset together; give all three, or none")
+        external.embeddings_file(self.file)
+        return self
+
+    @property
+    def obsm_key(self) -> str:
+        """Key of the embedding in `obsm`."""
+        return self.key or f"X_{self.model}"
+
+    @property
+    def subset(self) -> Subset | None:
+        """The subset that the model was pretrained on; None of a checkpoint."""
+        return None if self.strategy is None else Subset(self.strategy, self.percentage, self.seed)
 
 
 type Source = Run | Embedding | str  # of an embedding; a string names a baseline
@@ -39,7 +180,6 @@ class Evaluation:
 
     @property
     def seed(self) -> int:
-        """Of heads: that of the run."""
-        if isinstance(self.source, Run):
-            return self.source.subset.seed
-        return (self.source.seed or 0) if isinstance(self.source, Embedding) else 0
+        """Seed of heads: that of the run; 0 of a baseline and of a checkpoint."""
+        subset = None if isinstance(self.source, str) else self.source.subset
+        return subset.seed if subset else 0

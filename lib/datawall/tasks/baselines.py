@@ -14,16 +14,7 @@ EMBEDDINGS: dict[str, int | None] = {"HVG": None, "PCA": 50, "PCA-20": 20, "PCA-
 def variable_gene_embedding(counts: sp.csr_matrix) -> np.ndarray:
     """Highly variable genes of the evaluation cells themselves, log-normalised and scaled to unit variance.
 
-    The original study's HVG baseline (scanpy's default cut-offs, no clipping).
-
-    Parameters
-    ----------
-    counts
-        (n_cells, n_genes) raw counts of the evaluation cells.
-
-    Returns
-    -------
-    (n_cells, n_variable_genes) float32.
+    The original study's HVG baseline (scanpy's default cut-offs, no clipping), (n_cells, n_variable_genes) float32.
     """
     X = expression.lognormalise(counts)
     X = X[:, expression.variable_genes(X)].toarray()
@@ -32,12 +23,7 @@ def variable_gene_embedding(counts: sp.csr_matrix) -> np.ndarray:
 
 
 def pca_embedding(counts: sp.csr_matrix, n_components: int = 50) -> np.ndarray:
-    """Principal components of the scaled variable genes of the evaluation cells: the original's PCA baseline.
-
-    Returns
-    -------
-    (n_cells, n_components) float32.
-    """
+    """Principal components of those genes, (n_cells, n_components) float32: the original's PCA baseline."""
     return expression.pca_scores(variable_gene_embedding(counts), n_components)
 
 
@@ -49,10 +35,6 @@ def logistic_regression(
     Settings are the original study's (C = 1, saga, seed 1), which fitted on normalised and predicted on
     un-normalised counts; here both are normalised. Genes are scaled by their largest training value, which keeps
     zeros zero and lets saga converge.
-
-    Returns
-    -------
-    (n_test_cells,) labels.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -71,55 +53,29 @@ def logistic_regression(
 # Predictions of treated cells, for `tasks.perturbation.response_metrics`
 
 
-def no_change(control: np.ndarray) -> np.ndarray:
-    """Predicted treated cells: the control cells as they are, (n_cells, n_genes)."""
-    return control
-
-
 def mean_shift(
     control: np.ndarray,
     train_control: np.ndarray,
     train_treated: np.ndarray,
     train_context: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """Predicted treated cells: the control cells, each moved by the average change of the mean in other contexts.
+    """The held-out context's control cells, each moved by the average change of the mean in the other contexts.
 
-    Parameters
-    ----------
-    control
-        (n_cells, n_genes) expression of the held-out context's control cells.
-    train_control, train_treated
-        (n, n_genes) expression of the other contexts.
-    train_context
-        Context of each of their cells: of the control ones, of the treated ones. Each context counts alike.
-
-    Returns
-    -------
-    (n_cells, n_genes).
+    All are (n_cells, n_genes) of expression; `train_context` has the contexts of the control cells of the others and
+    those of their treated ones. Each context counts alike.
     """
-    of_control, of_treated = train_context
+    control_context, treated_context = train_context
     changes = [
-        train_treated[of_treated == context].mean(axis=0) - train_control[of_control == context].mean(axis=0)
-        for context in np.intersect1d(of_control, of_treated)
+        train_treated[treated_context == context].mean(axis=0) - train_control[control_context == context].mean(axis=0)
+        for context in np.intersect1d(control_context, treated_context)
     ]
     return control + np.mean(changes, axis=0)
 
 
 def treated_mean(train_treated: np.ndarray, train_context: np.ndarray) -> np.ndarray:
-    """Predicted treated cells: one, the mean treated cell of the other contexts, each of which counts alike.
+    """The mean treated cell of the other contexts, (1, n_genes), each of which counts alike.
 
     The original study's average baseline took the held-out context's own treated cells, which is no prediction.
-
-    Parameters
-    ----------
-    train_treated
-        (n_cells, n_genes) expression of the other contexts' treated cells.
-    train_context
-        Context of each.
-
-    Returns
-    -------
-    (1, n_genes).
     """
     means = [train_treated[train_context == context].mean(axis=0) for context in np.unique(train_context)]
     return np.mean(means, axis=0)[None]

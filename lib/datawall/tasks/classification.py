@@ -65,30 +65,13 @@ def crossvalidated_classification(
     more_k: Sequence[int] = (),
     probe: bool = True,
 ) -> Metrics:
-    """`zeroshot_classification` of every cell, by the cells of the other parts.
-
-    Parameters
-    ----------
-    embedding, labels
-        (n_cells, n_latent) and (n_cells,).
-    part
-        (n_cells,) the part of each cell; cells of each part in turn are test cells.
-    k, more_k, probe
-        As there.
-
-    Returns
-    -------
-    metrics of all cells together, as there.
-    """
-    labels, parts = np.asarray(labels), np.unique(part)
-    of_parts = [
-        _predictions(embedding[part != one], labels[part != one], embedding[part == one], [k, *more_k], probe)
-        for one in parts
-    ]
-    predicted = {name: np.empty_like(labels) for name in of_parts[0]}
-    for one, found in zip(parts, of_parts, strict=True):
-        for name, of_cells in found.items():
-            predicted[name][part == one] = of_cells
+    """`zeroshot_classification` of every cell by those of the other parts; `part`, (n_cells,), says which is whose."""
+    labels, predicted = np.asarray(labels), {}
+    for tested in np.unique(part):
+        train, test = part != tested, part == tested
+        predictions = _predictions(embedding[train], labels[train], embedding[test], [k, *more_k], probe)
+        for name, types in predictions.items():
+            predicted.setdefault(name, np.empty_like(labels))[test] = types
     return _all_metrics(labels, predicted, labels)
 
 
@@ -107,20 +90,20 @@ def _predictions(
     neighbours = KNeighborsClassifier(max(ks)).fit(train_embedding, train_labels)
     types, codes = np.unique(train_labels, return_inverse=True)
     nearest = codes[neighbours.kneighbors(test_embedding, return_distance=False)]  # (n_test_cells, k)
-    found = {}
+    predicted = {}
     for k in ks:
-        votes = (nearest[:, :k, None] == np.arange(len(types))).sum(axis=1)
-        found["" if k == ks[0] else f"knn{k}_"] = types[votes.argmax(axis=1)]
+        votes = (nearest[:, :k, None] == np.arange(len(types))).sum(axis=1)  # (n_test_cells, n_types)
+        predicted["" if k == ks[0] else f"knn{k}_"] = types[votes.argmax(axis=1)]
     if probe:
-        found["probe_"] = linear_probe(train_embedding, train_labels, test_embedding)
-    return found
+        predicted["probe_"] = linear_probe(train_embedding, train_labels, test_embedding)
+    return predicted
 
 
 def _all_metrics(truth: np.ndarray, predicted: dict[str, np.ndarray], train_labels: np.ndarray) -> Metrics:
     """Metrics of each kind of prediction under its prefix; those of types of the first alone."""
     (_, first), *others = predicted.items()
     return classification_metrics(truth, first, train_labels).merged(
-        *(classification_metrics(truth, of, train_labels, by_type=False).prefixed(prefix) for prefix, of in others)
+        *(classification_metrics(truth, types, train_labels, by_type=False).prefixed(name) for name, types in others)
     )
 
 
@@ -176,34 +159,16 @@ def f1_by_type(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
 def classification_metrics(
     truth: np.ndarray, predicted: np.ndarray, train_labels: np.ndarray | None = None, *, by_type: bool = True
 ) -> Metrics:
-    """What is right of predicted labels.
+    """What is right of predicted labels, (n_cells,), by every metric of labels (`metrics.csv`).
 
-    Parameters
-    ----------
-    truth, predicted
-        (n_cells,) cell types.
-    train_labels
-        Labels of the training cells, for the levels of chance (see `uncertainty.chance_levels`).
-    by_type
-        Whether to give `f1[type]` and `support[type]` too.
-
-    Returns
-    -------
-    micro_f1
-        Share of cells that are right: with one label a cell, micro-averaged F1 is accuracy.
-    macro_f1, balanced_accuracy
-        Mean over types of F1 and of recall. Only types among the true labels enter.
-    error_rate
-        Share of cells that are wrong.
-    f1[type], support[type]
-        F1 of a type, and its number of test cells.
+    With one label a cell, micro-averaged F1 is accuracy. Means over types are over those among the true labels. Labels
+    of the training cells are for the levels of chance (see `uncertainty.chance_levels`).
     """
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     values = {name: metric(truth, predicted) for name, metric in METRICS.items()}
     intervals = uncertainty.classification_intervals(truth, predicted)
     chance = {} if train_labels is None else uncertainty.chance_levels(train_labels, truth)
-    added = [name for name in METRICS if name not in intervals]
-    if added:
+    if added := [name for name in METRICS if name not in intervals]:
         draws = np.random.default_rng(0).integers(len(truth), size=(uncertainty.N_RESAMPLES, len(truth)))
         for name in added:
             resampled = np.array([METRICS[name](truth[cells], predicted[cells]) for cells in draws])
@@ -216,17 +181,7 @@ def classification_metrics(
 
 
 def shared_rows(train: np.ndarray | sp.csr_matrix, test: np.ndarray | sp.csr_matrix) -> np.ndarray:
-    """Rows of `test` that are equal, number by number, to a row of `train`.
-
-    Parameters
-    ----------
-    train, test
-        Embeddings or counts, (n_cells, n_columns), dense or CSR, of the same number type.
-
-    Returns
-    -------
-    sorted rows of `test`, int64.
-    """
+    """Sorted rows of `test` that are equal, number by number, to a row of `train`, both of the same number type."""
     seen = set(_row_bytes(train))
     return np.flatnonzero([row in seen for row in _row_bytes(test)])
 
@@ -243,13 +198,7 @@ def _row_bytes(X: np.ndarray | sp.csr_matrix) -> list[bytes]:
 
 
 def check_embedding(embedding: np.ndarray) -> None:
-    """Refuse an embedding with NaN or infinite values.
-
-    Raises
-    ------
-    ValueError
-        Naming the first such cell.
-    """
+    """Refuse an embedding with NaN or infinite values, naming the first such cell."""
     finite = np.isfinite(embedding).all(axis=1)
     if not finite.all():
         raise ValueError(

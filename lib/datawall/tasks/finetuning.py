@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -28,15 +28,8 @@ CELLS_AT_ONCE = 256  # of an encoder that is not learning
 type ClassWeight = Literal["balanced"] | None
 
 
-class Finetunable(Protocol):
-    """A family whose encoder can be trained on."""
-
-    def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
-        """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
-
-
 def can_finetune(model: Any) -> bool:
-    """Whether a model's encoder can be trained on."""
+    """Whether a model's encoder can be trained on: it has a method `finetunable`, as `geneformer.Geneformer` has."""
     return hasattr(model, "finetunable")
 
 
@@ -49,7 +42,7 @@ def finetuned_classification(
     recipe: training.Recipe = RECIPE,
     class_weight: ClassWeight = None,
 ) -> Metrics:
-    """Train an MLP head (128 hidden units) with early stopping, and score it on the test cells.
+    """Train an MLP head (128 hidden units) with early stopping; `classification_metrics` of the test cells.
 
     Columns of the embedding are scaled to mean 0 and variance 1 over the training cells, so that every family's
     head starts from the same scale. Of several folds, the heads are trained side by side, each as if alone.
@@ -64,31 +57,20 @@ def finetuned_classification(
         (n_cells,) `TRAIN`, `VALIDATION` or `TEST`, by cell or by donor; or (n_folds, n_cells) for cross-validation, in
         which each cell is a test cell once at most.
     seed
-        Of the initial weights, the order of cells and dropout.
-    recipe
-        Of the training.
+        Seed of the initial weights, the order of cells and dropout.
     class_weight
         Weight of a cell in the loss: 1, or "balanced", the mean number of training cells of a type over that of its
         own.
-
-    Returns
-    -------
-    `classification_metrics` of the test cells, those of all folds together.
-
-    Raises
-    ------
-    ValueError
-        If the embedding is not finite or a part is empty.
     """
     check_embedding(embedding)
     folds = _Folds(labels, part, class_weight)
     X = torch.stack([_scaled(embedding, rows) for rows in folds.rows[TRAIN]])
     heads = _fit_heads(X, folds, seed, recipe)
-    return folds.score([heads.one(i, X[i, rows]) for i, rows in enumerate(folds.rows[TEST])])
+    return folds.score([heads.outputs(i, X[i, rows]) for i, rows in enumerate(folds.rows[TEST])])
 
 
 def fully_finetuned_classification(
-    model: Finetunable,
+    model: Any,
     counts: sp.csr_matrix,
     labels: np.ndarray,
     part: np.ndarray,
@@ -104,33 +86,27 @@ def fully_finetuned_classification(
     head of random weights would lead the encoder astray (Kumar et al. 2022, "Fine-tuning can distort pretrained
     features and underperform out-of-distribution"). The model itself is left as it was; each fold begins from it.
 
+    Metrics are those of all types together, named `full_micro_f1` and so on.
+
     Parameters
     ----------
     model
-        A pretrained model with a method `finetunable` (see `can_finetune`).
+        A pretrained model that `can_finetune` is true of.
     counts
         (n_cells, n_genes) raw counts, CSR, in the corpus's gene order.
     labels, part, seed, class_weight
         See `finetuned_classification`.
-    recipe, head_recipe
-        Of the training of both, and of the head alone before.
-
-    Returns
-    -------
-    `classification_metrics` of all types together, named `full_micro_f1` and so on.
-
-    Raises
-    ------
-    ValueError
-        If an embedding is not finite or a part is empty.
     """
     folds = _Folds(labels, part, class_weight)
-    logits = [_fully_finetuned(model, counts, fold, seed, recipe, head_recipe) for fold in folds.each()]
+    logits = [
+        _fully_finetuned(model, counts, _Folds(labels, fold, class_weight), seed, recipe, head_recipe)
+        for fold in folds.part
+    ]
     return folds.score(logits, by_type=False).prefixed("full_")
 
 
 def _fully_finetuned(
-    model: Finetunable,
+    model: Any,
     counts: sp.csr_matrix,
     fold: _Folds,
     seed: int,
@@ -142,7 +118,7 @@ def _fully_finetuned(
     encoder, encode = model.finetunable()
     encoder.to(training.device()).eval()
     blocks = _embedded(encode, counts, np.arange(counts.shape[0]))
-    embedding = np.concatenate([each.cpu().numpy() for each in blocks])
+    embedding = np.concatenate([block.cpu().numpy() for block in blocks])
     check_embedding(embedding)
     mean, deviation = _moments(embedding[train])
     head = _fit_heads(_scaled(embedding, train)[None], fold, seed, head_recipe)
@@ -168,11 +144,11 @@ class _Folds:
     """The labels to learn: their codes, the cells of each part of each fold, the loss and the score."""
 
     def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: ClassWeight) -> None:
-        self.part, self.class_weight = np.atleast_2d(part), class_weight
+        self.part = np.atleast_2d(part)
         # By part, a list of the rows of each fold.
         self.rows = [[np.flatnonzero(fold == value) for fold in self.part] for value in (TRAIN, VALIDATION, TEST)]
         names = ("train", "validation", "test")
-        if missing := [name for name, of in zip(names, self.rows, strict=True) if not all(map(len, of))]:
+        if missing := [name for name, rows in zip(names, self.rows, strict=True) if not all(map(len, rows))]:
             raise ValueError(f"no cell in the {' and '.join(missing)} part; use a larger data set.")
         self.labels = np.asarray(labels)
         self.types, codes = np.unique(self.labels, return_inverse=True)
@@ -187,10 +163,6 @@ class _Folds:
             raise ValueError(f"class_weight {class_weight!r} is neither None nor 'balanced'.")
         self.weight = torch.from_numpy(weight.astype(np.float32)).to(training.device())
 
-    def each(self) -> list[_Folds]:
-        """The folds, each on its own."""
-        return [_Folds(self.labels, fold, self.class_weight) for fold in self.part]
-
     def alike(self, part: int) -> np.ndarray:
         """Rows of a part, (n_folds, n_rows): those of a fold that has fewer begin again at its end."""
         length = max(map(len, self.rows[part]))
@@ -198,7 +170,7 @@ class _Folds:
 
     def loss(self, logits: Tensor, rows: np.ndarray) -> Tensor:
         """Mean weighted cross-entropy of each fold's cells, (n_folds,); logits (n_folds, n_rows, n_types)."""
-        target = self.target[torch.from_numpy(rows)]
+        target = self.target[torch.from_numpy(rows)]  # (n_folds, n_rows)
         weight = self.weight.gather(1, target)
         entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
         return (weight * entropy).sum(1) / weight.sum(1)
@@ -226,15 +198,15 @@ class Heads(nn.Module):
             setattr(self, f"{name}_bias", nn.Parameter(bias))  # (n_heads, 1, n_outputs)
 
     def forward(self, X: Tensor) -> Tensor:
-        hidden = torch.baddbmm(self.first_bias, X, self.first_weight).relu()
+        hidden = torch.baddbmm(self.first_bias, X, self.first_weight).relu()  # (n_heads, n_cells, 128)
         if self.training:  # torch's own dropout would take a third of a step
             kept = bernoulli(hidden.numel(), 1 - self.dropout, hidden.device)
             hidden = hidden * kept.view_as(hidden) / (1 - self.dropout)
         return torch.baddbmm(self.last_bias, hidden, self.last_weight)
 
     @torch.no_grad()
-    def one(self, head: int, X: Tensor) -> Tensor:
-        """Outputs of one head, (n_cells, n_outputs)."""
+    def outputs(self, head: int, X: Tensor) -> Tensor:
+        """Outputs of a head, (n_cells, n_outputs)."""
         hidden = (X @ self.first_weight[head] + self.first_bias[head]).relu()
         return hidden @ self.last_weight[head] + self.last_bias[head]
 
@@ -276,7 +248,7 @@ def _moments(embedding: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each column, a deviation of zero as 1, on the device."""
     deviation = embedding.std(axis=0)
     moments = embedding.mean(axis=0), np.where(deviation > 0, deviation, 1)
-    return tuple(torch.from_numpy(np.asarray(each, dtype=np.float32)).to(training.device()) for each in moments)
+    return tuple(torch.from_numpy(np.asarray(row, dtype=np.float32)).to(training.device()) for row in moments)
 
 
 def _scaled(embedding: np.ndarray, train: np.ndarray) -> Tensor:

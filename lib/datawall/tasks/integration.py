@@ -56,14 +56,14 @@ class Embedded:
     @cached_property
     def best_clusters(self) -> list[np.ndarray]:
         """By seed, the clusters at the resolution with the highest NMI of the first seed."""
-        once, first = np.ones((1, len(self.labels))), SEEDS[0]
-        found = {resolution: self.leiden(resolution, first) for resolution in RESOLUTIONS}
-        nmi = {
-            resolution: neighbourhood.nmi(neighbourhood.contingency(clusters, self.labels, once))[0]
-            for resolution, clusters in found.items()
-        }
-        best = max(nmi, key=nmi.get)
-        return [found[best], *(self.leiden(best, seed) for seed in SEEDS[1:])]
+        once = np.ones((1, len(self.labels)))
+
+        def nmi(resolution: float) -> float:
+            clusters = self.leiden(resolution, SEEDS[0])
+            return neighbourhood.nmi(neighbourhood.contingency(clusters, self.labels, once))[0]
+
+        best = max(RESOLUTIONS, key=nmi)
+        return [self.leiden(best, seed) for seed in SEEDS]
 
     @cached_property
     def fixed_clusters(self) -> list[np.ndarray]:
@@ -87,7 +87,11 @@ class Embedded:
 def zeroshot_integration(
     embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray, *, unintegrated: np.ndarray | None = None
 ) -> Metrics:
-    """Metrics of scIB (Luecken et al. 2022), with the values of scib-metrics, on exact neighbours.
+    """Metrics of scIB (Luecken et al. 2022), with the values of scib-metrics, on exact neighbours (`metrics.csv`).
+
+    One that these cells leave undefined is left out, of the total too: pcr_comparison without `unintegrated`, and kbet
+    where no label has ten cells and two batches. Those of Leiden clusters are means over five seeds of the clustering,
+    which also varies in their intervals. The total is not scaled between methods.
 
     Parameters
     ----------
@@ -97,47 +101,6 @@ def zeroshot_integration(
         (n_cells,) cell type and batch.
     unintegrated
         (n_cells, n_components) principal components of the cells' expression without any model, to compare with.
-
-    Returns
-    -------
-    nmi, ari
-        Of Leiden clusters with the labels, at the resolution (of ten, 0.2 to 2) with the best nmi; mean over five seeds
-        of the clustering, which also varies in the interval.
-    nmi_fixed, ari_fixed
-        The same at resolution 1, which no label chose.
-    asw_label
-        Silhouette of the labels, scaled to 0 to 1.
-    isolated_labels
-        The same for the labels that the fewest batches have; for all of them where all are in as many. Mean over
-        labels.
-    clisi
-        Median over cells of the number of labels near a cell (inverse Simpson index of 90 neighbours), scaled so that
-        1 is one label.
-    asw_batch
-        Silhouette of batches within labels: 1 where they overlap. Mean over labels in two batches. With three batches
-        or more it may be high although one lies apart, as it asks for the nearest other batch only.
-    bras
-        The same by cosine distances to the cells of all other batches (Rautenstrauch and Ohler 2025).
-    graph_connectivity
-        Share of each label's cells in its largest strongly connected part of the directed neighbour graph.
-    ilisi
-        Median over cells of the number of batches near a cell, scaled so that 1 is all of them, in equal parts.
-    kbet
-        Share of cells whose neighbours within their label are a fair draw of its batches. Mean over labels. The value
-        is that of scib-metrics' `kbet` on each label's own neighbours, not of its `kbet_per_label`, which finds them by
-        diffusion (see `neighbourhood.kbet_acceptance`).
-    pcr_comparison
-        By how much, of its share of the variance before, batch has less of the variance in the embedding, at least 0.
-        Only with `unintegrated`.
-    avg_bio
-        Mean of nmi, ari and asw_label: the original study's headline.
-    total
-        scIB's score: 0.6 times the mean of nmi, ari, asw_label, isolated_labels and clisi, plus 0.4 times the mean of
-        the batch metrics: bras (in place of asw_batch, as in scib-metrics), graph_connectivity, ilisi, kbet and
-        pcr_comparison. They are not scaled between methods.
-
-    Each is 1 at best. One that these cells leave undefined is left out, of the total too: pcr_comparison without
-    `unintegrated`, and kbet where no label has ten cells and two batches.
 
     Raises
     ------
@@ -152,8 +115,7 @@ def zeroshot_integration(
     draws["avg_bio"] = np.mean([draws[name] for name in AVG_BIO], axis=0)
     bio, batch = ([draws[name] for name in names if name in draws] for names in (BIO, BATCH))
     draws["total"] = 0.6 * np.mean(bio, axis=0) + 0.4 * np.mean(batch, axis=0)
-    intervals = {name: uncertainty.interval(values[0], values[1:]) for name, values in draws.items()}
-    return Metrics({name: values[0] for name, values in draws.items()}, intervals, _chance(cells), _ceiling(cells))
+    return Metrics.of_draws(draws, _chance(cells), _ceiling(cells))
 
 
 def _drawn(values: np.ndarray) -> np.ndarray:
@@ -199,7 +161,7 @@ def _embedded(
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean of a value a cell."""
+    """Weighted mean of a value for each cell."""
     return weights @ values / weights.sum(axis=1)
 
 
@@ -210,9 +172,9 @@ def _mean_of_labels(values: np.ndarray, cells: Embedded, weights: np.ndarray) ->
     """
     sums, n_labels = np.zeros(len(weights)), np.zeros(len(weights))
     for label in np.unique(cells.labels[np.isfinite(values)]):
-        some = np.isfinite(values) & (cells.labels == label)
-        total = weights[:, some].sum(axis=1)
-        sums += weights[:, some] @ values[some] / np.maximum(total, 1)
+        inside = np.isfinite(values) & (cells.labels == label)
+        total = weights[:, inside].sum(axis=1)
+        sums += weights[:, inside] @ values[inside] / np.maximum(total, 1)
         n_labels += total > 0
     return np.where(n_labels > 0, sums / np.maximum(n_labels, 1), np.nan)
 
@@ -233,17 +195,21 @@ def _asw_batch(cells: Embedded, weights: np.ndarray) -> np.ndarray:
 
 
 def _bras(cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    """1 - |silhouette of batches within the label|, by mean cosine distances to the own and to all other batches."""
+    """1 - |silhouette of batches within the label|, by mean cosine distances to the own and to all other batches.
+
+    A cell's silhouette is (outside - inside) / max(outside, inside): `inside` is its mean distance, 1 - x · y on the
+    unit sphere, to the other cells y of its batch, `outside` that to the cells of all other batches together.
+    """
     unit = cells.embedding / np.maximum(np.linalg.norm(cells.embedding, axis=1, keepdims=True), 1e-12)
     unit = unit.astype(np.float64)
 
     def silhouettes(X: np.ndarray, batches: np.ndarray) -> np.ndarray:
-        _, of, sizes = np.unique(batches, return_inverse=True, return_counts=True)
-        # The mean of cosines with many cells is the cosine with their mean.
-        sums = np.stack([X[of == batch].sum(axis=0) for batch in range(len(sizes))])
-        near, n_near = (X * sums[of]).sum(axis=1) - (X * X).sum(axis=1), sizes[of] - 1
+        _, code, sizes = np.unique(batches, return_inverse=True, return_counts=True)
+        # The mean of products with many cells is the product with their mean.
+        sums = np.stack([X[code == batch].sum(axis=0) for batch in range(len(sizes))])
+        near, n_near = (X * sums[code]).sum(axis=1) - (X * X).sum(axis=1), sizes[code] - 1
         inside = 1 - near / np.maximum(n_near, 1)
-        outside = 1 - (X * (sums.sum(axis=0) - sums[of])).sum(axis=1) / (len(X) - sizes[of])
+        outside = 1 - (X * (sums.sum(axis=0) - sums[code])).sum(axis=1) / (len(X) - sizes[code])
         larger = np.maximum(inside, outside)
         return np.where((n_near > 0) & (larger > 0), (outside - inside) / np.where(larger > 0, larger, 1), 0)
 
@@ -256,9 +222,9 @@ def _mixing(
     """1 - |silhouette of batches|; labels in one batch, or with no two cells of one, are left out."""
     mixing = np.full(len(cells.labels), np.nan)
     for label in np.unique(cells.labels):
-        some = cells.labels == label
-        if 1 < len(np.unique(cells.batches[some])) < some.sum():
-            mixing[some] = 1 - np.abs(silhouettes(cells.embedding[some], cells.batches[some]))
+        inside = cells.labels == label
+        if 1 < len(np.unique(cells.batches[inside])) < inside.sum():
+            mixing[inside] = 1 - np.abs(silhouettes(cells.embedding[inside], cells.batches[inside]))
     if np.isnan(mixing).all():
         raise ValueError("no label has cells in two batches; mixing of batches cannot be told from labels.")
     return _mean_of_labels(mixing, cells, weights)
@@ -284,9 +250,9 @@ def _batch_variance(X: np.ndarray, batches: np.ndarray, weights: np.ndarray) -> 
     total = weights @ np.square(X).sum(axis=1) - middle
     between = -middle
     for batch in np.unique(batches):
-        some = weights[:, batches == batch]
-        n_some = some.sum(axis=1)
-        between += np.square(some @ X[batches == batch]).sum(axis=1) / np.where(n_some > 0, n_some, 1)
+        own = weights[:, batches == batch]
+        n_own = own.sum(axis=1)
+        between += np.square(own @ X[batches == batch]).sum(axis=1) / np.where(n_own > 0, n_own, 1)
     return np.where(total > 0, between / np.where(total > 0, total, 1), 0)
 
 
@@ -297,21 +263,21 @@ def _graph_connectivity(cells: Embedded, weights: np.ndarray) -> np.ndarray:
     """Share of a label's cells in the largest strongly connected part of its graph, mean over labels."""
     inside = np.zeros(len(cells.labels))
     for label in np.unique(cells.labels):
-        some = np.flatnonzero(cells.labels == label)
-        _, part = connected_components(cells.graph[some][:, some], connection="strong")
-        inside[some] = part == np.bincount(part).argmax()
+        rows = np.flatnonzero(cells.labels == label)
+        _, part = connected_components(cells.graph[rows][:, rows], connection="strong")
+        inside[rows] = part == np.bincount(part).argmax()
     return _mean_of_labels(inside, cells, weights)
 
 
-def _lisi(cells: Embedded, of: np.ndarray) -> np.ndarray:
-    """Inverse Simpson index of the labels or batches near each cell."""
-    near = of[cells.indices]
-    shares = (np.where(near == value, cells.nearness, 0).sum(axis=1) for value in np.unique(of))
+def _lisi(cells: Embedded, groups: np.ndarray) -> np.ndarray:
+    """Inverse Simpson index of the labels or batches near each cell: 1 / sum of p², p the weight that a group has."""
+    near = groups[cells.indices]
+    shares = (np.where(near == group, cells.nearness, 0).sum(axis=1) for group in np.unique(groups))
     return 1 / sum(share**2 for share in shares)
 
 
 def _median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Median of the values, each as often as its weight says."""
+    """Median of the values, each repeated as often as its weight says."""
     order = np.argsort(values)
     below = weights[:, order].cumsum(axis=1)
     n = below[:, -1:]

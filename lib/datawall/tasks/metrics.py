@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datawall.tasks.uncertainty import interval
+
 if TYPE_CHECKING:
     import pandas as pd
 
 
 class Metrics(dict[str, float]):
-    """Metrics by name; beside them, by the same names, what is known of each.
+    """Values of metrics by name; beside them, by the same names, what is known of each.
 
     Parameters
     ----------
-    values
-        Of the metrics.
     intervals
-        Low and high end of the 95 % bootstrap interval over cells.
+        Low and high end of the 95 % interval over cells.
     chance
         Value that no knowledge of the cells reaches.
     ceiling
         Value that no prediction or embedding can be expected to exceed.
     predicted
-        Of classification, the predicted label of each test cell.
+        Predicted label of each test cell, of classification.
     """
 
     def __init__(
@@ -41,8 +41,21 @@ class Metrics(dict[str, float]):
     ) -> None:
         super().__init__((name, float(value)) for name, value in values.items())
         known = (intervals or {}, chance or {}, ceiling or {})
-        self.intervals, self.chance, self.ceiling = ({name: of[name] for name in self if name in of} for of in known)
+        self.intervals, self.chance, self.ceiling = (
+            {name: table[name] for name in self if name in table} for table in known
+        )
         self.predicted = predicted
+
+    @classmethod
+    def of_draws(
+        cls,
+        draws: Mapping[str, np.ndarray],
+        chance: Mapping[str, float] | None = None,
+        ceiling: Mapping[str, float] | None = None,
+    ) -> Metrics:
+        """Of arrays whose first number is the value and whose others are those of bootstrap resamples."""
+        intervals = {name: interval(values[0], values[1:]) for name, values in draws.items() if len(values) > 1}
+        return cls({name: values[0] for name, values in draws.items()}, intervals, chance, ceiling)
 
     def rows(self) -> list[dict[str, Any]]:
         """A record of each metric: metric, value, low, high, chance and ceiling; None for what is unknown or NaN."""
@@ -58,12 +71,12 @@ class Metrics(dict[str, float]):
 
     def prefixed(self, prefix: str) -> Metrics:
         """The same metrics under longer names."""
-        return Metrics(*({prefix + name: value for name, value in of.items()} for of in self._parts()))
+        return Metrics(*({prefix + name: value for name, value in part.items()} for part in self._parts()))
 
     def merged(self, *others: Metrics) -> Metrics:
         """These metrics, and others under other names."""
         parts = zip(*(metrics._parts() for metrics in (self, *others)), strict=True)
-        joined = ({name: value for of in each for name, value in of.items()} for each in parts)
+        joined = ({name: value for part in same for name, value in part.items()} for same in parts)
         return Metrics(*joined, predicted=self.predicted)
 
     def _parts(self) -> tuple[dict[str, Any], ...]:
@@ -71,13 +84,9 @@ class Metrics(dict[str, float]):
 
 
 def metrics_table() -> pd.DataFrame:
-    """Every metric of every task.
+    """Every metric (see `registered`) of every task: its definition, best value, direction, chance, version and source.
 
-    Returns
-    -------
-    table with the columns metric (of a metric by type or number of neighbours, that part is left out: `f1[]`,
-    `knn_micro_f1`), task, definition, best, direction (`higher`, `lower`, or `none`), chance, version (counts up when
-    a metric changes its meaning or a mistake in it is mended) and source.
+    A direction is `higher`, `lower` or `none`; a version counts up when a metric changes its meaning or is mended.
     """
     import pandas as pd
 

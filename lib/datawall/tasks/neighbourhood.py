@@ -32,15 +32,8 @@ def similarities(distances: np.ndarray, indices: np.ndarray) -> sp.coo_matrix:
 
     That of a neighbour at distance d is exp(-(d - rho) / sigma), 1 up to the nearest distance above zero, rho, and
     sigma such that those of a cell sum to log2 of the number of neighbours. Either side's a and b make a + b - a b.
-
-    Parameters
-    ----------
-    distances, indices
-        (n_cells, n_neighbours) of the nearest cells, the cell itself first.
-
-    Returns
-    -------
-    (n_cells, n_cells) symmetric, zero between a cell and itself.
+    Given are distances and indices of the nearest cells, (n_cells, n_neighbours), the cell itself first; the result is
+    symmetric, (n_cells, n_cells), and zero between a cell and itself.
     """
     n_cells, k = distances.shape
     d = distances.astype(np.float64)
@@ -51,9 +44,9 @@ def similarities(distances: np.ndarray, indices: np.ndarray) -> sp.coo_matrix:
     sigma = np.maximum(sigma, 1e-3 * np.where(rho > 0, d.mean(axis=1), d.mean()))
     values = np.where(indices == np.arange(n_cells)[:, None], 0, np.exp(-beyond / sigma[:, None]))
     pointer = np.arange(0, indices.size + 1, k)
-    one = sp.csr_matrix((values.ravel(), indices.ravel(), pointer), shape=(n_cells, n_cells))
-    one.eliminate_zeros()
-    return (one + one.T - one.multiply(one.T)).tocoo()
+    directed = sp.csr_matrix((values.ravel(), indices.ravel(), pointer), shape=(n_cells, n_cells))
+    directed.eliminate_zeros()
+    return (directed + directed.T - directed.multiply(directed.T)).tocoo()
 
 
 def leiden(weights: sp.coo_matrix) -> Callable[[float, int], np.ndarray]:
@@ -64,14 +57,14 @@ def leiden(weights: sp.coo_matrix) -> Callable[[float, int], np.ndarray]:
     import igraph
 
     graph = igraph.Graph(weights.shape[0], np.column_stack([weights.row, weights.col]).tolist())
-    of_edges = weights.data.tolist()
+    edge_weights = weights.data.tolist()
 
     @cache
     def clusters(resolution: float, seed: int) -> np.ndarray:
         igraph.set_random_number_generator(random.Random(seed))  # noqa: S311
-        found = graph.community_leiden("modularity", weights=of_edges, resolution=resolution)
+        communities = graph.community_leiden("modularity", weights=edge_weights, resolution=resolution)
         igraph.set_random_number_generator(random)
-        return np.array(found.membership)
+        return np.array(communities.membership)
 
     return clusters
 
@@ -80,8 +73,8 @@ def contingency(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray) -
     """Weight of the cells of each cluster and label, (n_weights, n_clusters, n_labels)."""
     shape = clusters.max() + 1, labels.max() + 1
     pair, n_cells = clusters * shape[1] + labels, len(labels)
-    of_pair = sp.csr_matrix((np.ones(n_cells), pair, np.arange(n_cells + 1)), shape=(n_cells, shape[0] * shape[1]))
-    return (weights @ of_pair).reshape(-1, *shape)
+    one_hot = sp.csr_matrix((np.ones(n_cells), pair, np.arange(n_cells + 1)), shape=(n_cells, shape[0] * shape[1]))
+    return (weights @ one_hot).reshape(-1, *shape)
 
 
 def entropy(weights: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
@@ -91,7 +84,10 @@ def entropy(weights: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
 
 
 def nmi(tables: np.ndarray) -> np.ndarray:
-    """Mutual information over the mean of the two entropies; 1 where both are zero."""
+    """Mutual information over the mean of the two entropies; 1 where both are zero.
+
+    Of clusters and labels that is 2 (H(clusters) + H(labels) - H(both)) / (H(clusters) + H(labels)).
+    """
     entropies = entropy(tables.sum(axis=2), 1) + entropy(tables.sum(axis=1), 1)
     return np.where(entropies > 0, 2 * (1 - entropy(tables, (1, 2)) / np.where(entropies > 0, entropies, 1)), 1)
 
@@ -110,20 +106,10 @@ def ari(tables: np.ndarray) -> np.ndarray:
 
 
 def lisi_weights(distances: np.ndarray, itself: np.ndarray, perplexity: float) -> np.ndarray:
-    """Weights exp(-beta d) of each cell's neighbours in LISI (Korsunsky et al. 2019).
+    """Weights exp(-beta d) of each cell's neighbours in LISI (Korsunsky et al. 2019); rows that sum to 1.
 
-    Parameters
-    ----------
-    distances
-        (n_cells, n_neighbours).
-    itself
-        (n_cells, n_neighbours) bool: which neighbour is the cell itself, of weight 0.
-    perplexity
-        Number of neighbours that matter: beta is such that the entropy of the weights is its logarithm.
-
-    Returns
-    -------
-    (n_cells, n_neighbours), rows that sum to 1.
+    All are (n_cells, n_neighbours); `itself` says which neighbour is the cell itself, of weight 0. The perplexity is
+    the number of neighbours that matter: beta is such that the entropy of the weights is its logarithm.
     """
     d = distances.astype(np.float64)
 
@@ -144,26 +130,22 @@ def kbet_acceptance(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarr
     cell itself, and labels in one batch or with fewer than 10 cells are left out. scIB finds neighbours by diffusion
     over a graph of 50, so as to treat graphs and embeddings alike; of an embedding they are found directly
     (Büttner et al. 2019). So the values are those of `scib_metrics.kbet` on the neighbours within each label; on real
-    cells `scib_metrics.kbet_per_label`, which diffuses, was .004 to .19 from them.
-
-    Returns
-    -------
-    (n_cells,) 1 where the test accepts at the 5 % level, 0 where it rejects, NaN for labels left out.
+    cells `scib_metrics.kbet_per_label`, which diffuses, was .004 to .19 from them. 1 where the test accepts at the 5 %
+    level, 0 where it rejects, NaN for labels left out.
     """
     from scipy.stats import chi2
     from sklearn.neighbors import NearestNeighbors
 
     accepted = np.full(len(labels), np.nan)
     for label in np.unique(labels):
-        some = np.flatnonzero(labels == label)
-        present, of = np.unique(batches[some], return_inverse=True)
-        if len(some) < 10 or len(present) < 2:
+        rows = np.flatnonzero(labels == label)
+        present, code = np.unique(batches[rows], return_inverse=True)
+        if len(rows) < 10 or len(present) < 2:
             continue
-        k = min(70, max(10, len(some) // len(present) // 4)) + 1
-        k = min(k, len(some))
-        nearest = NearestNeighbors(n_neighbors=k).fit(embedding[some]).kneighbors(embedding[some])[1]
-        observed = np.stack([(of[nearest] == batch).sum(axis=1) for batch in range(len(present))], axis=1)
-        expected = k * np.bincount(of) / len(some)
+        k = min(min(70, max(10, len(rows) // len(present) // 4)) + 1, len(rows))
+        nearest = NearestNeighbors(n_neighbors=k).fit(embedding[rows]).kneighbors(embedding[rows])[1]
+        observed = np.stack([(code[nearest] == batch).sum(axis=1) for batch in range(len(present))], axis=1)
+        expected = k * np.bincount(code) / len(rows)
         statistic = (np.square(observed - expected) / expected).sum(axis=1)
-        accepted[some] = chi2.sf(statistic, len(present) - 1) >= KBET_ALPHA
+        accepted[rows] = chi2.sf(statistic, len(present) - 1) >= KBET_ALPHA
     return accepted

@@ -35,9 +35,9 @@ def perturbation_response(
 ) -> Metrics:
     """Train an MLP head from control embeddings to treated expression on all contexts but one; score it on that.
 
-    What a control cell is to become is a matter of `matching`. The original study paired it with one treated cell of
-    its context drawn at random, whose expectation is their mean: the same optimum as "mean", on a noisier path. The
-    prediction is the head's output for each control cell of the held-out context.
+    The prediction is the head's output for each control cell of the held-out context. The original study matched a
+    control cell with one treated cell of its context drawn at random, whose expectation is their mean: the same
+    optimum as "mean", on a noisier path.
 
     Parameters
     ----------
@@ -52,14 +52,11 @@ def perturbation_response(
     held_out
         The context to predict.
     seed
-        Of the initial weights, the order of cells and dropout, and of the cells that are matched.
-    recipe
-        Of the training.
+        Seed of the initial weights, the order of cells and dropout, and of the cells that are matched.
     matching
-        "mean": with the mean of its context's treated cells. "nearest": each treated cell with the control cell of its
-        context nearest in the embedding, so that a control cell may have several or none. "ot": by the assignment of
-        least total squared distance, each control cell with one treated cell (optimal transport between as many of
-        each).
+        What a control cell is to become. "mean": the mean of its context's treated cells. "nearest": each treated cell
+        that it is nearest to in the embedding, which may be several or none. "ot": one treated cell, by the assignment
+        of least total squared distance within the context (optimal transport between as many of each).
 
     Returns
     -------
@@ -146,12 +143,12 @@ MATCHINGS = {"nearest": _nearest, "ot": _assigned}  # of control and treated emb
 def _matched(
     embedding: np.ndarray,
     treated: np.ndarray,
-    of_context: np.ndarray,
+    in_context: np.ndarray,
     match: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Control cells of a context and the treated cell of each, rows of all cells, (2, n_pairs)."""
-    sides = [rng.permutation(np.flatnonzero(of_context & side))[:MATCHED] for side in (~treated, treated)]
+    sides = [rng.permutation(np.flatnonzero(in_context & side))[:MATCHED] for side in (~treated, treated)]
     pairs = match(*(embedding[side] for side in sides))
     return np.stack([side[rows] for side, rows in zip(sides, pairs, strict=True)])
 
@@ -159,10 +156,13 @@ def _matched(
 def response_metrics(
     predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, others: np.ndarray | None = None
 ) -> Metrics:
-    """How well predicted expression agrees with that of treated cells.
+    """How well predicted expression agrees with that of treated cells, by every metric of the task (`metrics.csv`).
 
     Intervals are over the treated cells, the prediction and the control cells being as they are; the top genes, and the
-    weights, are those of all treated cells throughout. Chance is what predicting no change reaches.
+    weights, are those of all treated cells throughout. Chance is what predicting no change reaches. `pearson_r`, which
+    the original study prints as R2, is high for any prediction: genes differ in abundance far more than a treatment
+    changes them. A prediction that is a mean misses the spread of cells, and is far from them in `energy_distance` by
+    that alone.
 
     Parameters
     ----------
@@ -171,33 +171,8 @@ def response_metrics(
     treated, control
         (n_cells, n_genes) that of the context's treated and control cells.
     others
-        `changes` of other contexts, among which the right one is to be told.
-
-    Returns
-    -------
-    mse
-        Mean squared error of the mean expression over genes; 0 at best.
-    pearson_r
-        Pearson correlation of the mean expression over genes, which the original study prints as R2; 1 at best. High
-        for any prediction, since genes differ in abundance far more than a treatment changes them.
-    pearson_delta
-        Pearson correlation of the predicted with the true change from control; 1 at best, 0 for no change.
-    mse_top50, pearson_delta_top50
-        The same over the 50 genes that tell treated from control cells best (`differential_genes`).
-    mse_weighted
-        mse with genes weighted by how much they respond (`response_weights`); 0 at best.
-    r2_delta_weighted
-        Share of the weighted variance of the true change that is predicted; 1 at best, and below 0 for a prediction
-        that is worse than one and the same change for all genes.
-    direction_accuracy
-        Share of the 50 genes that are predicted to change to the right side; 1 at best, 0 for no change.
-    context_discrimination
-        Share of the other contexts whose true change is further from the prediction, by weighted squared distance, than
-        that of the context itself; 1 at best, 0 for a prediction that is further from it than from all others. Only
-        with `others`.
-    energy_distance
-        Between predicted and treated cells (see `energy_distance`); 0 at best. A prediction that is a mean misses the
-        spread of cells, and is far from them by that alone.
+        `changes` of other contexts, among which the right one is to be told: without them, no
+        `context_discrimination`.
     """
     predicted, treated, control = (
         np.atleast_2d(np.asarray(X, dtype=np.float32)) for X in (predicted, treated, control)
@@ -206,7 +181,7 @@ def response_metrics(
     weights = np.vstack([np.ones(len(treated)), uncertainty.resamples(len(treated))]).astype(np.float32)
     means = (weights / len(treated)) @ treated
 
-    def of(prediction: np.ndarray) -> dict[str, np.ndarray]:
+    def drawn(prediction: np.ndarray) -> dict[str, np.ndarray]:
         mean, before = prediction.mean(axis=0), control.mean(axis=0)
         draws = {name: metric(mean, means, before) for name, metric in METRICS.items()}
         draws |= {name: metric(mean[top], means[:, top], before[top]) for name, metric in TOP_METRICS.items()}
@@ -215,12 +190,10 @@ def response_metrics(
             own = np.square(means - mean) @ genes
             further = np.square(others - (mean - before)) @ genes
             draws["context_discrimination"] = (further > own[:, None]).mean(axis=1)
-        return draws | {"energy_distance": _energy(prediction, treated, weights)}
+        return draws | {"energy_distance": energy_distance(prediction, treated, weights)}
 
-    draws, chance = of(predicted), of(control)
-    intervals = {name: uncertainty.interval(values[0], values[1:]) for name, values in draws.items()}
-    first = {name: values[0] for name, values in draws.items()}
-    return Metrics(first, intervals, {name: float(values[0]) for name, values in chance.items()})
+    chance = {name: float(values[0]) for name, values in drawn(control).items()}
+    return Metrics.of_draws(drawn(predicted), chance)
 
 
 def differential_genes(treated: np.ndarray, control: np.ndarray, n: int = N_TOP) -> np.ndarray:
@@ -246,31 +219,11 @@ def _welch(treated: np.ndarray, control: np.ndarray) -> np.ndarray:
     return score
 
 
-def _mse(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return np.square(treated - predicted).mean(axis=-1)
-
-
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Pearson correlation over the last axis; 0 where one side is constant, as it then says nothing of the other."""
-    x, y = (each - each.mean(axis=-1, keepdims=True) for each in (x, y))
+    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
     scale = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
     return np.where(scale > 0, (x * y).sum(axis=-1) / np.where(scale > 0, scale, 1), 0)
-
-
-def _pearson_r(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return _pearson(predicted, treated)
-
-
-def _pearson_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return _pearson(predicted - control, treated - control)
-
-
-def _direction_accuracy(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    return ((predicted - control) * (treated - control) > 0).mean(axis=-1)
-
-
-def _mse_weighted(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, genes: np.ndarray) -> np.ndarray:
-    return np.square(treated - predicted) @ genes
 
 
 def _r2_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, genes: np.ndarray) -> np.ndarray:
@@ -282,19 +235,24 @@ def _r2_delta(predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, g
 # Of mean expression over genes, (n_genes,) predicted and control, (..., n_genes) treated; a line here, and one in
 # metrics.csv, adds a metric, of all genes, of the differential ones, or with weights of genes.
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "mse": _mse,
-    "pearson_r": _pearson_r,
-    "pearson_delta": _pearson_delta,
+    "mse": lambda predicted, treated, control: np.square(treated - predicted).mean(axis=-1),
+    "pearson_r": lambda predicted, treated, control: _pearson(predicted, treated),
+    "pearson_delta": lambda predicted, treated, control: _pearson(predicted - control, treated - control),
 }
 TOP_METRICS = {
-    "mse_top50": _mse,
-    "pearson_delta_top50": _pearson_delta,
-    "direction_accuracy": _direction_accuracy,
+    "mse_top50": METRICS["mse"],
+    "pearson_delta_top50": METRICS["pearson_delta"],
+    "direction_accuracy": lambda predicted, treated, control: ((predicted - control) * (treated - control) > 0).mean(
+        axis=-1
+    ),
 }
-WEIGHTED_METRICS = {"mse_weighted": _mse_weighted, "r2_delta_weighted": _r2_delta}
+WEIGHTED_METRICS = {
+    "mse_weighted": lambda predicted, treated, control, genes: np.square(treated - predicted) @ genes,
+    "r2_delta_weighted": _r2_delta,
+}
 
 
-def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+def energy_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """2 E|x - y| - E|x - x'| - E|y - y'| between two samples of cells, at Euclidean distance over all genes.
 
     Of Székely and Rizzo (2013), unbiased: x' and y' are other cells than x and y, so that two samples of one
@@ -305,20 +263,17 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     ----------
     x, y
         (n_cells, n_genes) expression.
+    weights
+        (n_weights, n_cells) of the cells of y, for a value each.
     """
-    return float(_energy(x, y, np.ones((1, len(y))))[0])
-
-
-def _energy(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`energy_distance` for each row of weights of the cells of y."""
     from sklearn.metrics import euclidean_distances
 
-    x, some = x[_spaced(len(x))], _spaced(len(y))
-    y, weights = y[some], weights[:, some]
+    x, kept = x[_spaced(len(x))], _spaced(len(y))
+    y, weights = y[kept], weights[:, kept]
     weights = weights / weights.sum(axis=1, keepdims=True)
 
     def apart(X: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        others = 1 - np.square(weights).sum(axis=1)
+        others = 1 - np.square(weights).sum(axis=1)  # of all pairs, those of two cells
         return ((weights @ euclidean_distances(X)) * weights).sum(axis=1) / np.where(others > 1e-9, others, 1)
 
     return (
@@ -341,17 +296,7 @@ def oracle(treated: np.ndarray, control: np.ndarray) -> Metrics:
     its correlation the root of the reliability, the share of the observed variance over genes that is no such error
     (Spearman 1904): what halves of the cells give once Spearman's and Brown's formula is applied. Control cells are
     taken as they are, the same in prediction and truth. Where genes are chosen or weighted by the same cells, as in all
-    metrics of top genes and weights, the ceiling is out of reach if the cells are few.
-
-    Parameters
-    ----------
-    treated, control
-        (n_cells, n_genes) log-normalised expression; at least two treated cells.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two treated cells.
+    metrics of top genes and weights, the ceiling is out of reach if the cells are few: fewer than two are refused.
     """
     from scipy.stats import norm
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 N_RESAMPLES = 200
@@ -12,19 +10,14 @@ Z = 1.959964  # of a normal distribution, at that level
 
 
 def resamples(n_cells: int, n_resamples: int = N_RESAMPLES, *, seed: int = 0) -> np.ndarray:
-    """How often each cell is drawn when as many cells as there are are drawn with replacement.
-
-    Returns
-    -------
-    (n_resamples, n_cells) float64; each row sums to `n_cells`.
-    """
+    """How often each cell is drawn when as many as there are are drawn with replacement, (n_resamples, n_cells)."""
     drawn = np.random.default_rng(seed).integers(n_cells, size=(n_resamples, n_cells))
     drawn += n_cells * np.arange(n_resamples)[:, None]
     times = np.bincount(drawn.ravel(), minlength=n_resamples * n_cells)
     return times.reshape(n_resamples, n_cells).astype(np.float64)
 
 
-def interval(value: float, draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
     """Percentiles of a metric over bootstrap resamples, less what the resampling itself adds on average.
 
     A resample holds cells twice, which makes an error larger or a clustering look better than it is: without the
@@ -35,7 +28,7 @@ def interval(value: float, draws: np.ndarray, level: float = LEVEL) -> tuple[flo
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return np.nan, np.nan
-    ends = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) - (draws.mean() - value)
+    ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - (draws.mean() - value)
     low, high = np.clip(ends, min(value, draws.min()), max(value, draws.max()))
     return float(low), float(high)
 
@@ -46,32 +39,6 @@ def confusion(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.
     true, called = np.split(codes, [len(truth)])
     n = len(types)
     return types, np.bincount(true * n + called, minlength=n * n).reshape(n, n)
-
-
-def accuracy_of(confusions: np.ndarray) -> np.ndarray:
-    """Share of cells on the diagonal; of (..., n_types, n_types) a value each."""
-    return np.trace(confusions, axis1=-2, axis2=-1) / confusions.sum(axis=(-2, -1))
-
-
-def recalls_of(confusions: np.ndarray) -> np.ndarray:
-    """Recall of each type, (..., n_types); NaN for a type without true cells."""
-    support = confusions.sum(axis=-1)
-    return np.diagonal(confusions, axis1=-2, axis2=-1) / np.where(support > 0, support, np.nan)
-
-
-def f1_of(confusions: np.ndarray) -> np.ndarray:
-    """F1 of each type, (..., n_types); NaN for a type without true cells."""
-    support, called = confusions.sum(axis=-1), confusions.sum(axis=-2)
-    right = np.diagonal(confusions, axis1=-2, axis2=-1)
-    return 2 * right / np.where(support > 0, support + called, np.nan)
-
-
-OF_CONFUSION: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "micro_f1": accuracy_of,
-    "macro_f1": lambda confusions: np.nanmean(f1_of(confusions), axis=-1),
-    "balanced_accuracy": lambda confusions: np.nanmean(recalls_of(confusions), axis=-1),
-    "error_rate": lambda confusions: 1 - accuracy_of(confusions),
-}  # the metrics that follow from a confusion matrix
 
 
 def wilson(right: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -101,30 +68,29 @@ def classification_intervals(truth: np.ndarray, predicted: np.ndarray) -> dict[s
 
     Returns
     -------
-    low and high end of each metric in `OF_CONFUSION`, and of `f1[type]` of each true type.
+    low and high end of micro_f1, macro_f1, balanced_accuracy, error_rate, and `f1[type]` of each true type.
     """
     types, observed = confusion(np.asarray(truth), np.asarray(predicted))
-    n_true, right = observed.sum(axis=1), np.diag(observed)
-    present, union = n_true > 0, n_true + observed.sum(axis=0) - right
-    micro, f1 = wilson(right.sum(), n_true.sum()), f1_of(observed)[present]
-    of_f1, of_mean = (
-        2 * ends / (1 + ends) for ends in (each(right[present], union[present]) for each in (wilson, exact))
-    )
-    recalls = exact(right[present], n_true[present])
-    one = np.eye(len(types))[:, present]
-    both = one[:, None] * one  # (true, called, type)
-    influence = (2 * both - f1 * (one[:, None] + one)).reshape(-1, len(f1))
+    n_true, n_called, right = observed.sum(axis=1), observed.sum(axis=0), np.diag(observed)
+    present, union = n_true > 0, n_true + n_called - right
+    micro, f1 = wilson(right.sum(), n_true.sum()), 2 * right[present] / (n_true + n_called)[present]
+    shares = (method(right[present], union[present]) for method in (wilson, exact))
+    f1_ends, exact_f1_ends = (2 * ends / (1 + ends) for ends in shares)
+    recalls, recall_ends = right[present] / n_true[present], exact(right[present], n_true[present])
+    is_type = np.eye(len(types))[:, present]
+    both = is_type[:, None] * is_type  # (true, called, type)
+    influence = (2 * both - f1 * (is_type[:, None] + is_type)).reshape(-1, len(f1))
     covariance = (influence * observed.reshape(-1, 1)).T @ influence
     deviation = np.sqrt(np.diag(covariance))
     alike = covariance / np.where(np.outer(deviation, deviation) > 0, np.outer(deviation, deviation), 1)
     np.fill_diagonal(alike, 1)
     ends = {
         "micro_f1": micro,
-        "macro_f1": _mean_interval(f1, of_mean, alike),
-        "balanced_accuracy": _mean_interval(recalls_of(observed)[present], recalls, np.eye(len(f1))),
+        "macro_f1": _mean_interval(f1, exact_f1_ends, alike),
+        "balanced_accuracy": _mean_interval(recalls, recall_ends, np.eye(len(f1))),
         "error_rate": 1 - micro[::-1],
     }
-    ends |= {f"f1[{name}]": of for name, of in zip(types[present], of_f1.T, strict=True)}
+    ends |= {f"f1[{name}]": of_type for name, of_type in zip(types[present], f1_ends.T, strict=True)}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
@@ -137,24 +103,17 @@ def _mean_interval(values: np.ndarray, ends: np.ndarray, alike: np.ndarray) -> n
 def paired_interval(right: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
     """How much larger a share of the same cells one model has right than another, with its 95 % interval.
 
-    Parameters
-    ----------
-    right, others
-        (n_cells,) or (n_runs, n_cells): whether a run has each cell right. A pair of runs of different cells is to be
-        called for each.
-
-    Returns
-    -------
-    the difference, mean over runs, and the ends of its interval: over cells, and over runs where there are several. Of
-    a single run each it is that of Agresti and Min (2005, Stat Med 24:729), who add two pairs that differ, one each
-    way, and one each of those that do not; they keep it from vanishing where no cell differs.
+    Both say whether a run has each cell right, (n_cells,) or (n_runs, n_cells). Given are the mean over runs, and the
+    ends of its interval: over cells, and over runs where there are several. Of a single run each it is that of Agresti
+    and Min (2005, Stat Med 24:729), who add two pairs that differ, one each way, and one each of those that do not;
+    they keep it from vanishing where no cell differs.
     """
-    ours, theirs = (np.atleast_2d(np.asarray(each, float)) for each in (right, others))
+    ours, theirs = (np.atleast_2d(np.asarray(runs, float)) for runs in (right, others))
     gaps = ours.mean(axis=0) - theirs.mean(axis=0)
     n, gap = len(gaps), gaps.mean()
     centre = gaps.sum() / (n + 2)
     variance = ((np.square(gaps).sum() + 1) / (n + 2) - centre**2) / (n + 2)
-    variance += sum(of.mean(axis=1).var(ddof=1) / len(of) for of in (ours, theirs) if len(of) > 1)
+    variance += sum(runs.mean(axis=1).var(ddof=1) / len(runs) for runs in (ours, theirs) if len(runs) > 1)
     width = Z * np.sqrt(variance)
     return float(gap), float(min(gap, centre - width)), float(max(gap, centre + width))
 
@@ -162,12 +121,9 @@ def paired_interval(right: np.ndarray, others: np.ndarray) -> tuple[float, float
 def chance_levels(train_labels: np.ndarray, test_labels: np.ndarray) -> dict[str, float]:
     """Expected metrics of test cells whose labels are guessed: drawn from the labels of the training cells.
 
-    Exact. Of a type with n of N test cells and a share q of the training cells, the number m of cells called so is
-    binomial; n m / N of them are right on average, so that its F1 is the mean of 2 (n m / N) / (n + m) over m.
-
-    Returns
-    -------
-    micro_f1, macro_f1, balanced_accuracy, error_rate, and `f1[type]` of each true type.
+    Exact, and of the same metrics as `classification_intervals`. Of a type with n of N test cells and a share q of the
+    training cells, the number m of cells called so is binomial; n m / N of them are right on average, so that its F1
+    is the mean of 2 (n m / N) / (n + m) over m.
     """
     from scipy.stats import binom
 

@@ -248,7 +248,7 @@ def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
     for axis, model in zip(axes[0], models, strict=True):
         for size, runs in select(table, model=model).groupby("percentage"):
             axis.plot(runs["explained"], runs["score"], "o", color=colours[size], markersize=4, label=f"{size:g} %")
-        axis.set(title=drawn(model), xlabel=drawn("explained"))
+        axis.set(title=drawn(model), xlabel=drawn("explained").replace(" loss", "\nloss"))
     style.name_panels(axes, rows=[drawn(metric)])
     correlations = titles.listed(rank_correlations(table), "{:+.2f}")
     says = f"Rank correlation over runs of {label('explained')} and {label(metric)}: {correlations}"

@@ -41,7 +41,9 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
         axis.axvspan(170, 530, color="0.93", linewidth=0)
         shown = select(points, dataset=dataset).fillna({"low": NEVER, "high": NEVER, "percentage": NEVER})
         _dots(axis, models, shown, "rule", "percentage", RULES)
-        style.size_axis(axis, points[["percentage"]].dropna())
+        style.size_axis(
+            axis, pd.concat([points[["percentage"]], points[["high"]].set_axis(["percentage"], axis=1)]).dropna()
+        )
         ticks = [tick.get_text() for tick in axis.get_xticklabels()]
         axis.set_xticks([*axis.get_xticks(), NEVER], [*ticks, "none"])
         axis.set(xlim=(0.6, 530), xlabel="% of the corpus", title=drawn(dataset).replace("-\n", ""))

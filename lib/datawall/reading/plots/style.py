@@ -87,8 +87,11 @@ def nothing(why: str) -> Figure:
 
 
 def write_title(figure: Figure, title: str) -> Figure:
-    """The title of a figure, in lines that fit the page."""
-    lines = [textwrap.fill(line, TITLE, break_on_hyphens=False) for line in plain(title).split("\n")]
+    """The title of a figure, in lines that fit the page and are of about equal length."""
+    lines = []
+    for line in plain(title).split("\n"):
+        n_lines = max(1, -(-len(line) // TITLE))
+        lines += textwrap.wrap(line, min(TITLE, len(line) // n_lines + 15), break_on_hyphens=False)
     figure.suptitle("\n".join(lines), fontsize="medium")
     return figure
 
