@@ -13,7 +13,7 @@ from killed_fits import SMALL
 
 import datawall as dw
 from datawall.models.training import Head, Recipe, seeded, train
-from datawall.study import study as studies
+from datawall.study.units import Run, Subset
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -149,4 +149,4 @@ def test_torchrun_makes_a_model_of_a_study(tmp_path):
     assert (made["steps"], made["samples_seen"]) == (4, 32)
     assert not list((study.folder / "checkpoints").glob("*"))
     assert study.embedding(run, study.held_out_name).shape[1] == 16
-    assert run == studies.Run("Geneformer", studies.Subset("random", 100, 0))
+    assert run == Run("Geneformer", Subset("random", 100, 0))

@@ -88,7 +88,7 @@ class Network:
     Parameters
     ----------
     hyperparameters
-        See the family in `hyperparameters`; its defaults are used for those not given.
+        See the family's record in `hyperparameters`; its defaults are used for those not given.
     """
 
     family: ClassVar[str]

@@ -29,11 +29,6 @@ class Geneformer(base.Network):
     Defaults are the sizes and settings of DenAdel et al. 2026. Two things differ on purpose: gene medians come
     from the pretraining subset itself (theirs came from 30 million other cells, whatever the subset), and warm-up
     is a share of the steps.
-
-    Parameters
-    ----------
-    hyperparameters
-        See `hyperparameters.Geneformer`; its defaults are used for those not given.
     """
 
     family = "Geneformer"

@@ -21,11 +21,6 @@ class PretrainedPCA:
     Counts are normalised to 10,000 a cell and log-transformed; genes variable among the pretraining cells
     (scanpy's default cut-offs) are centred and decomposed. The embedding is the product with the axes, not
     centred: a constant shift that no distance sees. `fit` is exact: steps and seeds change nothing.
-
-    Parameters
-    ----------
-    hyperparameters
-        See `hyperparameters.PretrainedPCA`; its defaults are used for those not given.
     """
 
     def __init__(self, **hyperparameters: Any) -> None:

@@ -157,11 +157,6 @@ class SCimilarity(SparseNetwork):
     negatives. Under `torchrun`, pairs and batch statistics are of a process's own share of the batch.
 
     Cells are drawn by `sampling_weights`, with replacement; the learning rate falls as a cosine over the budget.
-
-    Parameters
-    ----------
-    hyperparameters
-        See `hyperparameters.SCimilarity`; its defaults are used for those not given.
     """
 
     family = "SCimilarity"

@@ -34,12 +34,7 @@ class ScVI(base.Network):
     (2,475,010) and decoders of a cell's own dispersion and of dropout (2,493,699 each), all of them unused here.
 
     A cell without counts of the panel embeds as zero, the prior's mean; in training it counts in the KL term alone.
-    A cell's library is its counts of the panel.
-
-    Parameters
-    ----------
-    hyperparameters
-        See `hyperparameters.ScVI`; its defaults, those of DenAdel et al. 2026, are used for those not given.
+    A cell's library is its counts of the panel. Defaults are those of DenAdel et al. 2026.
     """
 
     family = "scVI"
@@ -112,7 +107,7 @@ class Autoencoder(nn.Module):
     def posterior(self, counts: sp.csr_matrix) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z | x), each (n_cells, n_latent)."""
         cells = sparse.Cells.of(counts)
-        hidden = self.encoder(cells._replace(data=cells.data.log1p()))
+        hidden = self.encoder(cells._replace(data=cells.data.log1p()))  # (B, n_hidden)
         return self.mean(hidden), self.log_variance(hidden).exp() + 1e-4
 
     def reconstruction(self, counts: sp.csr_matrix, z: Tensor) -> Tensor:

@@ -65,11 +65,6 @@ class SSL(sparse.SparseNetwork):
     With `loss="vae"` nothing is hidden: the encoder gives a mean and a log-variance of a latent Gaussian, and the
     loss is scVI's with a Gaussian likelihood of unit variance for log-normalised expression, divided by the number of
     genes: (½ Σ_genes (x̂ - x)² + KL(q ‖ N(0, 1))) / n_genes, averaged over cells.
-
-    Parameters
-    ----------
-    hyperparameters
-        See `hyperparameters.SSL`; its defaults are used for those not given.
     """
 
     family = "SSL"

@@ -93,7 +93,11 @@ def nmi(tables: np.ndarray) -> np.ndarray:
 
 
 def ari(tables: np.ndarray) -> np.ndarray:
-    """Adjusted Rand index (Hubert and Arabie 1985); 1 where both sides are one group, or both all single cells."""
+    """Adjusted Rand index (Hubert and Arabie 1985); 1 where both sides are one group, or both all single cells.
+
+    That is the number of pairs of cells in one cluster and one label, less that expected by chance, over the same of
+    the mean of the pairs in one cluster and of those in one label.
+    """
 
     def pairs(sizes: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
         return (sizes * (sizes - 1) / 2).sum(axis=axis)
