@@ -57,14 +57,8 @@ def run_units[Item, Study: Work](
     from threads, and numbers depend neither on how many processes there are nor on what else the cores do. What `make`
     returns is dropped, what it stores stays. The longest begin first. A unit that raises, whose process dies (for want
     of memory, say) or that takes longer than the study's `time_limit` is begun again as often as its `retries` say,
-    while the others go on.
-
-    Raises
-    ------
-    UnitsFailedError
-        At the end, if units failed every time.
-    ConnectionError
-        If there is no such Dask cluster, or no longer.
+    while the others go on. Raises UnitsFailedError at the end if units failed every time, and ConnectionError if there
+    is no such Dask cluster, or no longer.
     """
     if not items:
         return
@@ -93,11 +87,10 @@ def _on_dask(study: Work, jobs: list[Job]) -> Iterator[Ended]:
         _await_workers(client, p.executor)
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         declared = [worker["resources"] for worker in workers]
-        wanted = [_resources(job, declared) for job in jobs]
-        futures = {}
-        for job, resources in zip(jobs, wanted, strict=True):
+        have_gpus, futures = any("GPU" in worker for worker in declared), {}
+        for job, resources in [(job, _resources(job, declared)) for job in jobs]:
             options = {"resources": resources, "retries": p.retries, "priority": job.need.seconds, "pure": False}
-            n_gpus = resources.get("GPU", 0) if any("GPU" in worker for worker in declared) else None
+            n_gpus = resources.get("GPU", 0) if have_gpus else None
             futures[client.submit(_beside, job, p.time_limit, mark, _software(), n_gpus, **options)] = job
         there, looked = True, time.monotonic()
         while futures:
@@ -137,13 +130,7 @@ def _await_workers(client: Client, executor: str) -> None:
 
 
 def _resources(job: Job, declared: list[dict[str, float]]) -> dict[str, float]:
-    """What a job takes of a worker, of what the workers declare.
-
-    Raises
-    ------
-    ValueError
-        If no worker declares as much: Dask would wait for one for ever.
-    """
+    """What a job takes of a worker; raises ValueError if none declares as much, as Dask would wait for ever."""
     known = {name for resources in declared for name in resources}
     needs = {"GPU": job.need.gpus, "MEMORY": job.need.memory_gib * 2**30}
     wanted = {name: amount for name, amount in needs.items() if name in known and amount}
@@ -208,9 +195,12 @@ def _beside(
     """Do a job in a process beside this Dask worker, which then outlives a job that hangs or dies.
 
     It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
-    has gone, it ends.
+    has gone, it ends: Dask then forgets, and cancels, the task that this thread is at.
     """
-    here = socket.gethostname()
+    from dask.distributed import get_worker
+
+    here, dask_worker = socket.gethostname(), get_worker()
+    task = dask_worker.state.tasks[dask_worker.get_current_task()]
     if mark and not mark.exists():
         raise RuntimeError(f"{here} does not see {mark.parent}; keep run folders on storage that all workers share.")
     if other := code.differing(software, _software()):
@@ -218,8 +208,7 @@ def _beside(
     with _devices(n_gpus) as devices:
         worker = _resting_worker(devices) or Worker(devices)
         worker.begin(job, time_limit)
-        wanted = _still_wanted()
-        while not (ended := worker.wait(LOOK)) and wanted():
+        while not (ended := worker.wait(LOOK)) and task.state != "cancelled":
             pass
         error = worker.outcome() if ended else "nobody waits for it any more"
         if ended and worker.usable:
@@ -237,12 +226,10 @@ def _devices(n_gpus: int | None) -> Iterator[str | None]:
         yield None
         return
     with _dealing:
-        free = [gpu for gpu in visible_gpus() if gpu not in _taken]
-        if n_gpus > len(free):
-            raise RuntimeError(
-                f"a worker on {socket.gethostname()} declares more GPUs than it sees ({len(visible_gpus())})."
-            )
-        given = free[:n_gpus]
+        seen = visible_gpus()
+        given = [gpu for gpu in seen if gpu not in _taken][:n_gpus]
+        if n_gpus > len(given):
+            raise RuntimeError(f"a worker on {socket.gethostname()} declares more GPUs than it sees ({len(seen)}).")
         _taken.update(given)
     try:
         yield ",".join(given)
@@ -261,15 +248,6 @@ def _resting_worker(devices: str | None) -> Worker | None:
     for worker in others:
         worker.stop()
     return same[0] if same else None
-
-
-def _still_wanted() -> Callable[[], bool]:
-    """Whether anybody waits for the task that this thread is at: Dask forgets those of a client that has gone."""
-    from dask.distributed import get_worker
-
-    dask_worker = get_worker()
-    task = dask_worker.state.tasks[dask_worker.get_current_task()]
-    return lambda: task.state != "cancelled"
 
 
 @cache

@@ -121,9 +121,7 @@ def _functions(tree: ast.Module, name: str) -> list[ast.FunctionDef]:
 
 def notebook_code() -> list[str]:
     """Names of all modules that a notebook can reach: what `import datawall` offers, and what that imports."""
-    public = {
-        module_name(place.partition(":")[0]) for place in datawall.PLACES.values()
-    }  # modules, and packages with all in them
+    public = {module_name(place.partition(":")[0]) for place in datawall.PLACES.values()}  # modules and whole packages
     offered = tuple(name for name in SOURCES if {name, name.rpartition("/")[0]} & public)
     return closure(offered, tuple({name.partition("/")[0] for name in SOURCES}))
 

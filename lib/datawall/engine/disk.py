@@ -73,13 +73,9 @@ def write_checksums(path: Path, names: list[str]) -> None:
 
 def changed_files(path: Path) -> list[str]:
     """Names in a file of `write_checksums` whose files are missing or not as they were then."""
-    wrong = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        sha256, _, name = line.partition("  ")
-        file = path.with_name(Path(name).name)
-        if not file.is_file() or file_sha256(file) != sha256:
-            wrong.append(name)
-    return wrong
+    lines = (line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines())
+    files = [(name, path.with_name(Path(name).name), sha256) for sha256, _, name in lines]
+    return [name for name, file, sha256 in files if not file.is_file() or file_sha256(file) != sha256]
 
 
 @contextmanager
@@ -151,12 +147,7 @@ def check_run_folder(folder: Path) -> None:
 def reserve(folder: Path) -> Iterator[None]:
     """Keep a run folder for this process, and remove what killed ones left half-made in it.
 
-    Raises
-    ------
-    BlockingIOError
-        If another process has it; the message says which.
-    OSError
-        If it cannot be written.
+    Raises BlockingIOError, which says who, if another process has it, and OSError if it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:

@@ -158,12 +158,7 @@ class Forked:
 
     It has a session of its own, a name of at most 15 characters for `ps` and `top`, and calls `package.module:function`
     with these arguments, as JSON carries them, and the numbers that open files have over there. Standard output and
-    error are the file `output`, or those of this process.
-
-    Raises
-    ------
-    ConnectionError
-        If the fork server has died.
+    error are the file `output`, or those of this process. Raises ConnectionError if the fork server has died.
     """
 
     stdin = stdout = stderr = None

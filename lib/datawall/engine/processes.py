@@ -175,11 +175,10 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
 def _take_next(waiting: deque[Job], busy: Iterable[Worker], memory_gib: float) -> Job | None:
     """Take from the waiting the first job for which there is memory beside those that run."""
     taken = [worker.job.need.memory_gib for worker in busy]
-    for job in waiting:
-        if not taken or sum(taken) + job.need.memory_gib <= memory_gib:
-            waiting.remove(job)
-            return job
-    return None
+    fitting = (job for job in waiting if not taken or sum(taken) + job.need.memory_gib <= memory_gib)
+    if job := next(fitting, None):
+        waiting.remove(job)
+    return job
 
 
 class Worker:

@@ -96,5 +96,5 @@ def texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from texts(each)
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts(inner)

@@ -139,13 +139,7 @@ class Store:
 
 
 def read_manifest(folder: Path) -> Record:
-    """What an artifact was made from, and its files.
-
-    Raises
-    ------
-    OSError, ValueError
-        If it is missing, or not as it was written.
-    """
+    """What an artifact was made from, and its files; raises OSError or ValueError if that is missing or was changed."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != code.json_sha256(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")

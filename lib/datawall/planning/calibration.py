@@ -42,6 +42,10 @@ BATCH = 128, 4  # cells of a step at most on a processor, of other models and of
 STEPS = (20, 60), (1, 3)
 LONGEST = 3  # seed of the run of most steps, whose model embeds
 EMBEDDED = EVALUATED, (16, 48)  # cells embedded, and reconstructed
+LEFT_OUT = {  # keys of the study that are as by default in its miniature
+    *("census", "spike_in", "min_genes", "min_counts", "max_mito", "cell_type_key", "donor_key", "split_by"),
+    *("held_out", "held_out_tasks", "embeddings", "drop_contaminated", "also", "steps_by_model", "adaptive", "gpus"),
+}
 TABLES = curation.quality, curation.marker_expression, curation.contamination  # of notebook 1, of every cell
 
 
@@ -79,17 +83,9 @@ def _measure(p: Params, folder: Path) -> Record:
     embedders = list(small.values()) or p.models[:1]
     briefly = _shortened(many, STEPS[0][1], {name: _batch_size(many, name, large=False) for name in embedders})
     judged = [task for task in p.tasks if TASKS[task].judges == "embeddings"]
-    return {
-        "machine": machine(),
-        "study": p.study,
-        "genes_per_cell": genes_per_cell,
-        "start": start,
-        "data": data,
-        "named": named,
-        "models": models,
-        "evaluated": EVALUATED[1],
-        "tasks": {task: _task(briefly, task, embedders) for task in bar(judged, unit="task")},
-    }
+    tasks = {task: _task(briefly, task, embedders) for task in bar(judged, unit="task")}
+    record = {"machine": machine(), "study": p.study, "genes_per_cell": genes_per_cell, "start": start, "data": data}
+    return {**record, "named": named, "models": models, "evaluated": EVALUATED[1], "tasks": tasks}
 
 
 def _miniature(p: Params, n_cells: int, n_genes: int, genes_per_cell: float) -> Params:
@@ -105,15 +101,9 @@ def _miniature(p: Params, n_cells: int, n_genes: int, genes_per_cell: float) -> 
     columns["held_out_contexts"] = contexts
     ends = np.cumsum([n_cells, *EVALUATED]).tolist()
     sets = [{"file": f"simulated:{a}-{b}", "name": str(b - a), **columns} for a, b in pairwise(ends)]
-    changes = {
-        "corpus": "simulated", "simulation": atlas, "census": None, "spike_in": None, "min_genes": 0, "min_counts": 0,
-        "max_mito": 1.0, **columns, "cell_type_key": "cell_type", "donor_key": None, "split_by": "cell",
-        "held_out": 0.3, "held_out_tasks": None, "evaluation": sets, "embeddings": [],
-        "drop_contaminated": False, "also": [], "strategies": ["random", "geometric_sketching"],
-        "percentages": [25.0, 100.0], "seeds": [0], "models": p.models,
-        "steps_by_model": {}, "adaptive": False, "gpus": {}, "workers": 1,
-    }  # fmt: skip
-    return Params(**{**p.model_dump(), **changes})
+    grid = {"strategies": ["random", "geometric_sketching"], "percentages": [25.0, 100.0], "seeds": [0], "workers": 1}
+    changes = {"corpus": "simulated", "simulation": atlas, "evaluation": sets, **columns, **grid}
+    return Params(**{**p.model_dump(exclude=LEFT_OUT), **changes})
 
 
 def _counts_for(atlas: Record, genes_per_cell: float) -> float:
@@ -180,23 +170,18 @@ def _model(study: Study, name: str, millions: float) -> Record:
         seconds.append(_seconds(partial(variant.model_artifact, run)))
     relative = 1 / np.array(seconds[1:])  # so that a long run's error counts no more than a short one's
     costs = nnls(np.array(terms[1:]) * relative[:, None], np.ones(len(relative)))[0].tolist()
-    sizes, dataset, model = EMBEDDED[large], study.dataset(str(EVALUATED[1])), variant.model(run)
-    n_latent = model.embed(dataset.X[:2]).shape[1]
-    embedding, reconstruction = [_seconds(lambda n=n: variant.model(run).embed(dataset.X[:n])) for n in sizes], [0, 0]
+    sizes, dataset, reconstruction = EMBEDDED[large], study.dataset(str(EVALUATED[1])), [0, 0]
+    n_latent = variant.model(run).embed(dataset.X[:2]).shape[1]
+    embedding = [_seconds(lambda n=n: variant.model(run).embed(dataset.X[:n])) for n in sizes]
     if "reconstruction" in study.params.tasks and evaluation.reconstructs(spec):
 
         def reconstruct(n: int) -> None:
             TASKS["reconstruction"].function(variant.model(run), dataset.X[:n], dataset.obs.iloc[:n], seed=0)
 
         reconstruction = [_seconds(partial(reconstruct, n)) for n in (2, *sizes)][1:]  # once to warm up
-    return {
-        "family": spec.family,
-        "work": millions,
-        **dict(zip(("once", "cell", "step", "step_cell"), costs, strict=True)),
-        "embedding": _line(sizes, embedding),
-        "reconstruction": _line(sizes, reconstruction),
-        "n_latent": n_latent,
-    }
+    record = {"family": spec.family, "work": millions, "n_latent": n_latent}
+    record |= dict(zip(("once", "cell", "step", "step_cell"), costs, strict=True))
+    return {**record, "embedding": _line(sizes, embedding), "reconstruction": _line(sizes, reconstruction)}
 
 
 def _batch_size(study: Study, name: str, *, large: bool) -> int:

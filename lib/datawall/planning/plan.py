@@ -96,10 +96,8 @@ def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
 
 def counts_in_words(study: Study) -> list[str]:
     """The counts, a line for the study's grid and for each grid in `also`."""
-    first, *others = [
-        (name, ", ".join(f"{n:,} {what}" for what, n in numbers.items() if n)) for name, numbers in counts(study)
-    ]
-    return [first[1], *(f"besides, {name}: {told}" for name, told in others)]
+    told = [(name, ", ".join(f"{n:,} {what}" for what, n in numbers.items() if n)) for name, numbers in counts(study)]
+    return [told[0][1], *(f"besides, {name}: {numbers}" for name, numbers in told[1:])]
 
 
 def verdicts_to_expect(p: Params) -> tuple[str, bool]:
@@ -113,13 +111,10 @@ def verdicts_to_expect(p: Params) -> tuple[str, bool]:
     design = {"percentages": sizes, "n_curves": len(p.models)}
     flat = power.of_design(SPREAD, n_seeds, p.margin, n_draws=400, **design).set_index("truth").loc["flat"]
     needed = power.seeds_needed(SPREAD, p.margin, n_draws=200, **design)
-    enough = flat["right"] >= 0.8
+    enough = bool(flat["right"] >= 0.8)
     more = "" if enough else f"; with {needed or 'more than 50'} seeds, four of five would"
-    return (
-        f"of curves that are flat, {flat['right']:.0%} (± {flat['error']:.0%}) would be shown flat within "
-        f"{p.margin:g} with {n_seeds} seeds, at a spread of {SPREAD:g} over seeds{more}",
-        bool(enough),
-    )
+    shown = f"of curves that are flat, {flat['right']:.0%} (± {flat['error']:.0%}) would be shown flat"
+    return f"{shown} within {p.margin:g} with {n_seeds} seeds, at a spread of {SPREAD:g} over seeds{more}", enough
 
 
 def passes(study: Study) -> dict[str, float]:
@@ -131,13 +126,10 @@ def passes(study: Study) -> dict[str, float]:
 
 def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
     """Every stage of the study with its cost, of the units that are missing; without one, all are."""
-    tasks, embedded = study.params.tasks, set()
-    return [
-        _curation(study, costs),
-        _pretraining(study, costs, missing),
-        *(_task(study, costs, task, missing, embedded) for task in tasks),
-        Stage("figures", NOTEBOOK * costs.known["start"]),
-    ]
+    embedded: set[tuple[Run, str]] = set()
+    judged = [_task(study, costs, task, missing, embedded) for task in study.params.tasks]
+    figures = Stage("figures", NOTEBOOK * costs.known["start"])
+    return [_curation(study, costs), _pretraining(study, costs, missing), *judged, figures]
 
 
 def _curation(study: Study, costs: Costs) -> Stage:
@@ -161,11 +153,8 @@ def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> 
     for run in filter(missing, study.all_runs()):
         need, steps = costs.run(run), costs.steps(run)
         assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
-        stage.add(
-            need,
-            need.gpus * need.seconds if costs.on_gpu else assumed,
-            costs.model_bytes(run.model) + BYTES_PER_STEP * steps,
-        )
+        n_bytes = costs.model_bytes(run.model) + BYTES_PER_STEP * steps
+        stage.add(need, need.gpus * need.seconds if costs.on_gpu else assumed, n_bytes)
     return stage
 
 
@@ -187,11 +176,7 @@ def _task(
 
 
 def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
-    """About how long each stage will compute, and what of it was made already, but by other versions of packages.
-
-    Returns seconds of `pretraining`, and of each task by name; and numbers of models and evaluations, by how versions
-    differ.
-    """
+    """Seconds that each stage with units left to make will compute, and how many units other versions have made."""
     made, otherwise = provenance.read(study.store.folder), Counter()
 
     def missing(item: Run | Evaluation) -> bool:
@@ -202,24 +187,16 @@ def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
         return unit.key not in made
 
     here = code.versions()
-    left = {
-        stage.name: stage.computing_seconds(workers(study))
-        for stage in stages(study, study.costs, missing)
-        if stage.needs
-    }
-    return left, otherwise
+    begun = [stage for stage in stages(study, study.costs, missing) if stage.needs]
+    return {stage.name: stage.computing_seconds(workers(study)) for stage in begun}, otherwise
 
 
 def table(study: Study, costs: Costs) -> str:
     """A study's stages and their costs, as text."""
-    n_workers, known, duration = workers(study), costs.known, provenance.duration
-    rows = [
-        (
-            *(stage.name, len(stage.needs), stage.wall_seconds(n_workers), stage.wall_seconds(1) / 3600),
-            *(stage.gpu_seconds / 3600, stage.memory_gib, stage.n_bytes / 2**30),
-        )
-        for stage in stages(study, costs)
-    ]
+    n_workers, known, duration, rows = workers(study), costs.known, provenance.duration, []
+    for stage in stages(study, costs):
+        seconds = stage.wall_seconds(n_workers), stage.wall_seconds(1) / 3600, stage.gpu_seconds / 3600
+        rows.append((stage.name, len(stage.needs), *seconds, stage.memory_gib, stage.n_bytes / 2**30))
     _, units, wall, cores, gpus, memory, disk = zip(*rows, strict=True)
     rows.append(("all", sum(units), sum(wall), sum(cores), sum(gpus), max(memory), sum(disk)))
     head = f"{'stage':26}{'units':>8}{'time':>14}{'core-hours':>14}{'GPU-hours':>14}{'memory':>12}{'disk':>14}"

@@ -63,22 +63,15 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     study = Study(p, Path())
     findings.facts += (f"work: {line}" for line in planning.counts_in_words(study))
     if not findings.errors:
-        _check_design(study, findings)
+        said, enough = planning.verdicts_to_expect(p)
+        (findings.facts if enough else findings.warnings).append(f"verdicts: {said}")
+        passes = planning.passes(study)
+        if few := ", ".join(f"{name} {n:.2g}" for name, n in passes.items() if n < 1):
+            what = f"a cell of the full corpus is drawn less than once on average ({few} times)"
+            findings.warnings.append(f"{what}: raise steps, or verdicts will be the budget's.")
+        if passes and p.budget_check is None:
+            findings.warnings.append("budget_check is not set: whether twice the steps would help stays unknown.")
     return findings
-
-
-def _check_design(study: Study, findings: Findings) -> None:
-    """Whether seeds and budgets let verdicts be reached."""
-    said, enough = planning.verdicts_to_expect(study.params)
-    (findings.facts if enough else findings.warnings).append(f"verdicts: {said}")
-    passes = planning.passes(study)
-    if few := [f"{name} {n:.2g}" for name, n in passes.items() if n < 1]:
-        findings.warnings.append(
-            f"a cell of the full corpus is drawn less than once on average ({', '.join(few)} times): raise steps, or "
-            "verdicts will be the budget's."
-        )
-    if passes and study.params.budget_check is None:
-        findings.warnings.append("budget_check is not set: whether twice the steps would change a score stays unknown.")
 
 
 def _look(p: Params, findings: Findings) -> None:
@@ -121,10 +114,10 @@ def _read(p: Params, findings: Findings) -> None:
     """Read all cells as the run does; what it has of them, and what it can be judged by."""
     reports: dict[str, Any] = {}
     try:
-        labels = []
+        labels, n_spike_in = [], 0
         for block in assembly.read_corpus(p, reports):
             labels.append(block.obs)
-        obs, n_spike_in = pd.concat(labels), 0
+        obs = pd.concat(labels)
         if p.spike_in is not None:
             n_spike_in = sum(perturbed.n_obs for perturbed in assembly.read_spike_in(p, block, reports))
         findings.warnings += reports["notes"]
@@ -152,9 +145,7 @@ def _read(p: Params, findings: Findings) -> None:
         except ValueError as error:
             findings.errors.append(str(error))
     if p.drop_contaminated:
-        findings.facts.append(
-            "cells and donors of evaluation sets will be left out of pretraining, and sizes be smaller"
-        )
+        findings.facts.append("pretraining leaves out cells and donors of evaluation sets: sizes will be smaller")
 
 
 def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findings) -> None:
@@ -165,15 +156,13 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findin
         rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
         findings.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
         if role == "cell_type" and len(counts) > inspection.MANY:
-            findings.warnings.append(
-                f"{p.key(role, p.sources()[0])!r} has {len(counts):,} cell types; is it the column?"
-            )
+            key = p.key(role, p.sources()[0])
+            findings.warnings.append(f"{key!r} has {len(counts):,} cell types; is it the column?")
     whose = ""
     if p.split_role:
         groups = sorted(obs.loc[held_out, p.split_role].astype(str).unique())
         whose = f", those of {', '.join(groups[:5])}{', …' if len(groups) > 5 else ''}"
-        share = held_out.mean()
-        if not p.held_out / 2 <= share <= 2 * p.held_out:
+        if not p.held_out / 2 <= (share := held_out.mean()) <= 2 * p.held_out:
             findings.warnings.append(f"{share:.0%} of the cells are held out, not {p.held_out:.0%}: groups stay whole.")
     findings.facts.append(f"held out: {held_out.sum():,} cells{whose}")
     if "cell_type" in obs:
@@ -185,10 +174,8 @@ def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int 
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
     findings.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
-    if small := [f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW]:
-        findings.warnings.append(
-            f"under {FEW} cells to pretrain on at {', '.join(small)}; larger percentages teach more."
-        )
+    if small := ", ".join(f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW):
+        findings.warnings.append(f"under {FEW} cells to pretrain on at {small}; larger percentages teach more.")
     for subset in (subset for subset in p.subsets() if not subset.untrained and n_spike_in is not None):
         if spiked := sampling.STRATEGIES[subset.strategy].spiked:
             size = sampling.subset_size(n_pretraining, subset.percentage)
@@ -197,18 +184,15 @@ def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int 
 
 def _tasks(p: Params, sets: dict[str, pd.DataFrame], findings: Findings) -> None:
     """Which tasks cannot be judged on which data sets, and which contexts have few cells."""
-    judged = 0
-    for task in p.tasks:
-        for name, dataset in p.evaluation_sets().items():
-            obs = sets[name]
-            if not dataset.joins(task):
-                continue
-            if "cell_type" in obs and (why := joining.unfit(task, obs, dataset, p)):
-                findings.facts.append(f"left out: {task} on {name}: {why}")
-                continue
-            judged += 1
-            if task == "perturbation_response" and "cell_type" in obs:
-                _contexts(name, dataset, obs, findings)
+    judged, datasets = 0, p.evaluation_sets()
+    for task, name in [(task, name) for task in p.tasks for name in datasets if datasets[name].joins(task)]:
+        obs, dataset = sets[name], datasets[name]
+        if "cell_type" in obs and (why := joining.unfit(task, obs, dataset, p)):
+            findings.facts.append(f"left out: {task} on {name}: {why}")
+            continue
+        judged += 1
+        if task == "perturbation_response" and "cell_type" in obs:
+            _contexts(name, dataset, obs, findings)
     if not judged:
         findings.errors.append("no task is left to judge by; give more cells, types or columns.")
 
@@ -218,10 +202,9 @@ def _contexts(name: str, dataset: EvaluationSet, obs: pd.DataFrame, findings: Fi
     cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
     both = int(((cells[dataset.control] > 0) & (cells.drop(columns=dataset.control) > 0).any(axis=1)).sum())
     if both <= CONTEXTS:
-        findings.warnings.append(
-            f"{name}: perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time, from which it "
-            f"cannot tell an embedding from noise; data of {CONTEXTS + 1} contexts or more can."
-        )
+        learns = f"perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time"
+        enough = f"data of {CONTEXTS + 1} contexts or more can"
+        findings.warnings.append(f"{name}: {learns}, from which it cannot tell an embedding from noise; {enough}.")
     for treatment, contexts in joining.treatments(obs, dataset).items():
         few = cells.loc[contexts, [treatment, dataset.control]].min(axis=1)
         _few(few, f"contexts of {treatment!r} in {name}", findings)
@@ -230,7 +213,5 @@ def _contexts(name: str, dataset: EvaluationSet, obs: pd.DataFrame, findings: Fi
 def _few(n_held_out: pd.Series, what: str, findings: Findings) -> None:
     """Warn of groups with few held-out cells."""
     if few := sorted(map(str, n_held_out.index[n_held_out < RARE])):
-        findings.warnings.append(
-            f"{len(few)} of {len(n_held_out)} {what} have under {RARE} held-out cells, on which scores are chance: "
-            f"{', '.join(few[:5])}{', …' if len(few) > 5 else ''}."
-        )
+        told = f"{len(few)} of {len(n_held_out)} {what} have under {RARE} held-out cells, on which scores are chance"
+        findings.warnings.append(f"{told}: {', '.join(few[:5])}{', …' if len(few) > 5 else ''}.")

@@ -17,19 +17,11 @@ from datawall.study import params
 from datawall.tasks import TASKS
 
 # What columns are called, likelier names first.
+TYPES = r"^cell.?types?$", r"cell.?type", r"annot|cell.?(label|class|state|identity)", r"^labels?$|ontology"
+SAMPLES = r"sample|library|lane|channel|replicate|^run$|plate|^orig.?ident$"
 NAMES = {
-    "cell_type": (
-        *(r"^cell.?types?$", r"cell.?type", r"annot|cell.?(label|class|state|identity)", r"^labels?$|ontology"),
-        r"leiden|louvain|clusters?$",
-    ),
-    "batch": (
-        *(
-            r"^batch",
-            r"sample|library|lane|channel|replicate|^run$|plate|^orig.?ident$",
-            r"assay|technolog|chemistry|platform",
-        ),
-        r"donor|patient|individual|subject|data.?set",
-    ),
+    "cell_type": (*TYPES, r"leiden|louvain|clusters?$"),
+    "batch": (r"^batch", SAMPLES, r"assay|technolog|chemistry|platform", r"donor|patient|individual|subject|data.?set"),
     "donor": (r"donor", r"patient|individual|subject|participant"),
     "perturbation": (r"perturb", r"condition|treat|stim", r"drug|compound|disease|status|group"),
 }
@@ -76,9 +68,8 @@ def new(
 
     What is `given`, columns by role and the control (keys of `QUESTIONS`) or `none`, is taken as it is; what is absent
     or None is asked for, or else proposed. `say` tells what is found; `settings` are more keys of the study file.
-
-    Raises FileExistsError if there is such a study file, and ParamsError, CorpusError or DatasetError if the name is
-    none, a file breaks a rule or what was given is not there.
+    Raises FileExistsError if there is such a study file, and ValueError (as are ParamsError and CorpusError) or
+    DatasetError if the name is none, a file breaks a rule or what was given is not there.
     """
     path, settings = paths.repository() / "params" / f"{name}.yaml", settings or {}
     if taken := [option for option, key in KEYS.items() if key in settings]:
@@ -93,7 +84,7 @@ def new(
         say(str(looked))
     looked = _joined(looks)
     roles = _choose(looked, given, ask, say)
-    for note in (note for looked_at in looks for note in looked_at.notes(roles)):
+    for note in (note for part in looks for note in part.notes(roles)):
         say(f"warning: {note}")
     text = _with(study_file(name, [_portable(corpus) for corpus in corpora], looked, roles, default), settings)
     params.check(params.from_yaml(text), path.name)
@@ -115,9 +106,11 @@ def propose(looked: Looked) -> Roles:
         "donor": [key for key in obs if counts[key] >= 2],
         "perturbation": [key for key in obs if control_of(obs[key]) is not None],
     }
-    roles = {role: _likeliest(allowed[role], NAMES[role]) for role in NAMES}
-    perturbation = roles["perturbation"]
-    return roles | {"control": None if perturbation is None else control_of(obs[perturbation])}
+    roles = {}
+    for role, patterns in NAMES.items():
+        likely = (key for name in patterns for key in allowed[role] if re.search(name, key, re.IGNORECASE))
+        roles[role] = next(likely, None)
+    return roles | {"control": control_of(obs[roles["perturbation"]]) if roles["perturbation"] else None}
 
 
 def control_of(labels: pd.Series) -> str | None:
@@ -164,8 +157,7 @@ def sizes(n_cells: int, percentages: Sequence[float]) -> dict[int, int]:
     """Percentages to draw and the cells that each is: those given but for too small ones, at least four if need be."""
     start = next((p for p in STARTS if sampling.subset_size(n_cells, p) >= FEW), 100)
     wanted = [start, *(round(p) for p in percentages if p > start)]
-    if len(wanted) < 4:
-        wanted = sorted({*wanted, 50})
+    wanted = wanted if len(wanted) >= 4 else sorted({*wanted, 50})
     return {p: sampling.subset_size(n_cells, p) for p in wanted}
 
 
@@ -187,13 +179,13 @@ def _choose(looked: Looked, given: dict[str, str | None], ask: Ask | None, say: 
             continue
         if role == "control" and roles["perturbation"] != proposed["perturbation"]:
             proposed[role] = control_of(looked.obs[roles["perturbation"]])
-        asked = ask is not None and not given.get(role)
-        answer = given.get(role) or (ask(question, proposed[role] or NONE) if asked else proposed[role] or NONE)
+        likely, asked = proposed[role] or NONE, ask is not None and not given.get(role)
+        answer = ask(question, likely) if asked else given.get(role) or likely
         while fault := _fault(looked, roles, role, answer):
             if not asked:
                 raise ValueError(fault)
             say(fault)
-            answer = ask(question, proposed[role] or NONE)
+            answer = ask(question, likely)
         roles[role] = None if answer in (NONE, params.CLUSTERS) else answer
         about = answer if role == "control" else f"{answer}, {describe(looked, answer)}"
         say(f"{role.replace('_', ' ')}: {WITHOUT[role] if roles[role] is None else about}")
@@ -208,12 +200,6 @@ def _fault(looked: Looked, roles: Roles, role: str, answer: str) -> str | None:
     if answer == NONE or (role == "cell_type" and answer == params.CLUSTERS):
         return None
     return next(iter(looked.faults([answer])), None)
-
-
-def _likeliest(columns: list[str], patterns: tuple[str, ...]) -> str | None:
-    """The first column that the first possible pattern matches."""
-    matches = (key for pattern in patterns for key in columns if re.search(pattern, key, re.IGNORECASE))
-    return next(matches, None)
 
 
 def _joined(looks: list[Looked]) -> Looked:

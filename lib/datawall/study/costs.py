@@ -59,10 +59,10 @@ def size_of(p: Params) -> tuple[int, float]:
 
 def work(spec: ModelSpec, n_genes: int, genes_per_cell: float) -> float:
     """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
-    h = described(spec)
+    h = _described(spec)
     if not hasattr(h, "n_genes"):
         return genes_per_cell / 1e6
-    share = _panel(h, n_genes) / n_genes
+    share = min(h.n_genes or n_genes, n_genes) / n_genes  # of the corpus's genes, those in the panel
     if hasattr(h, "max_length"):  # a transformer; it predicts the 15 % of genes that are masked
         length = min(h.max_length, genes_per_cell * share)
         per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + 0.15 * n_genes * share * h.n_embd
@@ -73,23 +73,19 @@ def work(spec: ModelSpec, n_genes: int, genes_per_cell: float) -> float:
 
 def n_weights(spec: ModelSpec, n_genes: int) -> int:
     """Weights of a model, about; none of one of the user's own."""
-    h = described(spec)
+    h = _described(spec)
+    panel = min(getattr(h, "n_genes", None) or n_genes, n_genes)
     if hasattr(h, "max_length"):
-        return (8 * h.n_layers + 1) * h.n_embd**2 + (_panel(h, n_genes) + h.max_length) * h.n_embd
+        return (8 * h.n_layers + 1) * h.n_embd**2 + (panel + h.max_length) * h.n_embd
     if hasattr(h, "n_hidden"):
         first, others = _encoder(h)
-        return 2 * (first * _panel(h, n_genes) + others)
+        return 2 * (first * panel + others)
     return getattr(h, "n_components", 0) * n_genes
 
 
-def described(spec: ModelSpec) -> Hyperparameters:
+def _described(spec: ModelSpec) -> Hyperparameters:
     """Hyper-parameters that tell what a model looks like: those of one of the user's own may mean anything."""
     return Hyperparameters() if spec.is_external else spec.hyperparameters
-
-
-def _panel(h: Hyperparameters, n_genes: int) -> int:
-    """Genes that a network sees, of those of the corpus."""
-    return min(h.n_genes or n_genes, n_genes)
 
 
 def _encoder(h: Hyperparameters) -> tuple[int, int]:
@@ -105,11 +101,8 @@ class Costs:
         self.p, self.known = p, known or calibration_of(p.study)
         self.on_gpu = self.known["machine"].startswith("GPU")
         self.sets = p.evaluation_sets()
-
-    @cached_property
-    def size(self) -> tuple[int, float]:
-        """Genes of the corpus, and of how many of them a cell has counts."""
-        return size_of(self.p)
+        self.size = size_of(p)  # genes of the corpus, and of how many of them a cell has counts
+        self.density = self.size[1] / self.known["genes_per_cell"]  # counts of a cell, relative to the calibration's
 
     @cached_property
     def n_cells(self) -> int:
@@ -191,11 +184,6 @@ class Costs:
 
     # Parts of them
 
-    @property
-    def density(self) -> float:
-        """Counts of a cell, relative to the cells of the calibration."""
-        return self.size[1] / self.known["genes_per_cell"]
-
     def line(self, what: str, n: float) -> float:
         """Seconds of a part of curation, of so many cells."""
         once, per_cell = self.known["data"][what]
@@ -223,7 +211,7 @@ class Costs:
 
     def batch_size(self, model: str) -> int:
         """Cells a step; 0 for a model that takes no steps."""
-        return getattr(described(self.p.specs[model]), "batch_size", 0)
+        return getattr(_described(self.p.specs[model]), "batch_size", 0)
 
     @cache  # noqa: B019
     def gpu_seconds_per_cell(self, model: str) -> float:

@@ -24,8 +24,7 @@ COMPARED = 5000  # held-out cells that simulated ones are set beside
 def gene_matches(study: Study) -> pd.DataFrame:
     """How the genes of each data set met the gene table, a row each (see `corpus.GeneMatch`).
 
-    Columns of the same gene are summed, and counted as `duplicated`.
-    `in_corpus` is the number of genes shared with the corpus, which is all that a model can see of a data set.
+    `in_corpus` counts the genes that the corpus has too, which are all that a model can see of a data set.
     """
     corpus_folder, *others = _folders(study)
     rows = [{**match, "in_corpus": match["matched"]} for match in _read(corpus_folder / "genes.json")]
@@ -36,16 +35,12 @@ def gene_matches(study: Study) -> pd.DataFrame:
 
 
 def remarks(study: Study) -> list[str]:
-    """What a reader should know of the data sets, a line each: where counts and genes were found, what is odd.
-
-    First, of each, which matrix was taken and how much of it is known; then what else could be counts, columns that
-    name genes otherwise, and labels that look alike or spell "missing".
-    """
-    corpus_folder, *others = _folders(study)
-    rows = _read(corpus_folder / "genes.json") + [_read(folder / "genes.json") for folder in others]
-    notes = [note for folder in (corpus_folder, *others) for note in _read(folder / "notes.json")]
+    """What a reader should know of the data sets, a line each: where counts and genes were found, then what is odd."""
+    corpus_folder, *others = folders = _folders(study)
+    matches = _read(corpus_folder / "genes.json") + [_read(folder / "genes.json") for folder in others]
     known = [field.name for field in fields(corpus.GeneMatch) if field.name != "notes"]
-    return [*(f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in known})}" for row in rows), *notes]
+    told = [f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in known})}" for row in matches]
+    return told + [note for folder in folders for note in _read(folder / "notes.json")]
 
 
 def _folders(study: Study) -> list[Path]:
@@ -59,11 +54,9 @@ def _read(path: Path) -> Any:
 
 
 def reports(study: Study) -> dict[str, pd.DataFrame]:
-    """What became of the corpus's cells on the way to it, by name of the table.
+    """What became of the corpus's cells on the way to it, by name of the table: see its source, in `cells`.
 
-    For files: `cells` (read, empty, filtered, duplicate and kept, a row per file) and `duplicates` (see
-    `sources.Report`). For the Census: `census` and `types` (see `census.Selection`). For other data sets: `cells` with
-    read, empty and kept.
+    `cells` has, for each file or data set, how many were read, empty, filtered, duplicate and kept.
     """
     folder = study.corpus_artifact.folder
     return {path.stem.removeprefix("report_"): pd.read_parquet(path) for path in sorted(folder.glob("report_*"))}
@@ -80,20 +73,13 @@ def quality(study: Study) -> pd.DataFrame:
 
 
 def contamination(study: Study) -> pd.DataFrame:
-    """What each evaluation data set shares with the cells that models are pretrained on, or would be.
-
-    Columns: see `duplicates.Contamination.row`. With `drop_contaminated` in the study, the rows counted here are left
-    out of pretraining.
-    """
+    """What each evaluation data set shares with the pretraining cells, before any is dropped; see `Contamination`."""
     rows = {name: study.contamination(name).row() for name in study.params.evaluation_sets()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
 
 
 def beside_simulated(study: Study) -> dict[str, sp.csr_matrix]:
-    """Counts of held-out cells, `COMPARED` at most, and of as many simulated ones with as many genes: for `realism`.
-
-    Nothing where there is nothing to compare: the corpus is simulated itself, or has too few genes for an atlas.
-    """
+    """Counts of held-out cells and of as many simulated ones, for `realism`; none if all are, or genes are too few."""
     held_out = study.held_out_cells
     if study.params.simulation is not None or held_out.n_vars < simulate.MIN_GENES:
         return {}
@@ -103,10 +89,9 @@ def beside_simulated(study: Study) -> dict[str, sp.csr_matrix]:
 
 
 def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What counts look like, to set simulated cells beside real ones: a table of genes and a table of cells.
+    """What raw counts look like, (n_cells, n_genes) by data set: a table of genes that have any, and one of cells.
 
-    `counts` has raw counts, (n_cells, n_genes), by name of the data set. Genes that have a count have the columns
-    dataset, mean, variance, and zeros (share of cells without it); cells dataset, library_size and n_genes.
+    Columns: dataset, mean, variance and zeros (share of cells without it); and dataset, library_size and n_genes.
     """
     genes, cells = [], []
     for name, matrix in counts.items():
@@ -134,9 +119,8 @@ def composition(study: Study) -> pd.DataFrame:
 def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
     """Write the names of the cells of every subset, to publish them: a text file each, a cell a line.
 
-    Names are those of the sources, with the file's name before them where the corpus has several files; those of the
-    Census are `soma_joinid`. So they mean the same to anyone who has the sources. The folder is made if need be, and
-    files in it are replaced. The table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
+    Names are those of the sources, after the file's name where there are several; of the Census, `soma_joinid`. Files
+    are replaced. The table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = []
@@ -145,8 +129,7 @@ def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
         name = f"{subset.strategy}_{subset.percentage:g}_{subset.seed}.txt"
         with (folder / name).open("w", encoding="utf-8") as file:
             for first in range(0, len(rows), cellstore.NAMES):
-                names = study.corpus.names(rows[first : first + cellstore.NAMES])
-                file.writelines(f"{cell}\n" for cell in names)
+                file.writelines(f"{cell}\n" for cell in study.corpus.names(rows[first : first + cellstore.NAMES]))
         table.append({"file": name, **asdict(subset), "n_cells": len(rows)})
     table = pd.DataFrame(table)
     table.to_csv(folder / "subsets.csv", index=False)
@@ -163,14 +146,13 @@ def subset_diversity(study: Study) -> pd.DataFrame:
     table = []
     for subset in study.subsets():
         rows = study.rows(subset)
-        measures = {"n_cells": len(rows), "shannon": diversity.shannon(cell_type[rows])}
-        measures["inverse_simpson"] = diversity.inverse_simpson(cell_type[rows])
-        vendi = np.nan, np.nan
+        row = {**asdict(subset), "n_cells": len(rows), "shannon": diversity.shannon(cell_type[rows])}
+        row |= {"inverse_simpson": diversity.inverse_simpson(cell_type[rows]), "vendi": np.nan, "vendi_sd": np.nan}
         if len(rows) >= VENDI_CELLS:
-            vendi = diversity.at_equal_n(
+            row["vendi"], row["vendi_sd"] = diversity.at_equal_n(
                 lambda drawn: diversity.vendi(study.pca_scores(drawn)), rows, VENDI_CELLS, seed=subset.seed
             )
-        table.append({**asdict(subset), **measures, **dict(zip(("vendi", "vendi_sd"), vendi, strict=True))})
+        table.append(row)
     return pd.DataFrame(table)
 
 
@@ -181,10 +163,9 @@ def markers(study: Study) -> dict[str, list[str]]:
 
 
 def authors_labels(study: Study, cells: pd.Index | None = None) -> pd.Series:
-    """The authors' labels of those cells that have one, by name of the cell; of the corpus, or of the cells given.
+    """The authors' labels of those cells, of the corpus or of those given, that have one, by name of the cell.
 
-    973 cells of Kang et al. have: those that muscat's data set names (Crowell et al. 2020, doi
-    10.1038/s41467-020-19894-4). None has if the corpus is another.
+    Of Kang et al., 973 do, by muscat's data set (Crowell et al. 2020, doi 10.1038/s41467-020-19894-4); of others none.
     """
     labels = pd.read_csv(KANG_LABELS, index_col="cell")["authors"]
     cells = pd.Index(study.corpus.names()) if cells is None else cells

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,14 +39,13 @@ from datawall.study.units import (
 
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
 BUDGETS = (0.5, 2.0)  # shares of a model's steps that `budget_check` trains for
-ROLES = {
-    "cell_type": "cell_type_key",
-    "batch": "batch_key",
-    "perturbation": "perturbation_key",
-    "donor_id": "donor_key",
-}  # columns of the corpus, and the keys that name them
+# Columns of the corpus, and the keys that name them.
+ROLES = {"cell_type": "cell_type_key", "batch": "batch_key"}
+ROLES |= {"perturbation": "perturbation_key", "donor_id": "donor_key"}
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 MADE = {"simulated": "simulation", "census": "census"}  # corpora made by settings, and the keys of these
+RECORDS = {"simulation": Atlas, "census": Recipe, "also": Grid}  # keys whose values are records
+RECORDS |= {"evaluation": EvaluationSet, "embeddings": Embedding, "budget_check": BudgetCheck}
 
 Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
 Steps = Annotated[int, Field(ge=1)]
@@ -79,9 +80,7 @@ class Params(BaseModel):
     # What is held out: cells (`cell`), or whole donors (`donor_id`), data sets (`dataset_id`), groups of any column
     split_by: Column = "cell"
     split_seed: Seed = 0  # of the cells or groups held out
-    held_out_tasks: list[TaskName] | None = (
-        None  # that the cells held out join; by default all that their columns allow
-    )
+    held_out_tasks: list[TaskName] | None = None  # of the cells held out; by default all that their columns allow
     evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
@@ -89,9 +88,7 @@ class Params(BaseModel):
     strategies: Annotated[list[StrategyName], Field(min_length=1)]
     percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    adaptive: bool = (
-        False  # sizes and seeds of random subsets only until each verdict is settled: `evaluation.pretrain_adaptively`
-    )
+    adaptive: bool = False  # random subsets only until each verdict is settled: see `evaluation.pretrain_adaptively`
     margin: Annotated[float, Field(gt=0)] = 0.02  # difference in a score that does not matter
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
@@ -177,18 +174,14 @@ class Params(BaseModel):
             if getattr(self, key) is not None and self.corpus != corpus:
                 raise ValueError(f"{key}: the corpus is {self.corpus!r}; set `corpus: {corpus}`, or leave {key} out")
             if corpus in (*(dataset.file for dataset in self.evaluation), self.spike_in):
-                raise ValueError(
-                    f"{corpus!r} can be the corpus only; name data sets or files to evaluate on or spike in"
-                )
+                raise ValueError(f"{corpus!r} can be the corpus only; evaluate on, or spike in, data sets or files")
         files = all(map(names_file, self.sources()))
         if len(self.sources()) > 1 and not files:
             raise ValueError(f"corpus: {self.corpus} names several; only .h5ad and .zarr files can be joined")
         if not files and (self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1):
             raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
         if self.split_by in ROLES and self.split_by not in self.columns():
-            raise ValueError(
-                f"split_by: {self.split_by} needs {ROLES[self.split_by]}: name the column, or split by cell"
-            )
+            raise ValueError(f"split_by: {self.split_by} needs {ROLES[self.split_by]}: name it, or split by cell")
         spiked = any(not subset.untrained and STRATEGIES[subset.strategy].spiked for subset in self.subsets())
         if self.spike_in is None and spiked:
             raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
@@ -217,24 +210,20 @@ class Params(BaseModel):
 
     def _check_embeddings(self) -> None:
         """Refuse embeddings of data sets, or from subsets, that the study does not have."""
-        seen = set()
-        for given in self.embeddings:
-            model, dataset, subset = given.model, given.dataset, given.subset
-            if dataset not in self.evaluation_sets():
-                raise ValueError(
-                    f"embeddings: {model}: {dataset!r} is no evaluation data set; there are "
-                    f"{', '.join(self.evaluation_sets())}"
-                )
-            if model in self.models:
-                raise ValueError(f"embeddings: {model}: the study has a model of that name; call it otherwise")
-            if subset and subset not in self.subsets():
-                raise ValueError(
-                    f"embeddings: {model}: {subset.strategy} at {subset.percentage:g} %, seed {subset.seed}, is no "
-                    "subset of this study; embeddings of other origin need no strategy, percentage and seed"
-                )
-            if (model, dataset, subset) in seen:
-                raise ValueError(f"embeddings: {model} on {dataset} is listed twice; list each subset once")
-            seen.add((model, dataset, subset))
+        entries = [(given.model, given.dataset, given.subset) for given in self.embeddings]
+        for model, dataset, subset in entries:
+            wrong = None
+            if dataset not in (sets := self.evaluation_sets()):
+                wrong = f": {dataset!r} is no evaluation data set; there are {', '.join(sets)}"
+            elif model in self.models:
+                wrong = ": the study has a model of that name; call it otherwise"
+            elif subset and subset not in self.subsets():
+                told = f"{subset.strategy} at {subset.percentage:g} %, seed {subset.seed}"
+                wrong = f": {told}, is no subset of this study; leave strategy, percentage and seed out, or give others"
+            elif entries.count((model, dataset, subset)) > 1:
+                wrong = f" on {dataset} is listed twice; list each subset once"
+            if wrong:
+                raise ValueError(f"embeddings: {model}{wrong}")
 
     # The corpus, and what is held out of it
 
@@ -294,10 +283,7 @@ class Params(BaseModel):
     def specs(self) -> dict[str, ModelSpec]:
         """What each model that the study names stands for, by name."""
         names = [*self.models, *(name for grid in self.also for name in grid.models or ()), *self.hyperparameters]
-        return {
-            name: hyperparameters.resolve(name, self.hyperparameters, schedule=self.budget)
-            for name in dict.fromkeys(names)
-        }
+        return {name: hyperparameters.resolve(name, self.hyperparameters, schedule=self.budget) for name in names}
 
     def steps_of(self, model: str, budget: float = 1.0) -> int:
         """Optimiser steps of a model's runs: a share of its own, its family's or the study's."""
@@ -366,19 +352,14 @@ def read(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ParamsError(
-            f"{path.name}: holds a {type(values).__name__}; a study file is a mapping, `key: value` a line."
-        )
+        raise ParamsError(f"{path.name}: holds a {type(values).__name__}; a study file is a mapping, `key: value`.")
     return check({**values, **{key: _from_text(value) for key, value in (overrides or {}).items()}}, path.name)
 
 
 def _from_text(value: Any) -> Any:
     """The list or mapping that a text spells: `papermill -p seeds "[0, 1]"` hands lists over as text."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return from_yaml(value)
-        except yaml.YAMLError:
-            return value
+    with suppress(yaml.YAMLError):
+        return from_yaml(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
     return value
 
 
@@ -418,22 +399,13 @@ def _key(values: dict[str, Any], mistake: dict[str, Any]) -> str:
 def _line(key: str, mistake: dict[str, Any], rules: list[str]) -> str:
     """What names key, value, rule and remedy."""
     if mistake["type"] == "extra_forbidden":
-        return f"{key}: no such key; {_nearest(key)}"
+        within, _, name = key.rpartition(".")
+        keys = RECORDS.get(within.partition(".")[0], Params).model_fields
+        near = get_close_matches(name, keys, n=1)
+        return f"{key}: no such key; " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}.")
     if mistake["type"] == "missing":
         return f"{key}: missing; every study needs it."
     if not key:
         return f"{'; '.join(rules).rstrip('.')}."
     rule = ", or: ".join(rule[0].lower() + rule[1:] for rule in rules)
     return f"{key}: {mistake['input']!r} is not allowed: {rule}; change it in the study file or with --set."
-
-
-def _nearest(key: str) -> str:
-    """A hint at the key that was meant."""
-    from difflib import get_close_matches
-
-    within, _, name = key.rpartition(".")
-    records = {"simulation": Atlas, "census": Recipe, "also": Grid}
-    records |= {"evaluation": EvaluationSet, "embeddings": Embedding, "budget_check": BudgetCheck}
-    keys = records.get(within.partition(".")[0], Params).model_fields
-    near = get_close_matches(name, keys, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}."
