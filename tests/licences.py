@@ -37,6 +37,7 @@ FILES = {
     "lib/datawall/data/cell_types.obo": ("written for this project, after the Cell Ontology and scTab's types", "MIT"),
     "lib/datawall/data/kang2018_labels.csv": (KANG, KANG_TERMS),
     "lib/datawall/data/known_answer*": ("simulated by this project", "MIT"),
+    "lib/datawall/data/labels.csv": ("written for this project", "MIT"),
     "lib/datawall/data/power.csv": ("simulated by this project", "MIT"),
     "lib/datawall/data/published/*": (
         "result tables of DenAdel et al. 2026, github.com/microsoft/scFM-dataselection",

@@ -18,8 +18,7 @@ _MODULES = {
     "cells": ("annotation", "corpus", "datasets", "diversity", "sampling", "simulate", "sources"),
     "models": ("external", "hyperparameters", "tokenizer", "training", "transformer"),
     "analysis": (
-        *("adaptive", "effects", "foresight", "known_answer", "power", "published", "results", "saturation", "scaling"),
-        "verdicts",
+        *("adaptive", "effects", "known_answer", "power", "published", "results", "saturation", "scaling", "verdicts"),
     ),
     "study": ("curated", "curation", "evaluation", "params"),
     "engine": ("code", "paths", "store"),

@@ -11,15 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from datawall.analysis.results import lower_is_better
-from datawall.analysis.saturation import (
-    IMPROVING,
-    PLATEAU,
-    UNDECIDED,
-    Curve,
-    curves_of,
-    mean_over_datasets,
-    verdicts,
-)
+from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of, mean_over_datasets, verdicts
 
 STEP = 4  # a size is at least so many times the one before, until one in between is needed
 
@@ -83,8 +75,7 @@ class Outcome:
 def settle(oracle: Oracle, plan: Plan) -> Outcome:
     """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
 
-    The oracle gives the score of a run, higher is better; or its scores on several data sets, of which the mean is
-    taken.
+    The oracle gives the score of a run, higher is better, or its scores on several data sets, which are averaged.
     """
     asking = ask(plan)
     runs = next(asking)

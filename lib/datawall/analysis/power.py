@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,13 @@ from datawall.analysis import published, saturation
 from datawall.analysis.adaptive import Plan, settle
 from datawall.analysis.results import select
 from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of
-from datawall.analysis.scaling import scale
+from datawall.analysis.scaling import interval, scale
 from datawall.engine import paths
 
 TABLE = paths.PACKAGE_DATA / "power.csv"  # what `rates` finds, made by its benchmark
 SIZES = np.array([1.0, 10, 25, 50, 75, 100])  # per cent, as published
 MARGIN = 0.01
 NOISES = {"published": None, "SD .003": 0.003, "SD .01": 0.01}  # of runs; None draws that of a published curve
-
 DESIGNS = (("published", 3), ("published", 5), ("published", 10), ("SD .003", 5), ("SD .01", 5))
 
 
@@ -44,7 +45,6 @@ TRUTHS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
     ),
 }
 RISES = {"flat": 0, "rises by the margin": 1, "rises by twice the margin": 2}  # margins gained with every doubling
-
 MOST_SEEDS, POWER = 50, 0.8  # seeds that are tried, and the chance of the right answer that is enough
 
 
@@ -124,19 +124,13 @@ def simulated(truth: str, n_curves: int, n_seeds: int, *, noise: float | None = 
 
 def rates(n_curves: int = 100, designs: Iterable[tuple[str, int]] = DESIGNS) -> pd.DataFrame:
     """`judged` of every truth, noise and number of seeds of `designs`."""
-    rows = []
+    tables = {}
     for noise, number in designs:
         for truth, (error, begins) in TRUTHS.items():
             gain = float(error(np.array(100.0)) - error(np.array(200.0)))
             scores = simulated(truth, n_curves, number, noise=NOISES[noise])
-            rules = judged(scores, SIZES, begins, MARGIN, gain=gain)
-            rows.append(rules.assign(truth=truth, noise=noise, seeds=number))
-    return _ordered(rows, ["truth", "noise", "seeds"])
-
-
-def table() -> pd.DataFrame:
-    """`rates`, as they come with the package."""
-    return pd.read_csv(TABLE)
+            tables[truth, noise, number] = judged(scores, SIZES, begins, MARGIN, gain=gain)
+    return pd.concat(tables, names=["truth", "noise", "seeds", None]).droplevel(3).reset_index()
 
 
 def judged(
@@ -153,40 +147,27 @@ def judged(
     plan = Plan(margin=margin, percentages=tuple(sizes.tolist()), seeds=tuple(range(scores.shape[2])))
     by_size = list(np.moveaxis(scores, 1, 0))
     curve = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * len(sizes), borrowed=False)
-
-    def points(rule: str, runs: list[np.ndarray], limit: float | None = None) -> tuple[np.ndarray, float]:
-        return saturation._points([runs], [curve], rule, limit, 1 - plan.confidence)[0], 1.0
-
     errors = [1 - runs for runs in by_size]
     settled = [settle(lambda size, seed, runs=runs: runs[list(sizes).index(size), seed], plan) for runs in scores]
+    points = partial(saturation._points, curves=[curve], alpha=1 - plan.confidence)
     answers = {
-        "published": points("published", by_size),
-        "mean": points("mean", by_size),
-        "error": points("error", errors),
-        "equivalence, margin 2 SD": points("equivalence", errors),
-        f"equivalence, margin {margin:g}": points("equivalence", errors, margin),
-        "adaptive": (np.array([end.percentage for end in settled]), np.mean([end.share for end in settled])),
+        "published": points([by_size], rule="published", margin=None)[0],
+        "mean": points([by_size], rule="mean", margin=None)[0],
+        "error": points([errors], rule="error", margin=None)[0],
+        "equivalence, margin 2 SD": points([errors], rule="equivalence", margin=None)[0],
+        f"equivalence, margin {margin:g}": points([errors], rule="equivalence", margin=margin)[0],
+        "adaptive": np.array([end.percentage for end in settled]),
     }
     rows = []
-    for rule, (at, runs) in answers.items():
+    for rule, at in answers.items():
         place = {"too early": (at < begins).mean(), "in place": (at == begins).mean()} if np.isfinite(begins) else {}
+        runs = np.mean([end.share for end in settled]) if rule == "adaptive" else 1.0
         rows.append({"rule": rule, "plateau": (at <= 50).mean(), **place, "runs": runs})
-    ends = np.array([_gain(Curve(curve.key, sizes, sizes, list(1 - runs), borrowed=False)) for runs in scores])
-    seen = {"rule": "predicted gain", "plateau": (ends[:, 1] <= margin).mean(), "runs": 1.0}
+    gains = [scale(replace(curve, runs=list(1 - runs)), 100).gain() for runs in scores]
+    low, high = np.transpose([interval(drawn, point) for point, drawn in gains])
+    seen = {"rule": "predicted gain", "plateau": (high <= margin).mean(), "runs": 1.0}
     if gain is not None:
-        seen["covered"] = ((ends[:, 0] <= gain) & (gain <= ends[:, 1])).mean()
-    table = pd.DataFrame([*rows, seen])
+        seen["covered"] = ((low <= gain) & (gain <= high)).mean()
+    columns = ["rule", "plateau", "error", "too early", "in place", "runs", "covered"]
+    table = pd.DataFrame([*rows, seen], columns=columns)
     return table.assign(error=np.sqrt(table["plateau"] * (1 - table["plateau"]) / len(scores)))
-
-
-def _gain(curve: Curve) -> tuple[float, float]:
-    """Interval of the next doubling's gain, as `scaling_curves` has it."""
-    point, drawn = scale(curve, 100).gain()
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return min(low, point), max(high, point)
-
-
-def _ordered(rows: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
-    """Tables of `judged` as one, the keys first."""
-    columns = [*keys, "rule", "plateau", "error", "too early", "in place", "runs", "covered"]
-    return pd.concat(rows, ignore_index=True).reindex(columns=columns)

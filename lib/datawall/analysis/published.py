@@ -17,11 +17,8 @@ from datawall.engine import paths
 TABLES = paths.PACKAGE_DATA / "published"
 CELLS_PER_PERCENT = 177_525  # pretraining cells: 80 % of one per cent of scTab, the rest validates and tests
 UNPUBLISHED = {"dataset": "ocular", "strategy": "coresets"}  # in the tables, in none of the figures
-SUBSETS = {
-    "cluster_adaptive": "celltype_reweighted",
-    "spikein10pct": "spikein_10",
-    "spikein50pct": "spikein_50",
-}  # names of strategies in the diversity tables
+# Names of strategies in the diversity tables.
+SUBSETS = {"cluster_adaptive": "celltype_reweighted", "spikein10pct": "spikein_10", "spikein50pct": "spikein_50"}
 
 
 def results(*, in_figures: bool = True) -> pd.DataFrame:
@@ -64,9 +61,8 @@ def beside(random: pd.DataFrame) -> pd.DataFrame:
     `published`), model, dataset, n_cells and error, means over seeds.
     """
     published = select(results(), task="zeroshot_classification", metric="micro_f1", strategy="random")
-    published = mean_over_splits(published)
     tables = []
-    for name, rows in {"this corpus": random, "published": published}.items():
+    for name, rows in {"this corpus": random, "published": mean_over_splits(published)}.items():
         keys = ["model", "dataset", "percentage"]
         means = rows[rows["percentage"] > 0].groupby(keys)[["n_cells", "value"]].mean().reset_index()
         tables.append(means.assign(study=name, error=1 - means["value"])[["study", *keys[:2], "n_cells", "error"]])

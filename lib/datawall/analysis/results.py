@@ -22,10 +22,6 @@ KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are k
 ALL_COLUMNS = [*COLUMNS, *KNOWN, "budget"]  # the share of a model's steps
 OF_A_TYPE = r"(?s)^(?P<metric>f1|support)\[(?P<cell_type>.*)\]\Z"  # metrics of one cell type
 PER_CLASS = [*RUN[:-1], "split", "cell_type", "f1", "low", "high", "chance", "support"]
-AGAINST = [
-    *("task", "dataset", "model", "strategy", "percentage", "value", "baseline", "baseline_value", "difference"),
-    *("low", "high", "verdict"),
-]
 CHECKSUMS = "results.sha256"  # of the tables' files
 PARAMETERS = "results.json"  # of the study that the tables are of
 BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
@@ -231,10 +227,8 @@ def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) 
 
 def rank_correlations(both: pd.DataFrame) -> pd.Series:
     """Spearman's correlation over runs of the two columns of `loss_and_score`, by model."""
-    tables = both.groupby("model")
-    return pd.Series(
-        {name: runs["explained"].corr(runs["score"], method="spearman") for name, runs in tables}, dtype=float
-    )
+    rho = {model: runs["explained"].corr(runs["score"], method="spearman") for model, runs in both.groupby("model")}
+    return pd.Series(rho, dtype=float)
 
 
 def against_baselines(
@@ -273,7 +267,8 @@ def against_baselines(
             means = runs["value"].mean(), best, baseline["value"].mean(), np.nanmean(gap)
             verdict = _verdict(sign * low, sign * high, one_seed=len(gap) == 1 and strategy != CHECKPOINT)
             table.append((task, dataset, model, strategy, percentage, *means, low, high, verdict))
-    return pd.DataFrame(table, columns=AGAINST)
+    columns = ["task", "dataset", "model", "strategy", "percentage", "value", "baseline", "baseline_value"]
+    return pd.DataFrame(table, columns=[*columns, "difference", "low", "high", "verdict"])
 
 
 @cache

@@ -20,7 +20,6 @@ EXACT = 1e-12  # differences below this are rounding
 PLATEAU, IMPROVING, UNDECIDED = "plateau", "still improving", "undecided"
 LIMITED = "budget-limited"  # twice the steps still change the score by more than the margin (`verdicts`)
 
-
 type Runs = list[np.ndarray]  # of each size, (..., n_runs); the axes before the runs are resamples
 
 
@@ -88,7 +87,8 @@ def saturation_points(
         drawn = _points([resampled(curve, n_resamples) for curve in curves], curves, rule, margin, alpha)
         for row, curve in enumerate(curves):
             if min(map(len, curve.runs)) > 1:
-                table.loc[row, ["low", "high"]] = _interval(drawn[row], points[row], alpha)
+                low, high = np.quantile(drawn[row], [alpha / 2, 1 - alpha / 2], method="inverted_cdf")
+                table.loc[row, ["low", "high"]] = min(low, points[row]), max(high, points[row])
     table = table.replace(np.inf, np.nan)
     if rule == "equivalence":
         table["margin"] = [float(margin_of(curve, margin)) for curve in curves]
@@ -110,10 +110,8 @@ def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
 def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.DataFrame:
     """`saturation_points` by each rule, named in the column rule; the margin is that of equivalence."""
     margins = dict.fromkeys(RULES) | {"equivalence": margin}
-    return pd.concat(
-        saturation_points(results, metric, rule=rule, margin=of_rule).assign(rule=rule)
-        for rule, of_rule in margins.items()
-    )
+    tables = (saturation_points(results, metric, rule=rule, margin=margins[rule]).assign(rule=rule) for rule in RULES)
+    return pd.concat(tables)
 
 
 def verdicts(
@@ -274,9 +272,3 @@ def _equivalent(runs: list[Runs], curves: list[Curve], margin: float | None, alp
     ends = np.cumsum([p.shape[-1] for p in p_values])
     equivalent = np.split(adjusted <= alpha, ends[:-1], axis=-1)
     return [np.flip(np.logical_and.accumulate(np.flip(sizes, -1), axis=-1), -1) for sizes in equivalent]
-
-
-def _interval(drawn: np.ndarray, point: float, alpha: float) -> tuple[float, float]:
-    """Percentile interval of resampled points, widened to hold the point; bounds may be infinite."""
-    low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2], method="inverted_cdf")
-    return min(low, point), max(high, point)

@@ -1,13 +1,16 @@
-"""Scaling curves: error against number of cells, and what the next doubling of the corpus would be worth."""
+"""Scaling curves: error against number of cells, what the next doubling is worth, what small runs tell of large."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from datawall.analysis import saturation
+from datawall.analysis.results import mean_over_splits, select
 from datawall.analysis.saturation import EXACT, IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, as_error, curves_of
 
 CONSTANT, POWER, EXPONENTIAL = "constant", "power law", "exponential"
@@ -15,11 +18,9 @@ CHANGING = (POWER, EXPONENTIAL)
 FAMILIES = (CONSTANT, *CHANGING)
 SHAPES = {POWER: (0.02, 3.0), EXPONENTIAL: (0.003, 3.0)}  # exponents, and decays in units of the largest size
 COARSE, FINE, ROUNDS = 24, 7, 5  # shapes tried at first, and in each of the later rounds
-N_PARAMETERS = {CONSTANT: 1, POWER: 3, EXPONENTIAL: 3}
 WORTH = 0.01  # share of the error that a doubling must remove to be worth it, by default
 NUMBERS = [f"{name}{end}" for name in ("exponent", "irreducible", "gain") for end in ("", "_low", "_high")]
 MIN_SIZES = 4  # one more than a curve has parameters
-ENDS = [(1 - 0.95) / 2, (1 + 0.95) / 2]  # quantiles of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def _given_shape(x: np.ndarray, error: np.ndarray, weight: np.ndarray) -> tuple[
     error = error[..., None, :]
     x_mean, mean = np.average(x, axis=-1, weights=weight), np.average(error, axis=-1, weights=weight)
     centred = x - x_mean[..., None]
-    excess = (weight * centred * error).sum(-1) / (weight * centred**2).sum(-1)
-    excess = np.maximum(excess, 0)
+    excess = np.maximum((weight * centred * error).sum(-1) / (weight * centred**2).sum(-1), 0)
     floor = mean - excess * x_mean
     through_zero = np.maximum((weight * x * error).sum(-1) / (weight * x**2).sum(-1), 0)
     excess, floor = np.where(floor < 0, through_zero, excess), np.maximum(floor, 0)
@@ -86,7 +86,7 @@ def _given_shape(x: np.ndarray, error: np.ndarray, weight: np.ndarray) -> tuple[
 def aicc(fitted: Fit, within: float, n_runs: int) -> np.ndarray:
     """Akaike's criterion of Gaussian errors, corrected for few runs (Hurvich and Tsai 1989, Biometrika 76:297)."""
     # `within` is the weighted sum of squares of the runs around their sizes' means.
-    k = N_PARAMETERS[fitted.family] + 1  # and the variance
+    k = (1 if fitted.family == CONSTANT else 3) + 1  # parameters, and the variance
     likelihood = n_runs * np.log(np.maximum(fitted.loss + within, EXACT) / n_runs)
     return likelihood + 2 * k + 2 * k * (k + 1) / (n_runs - k - 1)
 
@@ -179,16 +179,13 @@ def scaling_curves(
             rows.append(row | {"margin": limit, "verdict": UNDECIDED, "reason": problem})
             continue
         scaling = scale(curve, n_resamples)
-        gain, gains = scaling.gain()
         power, powers = scaling.fits[POWER], scaling.drawn[POWER]
         row["curve"] = scaling.best
-        for name, point, drawn in (
-            ("exponent", power.shape, powers.shape),
-            ("irreducible", power.floor, powers.floor),
-            ("gain", gain, gains),
-        ):
-            low, high = np.quantile(drawn, ENDS)
-            row |= {name: float(point), f"{name}_low": min(low, point), f"{name}_high": max(high, point)}
+        told = {"exponent": (power.shape, powers.shape), "irreducible": (power.floor, powers.floor)}
+        told["gain"] = scaling.gain()
+        for name, (point, drawn) in told.items():
+            low, high = interval(drawn, point)
+            row |= {name: float(point), f"{name}_low": low, f"{name}_high": high}
         for family in FAMILIES:
             row[f"aicc_{family.replace(' ', '_')}"] = scaling.criteria[family] - scaling.criteria[scaling.best]
             row[f"left_out_{family.replace(' ', '_')}"] = scaling.left_out[family]
@@ -209,8 +206,7 @@ def predictions(results: pd.DataFrame, metric: str, *, confidence: float = 0.95)
         scaling = scale(curve, 300)
         n = np.geomspace(scaling.n[0], 4, 60)
         point, drawn = scaling.predict(n)
-        low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-        low, high = np.minimum(low, point), np.maximum(high, point)
+        low, high = interval(drawn, point, confidence)
         common = dict(zip(KEY, curve.key, strict=True)) | {"curve": scaling.best, "n_cells": n * curve.n_cells.max()}
         tables.append(pd.DataFrame(common | {"error": point, "low": low, "high": high}))
     columns = [*KEY, "curve", "n_cells", "error", "low", "high"]
@@ -224,6 +220,12 @@ def unfit(curve: Curve) -> str:
     return "a size with a single run; the spread takes at least two" if min(map(len, curve.runs)) < 2 else ""
 
 
+def interval(drawn: np.ndarray, point: float | np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval over the first axis of what was drawn, widened to hold the point."""
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return np.minimum(low, point), np.maximum(high, point)
+
+
 def judge(low: float, high: float, margin: float) -> tuple[str, str]:
     """The verdict on a predicted gain between two bounds, and its reason."""
     if high <= margin:
@@ -235,3 +237,80 @@ def judge(low: float, high: float, margin: float) -> tuple[str, str]:
 
 def _basis(family: str, n: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return n**-shape if family == POWER else np.exp(-n / shape)
+
+
+def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFrame:
+    """The error at the full corpus as foretold by curves that are fitted to sizes of at most `up_to` per cent alone.
+
+    The interval is of the bootstrap of `scale`, with as much noise added to each draw as the mean at the full corpus
+    has. Curves of fewer than three such sizes are left out. The columns are model, strategy, task, dataset, error (mean
+    at the full corpus), last (at the largest size that was fitted: the forecast of whoever carries it forward),
+    foretold, low, high.
+    """
+    rows = []
+    for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
+        few, (*smaller, full) = curve.percentages <= up_to, curve.runs
+        if curve.percentages[-1] != 100 or few.all() or few.sum() < 3 or min(map(len, curve.runs)) < 2:
+            continue
+        small = Curve(curve.key, curve.percentages[few], curve.n_cells[few], smaller[: few.sum()], borrowed=False)
+        point, drawn = scale(small, 200).predict(np.array([curve.n_cells[-1] / small.n_cells[-1]]))
+        noise = np.random.default_rng(0).standard_t(len(full) - 1, 200) * full.std(ddof=1) / len(full) ** 0.5
+        low, high = np.quantile(drawn[:, 0] + noise, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+        rows.append((*curve.key, full.mean(), small.runs[-1].mean(), float(point[0]), low, high))
+    return pd.DataFrame(rows, columns=[*KEY, "error", "last", "foretold", "low", "high"])
+
+
+def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
+    """How often two models, or two strategies, are ordered at a small size as at the largest that has pairs.
+
+    Pairs are of what `by` says, `model` or `strategy`, with all else equal. The columns are percentage, pairs and same
+    (share that is ordered alike, by means over seeds). The last row is of the largest size against itself, by halves of
+    its seeds: what it would say if it were run again.
+    """
+    runs = saturation.pretrained(mean_over_splits(select(results, metric=metric)))
+    where = [name for name in ("task", "dataset", "model", "strategy") if name != by]
+    means = runs.pivot_table(index=[*where, "percentage"], columns=by, values="value")
+    means = means[means.notna().sum(axis=1) > 1]
+    largest = means.index.get_level_values("percentage").max()
+    at = {size: rows.droplevel("percentage") for size, rows in means.groupby("percentage")}
+    rows = [(size, *_alike(table, at[largest])) for size, table in at.items() if size != largest]
+    again = runs[runs["percentage"] == largest].assign(half=lambda table: table.groupby([*where, by]).cumcount())
+    halves = []
+    for some in combinations(range(n := int(again["half"].max()) + 1), n // 2):
+        half = again["half"].isin(some)
+        tables = (part.pivot_table(index=where, columns=by, values="value") for part in (again[half], again[~half]))
+        halves.append(_alike(*tables))
+    rows.append((largest, halves[0][0], float(np.mean([same for _, same in halves]))))
+    return pd.DataFrame(rows, columns=["percentage", "pairs", "same"])
+
+
+def _alike(some: pd.DataFrame, others: pd.DataFrame) -> tuple[int, float]:
+    """Number of pairs of columns that both tables compare, over rows, and the share that they order alike."""
+    some, others = some.align(others, join="inner")
+    pairs = combinations(some.columns, 2)
+    signs = pd.concat(np.sign(some[a] - some[b]) * np.sign(others[a] - others[b]) for a, b in pairs).dropna()
+    # 1 where both agree, 0 for a draw
+    return len(signs), float((signs > 0).mean() + (signs == 0).mean() / 2)
+
+
+def signal_to_noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """How much more the means of a curve's sizes differ than seeds do, beside what noise alone gives.
+
+    The columns are model, strategy, task, dataset, ratio (range of the sizes' means over the mean standard deviation
+    over seeds) and noise (the ratio's expectation where no size differs, by simulation of normal noise).
+    """
+    rows, known = [], {}
+    for curve in curves_of(results, metric):
+        shape = tuple(map(len, curve.runs[: curve.n_own]))
+        if len(shape) > 1 and min(shape) > 1:
+            if shape not in known:
+                rng = np.random.default_rng(0)
+                known[shape] = _ratio([rng.standard_normal((4000, n)) for n in shape]).mean()
+            rows.append((*curve.key, _ratio(curve.runs[: curve.n_own]), known[shape]))
+    return pd.DataFrame(rows, columns=[*KEY, "ratio", "noise"])
+
+
+def _ratio(runs: list[np.ndarray]) -> np.ndarray:
+    """Range of the sizes' means over the mean spread of their runs, the last axis."""
+    means, spreads = [size.mean(axis=-1) for size in runs], [size.std(axis=-1, ddof=1) for size in runs]
+    return np.ptp(means, axis=0) / np.mean(spreads, axis=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -9,7 +11,7 @@ from scipy import stats
 from datawall import tasks
 from datawall.analysis import power, results, saturation
 from datawall.analysis.results import BASELINE, select
-from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
+from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED, Curve
 
 VERDICTS = (PLATEAU, IMPROVING, LIMITED, UNDECIDED)
 AGAINST = {"win": "above", "tie": "level with", "loss": "below"}
@@ -93,9 +95,7 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _verdict(
-    plateau: dict[str, float | str], more: pd.DataFrame, curve: saturation.Curve, margin: float | None
-) -> dict[str, float | str]:
+def _verdict(plateau: dict[str, Any], more: pd.DataFrame, curve: Curve, margin: float | None) -> dict[str, Any]:
     """Plateau, verdict, and what would decide it; `more` are the sizes at which twice the steps gain."""
     if len(more):
         best = more.loc[more["change"].idxmax()]
@@ -108,7 +108,7 @@ def _verdict(
     return {"plateau": plateau["percentage"], "verdict": plateau["verdict"], "decides": decides}
 
 
-def _gain(curve: saturation.Curve) -> dict[str, float]:
+def _gain(curve: Curve) -> dict[str, float]:
     """What the full corpus gains over the largest subset of at most half of it, and the spread over seeds."""
     spread = float(np.sqrt(np.mean([runs.var(ddof=1) for runs in curve.runs if len(runs) > 1] or [np.nan])))
     half = np.flatnonzero(curve.percentages <= 50)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
-    from nbformat import NotebookNode
 
 
-@dataclass
 class Notebook:
     """A notebook as it was executed."""
 
-    name: str
-    node: NotebookNode = field(repr=False)
+    def __init__(self, path: Path) -> None:
+        import nbformat
+
+        self.name, self.node = path.stem, nbformat.read(path, as_version=4)
 
     @cached_property
     def opening(self) -> list[str]:
@@ -53,13 +52,6 @@ class Notebook:
                     output.metadata["image/png"] = {"alt": f"Figure: {heading}"}
         body, _ = _exporter().from_notebook_node(self.node)
         return Markup(re.sub(r'(href="\w+)\.ipynb', r"\1.html", body))  # noqa: S704 - cleaned
-
-
-def read(path: Path) -> Notebook:
-    """An executed notebook."""
-    import nbformat
-
-    return Notebook(path.stem, nbformat.read(path, as_version=4))
 
 
 @cache

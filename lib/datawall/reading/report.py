@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, cached_property
@@ -63,14 +63,8 @@ class Table:
 def write(run_dir: str | Path) -> Path:
     """Write the report of a run (`runs/quick`, say) into its folder, in place of an earlier one.
 
-    Of a run that is not complete it has what there is. Returns the path of its first page.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no study.
-    ValueError
-        If its results are damaged.
+    Of a run that is not complete it has what there is. Returns the path of its first page. Raises FileNotFoundError if
+    the folder holds no study, ValueError if its results are damaged.
     """
     return Site(open_study(str(run_dir))).write()
 
@@ -96,7 +90,7 @@ class Site:
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
         sources = {made.key: made for each in scored for made in provenance.upstream(each, self.artifacts)}
         self.made = _in_order([*sources.values(), *scored])  # all that the results are made from
-        self.notebooks = [notebooks.read(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
+        self.notebooks = [notebooks.Notebook(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
         self.changes = changes(params.read(paths.repository() / "params" / f"{DEFAULT}.yaml"), study.params)
         figures = study.folder / "figures"
         self.figures = sorted(path.stem for path in figures.glob("*.svg"))
@@ -184,11 +178,11 @@ class Site:
         rows = [
             [
                 Cell(_label_parts(row.what)),
-                _number(row.n, "{:,.0f}"),
-                _time(row.seconds),
-                _time(row.longest),
-                _number(row.memory_mib, "{:,.0f}"),
-                _number(row.n_bytes / 1e6, "{:,.1f}"),
+                _number(row.n, "{:,.0f}".format),
+                _number(row.seconds, provenance.duration),
+                _number(row.longest, provenance.duration),
+                _number(row.memory_mib, "{:,.0f}".format),
+                _number(row.n_bytes / 1e6, "{:,.1f}".format),
                 Cell(row.device),
             ]
             for row in provenance.costs(self.made).itertuples()
@@ -208,11 +202,11 @@ class Site:
             [
                 Cell(row["model"], href=f"artifacts/{row['run_id']}.html" if row["run_id"] in self.artifacts else None),
                 Cell(labels.label(row["strategy"])),
-                _number(row["percentage"], "{:g}"),
-                _number(row["seed"], "{:g}") if row["seed"] >= 0 else Cell("", sort=-1),
-                _number(row["n_cells"], "{:,.0f}"),
+                _number(row["percentage"], "{:g}".format),
+                _number(row["seed"], "{:g}".format) if row["seed"] >= 0 else Cell("", sort=-1),
+                _number(row["n_cells"], "{:,.0f}".format),
                 Cell(labels.label(row["dataset"])),
-                *(_number(row[metric], "{:.3f}") for metric in metrics),
+                *(_number(row[metric], "{:.3f}".format) for metric in metrics),
             ]
             for row in wide.join(ids).reset_index().to_dict("records")
         ]
@@ -227,9 +221,9 @@ class Site:
             row = [
                 Cell(made.key, href=f"artifacts/{made.key}.html"),
                 Cell(about(made)),
-                _time(made.made.get("seconds")),
-                _number(made.made.get("peak_memory_mib"), "{:,.0f}"),
-                _number(made.n_bytes / 1e6, "{:,.2f}"),
+                _number(made.made.get("seconds"), provenance.duration),
+                _number(made.made.get("peak_memory_mib"), "{:,.0f}".format),
+                _number(made.n_bytes / 1e6, "{:,.2f}".format),
             ]
             rows.setdefault(made.kind, []).append(row)
         head = ["key", "made from", "time", "peak memory (MiB)", "disk (MB)"]
@@ -244,7 +238,7 @@ class Site:
         values = self._values[artifact.key]
         splits = list(dict.fromkeys(split for by_split in values.values() for split in by_split))
         rows = [
-            [Cell(labels.label(metric)), *(_number(by_split.get(split), "{:.4f}") for split in splits)]
+            [Cell(labels.label(metric)), *(_number(by_split.get(split), "{:.4f}".format) for split in splits)]
             for metric, by_split in sorted(values.items())
         ]
         table = Table("Metrics by split", ["metric", *splits], rows)
@@ -275,13 +269,9 @@ def _label_parts(label: str) -> str:
     return ": ".join(labels.label(part) for part in label.split(": "))
 
 
-def _number(value: float | None, form: str) -> Cell:
+def _number(value: float | None, text: Callable[[float], str]) -> Cell:
     """A number to show and sort by; an empty cell if there is none."""
-    return Cell("") if value is None or pd.isna(value) else Cell(form.format(value), sort=float(value))
-
-
-def _time(seconds: float | None) -> Cell:
-    return Cell(provenance.duration(seconds), sort=seconds)
+    return Cell("") if value is None or pd.isna(value) else Cell(text(value), sort=float(value))
 
 
 def _text(value: Any) -> str:

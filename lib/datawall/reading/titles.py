@@ -43,12 +43,8 @@ def learning_curves(results: pd.DataFrame, metric: str) -> str:
 def per_class_curves(means: pd.DataFrame, ends: dict[str, dict[str, list[str]]]) -> str:
     """What cell types gain from the smallest to the largest size, mean over models.
 
-    Parameters
-    ----------
-    means
-        F1 by dataset, metric (the type), model, seed and percentage, in the column value.
-    ends
-        By data set, and by the word for them, some types.
+    The column value of `means` is F1, by dataset, metric (the type), model, seed and percentage; `ends` has types by
+    data set, and by the word for them.
     """
     table = means[means["percentage"] > 0].pivot_table("value", ["dataset", "metric"], "percentage")
     grown, end = table.shape[1] > 1, f"{table.columns[-1]:g} % of the corpus"

@@ -65,12 +65,7 @@ def _wrong(place: Path) -> list[str]:
 def why(folder: Path, key: str) -> str:
     """What made an artifact of a run folder, what has changed since, and what else would be made again with it.
 
-    The key, such as a `run_id` of the results, may be shortened.
-
-    Raises
-    ------
-    ValueError
-        If no artifact has that key, or more than one.
+    The key, such as a `run_id` of the results, may be shortened. Raises ValueError if not exactly one artifact has it.
     """
     places = _places(folder)
     matching = [name for name in places if name.startswith(key)]
@@ -116,7 +111,7 @@ def _fate(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
     lines = [
         f"  the code of {', '.join(changed)}, which made {made.kind} {made.key}"
         for made in [artifact, *provenance.upstream(artifact, artifacts)]
-        if (changed := _changed(made))
+        if (changed := [name for name, before in made.code.items() if _differs(name, before)])
     ]
     if lines:
         lines.insert(0, "changed since, so that a run makes it again, under another key:")
@@ -126,13 +121,9 @@ def _fate(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
     return [*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."]
 
 
-def _changed(artifact: Made) -> list[str]:
-    """Modules whose code is no longer what made an artifact."""
-    return [
-        name
-        for name, before in artifact.code.items()
-        if name.partition(":")[0] not in code.SOURCES or code.code_version(name) != before
-    ]
+def _differs(name: str, before: str) -> bool:
+    """Whether the code of a module is no longer what it was."""
+    return name.partition(":")[0] not in code.SOURCES or code.code_version(name) != before
 
 
 def _counted(made: list[Made]) -> str:

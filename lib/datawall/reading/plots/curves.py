@@ -151,15 +151,8 @@ def spike_ins(results: pd.DataFrame, metric: str) -> Figure:
 def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
     """F1 of the commonest and the rarest cell types against the subset's size: columns are models, rows data sets.
 
-    Random subsets, means over splits and seeds; dark lines are common types, light ones rare. The number after a type
-    is of its test cells.
-
-    Parameters
-    ----------
-    per_class
-        The table `per_class` of a study (`results.read_results`), of one task.
-    n_types
-        Types from either end to draw.
+    From the table `per_class` of a study, of one task. Random subsets, means over splits and seeds; dark lines are
+    `n_types` common types, light ones as many rare. The number after a type is of its test cells.
     """
     shown = mean_over_splits(per_class.assign(metric=per_class["cell_type"], value=per_class["f1"]))
     shown = shown[shown["strategy"].isin(["random", "untrained"])]
@@ -226,9 +219,8 @@ def budgets(table: pd.DataFrame) -> Figure:
         for model, axis in zip(models, row, strict=True):
             for check in select(table, task=task, dataset=dataset, model=model).to_dict("records"):
                 scores, size = [check["half"], check["once"], check["twice"]], check["percentage"]
-                axis.plot(
-                    [0.5, 1, 2], scores, "-o", markersize=4, color=colours[size], label=f"{size:g} % of the corpus"
-                )
+                line = {"color": colours[size], "label": f"{size:g} % of the corpus"}
+                axis.plot([0.5, 1, 2], scores, "-o", markersize=4, **line)
             axis.set_xscale("log")
             axis.set_xticks([0.5, 1, 2], ["half", "once", "twice"])
             axis.minorticks_off()

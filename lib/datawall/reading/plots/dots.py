@@ -41,9 +41,7 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
         axis.axvspan(170, 530, color="0.93", linewidth=0)
         shown = select(points, dataset=dataset).fillna({"low": NEVER, "high": NEVER, "percentage": NEVER})
         _dots(axis, models, shown, "rule", "percentage", RULES)
-        style.size_axis(
-            axis, pd.concat([points[["percentage"]], points[["high"]].set_axis(["percentage"], axis=1)]).dropna()
-        )
+        style.size_axis(axis, pd.DataFrame({"percentage": points[["percentage", "high"]].to_numpy().ravel()}).dropna())
         ticks = [tick.get_text() for tick in axis.get_xticklabels()]
         axis.set_xticks([*axis.get_xticks(), NEVER], [*ticks, "none"])
         axis.set(xlim=(0.6, 530), xlabel="% of the corpus", title=drawn(dataset).replace("-\n", ""))
@@ -159,9 +157,7 @@ def _model_axis(axis: plt.Axes, models: list[str], *, first: bool) -> None:
         axis.axhline(edge, color="0.9", linewidth=1, zorder=0)
 
 
-def _dots(
-    axis: plt.Axes, models: list[str], table: pd.DataFrame, by: str, value: str, marks: dict[str, tuple[Any, str]]
-) -> None:
+def _dots(axis: plt.Axes, models: list[str], table: pd.DataFrame, by: str, value: str, marks: dict[str, Any]) -> None:
     """In the row of each model, a dot for each of what the table is divided by, and the line from `low` to `high`."""
     for offset, (name, (colour, marker)) in zip(np.linspace(-0.25, 0.25, len(marks)), marks.items(), strict=True):
         shown = select(table, **{by: name}).set_index("model").reindex(models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,7 @@ def save(figure: Figure, name: str, table: pd.DataFrame, folder: Path) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # it is laid out, and would be again for each file
     for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-        disk.write_atomically(
-            folder / f"{name}.{suffix}",
-            lambda path, suffix=suffix, metadata=metadata: figure.savefig(path, format=suffix, metadata=metadata),
-        )
+        disk.write_atomically(folder / f"{name}.{suffix}", partial(figure.savefig, format=suffix, metadata=metadata))
     disk.write_atomically(folder / f"{name}.csv", lambda path: table.to_csv(path, index=False))
 
 
