@@ -14,8 +14,10 @@ import locale
 import logging
 import os
 import sys
+import threading
 import time
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,7 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
     """Execute the notebooks of stages in turn, then write the report; returns the command's exit status."""
     study.write_params()
     _write_notebooks_whole()
+    threading.Thread(target=import_module, args=("datawall.reading.report",), daemon=True).start()  # ready at the end
     left_out = [number for number in stages if number in TASKS and TASKS[number] not in study.params.tasks]
     for number in left_out:
         print(f"{_stage(number)}: left out, {TASKS[number]} is not among the study's tasks")

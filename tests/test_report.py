@@ -68,8 +68,10 @@ def run(tmp_path_factory):
         rows += [[*of, "macro_f1", value / 2, f"{EVIL} held out", key]]
     for name, value in {"PCA": 0.8, "HVG": 0.3}.items():
         key = add("evaluation", {"task": "zeroshot_classification", "baseline": name, "dataset": split})
-        of = ["small", name, "baseline", 0.0, -1, 0, *WHERE]
-        rows += [[*of, "micro_f1", value, f"cells {split}", key] for split in (0, 1)]
+        # Rows of chance carry a baseline's `run_id`.
+        for model, level in ([("Chance", 0.1)] if name == "HVG" else []) + [(name, value)]:
+            of = ["small", model, "baseline", 0.0, -1, 0, *WHERE]
+            rows += [[*of, "micro_f1", level, f"cells {split}", key] for split in (0, 1)]
     table = pd.DataFrame(rows, columns=results.COLUMNS)
     intervals = table.assign(low=table["value"] - 0.01, high=table["value"] + 0.01, chance=0.1, ceiling=np.nan)
     parameters = open_study(str(folder)).params.model_dump(mode="json")
@@ -183,16 +185,18 @@ def test_markup_in_names_is_shown_and_never_becomes_markup(run):
 def test_every_number_is_one_click_from_what_it_was_made_from(run):
     table = Page(run / "report" / "results_zeroshot_classification.html")
     ids = results.read_results(run)["run_id"].unique()
-    assert {f"artifacts/{key}.html" for key in ids} <= set(table.links)
+    assert {f"artifacts/{key[:2]}.html#{key}" for key in ids} <= set(table.links)
     artifacts = provenance.read(run / "store")
     for key in ids:
-        page = Page(run / "report" / "artifacts" / f"{key}.html")
+        page = Page(run / "report" / "artifacts" / f"{key[:2]}.html")
         text = "".join(page.text)
+        assert key in page.ids
+        assert "Chance, " not in text
         manifest = json.loads((run / "store" / "evaluation" / key / "manifest.json").read_text())
         assert manifest["files"]["content.json"] in text
         assert manifest["made"]["versions"]["numpy"] in text
         behind = {one.key for one in provenance.upstream(artifacts[key], artifacts)}
-        assert {f"{one}.html" for one in behind} <= set(page.links)
+        assert {f"../artifacts/{one[:2]}.html#{one}" for one in behind} <= set(page.links)
 
 
 def test_upstream_follows_records_to_the_corpus(run):
@@ -346,7 +350,7 @@ def test_page_is_accessible_and_fits_the_screen(name, width, run, opened):
     from axe_playwright_python.sync_playwright import Axe
 
     if name == "artifact":
-        name = f"artifacts/{results.read_results(run)['run_id'].iloc[0]}.html"
+        name = f"artifacts/{results.read_results(run)['run_id'].iloc[0][:2]}.html"
     page = opened(name, width)
     found = Axe().run(page, options={"preload": False}).response["violations"]
     assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
@@ -393,8 +397,8 @@ def test_a_reader_clicks_from_the_verdict_to_the_corpus(opened):
     page = opened("index.html")
     page.get_by_role("link", name="zero-shot classification").first.click()
     page.locator("tbody a").first.click()
-    page.get_by_role("row", name="corpus").get_by_role("link").click()
-    assert page.locator("h1").inner_text().startswith("corpus")
+    page.locator("section:target").get_by_role("row", name="corpus").get_by_role("link").click()
+    assert page.locator("section:target h2").inner_text().startswith("corpus")
     assert EVIL in page.locator("main").inner_text()
 
 
@@ -402,7 +406,7 @@ def test_page_reads_without_scripts(run, chromium):
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto((run / "report" / "results_zeroshot_classification.html").as_uri())
-    assert page.locator("tbody tr").count() == 14
+    assert page.locator("tbody tr").count() == 15
     context.close()
 
 

@@ -160,7 +160,8 @@ def damage(folder: Path) -> list[str]:
 
 def _files(folder: Path) -> list[str]:
     """Names of the files of an artifact, but for its manifest, in order."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    root = os.path.join(folder, "")
+    names = (os.path.join(at, name).removeprefix(root) for at, _, inside in os.walk(folder) for name in inside)
     return sorted(name for name in names if name != MANIFEST)
 
 

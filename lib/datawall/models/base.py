@@ -21,7 +21,7 @@ from datawall.models import streaming, training
 from datawall.models.hyperparameters import Hyperparameters, check
 
 CONFIG, TENSORS = "model.json", "model.safetensors"
-HELD_OUT = 500  # cells at most that choose the best weights
+HELD_OUT = 250  # cells at most that choose the best weights
 LOOKS = 10  # at their loss in the budget, at least
 
 
@@ -212,7 +212,7 @@ def hold_out(
 ) -> tuple[np.ndarray, Callable[[], float] | None]:
     """Divide rows of a subset into those to train on and, with `keep="best"`, those that choose the weights to keep.
 
-    The latter are a tenth, at least one cell and at most 500, drawn by the seed; a subset of one cell serves as both.
+    The latter are a tenth, at least one cell and at most 250, drawn by the seed; a subset of one cell serves as both.
 
     Returns
     -------

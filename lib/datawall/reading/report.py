@@ -80,9 +80,10 @@ class Site:
             else pd.DataFrame(columns=results.ALL_COLUMNS)
             for table in ("results", "intervals")
         )
-        self._runs = self.results.drop_duplicates("run_id").set_index("run_id")
+        own = self.results[self.results["model"] != results.CHANCE]  # rows of chance carry another's `run_id`
+        self._runs = own.drop_duplicates("run_id").set_index("run_id")
         self._values: dict[str, dict[str, dict[str, float]]] = {}  # of a run by metric and split
-        columns = (self.results[name] for name in ("run_id", "metric", "split", "value"))
+        columns = (own[name] for name in ("run_id", "metric", "split", "value"))
         for run_id, metric, split, value in zip(*columns, strict=True):
             self._values.setdefault(run_id, {}).setdefault(metric, {})[split] = value
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
@@ -149,9 +150,11 @@ class Site:
             page = self._page("notebook", notebook.opening[0], "../", **content, before=before, after=after)
             yield f"notebooks/{notebook.name}.html", page
         yield "provenance.html", self._page("provenance", "Provenance", tables=self._provenance())
+        pages: dict[str, list[dict[str, Any]]] = {}
         for made in self.made:
-            page = self._page("artifact", _label_parts(made.label), "../", **self._artifact(made))
-            yield f"artifacts/{made.key}.html", page
+            pages.setdefault(_link(made.key).partition("#")[0], []).append(self._artifact(made))
+        for name, artifacts in pages.items():
+            yield name, self._page("artifacts", "Artifacts", "../", artifacts=artifacts)
 
     def _page(self, template: str, title: str, root: str = "", **content: Any) -> str:
         page = _environment().get_template(f"{template}.html.j2")
@@ -200,7 +203,7 @@ class Site:
         wide = means.pivot_table(index=run, columns="metric", values="value")[metrics]
         rows = [
             [
-                Cell(row["model"], href=f"artifacts/{row['run_id']}.html" if row["run_id"] in self.artifacts else None),
+                Cell(row["model"], href=_link(row["run_id"]) if row["run_id"] in self.artifacts else None),
                 Cell(labels.label(row["strategy"])),
                 _number(row["percentage"], "{:g}".format),
                 _number(row["seed"], "{:g}".format) if row["seed"] >= 0 else Cell("", sort=-1),
@@ -219,7 +222,7 @@ class Site:
         rows = {}
         for made in self.made:
             row = [
-                Cell(made.key, href=f"artifacts/{made.key}.html"),
+                Cell(made.key, href=_link(made.key)),
                 Cell(about(made)),
                 _number(made.made.get("seconds"), provenance.duration),
                 _number(made.made.get("peak_memory_mib"), "{:,.0f}".format),
@@ -232,7 +235,7 @@ class Site:
     def _artifact(self, artifact: Made) -> dict[str, Any]:
         """What an artifact was made from, and the metrics of an evaluation, a column per split."""
         sources = _in_order(provenance.upstream(artifact, self.artifacts))
-        content = {"one": artifact, "sources": sources, "keys": {source.key for source in sources}, "run": None}
+        content = {"one": artifact, "sources": sources, "keys_behind": {source.key for source in sources}, "run": None}
         if artifact.key not in self._values:
             return content
         values = self._values[artifact.key]
@@ -243,6 +246,11 @@ class Site:
         ]
         table = Table("Metrics by split", ["metric", *splits], rows)
         return content | {"run": self._runs.loc[artifact.key], "table": table}
+
+
+def _link(key: str) -> str:
+    """Page and place of an artifact: some share a page, since files by the thousand are slow."""
+    return f"artifacts/{key[:2]}.html#{key}"
 
 
 def changes(default: params.Params, other: params.Params) -> list[tuple[str, str, str]]:
@@ -301,7 +309,7 @@ def _environment() -> Any:
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
     environment.filters |= {"label": labels.label, "duration": provenance.duration}
-    environment.filters |= {"text": _text, "about": about, "what": _label_parts}
+    environment.filters |= {"text": _text, "about": about, "what": _label_parts, "link": _link}
     return environment
 
 
