@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import locale
 import logging
+import math
 import os
 import sys
 import threading
@@ -32,6 +33,7 @@ STAGES = {
     6: "06_perturbation_response",
     7: "07_figures",
 }
+BETWEEN_WRITES = 5.0  # seconds, of a notebook that is executed
 TASKS = {
     3: "zeroshot_classification",
     4: "zeroshot_integration",
@@ -258,7 +260,14 @@ def _overrides(given: list[str]) -> dict[str, Any]:
 
 
 def _write_notebooks_whole() -> None:
-    """Let papermill write a notebook, which it does after each cell, as all else is written: all of it, or nothing."""
+    """Let papermill write a notebook as all else is written, all of it or nothing, and every few seconds.
+
+    It writes before and after each cell, a tenth of the time of a run that finds everything made. The last cells are
+    written when the notebook ends or fails.
+    """
+    # jsonschema asks for it, and does without: it takes a second to build grammars of addresses, which no notebook has.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    from papermill.engines import NotebookExecutionManager
     from papermill.iorw import LocalHandler, papermill_io
 
     from datawall.engine import disk
@@ -268,6 +277,14 @@ def _write_notebooks_whole() -> None:
             disk.write_text(Path(path), text)
 
     papermill_io.register("/", Whole())  # of absolute paths
+    save, written = NotebookExecutionManager.save, {}
+
+    def save_seldom(manager: Any) -> None:
+        if time.monotonic() - written.get(manager.output_path, -math.inf) >= BETWEEN_WRITES:
+            save(manager)
+            written[manager.output_path] = time.monotonic()
+
+    NotebookExecutionManager.save = save_seldom
 
 
 def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:

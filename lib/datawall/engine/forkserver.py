@@ -80,6 +80,7 @@ def serve(number: int) -> None:
     # All of the library, so that no fork imports a module that was edited since, under the key of what it was then.
     for name in code.MODULES:
         import_module(name)
+    gc.set_threshold(10_000)  # at Python's 700, collections of the young cost a notebook time
     code.code_key()  # hashes that every fork would take a second for
     later = list(WHEN_IDLE)
     with _socket(number) as listener:
