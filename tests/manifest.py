@@ -98,12 +98,8 @@ def configuration():
         {"file": path.relative_to(ROOT).as_posix(), "comment": comment, "sha256": sha256(path.read_bytes())}
         for path, comment in files()
     ]
-    manifest.append(
-        {
-            "file": MANIFEST.relative_to(ROOT).as_posix(),
-            "comment": "every output of the notebooks, by cell, and whether a fresh run is compared with it",
-        }
-    )
+    comment = "every output of the notebooks, by cell, and whether a fresh run is compared with it"
+    manifest.append({"file": MANIFEST.relative_to(ROOT).as_posix(), "comment": comment})
     paper = {"title": citation["title"], "authors": [{"name": each["name"]} for each in citation["authors"]]}
     paper["reference-other"] = [f"https://doi.org/{citation['preferred-citation']['doi']}"]
     version = "https://codecheck.org.uk/spec/config/2.0/"

@@ -37,12 +37,9 @@ def test_conda_environment_adds_nothing_to_the_project():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, pip, of_pip = environment["dependencies"]
     assert python == f"python={(ROOT / '.python-version').read_text().strip()}"
+    assert PROJECT["requires-python"] == python.replace("python=", ">=")
     assert pip == "pip"
     assert of_pip == {"pip": ["-r requirements.lock", "--editable .[test]"]}
-
-
-def test_python_is_at_least_the_one_declared():
-    assert PROJECT["requires-python"] == f">={(ROOT / '.python-version').read_text().strip()}"
 
 
 def test_licences_are_listed_as_packages_state_them():
