@@ -17,12 +17,8 @@ import datawall as dw
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = os.environ.get("DATAWALL_TESTS") == "more"
-PART = [
-    "strategies=[random,celltype_reweighted]",
-    "percentages=[50,100]",
-    "tasks=[zeroshot_classification]",
-    "steps=10",
-]
+PART = ["strategies=[random,celltype_reweighted]", "percentages=[50,100]"]
+PART += ["tasks=[zeroshot_classification]", "steps=10"]
 SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
 STAGES = [] if FULL else ["--stages", "2,3"]
 STUDY = ["run_all.py", "params/tiny.yaml", *SETTINGS]
@@ -59,9 +55,8 @@ def processes(of):
             name, server = process.name(), process.ppid() == of.pid and "forkserver.serve(" in process.cmdline()[-1]
         except (psutil.Error, IndexError):
             continue
-        parts["server" if server else name.removeprefix("datawall ") if "datawall " in name else "other"].append(
-            process
-        )
+        part = "server" if server else name.removeprefix("datawall ") if "datawall " in name else "other"
+        parts[part].append(process)
     return parts
 
 
