@@ -1,0 +1,13 @@
+"""A small study of cells that come with scanpy; tests change what they are about."""
+
+from datawall.study import params
+from datawall.study.study import Study
+
+STUDY = {
+    "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [100], "seeds": [0],
+    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 1,
+}  # fmt: skip
+
+
+def small_study(folder, **changes):
+    return Study(params.check(STUDY | changes, "small.yaml"), folder)
