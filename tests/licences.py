@@ -39,10 +39,7 @@ FILES = {
     "lib/datawall/data/known_answer*": ("simulated by this project", "MIT"),
     "lib/datawall/data/labels.csv": ("written for this project", "MIT"),
     "lib/datawall/data/power.csv": ("simulated by this project", "MIT"),
-    "lib/datawall/data/published/*": (
-        "result tables of DenAdel et al. 2026, github.com/microsoft/scFM-dataselection",
-        "MIT",
-    ),
+    "lib/datawall/data/published/*": (STUDY, "MIT"),
     "lib/datawall/data/report/*": ("written for this project", "MIT"),
     "lib/datawall/data/sctab_*.csv": (SCTAB, "MIT"),
     "lib/datawall/data/study.yaml.j2": ("written for this project", "MIT"),
@@ -77,10 +74,8 @@ def licence(package):
 
 def data():
     """A line for each data set and file of data: what, where from, under which licence."""
-    named = [f"| {of.name} (doi {of.doi}) | {of.source} | {of.licence} |" for of in datasets.DATASETS.values()]
-    return "".join(
-        f"{line}\n" for line in [*named, *(f"| `{file}` | {of} | {by} |" for file, (of, by) in FILES.items())]
-    )
+    lines = [f"| {of.name} (doi {of.doi}) | {of.source} | {of.licence} |\n" for of in datasets.DATASETS.values()]
+    return "".join(lines + [f"| `{file}` | {of} | {by} |\n" for file, (of, by) in FILES.items()])
 
 
 if __name__ == "__main__":

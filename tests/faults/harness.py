@@ -23,9 +23,15 @@ PART = [
     "tasks=[zeroshot_classification]",
     "steps=10",
 ]
-SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
+
+
+def settings(*given):
+    """The words of a command that set keys."""
+    return [word for setting in given for word in ("--set", setting)]
+
+
 STAGES = [] if FULL else ["--stages", "2,3"]
-STUDY = ["run_all.py", "params/tiny.yaml", *SETTINGS]
+STUDY = ["run_all.py", "params/tiny.yaml", *settings("workers=2", *(() if FULL else PART))]
 SECONDS = 900  # for one command, on a busy machine
 
 
@@ -59,9 +65,8 @@ def processes(of):
             name, server = process.name(), process.ppid() == of.pid and "forkserver.serve(" in process.cmdline()[-1]
         except (psutil.Error, IndexError):
             continue
-        parts["server" if server else name.removeprefix("datawall ") if "datawall " in name else "other"].append(
-            process
-        )
+        part = "server" if server else name.removeprefix("datawall ") if "datawall " in name else "other"
+        parts[part].append(process)
     return parts
 
 
