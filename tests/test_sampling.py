@@ -229,10 +229,8 @@ def test_geometric_sketching_is_blind_to_constant_columns_shift_and_scale_and_re
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_geometric_sketching_refuses_scores_that_are_not_finite(value):
-    X = np.zeros((10, 2))
-    X[3, 1] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
-        sampling.geometric_sketching(X, 50, seed=0)
+        sampling.geometric_sketching(np.array([[0, 0], [0, value]]), 50, seed=0)
 
 
 @pytest.mark.parametrize("n_components", [1, 2, 10, 50])
@@ -292,9 +290,8 @@ def test_spike_ins_of_one_seed_are_nested_and_of_two_are_different():
     fewer_kept, more_perturbed = sampling.spike_in(500, 400, 50, seed=0)
     assert np.isin(fewer_kept, kept).all()
     assert np.isin(perturbed, more_perturbed).all()
-    other_kept, other_perturbed = sampling.spike_in(500, 400, 10, seed=1)
-    assert not np.array_equal(kept, other_kept)
-    assert not np.array_equal(perturbed, other_perturbed)
+    other = sampling.spike_in(500, 400, 10, seed=1)
+    assert not any(np.array_equal(*pair) for pair in zip((kept, perturbed), other, strict=True))
 
 
 def test_spike_in_names_what_cannot_be_done():

@@ -29,6 +29,7 @@ def test_made_once_and_found_again(tmp_path):
     found = Store(tmp_path).find_or_make(UNIT, refuse_to_make)
     assert found == made
     assert found.folder == tmp_path / "subset" / UNIT.key
+    assert Store(tmp_path).find(Unit("subset", UNIT.record | {"seed": 1}, UNIT.makers)) is None
     assert (found.folder / "note.txt").read_text() == "first\n"
 
 
@@ -42,14 +43,6 @@ def test_manifest_records_what_made_it(tmp_path):
     assert artifact.made["seconds"] >= 0
     assert artifact.made["peak_memory_mib"] > 10
     assert {"python", "datawall", "torch"} <= set(artifact.made["versions"])
-
-
-def test_units_do_not_share_artifacts(tmp_path):
-    other = Unit("subset", UNIT.record | {"seed": 1}, UNIT.makers)
-    study = Store(tmp_path)
-    study.find_or_make(UNIT, write_two_files)
-    assert study.find(other) is None
-    assert study.find_or_make(other, write_two_files).folder != study.find(UNIT).folder
 
 
 def test_key_follows_kind_record_makers_and_their_code(monkeypatch):

@@ -83,19 +83,20 @@ def test_fewer_cells_than_neighbours_is_refused():
 SHORT = training.Recipe(steps=150, batch_size=64, learning_rate=3e-3, decay="none", validate_every=50, patience=3)
 
 
+def finetuned(X, y, part, seed=0, **options):
+    return tasks.finetuned_classification(X, y, part, seed=seed, recipe=SHORT, **options)
+
+
 def test_balanced_classes_find_the_rare_type():
     rng = np.random.default_rng(0)
     y = np.where(rng.random(2000) < 0.05, "rare", "common")
     X = rng.normal(size=(2000, 4)) + 1.0 * (y == "rare")[:, None]
     part = sampling.stratified_split(y, [0.6, 0.2, 0.2], seed=0)
-    plain, balanced = (
-        tasks.finetuned_classification(X, y, part, seed=0, recipe=SHORT, class_weight=weight)
-        for weight in (None, "balanced")
-    )
+    plain, balanced = (finetuned(X, y, part, class_weight=weight) for weight in (None, "balanced"))
     assert balanced["balanced_accuracy"] > plain["balanced_accuracy"] + 0.1
     assert balanced["micro_f1"] < plain["micro_f1"]
     with pytest.raises(ValueError, match="class_weight 'heavy' is neither None nor 'balanced'"):
-        tasks.finetuned_classification(X, y, part, seed=0, class_weight="heavy")
+        finetuned(X, y, part, class_weight="heavy")
 
 
 def test_balanced_weights_are_scikit_learns():
@@ -135,11 +136,11 @@ def test_every_cell_is_tested_once_by_the_other_folds():
     X, y = blobs(n_each=60, noise=5)
     fold = sampling.stratified_split(y, [1 / 3] * 3, seed=0)
     parts = np.stack([np.where(fold == i, 2, np.where(np.arange(len(y)) % 5 == 0, 1, 0)) for i in range(3)])
-    metrics = tasks.finetuned_classification(X, y, parts, seed=0, recipe=SHORT)
+    metrics = finetuned(X, y, parts)
     assert sum(value for name, value in metrics.items() if name.startswith("support")) == len(y)
     assert metrics["micro_f1"] == (metrics.predicted == y).mean()
     shuffled = np.random.default_rng(0).permutation(y)
-    assert tasks.finetuned_classification(X, shuffled, parts, seed=0, recipe=SHORT)["micro_f1"] < 0.5
+    assert finetuned(X, shuffled, parts)["micro_f1"] < 0.5
 
 
 def test_crossvalidated_neighbours_are_scikit_learns():
@@ -154,30 +155,25 @@ def test_crossvalidated_neighbours_are_scikit_learns():
     assert metrics["probe_micro_f1"] == (expected == y).mean()
 
 
-def test_head_learns_separable_types_and_repeats():
+def test_head_learns_separable_types_but_no_labels_of_test_cells():
     X, y = blobs(n_each=100)
     part = sampling.stratified_split(y, [0.8, 0.1, 0.1], seed=0)
-    metrics = tasks.finetuned_classification(X, y, part, seed=0, recipe=SHORT)
+    metrics = finetuned(X, y, part)
     assert metrics["macro_f1"] == metrics["f1[type 0]"] == 1
     assert metrics["error_rate"] == 0
     # Scale and offset of a column mean nothing to the head.
-    assert tasks.finetuned_classification(X * 1e3 + 50, y, part, seed=0, recipe=SHORT)["micro_f1"] == 1
+    assert finetuned(X * 1e3 + 50, y, part)["micro_f1"] == 1
+    turned = {"type 0": "type 1", "type 1": "type 2", "type 2": "type 0"}
+    y = np.where(part == 2, [turned[label] for label in y], y)
+    assert finetuned(X, y, part)["micro_f1"] == 0
 
 
 def test_same_seed_gives_the_same_head_and_another_seed_another():
     X, y = blobs(noise=8, n_each=300)
     part = sampling.stratified_split(y, [0.4, 0.1, 0.5], seed=0)
-    scores = [tasks.finetuned_classification(X, y, part, seed=seed, recipe=SHORT) for seed in (0, 0, 1, 2, 3)]
+    scores = [finetuned(X, y, part, seed) for seed in (0, 0, 1, 2, 3)]
     assert scores[0] == scores[1]
     assert len({score["micro_f1"] for score in scores}) > 1
-
-
-def test_labels_of_test_cells_are_not_learnt():
-    X, y = blobs(n_each=100)
-    part = sampling.stratified_split(y, [0.8, 0.1, 0.1], seed=0)
-    turned = {"type 0": "type 1", "type 1": "type 2", "type 2": "type 0"}
-    y = np.where(part == 2, [turned[label] for label in y], y)
-    assert tasks.finetuned_classification(X, y, part, seed=0, recipe=SHORT)["micro_f1"] == 0
 
 
 @pytest.mark.parametrize(("absent", "name"), [(0, "train"), (1, "validation"), (2, "test")])
@@ -185,7 +181,7 @@ def test_missing_part_is_named(absent, name):
     X, y = blobs()
     part = np.array([kept for kept in range(3) if kept != absent])[np.arange(len(y)) % 2]
     with pytest.raises(ValueError, match=f"no cell in the {name} part; use a larger data set"):
-        tasks.finetuned_classification(X, y, part, seed=0)
+        finetuned(X, y, part)
 
 
 # Perturbation response
@@ -290,9 +286,7 @@ def test_differential_genes_are_those_of_welchs_test():
 
 
 def test_energy_distance_in_one_dimension_is_twice_the_squared_distance_of_distributions():
-    def energy_distance(x, y):
-        return perturbation.energy_distance(x, y, np.ones((1, len(y))))[0]
-
+    energy_distance = lambda x, y: perturbation.energy_distance(x, y, np.ones((1, len(y))))[0]  # noqa: E731
     # Székely and Rizzo 2013: on a line, 2 times the integral of the squared difference of distribution functions.
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=400), rng.normal(1.0, 2.0, size=400)
@@ -314,13 +308,12 @@ def test_matched_cells_carry_what_tells_cells_of_a_context_apart(matching):
     X = rng.normal(0, 0.1, (n, 5))
     X[:, 0] += np.where(treated, 2 * state, 0)
     embedding = np.column_stack([state, rng.normal(0, 0.05, n)])
-    recipe = training.Recipe(steps=400, batch_size=64, learning_rate=5e-3)
-    matched, mean = (
-        tasks.perturbation_response(embedding, X, treated, context, "a", seed=0, recipe=recipe, matching=how)
-        for how in (matching, "mean")
+    given = {"seed": 0, "recipe": training.Recipe(steps=400, batch_size=64, learning_rate=5e-3)}
+    matched, again, mean = (
+        tasks.perturbation_response(embedding, X, treated, context, "a", matching=how, **given)
+        for how in (matching, matching, "mean")
     )
     assert matched["energy_distance"] < 0.5 * mean["energy_distance"]
-    again = tasks.perturbation_response(embedding, X, treated, context, "a", seed=0, recipe=recipe, matching=matching)
     assert matched == again
 
 

@@ -17,12 +17,8 @@ import datawall as dw
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = os.environ.get("DATAWALL_TESTS") == "more"
-PART = [
-    "strategies=[random,celltype_reweighted]",
-    "percentages=[50,100]",
-    "tasks=[zeroshot_classification]",
-    "steps=10",
-]
+PART = ["strategies=[random,celltype_reweighted]", "percentages=[50,100]", "steps=10"]
+PART += ["tasks=[zeroshot_classification]"]
 
 
 def settings(*given):
