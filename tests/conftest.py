@@ -31,19 +31,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-def unexpected(reasons):
-    """Reasons of skips that are not on the list."""
-    return sorted({reason for reason in reasons if not any(name and name in reason for name in MAY_SKIP)})
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
     """In CI, fail where something was skipped that is not on the list."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI", "false") == "false" or not reporter or hasattr(session.config, "workerinput"):
         return
-    skipped = [report.longrepr[-1] for report in reporter.stats.get("skipped", ())]
-    if wrong := unexpected(reason.removeprefix("Skipped: ") for reason in skipped):
+    reasons = {report.longrepr[-1].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ())}
+    if wrong := sorted(reason for reason in reasons if not any(name and name in reason for name in MAY_SKIP)):
         reporter.write_line(f"CI: these skips are not on the list in tests/conftest.py: {'; '.join(wrong)}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

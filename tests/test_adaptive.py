@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_tables import curve, table
 from scipy import stats
+from small import STUDY, small_study
 
 from datawall.analysis import adaptive, power
 from datawall.analysis.adaptive import Plan, settle
 from datawall.analysis.results import mean_over_splits, read_results, select
 from datawall.analysis.saturation import saturation_points
 from datawall.study import evaluation, params
-from datawall.study.study import Study
 
 GRID = (1, 10, 25, 50, 75, 100)
 
@@ -63,10 +63,8 @@ def test_noise_leaves_it_undecided_at_the_end_of_the_budget():
 
 
 def test_scores_on_several_data_sets_are_averaged():
-    found = settle(
-        lambda percentage, seed: [0.7 + 0.001 * seed, 0.9 - 0.001 * seed], Plan(margin=0.02, percentages=GRID)
-    )
-    assert found.runs["score"].tolist() == pytest.approx([0.8] * 6)
+    scores = lambda percentage, seed: [0.7 + 0.001 * seed, 0.9 - 0.001 * seed]  # noqa: E731
+    assert settle(scores, Plan(margin=0.02, percentages=GRID)).runs["score"].tolist() == pytest.approx([0.8] * 6)
 
 
 @pytest.mark.parametrize("grid", [GRID, (1, 2, 5, 10, 25, 50, 100)])
@@ -77,9 +75,8 @@ def test_what_comes_late_is_not_called_a_plateau(grid, begins):
     spreads = (0.002, 0.005, 0.01, 0.02)
     for draw in range(200):
         noise = spreads[draw % 4] * rng.standard_normal((len(grid), 5))
-        scores = dict(
-            zip(grid, 0.7 + 0.02 * np.log2(np.maximum(np.array(grid) / begins, 1))[:, None] + noise, strict=True)
-        )
+        levels = 0.7 + 0.02 * np.log2(np.maximum(np.array(grid) / begins, 1))
+        scores = dict(zip(grid, levels[:, None] + noise, strict=True))
         found.append(settle(lambda p, seed, of=scores: of[p][seed], Plan(margin=0.01, percentages=grid)))
     assert np.mean([of.verdict == "plateau" for of in found]) <= 0.05
     assert np.mean([of.verdict == "still improving" for of in found]) > 0.6
@@ -185,33 +182,29 @@ def test_replay_agrees_with_all_runs_and_saves_most():
 def test_replay_turns_a_metric_that_is_better_when_lower():
     results = simulated(3)
     lower = results.assign(metric="mse", value=1 - results["value"])
-    columns = ["task", "full", "adaptive", "share"]
-    scored, turned = (
-        adaptive.replay(of, metric, Plan(margin=0.02))[columns] for of, metric in ((results, "score"), (lower, "mse"))
-    )
-    assert scored["full"].equals(turned["full"])
+    scored, turned = (adaptive.replay(of, of["metric"][0], Plan(margin=0.02))["full"] for of in (results, lower))
+    assert scored.equals(turned)
 
 
 # A study
 
 
 GROWN = {
-    "study": "grown", "corpus": "simulated", "cell_type_key": "cell_type", "held_out": 0.5,
-    "strategies": ["random", "celltype_reweighted", "untrained"], "percentages": [5, 25, 50, 100], "seeds": [0, 1, 2],
-    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "splits": 1, "workers": 1,
+    "corpus": "simulated", "held_out": 0.5, "strategies": ["random", "celltype_reweighted", "untrained"],
+    "percentages": [5, 25, 50, 100], "seeds": [0, 1, 2], "splits": 1,
     "simulation": {"n_cells": 400, "n_genes": 300, "composition": {"classical monocyte": 2, "naive B cell": 1}},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    study = Study(params.check(GROWN, "test"), tmp_path_factory.mktemp("full"))
+    study = small_study(tmp_path_factory.mktemp("full"), **GROWN)
     return evaluation.evaluate(study, "zeroshot_classification")
 
 
 @pytest.mark.parametrize("margin", [0.001, 0.3])
 def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full, tmp_path):
-    study = Study(params.check({**GROWN, "adaptive": True, "margin": margin}, "test"), tmp_path)
+    study = small_study(tmp_path, **GROWN, adaptive=True, margin=margin)
     assert len(study.pretraining_runs()) == 3 * 4 + 3 * 3 + 3  # at most
     grown = evaluation.pretrain_adaptively(study)
     runs = mean_over_splits(select(full, metric="micro_f1", strategy="random")).set_index(["percentage", "seed"])
@@ -238,4 +231,4 @@ def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full
 @pytest.mark.parametrize("changes", [{"seeds": [0]}, {"percentages": [100]}, {"strategies": ["celltype_reweighted"]}])
 def test_a_study_that_cannot_be_adaptive_is_refused(changes):
     with pytest.raises(params.ParamsError, match="adaptive needs the strategy random, two percentages and two seeds"):
-        params.check({**GROWN, "adaptive": True, **changes}, "test")
+        params.check(STUDY | GROWN | {"adaptive": True, **changes}, "test")

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datawall.cells import cellstore, datasets
-from datawall.engine import store
 
 SMALL_FILES = {"CHUNK": 4, "SHARD": 8, "NAMES": 3, "CELLS_AT_ONCE": 2, "NEARBY": 1}
 
@@ -143,24 +142,16 @@ def test_only_counts_are_written(tmp_path, count):
         cellstore.write(tmp_path, [cells])
 
 
-def test_blocks_must_share_genes_and_columns(tmp_path):
+def test_what_is_no_corpus_is_refused(tmp_path):
     cells = atlas(4)
-    with pytest.raises(ValueError, match=r"must share genes and columns: after 6 genes .* came 5 genes"):
-        cellstore.write(tmp_path / "a", [cells, cells[:, 1:]])
     other = cells.copy()
     del other.obs["n_umi"]
-    with pytest.raises(ValueError, match="must share genes and columns"):
-        cellstore.write(tmp_path / "b", [cells, other])
-    with pytest.raises(ValueError, match="there are no cells to write"):
-        cellstore.write(tmp_path / "c", [])
+    for blocks, message in (
+        ([cells, cells[:, 1:]], r"must share genes and columns: after 6 genes .* came 5 genes"),
+        ([cells, other], "must share genes and columns"),
+        ([], "there are no cells to write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cellstore.write(tmp_path / "a", blocks)
     with pytest.raises(FileNotFoundError, match="is no store of cells"):
         cellstore.open(tmp_path / "d")
-
-
-def test_a_damaged_file_within_a_store_is_noticed(tmp_path, caplog):
-    artifacts, unit = store.Store(tmp_path), store.Unit("corpus", {}, ())
-    artifact = artifacts.find_or_make(unit, lambda folder: cellstore.write(folder, [atlas(9)]))
-    assert store.Store(tmp_path).find(unit)
-    (artifact.folder / "cells.zarr/X/data/c/0").write_bytes(b"x")
-    assert store.Store(tmp_path).find(unit) is None
-    assert "cells.zarr/X/data/c/0" in caplog.text

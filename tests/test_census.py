@@ -3,18 +3,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scipy.sparse as sp
+import tiledbsoma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from small import small_study
 
 from datawall.cells import census, corpus, ontology
 from datawall.cells.census import Recipe
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
-from datawall.study import curation, params
-from datawall.study.curated import Curated
+from datawall.study import curation
 
 # cell > native cell > a > b > c > d, with e beside d (two parents); engineered cell is native to nothing
 TERMS = ["cell", "native cell", "a", "b", "c", "d", "e", "engineered cell"]
@@ -88,14 +90,12 @@ def judged(obs, recipe, terms):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 200),
-    st.integers(0, 10),
-    st.integers(0, 8),
-    st.sampled_from(["native cell", "b", "cell"]),
+    seed=st.integers(0, 2**32 - 1),
+    limits=st.tuples(st.integers(0, 200), st.integers(0, 10), st.integers(0, 8)),
+    root=st.sampled_from(["native cell", "b", "cell"]),
 )
-def test_filters_of_types_one_by_one_and_together(obo, seed, min_cells, min_tech_samples, min_ancestors, root):
-    limits = {"min_cells": min_cells, "min_tech_samples": min_tech_samples, "min_ancestors": min_ancestors}
+def test_filters_of_types_one_by_one_and_together(obo, seed, limits, root):
+    limits = dict(zip(("min_cells", "min_tech_samples", "min_ancestors"), limits, strict=True))
     recipe = Recipe(ontology=obo, root=root, primary=False, assay=None, **limits)
     below = {"native cell": BELOW_NATIVE, "b": {"c", "d", "e"}, "cell": {*N_ANCESTORS} - {"cell"}}[root]
     obs = simulated_obs(np.random.default_rng(seed), 300)
@@ -129,16 +129,6 @@ def test_sctabs_limits_are_as_strict_as_its_code(tmp_path):
         assert types.loc[case[0], "removed"] == why
 
 
-def test_the_default_recipe_is_sctabs_and_is_checked():
-    recipe = Recipe(ontology=None)
-    assert (recipe.release, recipe.organism, recipe.primary) == ("2023-05-15", "homo_sapiens", True)
-    versions = ["transcription profiling", "v1", "v2", "v3"]
-    assert sorted(recipe.assay) == [*(f"10x 3' {v}" for v in versions), *(f"10x 5' {v}" for v in versions[:3])]
-    assert (len(recipe.columns), recipe.root) == (9, "native cell")
-    with pytest.raises(ValidationError, match="ontology"):
-        Recipe()
-
-
 @pytest.mark.parametrize(
     "wrong",
     [{"tissue": "lung"}, {"min_cells": -1}, {"min_cells": "5000"}, {"assay": []}, {"where": {"disease": "flu"}}],
@@ -146,27 +136,35 @@ def test_the_default_recipe_is_sctabs_and_is_checked():
 def test_a_recipe_is_checked(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Recipe(ontology=None, **wrong)
+    with pytest.raises(ValidationError, match="ontology"):
+        Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not an ontology", r"cl\.obo: holds no \[Term\]"),
+        ("[Term]\nname: T cell\n", "the term named 'T cell' has no id"),
+        (None, r"cl\.obo: no such ontology file"),
+    ],
+)
+def test_what_is_no_ontology_is_named(text, message, tmp_path):
+    if text:
+        (tmp_path / "cl.obo").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ontology.read(tmp_path / "cl.obo")
 
 
 def test_faults_of_the_ontology(tmp_path, obo):
-    obs = simulated_obs(np.random.default_rng(0), 100)
-    terms = ontology.read(obo, relations=("is_a",))
-    with pytest.raises(CorpusError, match=r"cl\.obo: has no term named 'of old' that is not obsolete"):
-        judged(obs, Recipe(ontology=obo, root="of old"), terms)
-    with pytest.raises(CorpusError, match=r"none of the 1 cell types \(T, …\) is a term of it"):
-        judged(obs.assign(cell_type="T"), Recipe(ontology=obo), terms)
-    circle = tmp_path / "circle.obo"
+    obs, circle = simulated_obs(np.random.default_rng(0), 100), tmp_path / "circle.obo"
     circle.write_text(OBO.replace("is_a: CL:1 ! native cell", "is_a: CL:1\nis_a: CL:5"))
-    with pytest.raises(CorpusError, match=r"circle\.obo: '[abcd]' is its own ancestor by is_a"):
-        judged(obs, Recipe(ontology=str(circle)), ontology.read(circle, relations=("is_a",)))
-    circle.write_text("not an ontology")
-    with pytest.raises(ValueError, match=r"circle\.obo: holds no \[Term\]"):
-        ontology.read(circle)
-    circle.write_text("[Term]\nname: T cell\n")
-    with pytest.raises(ValueError, match="the term named 'T cell' has no id"):
-        ontology.read(circle)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.obo: no such ontology file"):
-        ontology.read("nowhere.obo")
+    for path, labels, changes, message in (
+        (obo, obs, {"root": "of old"}, r"cl\.obo: has no term named 'of old' that is not obsolete"),
+        (obo, obs.assign(cell_type="T"), {}, r"none of the 1 cell types \(T, …\) is a term of it"),
+        (circle, obs, {}, r"circle\.obo: '[abcd]' is its own ancestor by is_a"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            judged(labels, Recipe(ontology=str(path), **changes), ontology.read(path, relations=("is_a",)))
 
 
 # A Census on disk
@@ -174,9 +172,6 @@ def test_faults_of_the_ontology(tmp_path, obo):
 
 def write_frame(parent, key, table, plain):
     """Write a SOMA data frame; text is dictionary-encoded but for the columns in `plain`, as old releases have it."""
-    import pyarrow as pa
-    import tiledbsoma
-
     columns = {"soma_joinid": pa.array(np.arange(len(table)))}
     for name in table:
         kind = pa.bool_() if table[name].dtype == bool else pa.large_string()
@@ -194,9 +189,6 @@ def write_frame(parent, key, table, plain):
 
 
 def write_census(uri, obs, genes, X, plain=("assay", "feature_id")):
-    import pyarrow as pa
-    import tiledbsoma
-
     with tiledbsoma.Collection.create(str(uri)) as top:
         human = top.add_new_collection("census_data").add_new_collection("homo_sapiens", tiledbsoma.Experiment)
         write_frame(human, "obs", obs, plain)
@@ -211,22 +203,14 @@ def planted():
     """Cells, genes and counts: 40 genes of the table in random order, the first of it among them, and 10 others."""
     rng = np.random.default_rng(0)
     table = corpus.gene_table().index.to_numpy()
-    genes = rng.permutation(
-        [table[0], *rng.choice(table[1:], 39, replace=False), *[f"ENSG9{i:010}" for i in range(10)]]
-    )
+    others = [f"ENSG9{i:010}" for i in range(10)]
+    genes = rng.permutation([table[0], *rng.choice(table[1:], 39, replace=False), *others])
     counts = np.where(rng.random((600, 50)) < 0.3, rng.integers(1, 200, (600, 50)), 0)
     return simulated_obs(rng), genes, counts.astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def tiledbsoma():
-    import tiledbsoma
-
-    return tiledbsoma
-
-
-@pytest.fixture(scope="module")
-def uri(tiledbsoma, tmp_path_factory):
+def uri(tmp_path_factory):
     return write_census(tmp_path_factory.mktemp("census") / "soma", *planted())
 
 
@@ -288,17 +272,13 @@ def test_blocks_hold_the_planted_counts(uri, obo, block_size):
         assert block.var.equals(corpus.gene_table().loc[genes[order], ["feature_name"]])
 
 
-def test_an_experiment_need_not_lie_in_a_census(uri, obo):
-    whole = census.select(Recipe(uri=uri, ontology=obo, **LOW))
-    bare = census.select(Recipe(uri=f"{uri}/census_data/homo_sapiens", ontology=obo, **LOW))
-    assert bare.obs.equals(whole.obs)
-
-
-def test_buffers_of_any_size_give_the_same_cells(uri, obo, monkeypatch):
+def test_neither_where_an_experiment_lies_nor_the_size_of_buffers_matters(uri, obo, monkeypatch):
     recipe = Recipe(uri=uri, ontology=obo, **LOW)
     whole = census.select(recipe)
+    bare = census.select(recipe.model_copy(update={"uri": f"{uri}/census_data/homo_sapiens"}))
     monkeypatch.setattr(census, "BUFFER_BYTES", 1024)
     parts = census.select(recipe)
+    assert bare.obs.equals(whole.obs)
     assert parts.obs.equals(whole.obs)
     assert parts.report.equals(whole.report)
     for one, other in zip(census.blocks(recipe, whole), census.blocks(recipe, parts), strict=True):
@@ -306,14 +286,9 @@ def test_buffers_of_any_size_give_the_same_cells(uri, obo, monkeypatch):
 
 
 def test_rows_may_come_in_any_order():
-    import pyarrow as pa
-
     obs = simulated_obs(np.random.default_rng(0))
     table = pa.Table.from_pandas(obs.rename_axis("soma_joinid").reset_index(), preserve_index=False)
-
-    def read(column_names):
-        return [table[300:].select(column_names), table[:0].select(column_names), table[:300].select(column_names)]
-
+    read = lambda names: [part.select(names) for part in (table[300:], table[:0], table[:300])]  # noqa: E731
     experiment = SimpleNamespace(obs=SimpleNamespace(schema=table.schema, count=600, read=read))
     rows, steps = census._passing_rows(experiment, Recipe(ontology=None))
     left = reference(obs, Recipe(ontology=None))[2]
@@ -322,7 +297,7 @@ def test_rows_may_come_in_any_order():
     assert steps[-1] == ("left for the filters of types", len(left), left["cell_type"].nunique())
 
 
-def test_a_public_release_is_found_by_cellxgene_census(uri, obo, tiledbsoma, monkeypatch):
+def test_a_public_release_is_found_by_cellxgene_census(uri, obo, monkeypatch):
     def open_soma(census_version, tiledb_config):
         assert census_version == "2023-05-15"
         return tiledbsoma.open(uri)
@@ -334,13 +309,13 @@ def test_a_public_release_is_found_by_cellxgene_census(uri, obo, tiledbsoma, mon
 
 
 @pytest.mark.parametrize("package", ["tiledbsoma", "cellxgene_census"])
-def test_what_is_not_installed_is_named(package, obo, monkeypatch, tiledbsoma):
+def test_what_is_not_installed_is_named(package, obo, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DatasetError, match=rf"{package} is not installed; `pip install datawall\[census\]`"):
         census.select(Recipe(ontology=obo))
 
 
-def test_faults_of_the_census(uri, obo, tmp_path, tiledbsoma):
+def test_faults_of_the_census(uri, obo, tmp_path):
     bare = str(tmp_path / "bare")
     with tiledbsoma.Experiment.create(bare) as experiment:
         experiment.add_new_collection("ms")
@@ -361,44 +336,38 @@ def test_faults_of_the_census(uri, obo, tmp_path, tiledbsoma):
             census.select(Recipe(**{"uri": uri, "ontology": obo, **LOW, **edit}))
 
 
-@pytest.mark.parametrize(("wrong", "text"), [(0.5, "0.5"), (-2, "-2")])
-def test_counts_must_be_counts(tmp_path, obo, tiledbsoma, wrong, text):
+def test_what_cannot_be_used_is_named(tmp_path, obo):
     obs, genes, counts = planted()
-    recipe = Recipe(uri=str(tmp_path / "soma"), ontology=obo, **LOW)
+    recipe = Recipe(ontology=obo, primary=False, assay=None, **LOW)
     cell = reference(obs, recipe)[0].index[100]
-    counts[cell, genes == corpus.gene_table().index[0]] = wrong
-    write_census(recipe.uri, obs, genes, counts)
-    with pytest.raises(CorpusError, match=rf"X\['raw'\] of cell {cell} holds {text}; counts must be"):
-        list(census.blocks(recipe, census.select(recipe)))
-
-
-def test_labels_must_be_complete_and_genes_unique(tmp_path, obo, tiledbsoma):
-    obs, genes, counts = planted()
+    first = np.flatnonzero(genes == corpus.gene_table().index[0])
     gaps = obs.assign(donor_id=[None if row < 5 else donor for row, donor in enumerate(obs["donor_id"])])
-    gapped = write_census(tmp_path / "gaps", gaps, genes, counts, plain=("donor_id",))
-    with pytest.raises(CorpusError, match="donor_id is missing for 5 cells"):
-        census.select(Recipe(uri=gapped, ontology=obo, primary=False, assay=None, **LOW))
-    genes[1] = genes[0]
-    twice = write_census(tmp_path / "twice", obs, genes, counts)
-    with pytest.raises(CorpusError, match=f"gene {genes[0]} occurs more than once"):
-        census.select(Recipe(uri=twice, ontology=obo, **LOW))
+    twice, half, negative = genes.copy(), counts.copy(), counts.copy()
+    twice[1], half[cell, first], negative[cell, first] = genes[0], 0.5, -2
+    for name, made, message in (
+        ("half", (obs, genes, half), rf"X\['raw'\] of cell {cell} holds 0.5; counts must be"),
+        ("negative", (obs, genes, negative), rf"X\['raw'\] of cell {cell} holds -2; counts must be"),
+        ("gaps", (gaps, genes, counts), "donor_id is missing for 5 cells"),
+        ("twice", (obs, twice, counts), f"gene {genes[0]} occurs more than once"),
+    ):
+        plain = ("donor_id",) if name == "gaps" else ("assay", "feature_id")
+        spoiled = recipe.model_copy(update={"uri": write_census(tmp_path / name, *made, plain)})
+        with pytest.raises(CorpusError, match=message):
+            list(census.blocks(spoiled, census.select(spoiled)))
 
 
 def test_a_corpus_is_known_by_what_its_ontology_says(tmp_path, obo):
     copy = tmp_path / "copy.obo"
     copy.write_text(OBO)
-    record = census.identity(Recipe(ontology=obo))
-    assert record == census.identity(Recipe(ontology=str(copy)))
+    records = [census.identity(Recipe(ontology=path)) for path in (obo, str(copy))]
     copy.write_text(OBO + "\n")
-    assert record != census.identity(Recipe(ontology=str(copy)))
+    assert records[0] == records[1] != census.identity(Recipe(ontology=str(copy)))
 
 
 def test_a_study_curates_it(uri, obo, tmp_path):
     recipe = {"uri": uri, "ontology": str(obo), **LOW}
-    study = {"study": "atlas", "corpus": "census", "census": recipe, "batch_key": "dataset_id", "donor_key": "donor_id"}
-    rest = {"strategies": ["random"], "percentages": [10], "seeds": [0], "models": ["PretrainedPCA"], "steps": 1}
-    tasks = {"tasks": ["zeroshot_classification"], "min_matched_genes": 0.0}
-    atlas = Curated(params.check({**study, **rest, **tasks}, "atlas.yaml"), tmp_path)
+    keys = {"batch_key": "dataset_id", "donor_key": "donor_id", "min_matched_genes": 0.0}
+    atlas = small_study(tmp_path, corpus="census", census=recipe, percentages=[10], **keys)
     selection = census.select(Recipe(**recipe))
     assert atlas.corpus.n_obs == len(selection.obs)
     assert atlas.corpus.names().tolist() == selection.obs["soma_joinid"].astype(str).tolist()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -17,34 +18,29 @@ import yaml
 from dask import config
 from dask_cluster import DaskCluster
 from distributed.security import Security
+from small import small_study
 from units import Item, lines
 
 from datawall.engine import cluster, processes
 from datawall.engine.cluster import Need, UnitsFailedError, run_units
-from datawall.study import params
 from datawall.study.study import Study
 
 TESTS = Path(__file__).parent
-MINIMAL = {
-    "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [100], "seeds": [0],
-    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 2,
-}  # fmt: skip
 FIVE = [Item(f"good_{i}") for i in range(5)]
 
 
 @pytest.fixture
 def study(tmp_path):
     def make(**changes):
-        return Study(params.check({**MINIMAL, **changes}, "test"), tmp_path)
+        return small_study(tmp_path, **{"workers": 2, **changes})
 
     return make
 
 
 @pytest.fixture(scope="module")
 def dask_cluster(tmp_path_factory):
-    started = DaskCluster(tmp_path_factory.mktemp("dask"))
-    yield started
-    started.close()
+    with closing(DaskCluster(tmp_path_factory.mktemp("dask"))) as started:
+        yield started
 
 
 @pytest.fixture(params=["here", "dask"])
@@ -203,20 +199,18 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 import units
-from datawall.study import params
 from datawall.engine.cluster import run_units
-from datawall.study.study import Study
-study = Study(params.check({settings}, "test"), Path(sys.argv[1]))
+from small import small_study
+study = small_study(Path(sys.argv[1]), executor=sys.argv[2], workers=2)
 run_units(study, units.misbehave, [units.Item("hangs_1"), units.Item("hangs_2")], "test")
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_one_that_started_them(how, executor, tmp_path):
-    code = INTERRUPTED.format(settings=repr({**MINIMAL, "executor": executor}))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path), executor],
         env=environment,
         stderr=subprocess.DEVNULL,
         # What a shell runs in the background ignores SIGINT, and so would this process.
@@ -270,10 +264,9 @@ def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, mo
 
 
 def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, monkeypatch, caplog):
-    started = DaskCluster(tmp_path, n_workers=0)
     need = lambda study, item: Need(gpus=int(item.value))  # noqa: E731
     items = [Item("pair", 2), Item("one_1", 1), Item("one_2", 1), Item("none", 0)]
-    try:
+    with closing(DaskCluster(tmp_path, n_workers=0)) as started:
         given = study(executor=started.address, retries=0)
         monkeypatch.setattr(cluster, "WAIT", 0.5)
         with pytest.raises(ConnectionError, match="no Dask worker came; start some"):
@@ -285,8 +278,6 @@ def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, mo
         run_units(given, units.tell_gpus_slowly, items, "test", need)
         with pytest.raises(ValueError, match=r"three 3 asks for GPU=3, and no Dask worker declares as much .*GPU=2"):
             run_units(given, units.tell_gpus, [Item("three", 3)], "test", need)
-    finally:
-        started.close()
     devices = {item.name: lines(tmp_path, item)[0].split(maxsplit=2)[2:] for item in items}
     assert devices["pair"] == ["5,6"]
     assert {*devices["one_1"], *devices["one_2"]} == {"5", "6"}
@@ -294,9 +285,7 @@ def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, mo
 
 
 def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog):
-    started = DaskCluster(tmp_path, n_workers=1)
-
-    def lose_and_add():
+    def lose_and_add(started):
         while not lines(tmp_path, Item("slow", 4.0)):
             time.sleep(0.05)
         os.killpg(started.workers[0].pid, signal.SIGKILL)
@@ -304,13 +293,11 @@ def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog
             time.sleep(0.05)
         started.add_worker()
 
-    other = threading.Thread(target=lose_and_add, daemon=True)
-    try:
+    with closing(DaskCluster(tmp_path, n_workers=1)) as started:
+        other = threading.Thread(target=lose_and_add, args=[started], daemon=True)
         other.start()
         run_units(study(executor=started.address), units.pause, [Item("slow", 4.0)], "test")
         other.join(60)
-    finally:
-        started.close()
     assert "a worker is there again" in caplog.text
     assert len(lines(tmp_path, Item("slow"))) == 3  # begun, and done
 
@@ -344,14 +331,12 @@ def test_dask_over_tls_turns_others_away(study, tmp_path, monkeypatch):
     monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "ours"))
     with config.set(ours):
         started = DaskCluster(tmp_path, "tls")
-    try:
+    with closing(started):
         with config.set(ours):
             run_units(study(executor=started.address), units.succeed, FIVE, "test")
         assert [len(lines(tmp_path, item)) for item in FIVE] == [1] * 5
         with config.set({**theirs, "distributed.comm.timeouts.connect": "3s"}), pytest.raises(ConnectionError):
             run_units(study(executor=started.address), units.succeed, FIVE, "test")
-    finally:
-        started.close()
 
 
 def test_no_scheduler_is_said_so(study, monkeypatch):

@@ -9,11 +9,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from small import small_study
 
 import datawall as dw
 from datawall import models, tasks
 from datawall.engine import code, paths
-from datawall.study import evaluation, params, study
+from datawall.study import evaluation, study
 from datawall.study.units import Run, Subset
 
 
@@ -59,12 +60,11 @@ def test_closure_of_a_function_is_of_what_it_uses(library):
     assert library("study/m:other", **sources) == ["study/m:other", "tasks/e", "tasks/f"]
 
 
+FAMILIES = ["PretrainedPCA", "scVI", "SSL", "Geneformer", "SCimilarity"]
+
+
 def study_of(folder, **changes):
-    values = {
-        "study": "mine", "corpus": "pbmc68k", "strategies": ["random", "untrained"], "percentages": [100],
-        "seeds": [3], "models": FAMILIES, "steps": 5, "tasks": ["zeroshot_classification"],
-    }  # fmt: skip
-    return study.Study(params.check({**values, **changes}, "mine"), folder)
+    return small_study(folder, **{"strategies": ["random", "untrained"], "seeds": [3], "models": FAMILIES} | changes)
 
 
 def last(names):
@@ -121,6 +121,9 @@ class Adder:
     def add(self, a, b=1):
         """Sum."""
         return a + b  # together
+
+def nothing():
+    """Later."""
 '''
 
 
@@ -130,33 +133,16 @@ def version_of(text, folder, monkeypatch):
     return code.code_version.__wrapped__("adder")  # past the cache
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("# together", "# as one"),
-        ("Sum.", "Both."),
-        ('    """Adds."""\n', ""),
-        ("About.", "On."),
-        ("a + b", "a  +  (b)"),
-    ],
-)
-def test_comments_docstrings_and_layout_leave_the_code_version(old, new, tmp_path, monkeypatch):
+ALIKE = [("# together", "# as one"), ("Sum.", "Both."), ("About.", "On."), ("a + b", "a  +  (b)")]
+ALIKE += [('    """Adds."""\n', ""), ('    """Later."""\n', "    pass\n")]
+OTHER = [("a + b", "a - b"), ("b=1", "b=2"), ("return a + b", 'return "Sum."'), ("Adder", "A")]
+
+
+@pytest.mark.parametrize(("old", "new"), ALIKE + OTHER)
+def test_code_decides_the_code_version_and_comments_docstrings_and_layout_do_not(old, new, tmp_path, monkeypatch):
     assert old in CODE
     before = version_of(CODE, tmp_path, monkeypatch)
-    assert version_of(CODE.replace(old, new), tmp_path, monkeypatch) == before
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [("a + b", "a - b"), ("b=1", "b=2"), ("return a + b", 'return "Sum."'), ("Adder", "A")]
-)
-def test_code_changes_the_code_version(old, new, tmp_path, monkeypatch):
-    before = version_of(CODE, tmp_path, monkeypatch)
-    assert version_of(CODE.replace(old, new), tmp_path, monkeypatch) != before
-
-
-def test_a_function_that_is_only_a_docstring_has_a_version(tmp_path, monkeypatch):
-    text = 'def nothing():\n    """Later."""\n'
-    assert version_of(text, tmp_path, monkeypatch) == version_of("def nothing():\n    pass\n", tmp_path, monkeypatch)
+    assert (version_of(CODE.replace(old, new), tmp_path, monkeypatch) == before) == ((old, new) in ALIKE)
 
 
 def test_module_edited_after_import_keeps_the_version_of_the_code_that_runs(tmp_path):
@@ -191,9 +177,6 @@ def test_a_functions_code_is_its_own(monkeypatch):
     assert version(text) != version(text.replace("1", "3"))
 
 
-FAMILIES = ["PretrainedPCA", "scVI", "SSL", "Geneformer", "SCimilarity"]
-
-
 def units(folder, **changes):
     """The pretrained models of a study, by family and strategy."""
     of = study_of(folder, **changes)
@@ -210,17 +193,11 @@ def test_steps_and_initial_weights_are_in_the_keys_of_the_models_that_have_them(
 
 def test_an_untrained_control_is_what_training_begins_with(tmp_path, monkeypatch):
     """A network of the initial weights' seed; principal axes begin with nothing, and their control has the run's."""
-    given = {
-        "study": "mine", "corpus": "pbmc68k", "strategies": ["random", "untrained"], "percentages": [100],
-        "seeds": [3], "models": ["scVI", "PretrainedPCA"], "steps": 5, "init_seed": 7,
-        "tasks": ["zeroshot_classification"],
-    }  # fmt: skip
-    of, seeds = study.Study(params.check(given, "mine"), tmp_path), {}
-    for name in given["models"]:
+    of, seeds = study_of(tmp_path, models=["scVI", "PretrainedPCA"], init_seed=7), {}
+    for name in of.params.models:
         family = models.resolve(name).model_class
-        monkeypatch.setattr(
-            family, "untrained", lambda model, n, *, seed, name=name: seeds.update({name: seed}) or model
-        )
+        note = lambda model, n, *, seed, name=name: seeds.update({name: seed}) or model  # noqa: E731
+        monkeypatch.setattr(family, "untrained", note)
         monkeypatch.setattr(family, "save", lambda model, folder: None)
     monkeypatch.setattr(study.Study, "corpus", SimpleNamespace(n_vars=10))
     for run in [run for run in of.pretraining_runs() if run.subset.strategy == "untrained"]:

@@ -58,22 +58,15 @@ def test_what_is_no_count_is_refused(value, fault, sparse):
         corpus.align(adata, "mine")
 
 
-@pytest.mark.parametrize(("count", "fine"), [(2**24, True), (2**24 + 2, False)])
-def test_counts_that_single_precision_cannot_hold_are_refused(count, fine):
-    adata = with_values(count, dtype=np.int64)
-    if fine:
-        assert corpus.align(adata, "mine")[0].X.max() == count
-    else:
-        with pytest.raises(corpus.CorpusError, match=r"counts above 16,777,216 \(up to 1\.67772e\+07\)"):
-            corpus.align(adata, "mine")
+def test_counts_that_single_precision_cannot_hold_are_refused():
+    assert corpus.align(with_values(2**24, dtype=np.int64), "mine")[0].X.max() == 2**24
+    with pytest.raises(corpus.CorpusError, match=r"counts above 16,777,216 \(up to 1\.67772e\+07\)"):
+        corpus.align(with_values(2**24 + 2, dtype=np.int64), "mine")
 
 
 def test_messages_are_one_line_of_bounded_length():
     message = str(corpus.CorpusError(f"file: a name\nwith {'x' * 5000} breaks; remedy."))
-    assert "\n" not in message
-    assert len(message) < 1000
-    assert message.startswith("file: a name with x")
-    assert message.endswith("breaks; remedy.")
+    assert re.fullmatch(r"file: a name with x.{100,900}breaks; remedy\.", message)
 
 
 # Genes
@@ -137,28 +130,17 @@ def test_a_gene_is_what_its_id_says_not_its_symbol():
         corpus.align(adata, "mine")
 
 
-def duplicate_cells():
+def all_empty():
     adata = toy()
-    adata.obs.index = pd.Index(["cell0", *adata.obs_names[:-1]])
+    adata.X = sp.csr_matrix(adata.shape)
     return adata
 
 
-def empty_in_matched_genes():
-    adata = toy()
-    dense = adata.X.toarray()
-    dense[5] = 0
-    dense[5, -1] = 9
-    adata.X = sp.csr_matrix(dense)
-    return renamed(adata, [*adata.var_names[:-1], "novel"])
-
-
-def all_empty():
-    adata = toy()
-    return renamed(ad.AnnData(sp.csr_matrix(adata.shape), obs=adata.obs), adata.var_names)
-
-
 def test_cells_without_counts_in_matched_genes_are_dropped_with_a_warning(caplog):
-    adata, whole = empty_in_matched_genes(), corpus.align(toy(), "mine")[0]
+    adata, whole = toy(), corpus.align(toy(), "mine")[0]
+    dense = adata.X.toarray()
+    dense[5, :-1], dense[5, -1] = 0, 9
+    adata.X, adata.var_names = sp.csr_matrix(dense), [*adata.var_names[:-1], "novel"]
     aligned, _ = corpus.align(adata, "mine")
     assert aligned.obs_names.tolist() == [name for name in adata.obs_names if name != "cell5"]
     assert np.array_equal(aligned.X.toarray(), whole[aligned.obs_names, aligned.var_names].X.toarray())
@@ -168,7 +150,7 @@ def test_cells_without_counts_in_matched_genes_are_dropped_with_a_warning(caplog
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (duplicate_cells, "cell0 .*make obs_names unique"),
+        (lambda: toy()[[0, *range(11)]], "cell0 .*make obs_names unique"),
         (all_empty, "no cell has a count in any matched gene"),
         (lambda: with_values("two", dtype=object), "X holds object values, not numbers"),
         (lambda: ad.AnnData(np.zeros((0, 5), np.float32)), "0 cells x 5 genes; it must have"),
@@ -225,18 +207,12 @@ LABELS = st.lists(st.integers(1, 60), min_size=1, max_size=8).map(lambda sizes: 
 
 
 @given(labels=LABELS, shares=SHARES, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=200, deadline=None)
-def test_parts_have_exact_sizes_and_repeat(labels, shares, seed):
+@settings(max_examples=300, deadline=None)
+def test_parts_have_exact_sizes_repeat_and_hold_every_label_in_proportion(labels, shares, seed):
     part = sampling.stratified_split(labels, shares, seed=seed)
     ends = np.rint(np.cumsum(shares) * len(labels)).astype(int)
     assert np.array_equal(np.bincount(part, minlength=len(shares)), np.diff(ends, prepend=0))
     assert np.array_equal(part, sampling.stratified_split(labels, shares, seed=seed))
-
-
-@given(labels=LABELS, shares=SHARES, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=300, deadline=None)
-def test_parts_hold_every_label_in_proportion(labels, shares, seed):
-    part = sampling.stratified_split(labels, shares, seed=seed)
     held = pd.crosstab(labels, part).reindex(columns=range(len(shares)), fill_value=0).to_numpy()
     off = np.abs(held - np.outer(np.bincount(labels), np.bincount(part, minlength=len(shares)) / len(labels)))
     assert off[:, 0].max() < 1 + 1e-9

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import real
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,22 +99,6 @@ def test_contamination_counts_both_sides():
     assert found.rows_to_drop().dtype == np.int64
     alone = contamination(*both)
     assert (alone.shared_donors, alone.rows_to_drop().tolist()) == ((), [2, 30])
-
-
-def test_the_same_real_cells_are_found_among_the_genes_of_both():
-    cells = corpus.align(real.kang(), "kang")[0]
-    cells = cells[:, np.asarray((cells.X > 0).sum(axis=0)).ravel() > 100]
-    rng = np.random.default_rng(0)
-    one, other = (
-        cells[:700, np.sort(rng.permutation(cells.n_vars)[:900])],
-        cells[400:, np.sort(rng.permutation(cells.n_vars)[:800])],
-    )
-    shared = one.var_names.intersection(other.var_names)
-    assert 300 < len(shared) < 700
-    hashes = [cell_hashes(part.X, part.var_names, shared) for part in (other, one)]
-    assert contamination(hashes[0], hashes[1:]).duplicate_rows.tolist() == list(range(400, 700))
-    apart = [cell_hashes(part.X, part.var_names) for part in (other, one)]
-    assert contamination(apart[0], apart[1:]).duplicates < 10
 
 
 def test_donors_that_are_numbers_and_categories_compare_as_text():

@@ -8,8 +8,7 @@ from result_tables import curve, table
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from datawall.analysis import effects, published
-from datawall.analysis.results import select
+from datawall.analysis import effects
 
 
 def two_strategies(shift, *, n_seeds=6, datasets=("a", "b", "c"), sizes=(1, 10), seed=0):
@@ -55,9 +54,8 @@ def test_error_is_that_of_runs_and_data_sets_crossed():
 
 
 def test_effects_are_corrected_over_the_table():
-    results = pd.concat(
-        [two_strategies(shift, seed=seed).assign(model=f"m{seed}") for seed, shift in enumerate((0, 0.02, 0.05))]
-    )
+    shifts = enumerate((0, 0.02, 0.05))
+    results = pd.concat([two_strategies(shift, seed=seed).assign(model=f"m{seed}") for seed, shift in shifts])
     found = effects.strategy_effects(results, "micro_f1")
     np.testing.assert_allclose(found["p_adjusted"], multipletests(found["p"], method="fdr_bh")[1])
 
@@ -66,15 +64,13 @@ def test_effects_are_corrected_over_the_table():
 def test_a_strategy_that_is_worth_more_here_and_less_there_is_called_better_in_one_case_of_twenty(spreads):
     """The spread of what it is worth over data sets, of runs, and of both; four data sets, six sizes, five seeds."""
     of_datasets, of_runs, rest = spreads
-    rng = np.random.default_rng(0)
+    rng, p = np.random.default_rng(0), []
     runs = pd.MultiIndex.from_product([["a", "random"], [1.0, 10, 25, 50, 75, 100], range(5)], names=effects.RUN)
     x = (runs.get_level_values("strategy") == "a").astype(float)
-    p = []
     for _ in range(800):
         noise = rng.normal(0, of_runs, (60, 1)) + rng.normal(0, rest, (60, 4))
-        slope, error, freedom = effects._slope(
-            pd.DataFrame(noise + np.outer(x, rng.normal(0, of_datasets, 4)), runs), x
-        )
+        scores = pd.DataFrame(noise + np.outer(x, rng.normal(0, of_datasets, 4)), runs)
+        slope, error, freedom = effects._slope(scores, x)
         p.append(2 * stats.t.sf(abs(slope) / error, freedom))
     assert 0.005 < np.mean(np.array(p) < 0.05) < 0.08
 
@@ -108,9 +104,8 @@ def test_what_does_not_vary_has_no_test():
 def test_neither_order_nor_level_matters(shift, order):
     results = two_strategies(0.02, n_seeds=3)
     moved = results.assign(value=results["value"] + shift).sample(frac=1, random_state=order)
-    pd.testing.assert_frame_equal(
-        effects.strategy_effects(moved, "micro_f1"), effects.strategy_effects(results, "micro_f1"), atol=1e-9
-    )
+    before, after = (effects.strategy_effects(each, "micro_f1") for each in (results, moved))
+    pd.testing.assert_frame_equal(after, before, atol=1e-9)
 
 
 def diverse(n_seeds=5, seed=0):
@@ -179,15 +174,6 @@ def test_overtaking_tests_are_one_sided_and_corrected_together():
     assert row["percentage"] == list(scores)[better.argmax()]
 
 
-def test_no_published_model_overtakes_pca_on_all_data_sets():
-    shown = select(published.results(), task="zeroshot_classification")
-    found = effects.overtaking(shown, "micro_f1")
-    assert set(found["baseline"]) == {"PCA"}
-    overtaken = found.dropna(subset="percentage")
-    assert set(overtaken["model"]) <= {"SCimilarity"}
-    assert found.groupby(["model", "strategy"])["percentage"].count().max() < 4
-
-
 def test_range_of_a_metric_is_from_the_better_guess_to_the_ceiling():
     values = {
         "pearson_delta": {"NoChange": 0.0, "MeanShift": 0.6, "TreatedMean": 0.9, "Oracle": 0.9},
@@ -200,8 +186,9 @@ def test_range_of_a_metric_is_from_the_better_guess_to_the_ceiling():
         for metric, of in values.items() for model, value in of.items() for split, more in (("a", 0.9), ("b", 1.1))
     ]  # fmt: skip
     found = effects.dynamic_range(table(*rows, *curve({1: 0.5}, task="perturbation_response"))).set_index("metric")
-    assert found.loc["pearson_delta", ["floor", "ceiling", "range", "tells"]].tolist() == pytest.approx(
-        [0.6, 0.9, 0.3, True]
-    )
-    assert found.loc["pearson_r", ["range", "tells"]].tolist() == pytest.approx([0.09, False])
-    assert found.loc["mse", ["floor", "range", "tells"]].tolist() == pytest.approx([0.2, 0.95, True])
+    told = found[["floor", "ceiling", "range", "tells"]].T.to_dict("list")
+    assert told == {
+        "pearson_delta": pytest.approx([0.6, 0.9, 0.3, True]),
+        "pearson_r": pytest.approx([0.9, 0.99, 0.09, False]),
+        "mse": pytest.approx([0.2, 0.01, 0.95, True]),
+    }

@@ -15,53 +15,26 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
+from small import STUDY, atlas, small_study
 
 import datawall as dw
+from datawall import tasks
 from datawall.analysis import results
 from datawall.cells import simulate
 from datawall.planning import plan as planning
 from datawall.reading import plots
 from datawall.study import assembly, evaluation, joining, params, scoring
-from datawall.study.study import Study
 from datawall.study.units import Evaluation
 
-TASKS = (
-    "zeroshot_classification",
-    "zeroshot_integration",
-    "finetuned_classification",
-    "perturbation_response",
-    "reconstruction",
-)
-ATLAS = simulate.Atlas(
-    n_cells=300,
-    n_genes=300,
-    composition={"classical monocyte": 5, "naive B cell": 3, "natural killer cell": 2},
-    n_datasets=2,
-    donors_per_dataset=3,
-    responsive=["myeloid leukocyte", "lymphocyte"],
-)
-VALUES = {
-    "study": "mine",
-    "cell_type_key": "cell_type",
-    "batch_key": "dataset_id",
-    "donor_key": "donor_id",
-    "perturbation_key": "condition",
-    "control": "ctrl",
-    "held_out": 0.5,
-    "strategies": ["random", "untrained"],
-    "percentages": [10, 100],
-    "seeds": [0],
-    "models": ["PretrainedPCA", "SSL"],
-    "steps": 2,
-    "hyperparameters": {"SSL": {"n_hidden": [8], "n_latent": 4, "batch_size": 16}},
-    "tasks": list(TASKS),
-    "splits": 2,
-    "finetuned_splits": 1,
-    "more_k": [1],
-    "held_out_contexts": ["naive B cell"],
-    "perturbation_genes": 100,
-    "workers": 1,
-}
+TASKS = tuple(tasks.TASKS)
+ATLAS = atlas(300, n_datasets=2, donors_per_dataset=3, responsive=["myeloid leukocyte", "lymphocyte"])
+VALUES = STUDY | {
+    "batch_key": "dataset_id", "donor_key": "donor_id", "perturbation_key": "condition", "control": "ctrl",
+    "held_out": 0.5, "strategies": ["random", "untrained"], "percentages": [10, 100], "steps": 2,
+    "models": ["PretrainedPCA", "SSL"], "hyperparameters": {"SSL": {"n_hidden": [8], "n_latent": 4, "batch_size": 16}},
+    "tasks": list(TASKS), "splits": 2, "finetuned_splits": 1, "more_k": [1],
+    "held_out_contexts": ["naive B cell"], "perturbation_genes": 100,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def study_of(folder, **values):
-    return Study(params.check({**VALUES, "corpus": str(folder / "cells.h5ad"), **values}, "mine.yaml"), folder / "run")
+    return small_study(folder / "run", **VALUES | {"corpus": str(folder / "cells.h5ad"), **values})
 
 
 @pytest.fixture(scope="module")
@@ -107,23 +80,27 @@ def cells_of(labels, donors=None, *, splits=3):
 LABELS = np.repeat(["T", "B"], [60, 40])
 
 
+BY_CELL = ["cells 0", "cells 1", "cells 2"]
+
+
 def test_no_donor_is_on_both_sides_of_a_split_by_donor():
     donors = np.arange(100) % 7
     halves = dict(scoring.halves(cells_of(LABELS, donors), "any"))
-    assert list(halves) == ["cells 0", "cells 1", "cells 2", "donors 0", "donors 1", "donors 2"]
+    assert list(halves) == [*BY_CELL, "donors 0", "donors 1", "donors 2"]
     for split, half in halves.items():
         shared = set(donors[half == 1]) & set(donors[half == 0])
         assert (not shared) == split.startswith("donors")
         assert 40 <= half.sum() <= 60
     parts = dict(scoring.three_parts(cells_of(LABELS, donors), "any"))
-    assert {"cells 0", "cells 1", "cells 2", "donors 0"} <= set(parts) <= set(halves)
+    assert {*BY_CELL, "donors 0"} <= set(parts) <= set(halves)
     for split, part in parts.items():
         folds = np.atleast_2d(part)
-        assert ((folds == 2).sum(axis=0) == 1).all() or split.startswith("donors")  # every cell is tested once
-        for fold in folds:
-            assert not set(donors[fold == 2]) & set(donors[fold < 2]) or split.startswith("cells")
-            assert np.bincount(fold).tolist() in ([60, 7, 33], [60, 6, 34], [59, 7, 34]) or split.startswith("donors")
-            assert all((LABELS[fold == 1] == name).any() for name in "TB")
+        assert all((LABELS[fold == 1] == name).any() for fold in folds for name in "TB")
+        if split.startswith("donors"):
+            assert all(not set(donors[fold == 2]) & set(donors[fold < 2]) for fold in folds)
+        else:
+            assert ((folds == 2).sum(axis=0) == 1).all()  # every cell is tested once
+            assert all(np.bincount(fold).tolist() in ([60, 7, 33], [60, 6, 34], [59, 7, 34]) for fold in folds)
 
 
 def test_two_donors_are_parted_in_the_ways_there_are():
@@ -135,13 +112,13 @@ def test_two_donors_are_parted_in_the_ways_there_are():
 
 @pytest.mark.parametrize("donors", [None, ["only"] * 100])
 def test_without_two_donors_there_is_no_split_by_donor(donors):
-    assert [split for split, _ in scoring.halves(cells_of(LABELS, donors), "any")] == ["cells 0", "cells 1", "cells 2"]
+    assert list(dict(scoring.halves(cells_of(LABELS, donors), "any"))) == BY_CELL
 
 
 def test_a_large_data_set_is_split_once():
     large = cells_of(np.tile(LABELS, 50), np.arange(5000) % 4)
-    assert [split for split, _ in scoring.halves(large, "any")] == ["cells 0", "donors 0"]
-    assert [split for split, _ in scoring.three_parts(large, "any")] == ["cells 0", "donors 0"]
+    for split in (scoring.halves, scoring.three_parts):
+        assert list(dict(split(large, "any"))) == ["cells 0", "donors 0"]
 
 
 # A study
@@ -170,10 +147,8 @@ def test_every_number_has_one_row_and_most_an_interval(tables):
     inside = (known["low"] <= known["value"]) & (known["value"] <= known["high"])
     assert inside.mean() > 0.95
     headlines = tables["intervals"][tables["intervals"]["metric"].isin(["micro_f1", "avg_bio", "pearson_delta"])]
-    lacking = headlines[
-        headlines[["low", "chance"]].isna().all(axis=1) & ~headlines["model"].isin([results.CHANCE, results.ORACLE])
-    ]
-    assert lacking.empty
+    told = headlines[~headlines["model"].isin([results.CHANCE, results.ORACLE])]
+    assert not told[["low", "chance"]].isna().all(axis=1).any()
 
 
 def test_chance_and_ceiling_are_rows_and_columns(tables):
@@ -202,9 +177,14 @@ def test_each_class_has_its_score_and_support(study, tables):
 
 
 def test_what_is_evaluated(study):
+    def of(task, **changes):
+        return {one.dataset for one in evaluation.evaluations(study_of(study.folder.parent, **changes), task)}
+
     assert planning.counts_in_words(study) == ["2 subsets, 6 models, 30 experiments, 13 baselines"]
     assert {one.source.model for one in evaluation.evaluations(study, "reconstruction")} == {"PretrainedPCA", "SSL"}
-    assert evaluation.evaluations(study_of(study.folder.parent, tasks=[TASKS[0]]), TASKS[1]) == []
+    assert of(TASKS[1], tasks=[TASKS[0]]) == set()
+    assert of("reconstruction") == {"cells_held_out"}
+    assert of("reconstruction", held_out_tasks=list(TASKS[:-1]), evaluation=["pbmc68k"]) == set()
 
 
 def keys(study):
@@ -267,13 +247,6 @@ def test_extremes_are_the_best_the_worst_and_the_bests_control(study, tables):
     assert control.model == means.iloc[-1]["model"]
 
 
-def test_embedding_is_timed_for_each_model(study):
-    table = study.embedding_seconds(n_cells=50, n_repeats=2)
-    assert table["model"].tolist() == ["PretrainedPCA", "SSL"]
-    assert table["seconds"].between(0, 60, inclusive="neither").all()
-    assert set(table["n_cells"]) == {50}
-
-
 def test_curves_of_common_and_rare_types_show_the_table(tables):
     rows = results.select(tables["per_class"], task=TASKS[0])
     figure = plots.per_class_curves(rows, n_types=1)
@@ -284,11 +257,6 @@ def test_curves_of_common_and_rare_types_show_the_table(tables):
     by_cell = rows[~rows["split"].str.startswith("donors") & (rows["model"] == "PretrainedPCA")]
     expected = results.select(by_cell, cell_type=support.idxmin()).groupby("percentage")["f1"].mean()
     assert np.allclose(shown[support.idxmin()].get_ydata(), expected)
-
-
-def test_a_run_without_a_table_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"intervals\.parquet does not exist; run the study first"):
-        dw.read_results(tmp_path, "intervals")
 
 
 def test_treatments_that_are_not_two_are_named(study):
@@ -303,7 +271,7 @@ def labels(**columns):
 
 
 def unfit(task, obs, **values):
-    p = params.check({**VALUES, "control": "ctrl", **values}, "mine")
+    p = params.check({**VALUES, **values}, "mine")
     return joining.unfit(task, obs, params.EvaluationSet(file="x", control="ctrl", treatments=5), p)
 
 
@@ -377,12 +345,6 @@ def test_whole_groups_of_any_column_are_held_out(by):
         assembly.held_out(p, obs[:10])
 
 
-def test_what_a_reader_should_know_is_told(study):
-    assert dw.curation.remarks(study)[0].startswith(
-        "cells: counts in X, 300 of 300 genes known by Ensembl id, with 100%"
-    )
-
-
 def test_rare_types_are_not_held_out_of_perturbation_response_unless_named():
     n_cells = pd.Series({"many": 50, "ten": 10, "few": 9, "one": 1, "none": 0})
     assert joining.contexts_held_out(n_cells, None) == ["many", "ten"]
@@ -402,18 +364,10 @@ def test_a_type_with_one_treated_cell_does_not_stop_the_oracle(study):
     lone = np.flatnonzero(rare & (obs["perturbation"] != "ctrl").to_numpy())[1:]
     data = study.dataset("cells_held_out")[np.setdiff1d(np.arange(len(obs)), lone)]
     one = study_of(study.folder.parent, held_out_contexts=None).params
-    few = SimpleNamespace(
-        params=one, dataset=lambda name: data, held_out_name="cells_held_out", response_genes=study.response_genes
-    )
-    splits = [split for split, _ in scoring.score(few, Evaluation("perturbation_response", "cells_held_out", "Oracle"))]
-    assert splits == ["classical monocyte held out", "naive B cell held out"]
-
-
-def test_held_out_cells_can_be_left_out_of_reconstruction(study):
-    others = [task for task in TASKS if task != "reconstruction"]
-    assert {one.dataset for one in evaluation.evaluations(study, "reconstruction")} == {"cells_held_out"}
-    left_out = study_of(study.folder.parent, held_out_tasks=others, evaluation=["pbmc68k"])
-    assert evaluation.evaluations(left_out, "reconstruction") == []
+    given = {"held_out_name": study.held_out_name, "response_genes": study.response_genes}
+    few = SimpleNamespace(params=one, dataset=lambda name: data, **given)
+    found = scoring.score(few, Evaluation("perturbation_response", "cells_held_out", "Oracle"))
+    assert [split for split, _ in found] == ["classical monocyte held out", "naive B cell held out"]
 
 
 # Tables
@@ -451,29 +405,49 @@ def compared(model, baseline, *, intervals=(0.0, 0.0), metric="micro_f1", **opti
         ("PCA", "baseline", 0, -1, f"cells {split}", value, value - intervals[1], value + intervals[1])
         for split, value in enumerate(baseline)
     ]
-    rows += [("Chance", "baseline", 0, -1, f"cells {i}", 1.0, np.nan, np.nan) for i in range(len(baseline))]
-    rows += [("Oracle", "baseline", 0, -1, f"cells {i}", 2.0, np.nan, np.nan) for i in range(len(baseline))]
-    rows += [("HVG", "baseline", 0, -1, f"cells {i}", baseline.min() - 5, np.nan, np.nan) for i in range(len(baseline))]
+    others = {"Chance": 1.0, "Oracle": 2.0, "HVG": baseline.min() - 5}
+    rows += [
+        (name, "baseline", 0, -1, f"cells {split}", value, np.nan, np.nan)
+        for name, value in others.items()
+        for split in range(len(baseline))
+    ]
     table = table_of(rows).assign(metric=metric)
     [row] = results.against_baselines(table, metric, **options).to_dict("records")
     return row
 
 
-def test_a_constant_gap_has_no_width():
-    baseline = np.array([0.5, 0.75, 0.25])
-    row = compared(np.stack([baseline + 0.125] * 2), baseline)
-    assert (row["baseline"], row["difference"], row["low"], row["high"], row["verdict"]) == ("PCA", *[0.125] * 3, "win")
-    assert (row["value"], row["baseline_value"]) == (0.625, 0.5)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("model", "baseline", "options", "expected"),
+    [
+        # A constant gap has no width.
+        ([[0.625, 0.875, 0.375]] * 2, [0.5, 0.75, 0.25], {}, ("PCA", 0.625, 0.5, 0.125, 0.125, 0.125, "win")),
+        # Seeds are drawn too; one number without an interval tells nothing.
+        ([[0.6, 0.6], [0.4, 0.4]], [0.5, 0.5], {}, ("PCA", 0.5, 0.5, 0, -0.1, 0.1, "tie")),
+        ([0.9], [0.5], {}, ("PCA", 0.9, 0.5, 0.4, NAN, NAN, "unknown")),
+        # Of errors the best baseline is the lowest, and a smaller one wins.
+        ([[0.2, 0.2]] * 2, [0.5, 0.7], {"metric": "error_rate"}, ("HVG", 0.2, -4.5, -4.7, -4.7, -4.7, "loss")),
+    ],
+)
+def test_a_comparison_by_hand(model, baseline, options, expected):
+    row = compared(model, baseline, **options)
+    columns = ("baseline", "value", "baseline_value", "difference", "low", "high", "verdict")
+    assert [row[name] for name in columns] == pytest.approx(expected, nan_ok=True)
+
+
+def test_what_is_better_when_lower():
+    names = ("mse", "knn15_error_rate", "a metric of one's own")
+    assert [results.lower_is_better(name) for name in names] == [True, True, False]
 
 
 def test_width_from_cells_is_that_of_a_difference_of_normals():
     row = compared([[0.6], [0.6]], [0.5], intervals=(0.03, 0.04), n_resamples=200_000)
-    assert row["low"] == pytest.approx(0.1 - 0.05, abs=5e-4)
-    assert row["high"] == pytest.approx(0.1 + 0.05, abs=5e-4)
-    assert row["verdict"] == "win"
-    assert compared([[0.54], [0.54]], [0.5], intervals=(0.03, 0.04))["verdict"] == "tie"
-    assert compared([[0.44], [0.44]], [0.5], intervals=(0.03, 0.04))["verdict"] == "loss"
-    assert compared([0.6], [0.5], intervals=(0.03, 0.04))["verdict"] == "undecided (one seed)"
+    assert (row["low"], row["high"]) == pytest.approx((0.1 - 0.05, 0.1 + 0.05), abs=5e-4)
+    verdicts = {0.6: "win", 0.54: "tie", 0.44: "loss"}
+    assert verdicts == {of: compared([[of], [of]], [0.5], intervals=(0.03, 0.04))["verdict"] for of in verdicts}
+    assert compared([0.6], [0.5], intervals=(0.03, 0.04))["verdict"] == results.ONE_SEED
 
 
 def test_width_from_splits_is_scipys_bootstrap_of_paired_differences():
@@ -496,9 +470,8 @@ def test_differences_paired_by_cell_hold_the_truth_and_are_narrower(n_cells, n_s
         ours = worth + easy + 0.5 * rng.standard_normal((n_seeds, n_cells)) > 0
         theirs = easy + 0.5 * rng.standard_normal(n_cells) > 0
         where = "zeroshot_classification", "d"
-        right = {(*where, "A", "random", 1, seed): cells for seed, cells in enumerate(ours)} | {
-            (*where, "PCA", "baseline", 0, -1): theirs
-        }
+        right = {(*where, "A", "random", 1, seed): of for seed, of in enumerate(ours)}
+        right[(*where, "PCA", "baseline", 0, -1)] = theirs
         right = pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=names), dtype=object)
         values = ours.mean(axis=1, keepdims=True), theirs.mean(keepdims=True)
         paired = compared(*values, right=right)
@@ -522,27 +495,6 @@ def test_cells_named_right_make_up_micro_f1(study, tables):
     found = results.against_baselines(tables["intervals"], "micro_f1", right=right)
     assert (found["low"] <= found["difference"]).all()
     assert set(found["verdict"]) == {results.ONE_SEED}
-
-
-def test_seeds_are_drawn_too():
-    row = compared([[0.6, 0.6], [0.4, 0.4]], [0.5, 0.5])
-    assert (row["low"], row["high"], row["verdict"]) == (pytest.approx(-0.1), pytest.approx(0.1), "tie")
-
-
-def test_one_number_without_an_interval_tells_nothing():
-    row = compared([0.9], [0.5])
-    assert np.isnan(row["low"])
-    assert np.isnan(row["high"])
-    assert row["verdict"] == "unknown"
-
-
-def test_lower_errors_win():
-    row = compared([[0.2, 0.3]] * 2, [0.5, 0.7], metric="error_rate")
-    # Of errors the best baseline is the lowest, and a smaller one wins.
-    assert (row["baseline"], row["verdict"]) == ("HVG", "loss")
-    assert results.lower_is_better("mse")
-    assert results.lower_is_better("knn15_error_rate")
-    assert not results.lower_is_better("a metric of one's own")
 
 
 @settings(max_examples=30, deadline=None)

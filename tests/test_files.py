@@ -25,9 +25,8 @@ def clean(*, symbols=False):
     """Counts of 60 genes, HLA-A, HLA-B and MT-CO1 among them, of cells of unlike depth."""
     rng = np.random.default_rng(0)
     some = TABLE.iloc[np.sort(rng.permutation(len(TABLE))[:57])]
-    genes = pd.concat(
-        [some, TABLE[TABLE["feature_name"].isin(["HLA-A", "HLA-B", "MT-CO1"]) & ~TABLE.index.isin(some.index)]]
-    )
+    named = TABLE["feature_name"].isin(["HLA-A", "HLA-B", "MT-CO1"]) & ~TABLE.index.isin(some.index)
+    genes = pd.concat([some, TABLE[named]])
     depth = rng.uniform(0.3, 3, (N_CELLS, 1)) * rng.uniform(0.2, 4, (1, len(genes)))
     counts = rng.poisson(depth).astype(np.float32) + (np.arange(len(genes)) == 0)
     obs = pd.DataFrame({"cell_type": pd.Categorical(LABELS)}, index=[f"cell{i}" for i in range(N_CELLS)])
@@ -45,8 +44,8 @@ def read(path, **options):
     return cells, source
 
 
-def assert_twin(cells, wanted=TWIN):
-    pd.testing.assert_frame_equal(cells.to_df(), wanted, check_names=False, check_dtype=False)
+def assert_twin(cells):
+    pd.testing.assert_frame_equal(cells.to_df(), TWIN, check_names=False, check_dtype=False)
     assert cells.obs["cell_type"].astype(str).tolist() == LABELS.tolist()
 
 
@@ -69,7 +68,7 @@ def changed(change, *, symbols=False):
     return make
 
 
-def spoiled(spoil, **categories):
+def spoiled(spoil):
     """A file of the clean cells after a change of the file."""
 
     def make(path):
@@ -268,28 +267,17 @@ def unknown_compression(root):
     h5py.h5d.create(root["X"].id, b"data", kind, space, made).write(h5py.h5s.ALL, h5py.h5s.ALL, values)
 
 
-def of_another_format(fill, ending=".h5ad"):
+def of_another_format(*groups, ending=".h5ad", **arrays):
     def make(path):
         path = path.with_name(f"{path.name}{ending}")
         with h5py.File(path, "w") as root:
-            fill(root)
+            for name in groups:
+                root.create_group(name)
+            for name, values in arrays.items():
+                root[name] = values
         return path
 
     return make
-
-
-def tenx(root):
-    root.create_group("matrix")["barcodes"] = np.array([b"a"])
-
-
-def loom(root):
-    root["matrix"] = np.zeros((2, 2))
-    root.create_group("row_attrs"), root.create_group("col_attrs")
-
-
-def h5mu(root):
-    for key in ("mod/rna", "obs", "var"):
-        root.create_group(key)
 
 
 def bytes_in(ending, content):
@@ -301,9 +289,7 @@ def bytes_in(ending, content):
     return make
 
 
-def of_0_6(root):
-    root["obs"] = np.array([(b"cell0", 0)], dtype=[("index", "S5"), ("cell_type", "i1")])
-    root.create_group("var")
+OF_0_6 = np.array([(b"cell0", 0)], dtype=[("index", "S5"), ("cell_type", "i1")])
 
 
 KINDS = {
@@ -326,14 +312,14 @@ KINDS = {
     "external link": (spoiled(external_link), "X lies in another file"),
     "virtual data set": (spoiled(virtual), "obs/cell_type lies in another file"),
     "unknown compression": (spoiled(unknown_compression), r"X/data is compressed by .*32099.*pip install hdf5plugin"),
-    "anndata 0.6": (of_another_format(of_0_6), "obs is no table of anndata 0.7"),
-    "10x": (of_another_format(tenx), "a 10x file.*scanpy.read_10x_h5.*write_h5ad"),
-    "10x under its name": (of_another_format(tenx, ".h5"), "a 10x file.*scanpy.read_10x_h5.*write_h5ad"),
-    "loom": (of_another_format(loom), "a loom file.*read_loom.*write_h5ad"),
-    "h5mu": (of_another_format(h5mu), r"a MuData file.*read_h5mu.*\['rna'\].*write_h5ad"),
+    "anndata 0.6": (of_another_format("var", obs=OF_0_6), "obs is no table of anndata 0.7"),
+    "10x": (of_another_format("matrix/barcodes"), "a 10x file.*read_10x_h5.*write_h5ad"),
+    "10x under its name": (of_another_format("matrix/barcodes", ending=".h5"), "a 10x file.*read_10x_h5.*write_h5ad"),
+    "loom": (of_another_format("row_attrs", "col_attrs", matrix=[0.0]), "a loom file.*read_loom.*write_h5ad"),
+    "h5mu": (of_another_format("mod/rna", "obs", "var"), r"a MuData file.*read_h5mu.*\['rna'\].*write_h5ad"),
     "Seurat": (bytes_in(".rds", b"\x1f\x8b"), "a Seurat or other compressed file.*readRDS.*write_h5ad"),
     "Seurat under another name": (bytes_in(".h5ad", b"\x1f\x8b"), "a Seurat .*readRDS.*write_h5ad"),
-    "h5Seurat": (of_another_format(lambda root: root.create_group("assays"), ".h5seurat"), "Convert"),
+    "h5Seurat": (of_another_format("assays", ending=".h5seurat"), "Convert"),
     "table of text": (bytes_in(".csv", b"a,b\n"), "a csv file.*read_csv"),
     # Genes
     "symbols": (changed(lambda adata: None, symbols=True), None),
@@ -428,10 +414,7 @@ def test_order_of_columns_and_quirks_of_writers_change_nothing(tmp_path, order, 
     path.unlink(missing_ok=True)
     adata.write_h5ad(path)
     steps = [lambda root: old_categories(root, reference=True), attributes_as_bytes, h5sparse, foreign_parts]
-    steps += [
-        lambda root: root["obs"].attrs.__delitem__("encoding-type"),
-        lambda root: root["uns"].create_group("more"),
-    ]
+    steps += [lambda root: root["obs"].attrs.__delitem__("encoding-type"), lambda root: root.create_group("uns/more")]
     with h5py.File(path, "r+") as root:
         for quirk in sorted(quirks):
             steps[quirk](root)
@@ -471,12 +454,8 @@ def read_labels(path, labels):
 @pytest.mark.parametrize("kind", ["array", "sparse", "table"])
 def test_embeddings_are_read_however_they_are_stored(tmp_path, kind):
     adata, values = clean(), np.arange(N_CELLS * 3, dtype=np.float32).reshape(N_CELLS, 3)
-    store = {
-        "array": np.asarray,
-        "sparse": sp.csr_matrix,
-        "table": lambda x: pd.DataFrame(x, adata.obs_names, list("abc")),
-    }
-    adata.obsm["X_mine"] = store[kind](values)
+    table = pd.DataFrame(values, adata.obs_names, list("abc"))
+    adata.obsm["X_mine"] = {"array": values, "sparse": sp.csr_matrix(values), "table": table}[kind]
     path = written(adata[::-1].copy(), tmp_path / "cells")
     with h5py.File(path, "r+") as root:
         foreign_parts(root)
@@ -492,9 +471,8 @@ def test_a_file_that_is_being_written_is_named_with_the_remedy(tmp_path, monkeyp
         raise BlockingIOError(11, "Unable to synchronously open file (unable to lock file, errno = 11)")
 
     monkeypatch.setattr(h5py, "File", locked)
-    with pytest.raises(
-        corpus.CorpusError, match=r"cells\.h5ad: another program has it open.*HDF5_USE_FILE_LOCKING=FALSE"
-    ):
+    message = r"cells\.h5ad: another program has it open.*HDF5_USE_FILE_LOCKING=FALSE"
+    with pytest.raises(corpus.CorpusError, match=message):
         read(path)
 
 

@@ -25,11 +25,17 @@ def server():
         yield
 
 
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Forks find what they do: tests/forked.py."""
+    monkeypatch.syspath_prepend(str(TESTS))
+
+
 def fork(function, *arguments, descriptors=(), **environment):
     return forkserver.Forked("some name", f"forked:{function}", arguments, descriptors, {**os.environ, **environment})
 
 
-def test_server_that_died_is_named(monkeypatch):
+def test_server_that_died_is_named():
     with forkserver.server():
         server = next(child for child in psutil.Process().children() if "forkserver.serve" in " ".join(child.cmdline()))
         server.kill()
@@ -58,66 +64,52 @@ def test_sockets_have_a_short_path_whatever_the_temporary_folder(tmp_path, monke
     assert not list(long.iterdir())
 
 
-def test_fork_has_the_surroundings_of_who_asked_and_the_library_imported(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", [1, 2**18])  # a message on a socket is of some 200 KiB at most
+def test_fork_has_the_surroundings_of_who_asked_and_the_library_imported(length, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(TESTS))
+    long = {f"DATAWALL_LONG_{i}": length // 4 * "a" for i in range(8)}
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        process = fork("tell", "word", descriptors=[theirs.fileno()], DATAWALL_TEST="value")
+        process = fork("tell", length * "b", descriptors=[theirs.fileno()], DATAWALL_TEST="value", **long)
         theirs.close()
-        told = json.loads(ours.recv(10_000))
+        told = json.load(ours.makefile())
     assert process.wait(60) == 0
-    assert told == {
-        "argument": "word",
-        "folder": str(tmp_path),
-        "variable": "value",
-        "pid": process.pid,
-        "session": process.pid,
-        "torch": True,
-    }
-
-
-def test_request_of_any_length_is_passed_on(server, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS))
-    long = {f"DATAWALL_LONG_{i}": 2**16 * "a" for i in range(8)}
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        process = fork("tell", 2**18 * "b", descriptors=[theirs.fileno()], DATAWALL_TEST="value", **long)
-        theirs.close()
-        assert json.load(ours.makefile())["argument"] == 2**18 * "b"
-    assert process.wait(60) == 0
+    expected = {"argument": length * "b", "folder": str(tmp_path), "variable": "value", "torch": True}
+    assert told == {**expected, "pid": process.pid, "session": process.pid}
 
 
 def test_a_kernel_of_another_command_is_started_as_it_says(server, tmp_path, monkeypatch):
     """Somebody's own `python3` in place of Jupyter's: here a script that starts the same."""
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
-    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
+    for name, value in {"JUPYTER_PATH": tmp_path, "JUPYTER_DATA_DIR": tmp_path, "JUPYTER_PREFER_ENV_PATH": 0}.items():
+        monkeypatch.setenv(name, str(value))
     (script := tmp_path / "kernel.sh").write_text(f'#!/bin/sh\nexec {sys.executable} -m ipykernel_launcher -f "$1"\n')
     script.chmod(0o755)
     spec = {"argv": [str(script), "{connection_file}"], "display_name": "mine", "language": "python"}
     (tmp_path / "kernels" / "python3").mkdir(parents=True)
     (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+
+    async def execute(client):
+        await client.wait_for_ready(timeout=300)
+        return await client.execute_interactive("1 + 1", timeout=60)
+
     with kernels.forked() as kernel:
         assert kernel.kernel_spec.display_name == "mine"
-        assert "kernel.sh" not in (psutil.Process(kernel.provisioner.pid).name())
+        assert "kernel.sh" not in psutil.Process(kernel.provisioner.pid).name()
         client = kernel.client()
         client.start_channels()
-        assert asyncio.run(client.execute_interactive("1 + 1", timeout=60))["content"]["status"] == "ok"
+        assert asyncio.run(execute(client))["content"]["status"] == "ok"
 
 
 @pytest.mark.parametrize(
     ("function", "status"), [("leave", 3), ("fail", 1), ("ends_itself", -signal.SIGKILL)], ids=["exit", "raise", "kill"]
 )
-def test_exit_status_is_that_of_popen(server, monkeypatch, function, status):
-    monkeypatch.syspath_prepend(str(TESTS))
+def test_exit_status_is_that_of_popen(server, function, status):
     process = fork(function)
     assert process.wait(60) == process.poll() == status
     process.kill()  # of one that has ended: nothing
 
 
-def test_terminating_and_killing(server, monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS))
+def test_terminating_and_killing(server):
     for end, status in ((forkserver.Forked.terminate, -signal.SIGTERM), (forkserver.Forked.kill, -signal.SIGKILL)):
         process = fork("hang")
         assert process.poll() is None
@@ -156,9 +148,8 @@ def test_fork_and_its_children_end_when_who_asked_is_killed(short_folder):
     assert not [path for path in short_folder.iterdir() if not path.name.startswith("torchinductor_")]
 
 
-def test_a_fork_has_all_of_the_library(server, tmp_path, monkeypatch):
+def test_a_fork_has_all_of_the_library(server, tmp_path):
     """So that none imports a module that was edited since the server began, whose version it has from then."""
-    monkeypatch.syspath_prepend(str(TESTS))
     with (tmp_path / "printed").open("w+") as file:
         process = forkserver.Forked("some name", "forked:print_modules", [], [], dict(os.environ), file.fileno())
         assert process.wait(60) == 0

@@ -35,10 +35,8 @@ def test_the_packaged_table_has_all_runs(results):
 
 
 def test_cells_are_evaluated_by_the_programmes_that_were_learned():
-    pretrained, evaluated = (
-        simulate.truth(known_answer.atlas(CORPUS, weights))
-        for weights in (known_answer.WEIGHTS, dict.fromkeys(PAIRS, 1.0))
-    )
+    weights = known_answer.WEIGHTS, dict.fromkeys(PAIRS, 1.0)
+    pretrained, evaluated = (simulate.truth(known_answer.atlas(CORPUS, each)) for each in weights)
     np.testing.assert_array_equal(pretrained.weights, evaluated.weights)
     np.testing.assert_array_equal(pretrained.capture, evaluated.capture)
     np.testing.assert_allclose(pretrained.loadings, evaluated.loadings, atol=1e-4)  # of up to 0.5

@@ -13,24 +13,15 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from small import small_study
 
-from datawall.study import evaluation, params
-from datawall.study.study import Study
+from datawall.study import evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "study": "small",
-    "corpus": "pbmc68k",
-    "batch_key": "dataset_id",
-    "strategies": ["random", "celltype_reweighted", "untrained"],
-    "percentages": [50, 100],
-    "seeds": [0, 1],
-    "models": ["PretrainedPCA"],
-    "steps": 1,
-    "splits": 1,
-    "tasks": ["zeroshot_classification"],
-    "workers": 1,
-}
+CHANGES = {
+    "batch_key": "dataset_id", "strategies": ["random", "celltype_reweighted", "untrained"], "percentages": [50, 100],
+    "seeds": [0, 1], "splits": 1,
+}  # fmt: skip
 NOTEBOOK = "03_zero_shot_classification.ipynb"
 
 
@@ -38,7 +29,7 @@ NOTEBOOK = "03_zero_shot_classification.ipynb"
 def folder(tmp_path_factory):
     """A folder with a finished small study, and a notebook that tells it, not yet executed."""
     folder = tmp_path_factory.mktemp("lab")
-    study = Study(params.check(SMALL, "small"), folder / "small")
+    study = small_study(folder / "small", **CHANGES)
     study.write_params()
     evaluation.evaluate(study, "zeroshot_classification")
     source = ROOT / "notebooks" / NOTEBOOK
@@ -55,22 +46,13 @@ def lab(folder):
     token = secrets.token_hex(16)
     places = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     own = {name: str(folder / ".jupyter" / name.lower()) for name in (*places, "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    words = [
-        "--no-browser",
-        "--ip=127.0.0.1",
-        "--port=0",
-        f"--ServerApp.root_dir={folder}",
-        f"--IdentityProvider.token={token}",
-    ]
-    words += [
-        "--ServerApp.allow_root=True",
-        "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
-    ]
-    words += ["--LabApp.news_url=None", "--LabApp.extension_manager=readonly"]
+    words = ["--no-browser", "--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={token}"]
+    words += [f"--ServerApp.root_dir={folder}", "--ServerApp.allow_root=True", "--LabApp.news_url=None"]
+    words += ["--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
+    words += ["--LabApp.extension_manager=readonly"]
     log = (folder / "lab.log").open("w+")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", *words], cwd=folder, env={**os.environ, **own}, stdout=log, stderr=log
-    )
+    command = [sys.executable, "-m", "jupyterlab", *words]
+    server = subprocess.Popen(command, cwd=folder, env={**os.environ, **own}, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 90
         while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/lab", (folder / "lab.log").read_text())):
@@ -111,15 +93,13 @@ def test_notebook_opens_and_runs_to_its_end(folder, lab, chromium):
         assert time.monotonic() < deadline, [cell.execution_count for cell in code]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert [cell for cell in code if any("image/png" in output.get("data", {}) for output in cell.outputs)]
-    assert [
-        url for url in asked if not url.startswith((address, address.replace("http", "ws"), "data:", "blob:"))
-    ] == []
+    ours = (address, address.replace("http", "ws"), "data:", "blob:")
+    assert [url for url in asked if not url.startswith(ours)] == []
     context.close()
 
 
 def test_make_lab_serves_this_machine_alone():
-    shown = subprocess.run(
-        ["make", "-n", "-o", ".venv/ready", "lab"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = ["make", "-n", "-o", ".venv/ready", "lab"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "jupyter lab" in shown.stdout
     assert "--ip 127.0.0.1" in shown.stdout

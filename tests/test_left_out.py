@@ -49,9 +49,8 @@ def test_a_model_without_random_subsets_stands_beside_the_baselines():
         {"strategy": "baseline", "model": "PCA", "percentage": 0.0, "seed": -1, "value": 0.7},
     )
     assert results.headline(found, "micro_f1").loc["kang2018", "scVI"].to_dict() == {"PCA": 0.7}
-    assert results.beside_controls(found, "micro_f1", margin=0.02).to_dict("records") == [
-        {"untrained": "unknown", "PCA": "unknown"}
-    ]
+    beside = results.beside_controls(found, "micro_f1", margin=0.02)
+    assert beside.to_dict("records") == [{"untrained": "unknown", "PCA": "unknown"}]
     assert results.gains(found, "micro_f1").index.tolist() == [("kang2018", "scVI")]
     assert results.gains(found, "micro_f1").isna().all(axis=None)
 
@@ -70,9 +69,8 @@ def test_points_by_task_are_those_of_each_headline_score():
         *curve({1: 3.0}, task="reconstruction", metric="loss"),
     )
     separately = [
-        saturation.saturation_points(runs[runs["metric"] == metric], metric, rule="mean")
+        saturation.saturation_points(results.select(runs, metric=metric), metric, rule="mean")
         for metric in ("micro_f1", "avg_bio")
     ]
-    pd.testing.assert_frame_equal(
-        saturation.points_by_task(runs, rule="mean"), pd.concat(separately, ignore_index=True)
-    )
+    joined = pd.concat(separately, ignore_index=True)
+    pd.testing.assert_frame_equal(saturation.points_by_task(runs, rule="mean"), joined)

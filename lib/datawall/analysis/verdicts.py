@@ -110,8 +110,8 @@ def _verdict(plateau: dict[str, Any], more: pd.DataFrame, curve: Curve, margin: 
     """
     if len(more):
         best = more.loc[more["change"].idxmax()]
-        decides = f"more steps: twice as many gain {best['change']:.3f} at {best['percentage']:g} %"
-        decides += f"; seeds alone may differ by {best['chance']:.3f}" if best["chance"] > best["change"] else ""
+        decides = f"more steps: +{best['change']:.3f} at {best['percentage']:g} %"
+        decides += f"; seeds alone: {best['chance']:.3f}" if best["chance"] > best["change"] else ""
         return {"plateau": np.nan, "verdict": LIMITED, "decides": decides}
     decides = ""
     if plateau["verdict"] == UNDECIDED:
