@@ -75,7 +75,7 @@ def licence(package):
 def data():
     """A line for each data set and file of data: what, where from, under which licence."""
     lines = [f"| {of.name} (doi {of.doi}) | {of.source} | {of.licence} |\n" for of in datasets.DATASETS.values()]
-    return "".join([*lines, *(f"| `{file}` | {of} | {by} |\n" for file, (of, by) in FILES.items())])
+    return "".join(lines + [f"| `{file}` | {of} | {by} |\n" for file, (of, by) in FILES.items()])
 
 
 if __name__ == "__main__":

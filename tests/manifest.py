@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MANIFEST = ROOT / "codecheck" / "manifest.csv"
 HOW = """\
 One command checks all: `make test`, in a clone, on Linux with Python 3.12 and pip. It sets up .venv, fetches Kang's
@@ -51,7 +52,7 @@ def kind_and_content(output):
 def outputs():
     """A row for each figure, table and text that notebooks hold."""
     rows = []
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in NOTEBOOKS:
         for section, cell in code_cells(path):
             compared = "nbval-check-output" in cell.metadata.get("tags", [])
             for kind, content in map(kind_and_content, cell.outputs):
@@ -63,7 +64,7 @@ def outputs():
 def makers():
     """Cells that save figures: the name given to `plots.save`, as a pattern, and where; literal names first."""
     found = []
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in NOTEBOOKS:
         for _, cell in code_cells(path):
             for prefix, name in re.findall(r'plots\.save\([^,]+, (f?)"([^"]+)"', cell.source):
                 pattern = re.sub(r"\\{\w+\\}", r"\\w+", re.escape(name)) if prefix else re.escape(name)
@@ -79,7 +80,7 @@ def files():
         cells = (where for pattern, where in made_by if re.fullmatch(pattern, path.stem))
         cell = next(cells, "key of the library's code, by which all of this was made")
         yield path, f"{cell}; shown in README.md" if f"]({name})" in readme else cell
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in NOTEBOOKS:
         of_notebook = held[held["notebook"] == path.stem]
         kinds = of_notebook["kind"].value_counts()
         counted = ", ".join(f"{kinds.get(kind, 0)} {kind}s" for kind in ("figure", "table", "text"))
@@ -98,8 +99,8 @@ def configuration():
         {"file": path.relative_to(ROOT).as_posix(), "comment": comment, "sha256": sha256(path.read_bytes())}
         for path, comment in files()
     ]
-    comment = "every output of the notebooks, by cell, and whether a fresh run is compared with it"
-    manifest.append({"file": MANIFEST.relative_to(ROOT).as_posix(), "comment": comment})
+    about = "every output of the notebooks, by cell, and whether a fresh run is compared with it"
+    manifest.append({"file": MANIFEST.relative_to(ROOT).as_posix(), "comment": about})
     paper = {"title": citation["title"], "authors": [{"name": each["name"]} for each in citation["authors"]]}
     paper["reference-other"] = [f"https://doi.org/{citation['preferred-citation']['doi']}"]
     version = "https://codecheck.org.uk/spec/config/2.0/"

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 
+from datawall import models
 from datawall.models import training
 
 
@@ -24,33 +25,29 @@ def head(checkpoint):
     y = X @ torch.arange(5.0)[:, None]
     module = training.seeded(lambda: training.Head(5, 1, n_hidden=16, dropout=0), 0)
     recipe = training.Recipe(steps=30, batch_size=15, learning_rate=1e-2, clip_norm=1.0)
-    history = training.train(
-        module,
-        lambda forward, rows, step: ((forward(X[rows]) - y[rows]) ** 2).mean(),
-        60,
-        recipe,
-        seed=0,
-        validation_loss=lambda: ((module(X) - y) ** 2).mean(),
-        checkpoint=checkpoint,
-    )
-    return module, history
+
+    def loss_of(forward, rows, step):
+        return ((forward(X[rows]) - y[rows]) ** 2).mean()
+
+    options = {"validation_loss": lambda: loss_of(module, slice(None), 0), "checkpoint": checkpoint}
+    return module, training.train(module, loss_of, 60, recipe, seed=0, **options)
 
 
-def ssl(checkpoint):
-    """As a variational autoencoder, whose loss is a mean over cells; its noise, which differs by process, is none."""
-    from datawall import models
-
-    torch.randn_like = torch.zeros_like
-    counts = sp.csr_matrix(np.random.default_rng(0).poisson(0.5, (60, 40)).astype(np.float32))
-    settings = {"n_hidden": [16, 12], "n_latent": 4, "loss": "vae", "keep": "last", "dropout": 0.0}
-    model = models.create("SSL", **settings, batch_size=15, learning_rate=0.01)
+def fit(name, counts, checkpoint, **settings):
+    model = models.create(name, **settings, keep="last", dropout=0.0, batch_size=15, learning_rate=0.01)
     history = model.fit(counts, None, steps=30, seed=0, checkpoint=checkpoint)
     return model.module, history
 
 
+def ssl(checkpoint):
+    """As a variational autoencoder, whose loss is a mean over cells; its noise, which differs by process, is none."""
+    torch.randn_like = torch.zeros_like
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(0.5, (60, 40)).astype(np.float32))
+    return fit("SSL", counts, checkpoint, n_hidden=[16, 12], n_latent=4, loss="vae")
+
+
 def geneformer(checkpoint):
     """With the same genes hidden in every cell, so that processes have them in different numbers."""
-    from datawall import models
     from datawall.models import geneformer, transformer
 
     def mask(ids, vocab_size):
@@ -62,10 +59,7 @@ def geneformer(checkpoint):
     rng = np.random.default_rng(0)
     rates = rng.gamma(0.5, 1, 40) * np.geomspace(0.1, 10, 60)[:, None]  # few genes in some cells, many in others
     counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
-    settings = {"n_layers": 2, "n_heads": 2, "n_embd": 16, "max_length": 32, "dropout": 0.0, "keep": "last"}
-    model = models.create("Geneformer", **settings, batch_size=15, learning_rate=0.01)
-    history = model.fit(counts, None, steps=30, seed=0, checkpoint=checkpoint)
-    return model.module, history
+    return fit("Geneformer", counts, checkpoint, n_layers=2, n_heads=2, n_embd=16, max_length=32)
 
 
 file, what, *steps_ahead = sys.argv[1:]

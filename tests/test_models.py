@@ -13,7 +13,7 @@ from sklearn.metrics import pairwise_distances
 
 from datawall import models
 from datawall.cells import datasets, expression
-from datawall.models import base, geneformer, hyperparameters, scvi, sparse, training
+from datawall.models import base, geneformer, hyperparameters, scimilarity, scvi, sparse, ssl, training, transformer
 from datawall.models.base import NotFittedError
 from datawall.models.training import Recipe
 
@@ -310,6 +310,22 @@ def test_a_tenth_chooses_the_weights(n_cells, n_held):
 def test_the_validation_loss_is_looked_at_ten_to_twenty_times(steps):
     history = models.create("scVI", **SMALL["scVI"], n_genes=20).fit(*simulated(20), steps=steps, seed=0)
     assert min(steps, 10) <= len(history.validation_loss) <= 20
+
+
+WITHOUT_TOKEN_TYPES = 10_288_722 - 2 * 256
+
+
+@pytest.mark.parametrize(
+    ("build", "n_weights"),
+    [
+        (lambda: ssl.Autoencoder(19_331, hyperparameters.SSL()), 20_767_683),
+        (lambda: scimilarity.TripletAutoencoder(19_331, hyperparameters.SCimilarity()), 44_084_233),
+        (lambda: transformer.Encoder(transformer.EncoderConfig(vocab_size=25_426)), WITHOUT_TOKEN_TYPES),
+    ],
+)
+def test_the_number_of_weights_is_the_originals(build, n_weights):
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in build().parameters()) == n_weights
 
 
 ORIGINAL = {

@@ -5,6 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
+import manifest
 import nbformat
 import papermill
 import pytest
@@ -55,12 +56,9 @@ def test_checked_cells_print_facts_that_hold_elsewhere(path):
 
 @each_notebook
 def test_every_section_with_code_prints_a_fact_that_is_compared(path):
-    checked, section = {}, ""
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown" and (heading := re.search(r"^## (.+)", cell.source, re.M)):
-            section = heading[1]
-        elif cell.cell_type == "code":
-            checked[section] = checked.get(section, False) or CHECKED in tags(cell)
+    checked = {}
+    for section, cell in manifest.code_cells(path):
+        checked[section] = checked.get(section, False) or CHECKED in tags(cell)
     del checked["Session"]  # versions; `test_trust` holds its key against the code
     assert [section for section, is_checked in checked.items() if not is_checked] == []
 
@@ -83,12 +81,10 @@ def test_papermill_knows_the_parameters(path):
 
 @each_notebook
 def test_cells_are_short_and_define_nothing(path):
-    lengths = []
-    for cell in cells_of(path, "code"):
-        lengths.append(len(cell.source.splitlines()))
-        assert not [
-            node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        ]
+    sources = [cell.source for cell in cells_of(path, "code")]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    lengths = [len(source.splitlines()) for source in sources]
     assert max(lengths) <= 25
     assert statistics.median(lengths) <= 8
 

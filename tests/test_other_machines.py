@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real
+from small import small_study
 
 from datawall import tasks
 from datawall.cells import expression
-from datawall.study import params
-from datawall.study.study import Study
 
 OLD = {
     "OPENBLAS_CORETYPE": "Nehalem",
@@ -25,24 +24,16 @@ OLD = {
     "ONEDNN_MAX_CPU_ISA": "SSE41",
 }
 STUDY = {
-    "study": "elsewhere",
-    "corpus": "pbmc68k",
-    "strategies": ["random", "celltype_reweighted", "geometric_sketching"],
-    "percentages": [20, 100],
-    "seeds": [0],
-    "models": ["PretrainedPCA", "scVI"],
-    "steps": 30,
-    "splits": 1,
-    "tasks": ["zeroshot_classification"],
-    "workers": 1,
-}
+    "strategies": ["random", "celltype_reweighted", "geometric_sketching"], "percentages": [20, 100], "splits": 1,
+    "models": ["PretrainedPCA", "scVI"], "steps": 30,
+}  # fmt: skip
 
 
 def child(folder):
     """Cells of every subset, and every result, of a small study."""
     from datawall.study import evaluation
 
-    study = Study(params.check(STUDY, "elsewhere"), Path(folder))
+    study = small_study(Path(folder), **STUDY)
     results = evaluation.evaluate(study, "zeroshot_classification")
     keys = ["model", "strategy", "percentage", "dataset", "metric", "split"]
     rows = {f"{of.strategy} {of.percentage}": study.rows(of).tolist() for of in study.subsets()}

@@ -13,6 +13,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from small import small_study
 
 from datawall import models
 from datawall.cells import simulate
@@ -41,41 +42,26 @@ KNOWN = {
     },
 }  # fmt: skip
 GIVEN = {
-    "study": "mine",
-    "corpus": "simulated",
+    "study": "mine", "corpus": "simulated", "held_out": 0.2, "perturbation_key": "condition", "control": "ctrl",
     "simulation": {"n_cells": 1000, "n_genes": 60, "composition": {"naive B cell": 2, "classical monocyte": 1}},
-    "held_out": 0.2,
-    "perturbation_key": "condition",
-    "control": "ctrl",
-    "strategies": ["random", "untrained"],
-    "percentages": [10, 100],
-    "seeds": [0],
-    "models": ["SSL", "PretrainedPCA"],
-    "steps": 40,
-    "hyperparameters": {"SSL": {"n_hidden": [16], "n_latent": 4, "batch_size": 32}},
+    "strategies": ["random", "untrained"], "percentages": [10, 100], "models": ["SSL", "PretrainedPCA"], "steps": 40,
+    "hyperparameters": {"SSL": {"n_hidden": [16], "n_latent": 4, "batch_size": 32}}, "splits": 3, "workers": 2,
     "tasks": ["zeroshot_classification", "perturbation_response"],
-    "splits": 3,
-    "workers": 2,
-}
+}  # fmt: skip
 
 
 def study_of(folder=Path(), **changes):
-    return Study(params.check(GIVEN | changes, "mine.yaml"), folder)
+    return small_study(folder, **GIVEN | changes)
 
 
 def costs_of(study, *, work=None):
     """Costs by a calibration of just this study's cells and, without `work`, of just its models."""
     n_genes, genes_per_cell = costs.size_of(study.params)
-    known = {**KNOWN, "genes_per_cell": genes_per_cell}
-    known["models"] = [
-        {
-            **each,
-            "work": work
-            or costs.work(models.resolve(each["family"], study.params.hyperparameters), n_genes, genes_per_cell),
-        }
-        for each in KNOWN["models"]
-    ]
-    return costs.Costs(study.params, known)
+    known = []
+    for model in KNOWN["models"]:
+        spec = models.resolve(model["family"], study.params.hyperparameters)
+        known.append(model | {"work": work or costs.work(spec, n_genes, genes_per_cell)})
+    return costs.Costs(study.params, KNOWN | {"genes_per_cell": genes_per_cell, "models": known})
 
 
 def shipped(name):
@@ -162,11 +148,8 @@ def test_a_subset_that_is_streamed_is_read_in_every_step():
 
 
 def test_steps_cost_in_proportion_to_a_models_work():
-    study = study_of()
-    run, work = (
-        Run("SSL", Subset("random", 10.0, 0)),
-        costs.work(study.params.specs["SSL"], *costs.size_of(study.params)),
-    )
+    study, run = study_of(), Run("SSL", Subset("random", 10.0, 0))
+    work = costs.work(study.params.specs["SSL"], *costs.size_of(study.params))
     seconds = costs_of(study, work=work / 3).run(run).seconds
     assert seconds == pytest.approx(1.0 + 0.01 * 80 + 3 * 40 * (0.5 + 0.002 * 32))
 
@@ -192,9 +175,8 @@ def test_an_evaluation_costs_a_power_of_its_cells_each_split_and_its_embedding()
 
 def test_perturbation_response_costs_each_treatment_and_context(tmp_path):
     def seconds(dataset, **changes):
-        return (
-            costs_of(study_of(**changes)).evaluation(Evaluation("perturbation_response", dataset, "NoChange")).seconds
-        )
+        one = Evaluation("perturbation_response", dataset, "NoChange")
+        return costs_of(study_of(**changes)).evaluation(one).seconds
 
     one = {"held_out_contexts": ["naive B cell"]}
     assert seconds("simulated_held_out", **one) == pytest.approx(0.5)
@@ -214,25 +196,18 @@ def test_reconstruction_is_of_a_thousand_cells_at_most():
     assert costs_of(study).evaluation(one).seconds == pytest.approx(0.25 + 0.001 * 1000)
 
 
-def test_work_is_the_weights_that_a_cell_meets():
-    p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
-    ssl = models.create("SSL").untrained(n_genes, seed=0).module
-    weights = sum(each.numel() for each in ssl.parameters() if each.ndim == 2)
-    assert costs.work(p.specs["SSL"], n_genes, n_genes) * 1e6 == pytest.approx(weights)  # a cell that has all genes
-    geneformer = models.create("Geneformer").untrained(n_genes, seed=0).module
-    layers = sum(
-        each.numel() for name, each in geneformer.named_parameters() if each.ndim == 2 and name.startswith("layers")
-    )
+def test_weights_are_a_models_size_and_work_those_that_a_cell_meets():
+    ssl, geneformer = (models.resolve(name) for name in ("SSL", "Geneformer"))
+    n_genes, n_matrices = 500, {}
+    for spec in (ssl, geneformer):
+        weights = models.create(spec.name).untrained(n_genes, seed=0).module.named_parameters()
+        n_matrices[spec.name] = {name: weight.numel() for name, weight in weights if weight.ndim == 2}
+        n_weights = sum(n_matrices[spec.name].values())
+        assert costs.n_weights(spec, n_genes) == pytest.approx(n_weights, rel=1e-3)  # <pad> and <mask> apart
+    assert costs.work(ssl, n_genes, n_genes) * 1e6 == pytest.approx(sum(n_matrices["SSL"].values()))  # has all genes
+    layers = sum(n for name, n in n_matrices["Geneformer"].items() if name.startswith("layers"))
     attention, output = 6 * 2 * 100 * 256, 0.15 * n_genes * 256
-    assert costs.work(p.specs["Geneformer"], n_genes, 100) * 1e6 == pytest.approx(100 * (layers + attention + output))
-
-
-def test_weights_are_a_models_size():
-    p, n_genes = study_of(models=["SSL", "Geneformer"], hyperparameters={}).params, 500
-    for name in ("SSL", "Geneformer"):
-        module = models.create(name).untrained(n_genes, seed=0).module
-        n_matrices = sum(each.numel() for each in module.parameters() if each.ndim == 2)
-        assert costs.n_weights(p.specs[name], n_genes) == pytest.approx(n_matrices, rel=1e-3)  # <pad> and <mask> apart
+    assert costs.work(geneformer, n_genes, 100) * 1e6 == pytest.approx(100 * (layers + attention + output))
 
 
 def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, monkeypatch):
@@ -255,9 +230,8 @@ def test_makespan_is_that_of_the_longest_first():
         ends = [0, 0]
         for each in sorted(seconds, reverse=True):
             ends[ends.index(min(ends))] += each
-        best = min(
-            max(sum(part), sum(seconds) - sum(part)) for n in range(4) for part in itertools.combinations(seconds, n)
-        )
+        parts = (sum(part) for n in range(4) for part in itertools.combinations(seconds, n))
+        best = min(max(part, sum(seconds) - part) for part in parts)
         assert planning.makespan(seconds, 2) == max(ends) <= 7 / 6 * best  # Graham's bound for two
 
 
@@ -267,15 +241,13 @@ def test_stages_take_their_units_and_what_is_around_them():
     curation, pretraining, *tasks, figures = planning.stages(study, of)
     assert curation.computing_seconds(2) == pytest.approx(sum(1.0 + 0.1 * 1000 for _ in range(4)))
     assert [len(stage.needs) for stage in (pretraining, *tasks)] == [6, 6 + 4, 6 + 4]
-    assert pretraining.computing_seconds(1) == pytest.approx(
-        sum(of.run(run).seconds for run in study.pretraining_runs())
-    )
+    trained = sum(of.run(run).seconds for run in study.pretraining_runs())
+    assert pretraining.computing_seconds(1) == pytest.approx(trained)
     # The first task embeds, so that the second finds the embeddings there.
     embedded = 6 * (0.5 + 0.02 * 200)
     others = 2 * 3 * 2**0.5  # baselines that were not calibrated count as a model
-    assert tasks[0].computing_seconds(1) == pytest.approx(
-        3 * 2**0.5 * 6 + embedded + 3 * 8.0 * 4 + 3 * 2.0 * 2 + others
-    )
+    classified = 3 * 2**0.5 * 6 + embedded + 3 * 8.0 * 4 + 3 * 2.0 * 2 + others
+    assert tasks[0].computing_seconds(1) == pytest.approx(classified)
     assert tasks[1].computing_seconds(1) == pytest.approx(costs.CONTEXTS * (6 * 1.0 * 2 + 4 * 0.5), rel=0.5)
     assert figures.wall_seconds(2) == pytest.approx(planning.NOTEBOOK * 3.0)
 
@@ -377,14 +349,10 @@ sys.exit(run_all.main([sys.argv[1], "--plan", *sys.argv[2:]]))
 """
 
 
-def plan(*words, **environment):
-    command = [sys.executable, "-c", PLAN, *words]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
-
-
 def test_plan_of_the_published_study_needs_no_network(tmp_path):
-    shown = plan("params/paper.yaml", "--set", "workers=8", DATAWALL_CACHE=str(tmp_path))
+    command = [sys.executable, "-c", PLAN, "params/paper.yaml", "--set", "workers=8"]
+    environment = os.environ | {"DATAWALL_CACHE": str(tmp_path)}
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
     assert "paper: 80 subsets, 400 models, 6,400 experiments, 52 baselines\n" in shown
     assert "besides, spike-ins of 50 %: 15 subsets, 45 models, 720 experiments\n" in shown
     stages = ["curation", "pretraining", *shipped("paper").params.tasks, "figures", "all"]
@@ -401,12 +369,8 @@ def test_plan_of_the_published_study_needs_no_network(tmp_path):
 
 
 def test_simulated_cells_beyond_the_corpus_are_a_data_set(tmp_path):
-    study = study_of(
-        tmp_path,
-        evaluation=[{"file": "simulated:1000-1150", "name": "beyond"}],
-        held_out_tasks=[],
-        tasks=["zeroshot_classification"],
-    )
+    beyond = {"file": "simulated:1000-1150", "name": "beyond"}
+    study = study_of(tmp_path, evaluation=[beyond], held_out_tasks=[], tasks=["zeroshot_classification"])
     cells = simulate.Cells(simulate.truth(study.params.simulation)).block(1000, 1150)
     dataset = study.dataset("beyond")
     assert (dataset.X != cells[:, dataset.var_names].X).nnz == 0

@@ -17,14 +17,14 @@ SAME = {"study": "s", "n_cells": 1, "task": "zeroshot_classification", "metric":
 COLUMNS = ["model", "dataset", "strategy", "percentage", "seed", "value"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _close():
     with mpl.rc_context({"figure.max_open_warning": 0}):
         yield
     plots.plt.close("all")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runs():
     """A model that rises to the baseline, one that stays below it and falls, on one data set."""
     rows = [("PCA", "lung", "baseline", 0, -1, 0.9), ("Chance", "lung", "baseline", 0, -1, 0.95)]
@@ -34,7 +34,7 @@ def runs():
     return pd.DataFrame(rows, columns=COLUMNS).assign(**SAME)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def points():
     """Saturation points of three curves by two rules."""
     sizes = {"published": [1, 1, 10], "equivalence": [10, np.nan, np.nan]}
@@ -47,7 +47,7 @@ def points():
     return table.assign(strategy="random", task="zeroshot_classification", dataset="lung", verdict="undecided")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def figures(runs, points):
     """A figure by each public function of both modules, and what its title must say."""
     published = select(points, rule="published")
@@ -79,6 +79,9 @@ def figures(runs, points):
     sized = sized.assign(dataset="lung", model="SSL", error=[0.2, 0.1, 0.05])
     curves = "rises by over 0.02 in 1 of 2 curves, falls in 1;\nbeside the best baseline, at the best of their sizes: "
     curves += "none above, 1 level (SSL), 1 below (scVI)"
+    four = pd.concat(runs.assign(dataset=name) for name in "abcd")
+    rising = select(runs, strategy="random", model="SSL")
+    begins, needed = pd.Series({"lung": 1.0}), pd.Series({"lung": 3.0})
     types = "Effective number of cell types at 1 % of the corpus: random 2, cell-type reweighted 3, geometric sketch 4"
     return {
         "composition": (plots.composition(shares), "Share of T in subsets of 1 % of the corpus: random 70 %"),
@@ -87,18 +90,9 @@ def figures(runs, points):
         "markers": (plots.markers(markers), "2 of 2 cell types stand out, each highest in some of 3 markers"),
         "loss_curves": (plots.loss_curves(losses), "the subset of 1 % of the corpus ends with the lowest loss"),
         "learning_curves": (plots.learning_curves(runs, "micro_f1"), curves),
-        "per_class_curves": (
-            plots.per_class_curves(f1, n_types=1),
-            "lung, commonest types: +0.05; lung, rarest types: +0.40",
-        ),
-        "budgets": (
-            plots.budgets(checked),
-            "What twice the steps gain at most, over tasks and sizes: SSL +0.030, scVI -0.010",
-        ),
-        "loss_and_score": (
-            plots.loss_and_score(both, "micro_f1"),
-            "Rank correlation over runs of share of chance loss gone and micro-F1: SSL +1.00, scVI -1.00",
-        ),
+        "per_class_curves": (plots.per_class_curves(f1, n_types=1), "types: +0.05; lung, rarest types: +0.40"),
+        "budgets": (plots.budgets(checked), "at most, over tasks and sizes: SSL +0.030, scVI -0.010"),
+        "loss_and_score": (plots.loss_and_score(both, "micro_f1"), "gone and micro-F1: SSL +1.00, scVI -1.00"),
         "beside_published": (
             plots.beside_published(sized),
             "Errors against cells, log axes: this corpus 98 to 9,799 cells, published 177,525 to 177,525 cells",
@@ -114,35 +108,16 @@ def figures(runs, points):
             "Is it shown?\nOf 3 curves, 0 plateau, 3 undecided and 0 still improving",
         ),
         "spike_ins": (plots.spike_ins(runs, "micro_f1"), "10 % perturbed cells -0.250"),
-        "untrained": (
-            plots.untrained(
-                pd.concat(runs.assign(dataset=name) for name in "abcd"), {"zeroshot_classification": "micro_f1"}
-            ),
-            "zero-shot classification 0.31",
-        ),
-        "embedding_seconds": (
-            plots.embedding_seconds(seconds),
-            "15 times as long as SSL: scVI",
-        ),
+        "untrained": (plots.untrained(four, {"zeroshot_classification": "micro_f1"}), "zero-shot classification 0.31"),
+        "embedding_seconds": (plots.embedding_seconds(seconds), "15 times as long as SSL: scVI"),
         "scaling": (
             plots.scaling(select(runs, model="SSL"), predictions, "micro_f1"),
             "The best curve of the error, of 1: power law 1",
         ),
         "rules": (plots.rules(points, "Here"), "published 2 of 3, equivalence none of 3"),
         "cells_saved": (plots.cells_saved(points), "published 96 %, equivalence 30 %"),
-        "known_answer": (
-            plots.known_answer(
-                select(runs, strategy="random", model="SSL"),
-                pd.Series({"lung": 1.0}),
-                pd.Series({"lung": 3.0}),
-                "A plateau is planted",
-            ),
-            "A plateau is planted",
-        ),
-        "effects": (
-            plots.effects(effects, "Worth?"),
-            "in 1 of 2 comparisons: 1 better, 0 worse",
-        ),
+        "known_answer": (plots.known_answer(rising, begins, needed, "A plateau is planted"), "A plateau is planted"),
+        "effects": (plots.effects(effects, "Worth?"), "in 1 of 2 comparisons: 1 better, 0 worse"),
     }
 
 
@@ -213,9 +188,13 @@ def published_results():
 
 @pytest.fixture(scope="module")
 def classification(published_results):
-    return select(
-        published_results[~published_results["strategy"].str.startswith("spikein")], task="zeroshot_classification"
-    )
+    spiked = published_results["strategy"].str.startswith("spikein")
+    return select(published_results[~spiked], task="zeroshot_classification")
+
+
+@pytest.fixture(scope="module")
+def equivalence(classification):
+    return saturation.saturation_points(classification, "micro_f1", rule="equivalence", margin=0.01, n_resamples=0)
 
 
 def written(figure):
@@ -232,6 +211,11 @@ def legend(figure):
     return [text.get_text() for text in only.get_texts()]
 
 
+def drawn(figure):
+    """Horizontal places of the first panel's lines, by label."""
+    return {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
+
+
 def test_learning_curves_have_a_panel_for_each_model_and_data_set(classification):
     figure = plots.learning_curves(classification, "micro_f1")
     assert len(panels(figure)) == 20
@@ -241,23 +225,19 @@ def test_learning_curves_have_a_panel_for_each_model_and_data_set(classification
     assert "PCA" in legend(figure)
 
 
-def test_a_map_shows_every_point_and_a_dash_where_there_is_none(classification):
-    points = saturation.saturation_points(classification, "micro_f1", rule="equivalence", margin=0.01, n_resamples=0)
-    shown = written(plots.saturation_map(points, "a rule"))
+def test_a_map_shows_every_point_and_a_dash_where_there_is_none(equivalence):
+    shown = written(plots.saturation_map(equivalence, "a rule"))
     assert len(shown) == 60
-    assert shown.count("–") == points["percentage"].isna().sum() > 0
-    assert shown.count("10") == (points["percentage"] == 10).sum() > 0
+    assert shown.count("–") == equivalence["percentage"].isna().sum() > 0
+    assert shown.count("10") == (equivalence["percentage"] == 10).sum() > 0
 
 
-def test_a_map_of_verdicts_has_a_sign_for_each(classification):
-    verdicts = saturation.saturation_points(classification, "micro_f1", rule="equivalence", margin=0.01, n_resamples=0)
-    figure = plots.verdict_map(verdicts, "verdicts")
-    counts = verdicts["verdict"].value_counts()
-    shown = written(figure)
-    assert {
-        name: shown.count(sign)
-        for name, sign in zip(("plateau", "undecided", "budget-limited", "still improving"), "=?b↑", strict=True)
-    } == {name: counts.get(name, 0) for name in maps.VERDICTS}
+def test_a_map_of_verdicts_has_a_sign_for_each(equivalence):
+    figure = plots.verdict_map(equivalence, "verdicts")
+    counts, shown = equivalence["verdict"].value_counts(), written(figure)
+    signs = {"plateau": "=", "undecided": "?", "budget-limited": "b", "still improving": "↑"}
+    expected = {name: counts.get(name, 0) for name in maps.VERDICTS}
+    assert {name: shown.count(sign) for name, sign in signs.items()} == expected
     assert len(legend(figure)) == 3
 
 
@@ -271,33 +251,27 @@ def test_spike_ins_are_beside_random_subsets(published_results):
 def test_diversity_of_subsets_and_seconds_to_embed():
     figure = plots.diversity(published.diversity())
     assert len(legend(figure)) == 5
-    assert [axis.get_ylabel() for axis in panels(figure)] == [
-        "Shannon (bits)",
-        "inverse Simpson (types)",
-        "Vendi (cells)",
-    ]
+    labels = [axis.get_ylabel() for axis in panels(figure)]
+    assert labels == ["Shannon (bits)", "inverse Simpson (types)", "Vendi (cells)"]
     figure = plots.embedding_seconds(published.embedding_seconds())
     assert sorted(written(figure), key=float) == ["0.522", "1.23", "1.66", "3.88", "116", "174"]
 
 
 def test_untrained_models_stand_at_their_means(published_results):
-    figure = plots.untrained(
-        published_results, {task: of for task, of in tasks.HEADLINE.items() if task in set(published_results["task"])}
-    )
+    headline = {task: of for task, of in tasks.HEADLINE.items() if task in set(published_results["task"])}
+    figure = plots.untrained(published_results, headline)
     assert len(panels(figure)) == 16
-    (untrained,) = [line for line in figure.axes[0].lines if line.get_label() == "untrained"]
     shown = select(published_results, task="zeroshot_classification", dataset="hematopoiesis", metric="micro_f1")
     means = select(shown, strategy="untrained").groupby("model")["value"].mean()
-    np.testing.assert_allclose(untrained.get_xdata(), means[list(FAMILIES)])
+    np.testing.assert_allclose(drawn(figure)["untrained"], means[list(FAMILIES)])
 
 
 def test_fitted_curves_are_solid_within_the_corpus_and_dashed_beyond(classification):
     shown = select(classification, strategy="random", model="SCimilarity")
     figure = plots.scaling(shown, scaling.predictions(shown, "micro_f1"), "micro_f1")
     assert len(panels(figure)) == 4
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
-    assert lines["fitted curve"].get_xdata().max() <= 100 * published.CELLS_PER_PERCENT
-    assert lines["beyond the corpus"].get_xdata().min() >= 100 * published.CELLS_PER_PERCENT
+    assert drawn(figure)["fitted curve"].max() <= 100 * published.CELLS_PER_PERCENT
+    assert drawn(figure)["beyond the corpus"].min() >= 100 * published.CELLS_PER_PERCENT
     assert written(figure) == ["power law"] * 4
 
 
@@ -306,10 +280,8 @@ def test_pairs_of_the_known_answer_are_named_and_their_plateaus_ringed():
     begins = known_answer.plateaus(known)
     figure = plots.known_answer(known, begins, known_answer.percentage_needed(), "a title")
     assert sorted(written(figure)) == ["B cells", "T cells", "monocytes"]
-    rings = [
-        line.get_xdata()[0] for line in figure.axes[0].lines if line.get_fillstyle() == "none" and len(line.get_xdata())
-    ]
-    assert sorted(rings) == sorted(begins[np.isfinite(begins)])
+    hollow = [line.get_xdata() for line in figure.axes[0].lines if line.get_fillstyle() == "none"]
+    assert sorted(x[0] for x in hollow if len(x)) == sorted(begins[np.isfinite(begins)])
     assert legend(figure) == ["plateau begins", "cells needed, as planted"]
 
 
@@ -321,22 +293,18 @@ def test_rules_and_costs_have_a_dot_for_each_rule(classification):
     figure = plots.rules(select(points, strategy="random"), "rules")
     assert len(panels(figure)) == 4
     assert legend(figure) == list(dots.RULES)
-    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
     expected = select(points, strategy="random", dataset="hematopoiesis", rule="error").set_index("model")["percentage"]
-    np.testing.assert_array_equal(drawn["error"], expected[list(FAMILIES)])
-    assert (drawn["equivalence"] > 100).all()  # none established, at the right
+    np.testing.assert_array_equal(drawn(figure)["error"], expected[list(FAMILIES)])
+    assert (drawn(figure)["equivalence"] > 100).all()  # none established, at the right
     assert all(np.isfinite(line.get_xdata()).all() for axis in figure.axes for line in axis.lines)
 
     figure = plots.cells_saved(points)
-    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
     saved = 100 - select(points, rule="published").groupby("model")["percentage"].mean()
-    np.testing.assert_allclose(drawn["published"], saved[list(FAMILIES)])
-    assert (drawn["equivalence"] == 0).all()
+    np.testing.assert_allclose(drawn(figure)["published"], saved[list(FAMILIES)])
+    assert (drawn(figure)["equivalence"] == 0).all()
 
 
 def test_effects_are_in_points_of_score(classification):
     table = effects.strategy_effects(select(classification, model="scVI"), "micro_f1")
-    figure = plots.effects(table, "effects")
-    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
     expected = table.set_index("strategy")["difference"]["celltype_reweighted"]
-    assert drawn["cell-type reweighted"] == pytest.approx([100 * expected])
+    assert drawn(plots.effects(table, "effects"))["cell-type reweighted"] == pytest.approx([100 * expected])

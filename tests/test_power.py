@@ -25,27 +25,26 @@ def test_simulated_curves_have_their_truth_and_the_published_spread():
     assert fixed.std(axis=2, ddof=1).mean() == pytest.approx(0.01, rel=0.1)
 
 
+def point(results, rule, margin):
+    points = saturation.saturation_points(results, "micro_f1", rule=rule, margin=margin, n_resamples=0)
+    return points["percentage"].item()
+
+
 def test_what_rules_say_is_what_they_say_of_one_curve():
     for truth in ("plateau at 10 %", "late, from 50 %", "improves, .25 to .125"):
         scores = power.simulated(truth, 5, 4, noise=0.006)
         found = power.judged(scores, power.SIZES, 10.0, 0.01, gain=0.0).set_index("rule")
-        tables = [table(*curve(dict(zip(power.SIZES, of, strict=True)))) for of in scores]
-        tables = [of.assign(n_cells=of["percentage"] * 100) for of in tables]
+        curves = [curve(dict(zip(power.SIZES, of, strict=True)), dataset=str(n)) for n, of in enumerate(scores)]
+        shown = table(*(row | {"n_cells": row["percentage"] * 100} for rows in curves for row in rows))
         for rule, margin in (("published", None), ("mean", None), ("error", None), ("equivalence", 0.01)):
-            points = [
-                saturation.saturation_points(of, "micro_f1", rule=rule, margin=margin, n_resamples=0)[
-                    "percentage"
-                ].item()
-                for of in tables
-            ]
+            points = np.array([point(of, rule, margin) for _, of in shown.groupby("dataset")])
             row = found.loc[rule if margin is None else "equivalence, margin 0.01"]
-            assert row["plateau"] == np.mean(np.array(points) <= 50), (truth, rule)
-            assert row["in place"] == np.mean(np.array(points) == 10), (truth, rule)
-        gains = [scaling.scaling_curves(of, "micro_f1", margin=0.01, n_resamples=100).iloc[0] for of in tables]
-        assert found.loc["predicted gain", "plateau"] == np.mean([of["verdict"] == "plateau" for of in gains])
-        assert found.loc["predicted gain", "covered"] == np.mean(
-            [of["gain_low"] <= 0 <= of["gain_high"] for of in gains]
-        )
+            assert row["plateau"] == np.mean(points <= 50), (truth, rule)
+            assert row["in place"] == np.mean(points == 10), (truth, rule)
+        gains = scaling.scaling_curves(shown, "micro_f1", margin=0.01, n_resamples=100)
+        assert found.loc["predicted gain", "plateau"] == np.mean(gains["verdict"] == "plateau")
+        covered = (gains["gain_low"] <= 0) & (gains["gain_high"] >= 0)
+        assert found.loc["predicted gain", "covered"] == np.mean(covered)
         share = found.loc["published", "plateau"]
         assert found.loc["published", "error"] == pytest.approx(np.sqrt(share * (1 - share) / 5))
 
@@ -82,10 +81,8 @@ def test_verdicts_of_designs_are_those_of_saturation_draw_by_draw():
     runs = errors + 0.004 * rng.standard_normal((2, 4, 60, 3))
     shape = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * 4, borrowed=False)
     found = saturation.verdicts([shape] * 2, 0.01, 0.95, list(runs))[1]
-    one_by_one = [
-        saturation.verdicts([Curve(("",) * 4, sizes, sizes, list(of[:, draw]), False) for of in runs], 0.01, 0.95)[1]
-        for draw in range(60)
-    ]
+    draws = ([Curve(("",) * 4, sizes, sizes, list(of[:, draw]), False) for of in runs] for draw in range(60))
+    one_by_one = [saturation.verdicts(curves, 0.01, 0.95)[1] for curves in draws]
     assert (np.array(one_by_one) == found.T).all()
     assert set(np.unique(found)) == {"plateau", "still improving", "undecided"}
 

@@ -9,24 +9,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import small
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = r"(?P<path>lib/\S+?)(?:, (?P<where>at the end|after|before|in place of)(?: `(?P<text>[^`]+)`)?)?"
 STEP = rf"^```\w+\n# {PLACE}\n(?P<code>.*?)^```$"
-STUDY = {
-    "study": "recipes",
-    "corpus": "pbmc68k",
-    "evaluation": ["pbmc68k_t"],
-    "models": ["RandomProjection"],
-    "strategies": ["random", "contiguous"],
-    "percentages": [50, 100],
-    "seeds": [0, 1],
-    "steps": 1,
-    "splits": 1,
+STUDY = small.STUDY | {
+    "study": "recipes", "evaluation": ["pbmc68k_t"], "models": ["RandomProjection"], "percentages": [50, 100],
+    "strategies": ["random", "contiguous"], "seeds": [0, 1], "splits": 1,
     "tasks": ["zeroshot_classification", "type_separation"],
-    "workers": 1,
-}
+}  # fmt: skip
 SCRIPT = """
 import datawall as dw
 
@@ -64,14 +57,13 @@ def follow(step, folder):
         path.write_text(given + code)
         return
     assert given.count(text) == 1, f"{step['path']} has {text!r} {given.count(text)} times"
-    begin = given.index(text)
-    end = given.index("\n", begin) + 1
     if step["where"] == "in place of":
         path.write_text(given.replace(text, code.rstrip("\n")))
-    elif step["where"] == "before":
-        path.write_text(given[:begin] + code + given[begin:])
-    else:
-        path.write_text(given[:end] + code + given[end:])
+        return
+    place = given.index(text)
+    if step["where"] == "after":
+        place = given.index("\n", place) + 1
+    path.write_text(given[:place] + code + given[place:])
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +101,9 @@ def test_family_and_strategy_are_pretrained_and_scored(run):
     )
 
 
-def test_task_and_metric_are_in_the_results(run):
+def test_task_data_set_and_metric_are_in_the_results(run):
     table = pd.read_parquet(run / "results.parquet")
+    assert "pbmc68k_t" in set(table["dataset"])
     assert {"zeroshot_classification", "type_separation"} == set(table["task"])
     assert {"kappa", "silhouette"} <= set(table["metric"])
     assert {"HVG", "PCA", "PCA-10", "PCA-20"} < set(table.loc[table["metric"] == "silhouette", "model"])
@@ -118,10 +111,6 @@ def test_task_and_metric_are_in_the_results(run):
     assert len(kappa) >= 1
     assert (kappa["low"] < kappa["value"]).all()
     assert (kappa["value"] < kappa["high"]).all()
-
-
-def test_data_set_is_evaluated_on(run):
-    assert "pbmc68k_t" in set(pd.read_parquet(run / "results.parquet")["dataset"])
 
 
 def test_figure_is_saved_and_shown_in_the_report(run):

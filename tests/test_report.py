@@ -95,31 +95,22 @@ def write_notebooks(folder):
     new = nbformat.v4
     table = pd.DataFrame({"cells": [3, 4]}, index=pd.Index([EVIL, "B cell"], name="cell type"))
     wide = pd.DataFrame(np.zeros((2, 40)), columns=[f"a long name {i}" for i in range(40)])
+    bold = f"<b>bold</b> {EVIL}<img src='data:,' onerror='window.pwned = 2'>"
     outputs = [
         new.new_output("stream", text=f"{EVIL} and \x1b[31mred\x1b[0m\n"),
         new.new_output("execute_result", {"text/html": table.to_html(), "text/plain": str(table)}),
-        new.new_output(
-            "display_data", {"text/html": f"<b>bold</b> {EVIL}<img src='data:,' onerror='window.pwned = 2'>"}
-        ),
+        new.new_output("display_data", {"text/html": bold}),
         new.new_output("display_data", {"text/html": wide.to_html(), "text/plain": str(wide)}),
     ]
-    first = new.new_notebook(
-        cells=[
-            new.new_markdown_cell(
-                "# 1 · Cells: *which* ones\n\nWhat there is, see [2](02_second.ipynb#Verdict).\n\n## More"
-            ),
-            new.new_code_cell("table  # a comment\nfor x in 'text', 1.5: print(x)", outputs=outputs, execution_count=1),
-        ]
-    )
-    first.metadata["papermill"] = {"duration": 12.5}
     failing = new.new_output("error", ename="ValueError", evalue=f"no {EVIL}", traceback=["Traceback", "ValueError"])
-    second = new.new_notebook(
-        cells=[
-            new.new_markdown_cell("# 2 · Models\n\nWhat they learn.\n\n## Verdict"),
-            new.new_code_cell("1 / 0", outputs=[failing], execution_count=1),
-        ]
-    )
-    for name, notebook in {"01_first": first, "02_second": second}.items():
+    first = "# 1 · Cells: *which* ones\n\nWhat there is, see [2](02_second.ipynb#Verdict).\n\n## More"
+    code = "table  # a comment\nfor x in 'text', 1.5: print(x)"
+    for name, prose, source, printed in (
+        ("01_first", first, code, outputs),
+        ("02_second", "# 2 · Models\n\nWhat they learn.\n\n## Verdict", "1 / 0", [failing]),
+    ):
+        cells = [new.new_markdown_cell(prose), new.new_code_cell(source, outputs=printed, execution_count=1)]
+        notebook = new.new_notebook(cells=cells, metadata={"papermill": {"duration": 12.5}})
         nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
@@ -255,14 +246,17 @@ def test_verdicts_turn_round_where_lower_is_better(monkeypatch):
     assert found["baseline"] is None
 
 
-def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    (folder / "study.yaml").write_text(STUDY.replace("steps: 20", "steps: 30") + "workers: 1\n")
-    (said,) = report.Site(open_study(str(folder))).sentences
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(copy):
+    (copy / "study.yaml").write_text(STUDY.replace("steps: 20", "steps: 30") + "workers: 1\n")
+    (said,) = report.Site(open_study(str(copy))).sentences
     assert said.startswith("The results are not those of study.yaml as it is now: they are of other steps. ")
-    (folder / "study.yaml").write_text(STUDY + "workers: 1\n")
-    assert len(report.Site(open_study(str(folder))).sentences) == 4
+    (copy / "study.yaml").write_text(STUDY + "workers: 1\n")
+    assert len(report.Site(open_study(str(copy))).sentences) == 4
 
 
 @pytest.mark.parametrize(
@@ -273,13 +267,11 @@ def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(run
         ("results.sha256", lambda path: path.unlink(), "results.sha256 is missing"),
     ],
 )
-def test_damaged_results_are_refused_in_one_line_with_the_remedy(name, harm, said, run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    harm(folder / name)
-    with pytest.raises(ValueError, match=f"^{folder}: {said}; run the study again"):
-        report.write(folder)
-    ended = subprocess.run([sys.executable, "-m", "datawall.reading.report", folder], capture_output=True, text=True)
+def test_damaged_results_are_refused_in_one_line_with_the_remedy(name, harm, said, copy):
+    harm(copy / name)
+    with pytest.raises(ValueError, match=f"^{copy}: {said}; run the study again"):
+        report.write(copy)
+    ended = subprocess.run([sys.executable, "-m", "datawall.reading.report", copy], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert said in ended.stderr
 
@@ -300,6 +292,8 @@ def test_report_of_a_run_without_results_has_what_there_is(tmp_path):
     text = report.write(tmp_path).read_text()
     assert "No task has been evaluated" in text
     assert report.write(tmp_path).read_text() == text
+    with pytest.raises(FileNotFoundError, match="no such study"):
+        report.write(tmp_path / "nothing")
 
 
 def test_report_replaces_an_earlier_one_and_leaves_nothing_else(run):
@@ -308,11 +302,6 @@ def test_report_replaces_an_earlier_one_and_leaves_nothing_else(run):
     assert report.write(run) == run / "report" / "index.html"
     assert not (run / "report" / "stale.html").exists()
     assert {path.name for path in run.iterdir()} == before
-
-
-def test_folder_without_a_study_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such study"):
-        report.write(tmp_path / "nothing")
 
 
 # In a browser
@@ -408,7 +397,3 @@ def test_page_reads_without_scripts(run, chromium):
     page.goto((run / "report" / "results_zeroshot_classification.html").as_uri())
     assert page.locator("tbody tr").count() == 15
     context.close()
-
-
-def test_study_of_the_report_opens(run):
-    assert open_study(str(run)).params.study == "small"

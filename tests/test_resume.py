@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from killed_fits import SMALL
+from small import STUDY
 
 import datawall as dw
-from datawall.models.training import Head, Recipe, seeded, train
+from datawall.models import training
 from datawall.study.units import Run, Subset
 
 TESTS = Path(__file__).parent
@@ -36,29 +37,28 @@ def test_killed_fit_ends_with_the_same_bits(killed, family):
     assert once.read_bytes() == again.read_bytes(), story
 
 
-def problem():
-    rng = np.random.default_rng(0)
-    X = torch.from_numpy(rng.standard_normal((40, 6)).astype(np.float32))
-    module = seeded(lambda: Head(6, 1, n_hidden=16), 0).cpu()
-    return module, lambda forward, rows, step: forward(X[rows]).square().mean()
+@pytest.fixture
+def train_to(monkeypatch):
+    """Trains a head to a checkpoint that is due after every step; interrupted in a step, if one is named."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    X = torch.from_numpy(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32))
+
+    def train(checkpoint, *, steps=10, seed=0, stop_at=None):
+        def loss_of(forward, rows, step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return forward(X[rows]).square().mean()
+
+        module = training.seeded(lambda: training.Head(6, 1, n_hidden=16), 0).cpu()
+        recipe = training.Recipe(steps=steps, batch_size=8, learning_rate=1e-2, validate_every=3, patience=100)
+        looks = iter(np.arange(100.0, 0, -1))
+        options = {"seed": seed, "validation_loss": lambda: next(looks), "checkpoint": checkpoint}
+        return module, training.train(module, loss_of, 40, recipe, **options)
+
+    return train
 
 
-def train_to(checkpoint, *, steps=10, seed=0, stop_at=None):
-    module, loss_of = problem()
-
-    def stopped(forward, rows, step):
-        if step == stop_at:
-            raise KeyboardInterrupt
-        return loss_of(forward, rows, step)
-
-    recipe = Recipe(steps=steps, batch_size=8, learning_rate=1e-2, validate_every=3, patience=100)
-    look = iter(np.arange(100.0, 0, -1))
-    history = train(module, stopped, 40, recipe, seed=seed, validation_loss=lambda: next(look), checkpoint=checkpoint)
-    return module, history
-
-
-def test_resumed_history_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+def test_resumed_history_is_whole(tmp_path, train_to):
     with pytest.raises(KeyboardInterrupt):
         train_to(tmp_path / "a.npz", stop_at=7)
     _, resumed = train_to(tmp_path / "a.npz")
@@ -67,42 +67,30 @@ def test_resumed_history_is_whole(tmp_path, monkeypatch):
     np.testing.assert_array_equal(resumed.validation_step, whole.validation_step)
     assert resumed.samples_seen == whole.samples_seen == 80
     assert resumed.unique_cells == whole.unique_cells == 40
+    with pytest.raises(KeyboardInterrupt):  # within a pass, so that not all cells have been seen
+        train_to(tmp_path / "c.npz", steps=4, stop_at=2)
+    assert train_to(tmp_path / "c.npz", steps=4)[1].unique_cells == 32
 
 
-def test_cells_of_before_and_after_a_kill_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
-    with pytest.raises(KeyboardInterrupt):
-        train_to(tmp_path / "a.npz", steps=4, stop_at=2)
-    assert train_to(tmp_path / "a.npz", steps=4)[1].unique_cells == 32
-
-
-def test_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+def test_checkpoint_of_another_run_is_refused(tmp_path, train_to):
     train_to(tmp_path / "a.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]  # nothing is left half written
     with pytest.raises(ValueError, match=r"a\.npz is a checkpoint of another run .*seed=0.*remove it"):
         train_to(tmp_path / "a.npz", seed=1)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not an archive", "empty"])
-def test_damaged_checkpoint_is_named_and_not_used(tmp_path, monkeypatch, caplog, damage):
-    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
+def test_damaged_checkpoint_is_named_and_not_used(tmp_path, train_to, caplog, damage):
     checkpoint = tmp_path / "a.npz"
     whole, _ = train_to(checkpoint)
     content = checkpoint.read_bytes()
-    checkpoint.write_bytes(
-        {"truncated": content[: len(content) // 2], "not an archive": b"x" * 99, "empty": b""}[damage]
-    )
+    damaged = {"truncated": content[: len(content) // 2], "not an archive": b"x" * 99, "empty": b""}
+    checkpoint.write_bytes(damaged[damage])
     again, history = train_to(checkpoint)
     assert "a.npz is damaged" in caplog.text
     assert len(history.loss) == 10
     for weight, same in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(weight, same)
-
-
-def test_no_checkpoint_is_left_half_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(dw.training, "CHECKPOINT_SECONDS", 0)
-    train_to(tmp_path / "a.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 def shared(file, *words, processes=2):
@@ -134,12 +122,9 @@ def test_processes_whose_losses_are_looked_at_late_agree_when_the_first_saves(tm
 
 
 def test_torchrun_makes_a_model_of_a_study(tmp_path):
-    values = {
-        "study": "shared", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [100], "seeds": [0],
-        "models": ["Geneformer"], "steps": 4, "tasks": ["zeroshot_classification"],
-        "hyperparameters": {"Geneformer": {"n_layers": 2, "n_embd": 16, "max_length": 32, "batch_size": 8}},
-    }  # fmt: skip
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    tiny = {"Geneformer": {"n_layers": 2, "n_embd": 16, "max_length": 32, "batch_size": 8}}
+    given = STUDY | {"models": ["Geneformer"], "steps": 4, "hyperparameters": tiny}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(given))
     command = [*TORCHRUN, "-m", "datawall.study.together", str(tmp_path), "Geneformer", "random", "100", "0"]
     ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -103,10 +103,8 @@ def test_papermill_by_hand(copy, tmp_path):
     source, out = ROOT / "notebooks" / "02_pretraining.ipynb", tmp_path / "out.ipynb"
     overrides = {"models": ["PretrainedPCA", "Geneformer"], "percentages": [1], "seeds": [0, 1], "steps": 5}
     parameters = [word for key, value in overrides.items() for word in ("-p", key, str(value))]
-    words = ["-p", "study", str(copy), *parameters, "--no-progress-bar"]
-    subprocess.run(
-        [sys.executable, "-m", "papermill", source, out, *words], check=True, cwd=tmp_path, capture_output=True
-    )
+    words = ["papermill", source, out, "-p", "study", str(copy), *parameters, "--no-progress-bar"]
+    subprocess.run([sys.executable, "-m", *words], check=True, cwd=tmp_path, capture_output=True)
     counts = [cell.execution_count for cell in nbformat.read(out, as_version=4).cells if cell.cell_type == "code"]
     assert None not in counts
 
@@ -127,9 +125,14 @@ def test_plan_counts_and_writes_nothing(tmp_path, capsys):
         (["--set", "steps"], ["key=value"]),
         (["--stages", "3,9"], ["9", "1 to 7"]),
         (["--from", "four"], ["four", "1 to 7"]),
+        (["--verify"], ["run: no folder of a run"]),
+        (["--why", "abc"], ["run: no folder of a run"]),
+        (["--set", "corpus=broken.h5ad", "--set", "simulation=null"], ["broken.h5ad: not readable"]),
     ],
 )
-def test_wrong_request_is_refused_before_anything_is_done(words, named, tmp_path, capsys):
+def test_wrong_request_is_refused_before_anything_is_done(words, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.h5ad").write_text("not a data set")
     assert run_all.main([TINY, *words, "--out", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in named), message
@@ -149,9 +152,8 @@ def test_unknown_study_lists_those_that_exist(capsys):
 
 
 def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys):
-    obs = pd.DataFrame(
-        {"cell_type": list("ab") * 20, "dataset_id": "one", "condition": "ctrl"}, index=map(str, range(40))
-    )
+    columns = {"cell_type": list("ab") * 20, "dataset_id": "one", "condition": "ctrl"}
+    obs = pd.DataFrame(columns, index=map(str, range(40)))
     genes = pd.read_csv(ROOT / "lib" / "datawall" / "data" / "sctab_genes.csv").iloc[:200, 0]
     ad.AnnData(np.full((40, 200), 0.5, np.float32), obs, pd.DataFrame(index=genes)).write_h5ad(tmp_path / "shares.h5ad")
     words = ["--set", f"corpus={tmp_path / 'shares.h5ad'}", "--set", "simulation=null", "--out", str(tmp_path / "run")]
@@ -176,12 +178,8 @@ def without_kernels(monkeypatch):
     return of
 
 
-def test_results_of_other_parameters_or_a_failed_run_are_not_told_as_its_own(
-    tiny_run, tmp_path, capsys, without_kernels
-):
-    folder = tmp_path / "run"
-    shutil.copytree(tiny_run, folder)
-    command = [TINY, "--out", str(folder), "--stages", "1"]
+def test_results_of_other_parameters_or_a_failed_run_are_not_told_as_its_own(copy, capsys, without_kernels):
+    command = [TINY, "--out", str(copy), "--stages", "1"]
     without_kernels(True)
     assert run_all.main(command) == 0
     assert "curves, one for each model and data set" in capsys.readouterr().out
@@ -197,14 +195,12 @@ def test_results_of_other_parameters_or_a_failed_run_are_not_told_as_its_own(
 
 
 @pytest.mark.parametrize("succeeds", [True, False])
-def test_damaged_results_end_a_run_in_one_line(succeeds, tiny_run, tmp_path, capsys, without_kernels):
-    folder = tmp_path / "run"
-    shutil.copytree(tiny_run, folder)
-    (folder / "results.parquet").write_bytes(b"")
+def test_damaged_results_end_a_run_in_one_line(succeeds, copy, capsys, without_kernels):
+    (copy / "results.parquet").write_bytes(b"")
     without_kernels(succeeds)
-    assert run_all.main([TINY, "--out", str(folder), "--stages", "1"]) == 1
+    assert run_all.main([TINY, "--out", str(copy), "--stages", "1"]) == 1
     assert capsys.readouterr().err == (
-        f"no report: {folder}: results.parquet is missing, or not as it was written; run the study again, which makes "
+        f"no report: {copy}: results.parquet is missing, or not as it was written; run the study again, which makes "
         "it from the store in no time.\n"
     )
 
@@ -220,31 +216,15 @@ def test_interrupted_before_anything_is_done(tmp_path, capsys, monkeypatch, with
     assert not (tmp_path / "run").exists()
 
 
-def test_verify_and_why_need_no_data(tiny_run, tmp_path, capsys):
+def test_verify_and_why_need_no_data(copy, capsys):
     """The corpus of this run, a file, has been moved since."""
-    folder = tmp_path / "run"
-    shutil.copytree(tiny_run, folder)
-    given = yaml.safe_load((folder / "study.yaml").read_text())
-    given |= {"corpus": str(tmp_path / "moved.h5ad"), "simulation": None}
-    (folder / "study.yaml").write_text(yaml.safe_dump(given))
-    assert run_all.main([str(folder), "--verify"]) == 0
+    given = yaml.safe_load((copy / "study.yaml").read_text())
+    given |= {"corpus": str(copy / "moved.h5ad"), "simulation": None}
+    (copy / "study.yaml").write_text(yaml.safe_dump(given))
+    assert run_all.main([str(copy), "--verify"]) == 0
     assert "artifacts, all as they were written" in capsys.readouterr().out
-    key = dw.read_results(folder)["run_id"].iloc[0]
-    assert run_all.main([str(folder), "--why", key]) == 0
+    key = dw.read_results(copy)["run_id"].iloc[0]
+    assert run_all.main([str(copy), "--why", key]) == 0
     assert f"evaluation {key}" in capsys.readouterr().out
-    assert run_all.main([str(folder), "--why", "nosuch"]) == 2
+    assert run_all.main([str(copy), "--why", "nosuch"]) == 2
     assert "--why nosuch: no artifacts" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [["--verify"], ["--why", "abc"]])
-def test_verify_of_no_run_folder_is_refused(words, tmp_path, capsys):
-    assert run_all.main([TINY, *words, "--out", str(tmp_path / "tyny")]) == 2
-    assert f"{tmp_path / 'tyny'}: no folder of a run" in capsys.readouterr().err
-
-
-def test_unreadable_corpus_is_refused_before_the_first_stage(tmp_path, capsys):
-    (tmp_path / "broken.h5ad").write_text("not a data set")
-    words = ["--set", f"corpus={tmp_path / 'broken.h5ad'}", "--set", "simulation=null", "--out", str(tmp_path / "run")]
-    assert run_all.main([TINY, *words]) == 2
-    assert "broken.h5ad: not readable" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

@@ -22,6 +22,7 @@ import yaml
 import zarr
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from small import STUDY, small_study
 
 import datawall as dw
 import run_all
@@ -33,10 +34,6 @@ from datawall.study.study import Study
 from datawall.study.units import Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
-MINIMAL = {
-    "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [100], "seeds": [0],
-    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 1,
-}  # fmt: skip
 RUN = Run("PretrainedPCA", Subset("random", 100.0, 0))
 
 
@@ -84,7 +81,7 @@ def test_object_arrays_would_spring_the_trap_if_they_could(trap):
 
 @pytest.fixture
 def study(tmp_path):
-    return Study(params.check(MINIMAL, "test"), tmp_path / "run")
+    return small_study(tmp_path / "run")
 
 
 def plant(study, unit, **files):
@@ -125,28 +122,24 @@ def test_object_array_in_a_list_of_duplicates(study, trap):
 
 def test_object_array_in_a_checkpoint(tmp_path, trap, caplog):
     (tmp_path / "a.npz").write_bytes(object_archive(trap, "identity"))
-    module = torch.nn.Linear(2, 1)
-    recipe = training.Recipe(steps=2, batch_size=2, learning_rate=0.1)
-    X = torch.ones(4, 2)
-    history = training.train(
-        module, lambda forward, rows, step: forward(X[rows]).mean(), 4, recipe, seed=0, checkpoint=tmp_path / "a.npz"
-    )
+    X, recipe = torch.ones(4, 2), training.Recipe(steps=2, batch_size=2, learning_rate=0.1)
+    loss_of = lambda forward, rows, step: forward(X[rows]).mean()  # noqa: E731
+    history = training.train(torch.nn.Linear(2, 1), loss_of, 4, recipe, seed=0, checkpoint=tmp_path / "a.npz")
     assert "a.npz is damaged" in caplog.text
     assert len(history.loss) == 2
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch"])
-def test_pickled_weights(form, study, trap, tmp_path):
+def test_pickled_weights(form, trap, tmp_path):
     """Neither in place of a model's weights nor beside them."""
-    model = dw.models.create("SSL", n_hidden=[4], n_latent=2)
+    model, counts = dw.models.create("SSL", n_hidden=[4], n_latent=2), sp.csr_matrix(np.ones((2, 5), np.float32))
     model.untrained(5, seed=0).save(tmp_path / "model")
-    sound = model.embed(sp.csr_matrix(np.ones((2, 5), np.float32)))
+    sound = model.embed(counts)
     file = io.BytesIO()
     pickle.dump(trap, file) if form == "pickle" else torch.save({"weight": trap}, file)
     for name in ("model.pt", "pytorch_model.bin", "model.joblib", "model.pkl"):
         (tmp_path / "model" / name).write_bytes(file.getvalue())
-    again = type(model).load(tmp_path / "model").embed(sp.csr_matrix(np.ones((2, 5), np.float32)))
-    assert np.array_equal(sound, again)
+    assert np.array_equal(sound, type(model).load(tmp_path / "model").embed(counts))
     (tmp_path / "model" / "model.safetensors").write_bytes(file.getvalue())
     with pytest.raises(Exception, match=r"(?i)header|deserializ"):
         type(model).load(tmp_path / "model")
@@ -235,7 +228,7 @@ def test_file_of_another_kind_is_no_data_set(name, trap, tmp_path):
         dw.datasets.load(str(tmp_path / name))
     named = {"model": "A", "dataset": "pbmc68k_held_out", "file": str(tmp_path / name)}
     with pytest.raises(params.ParamsError, match="h5ad"):
-        params.check({**MINIMAL, "embeddings": [named]}, "test")
+        params.check({**STUDY, "embeddings": [named]}, "test")
 
 
 def test_embeddings_with_a_pickle_beside_them(trap, tmp_path):
@@ -256,7 +249,7 @@ def test_embeddings_with_a_pickle_beside_them(trap, tmp_path):
     "tag", ["!!python/object/apply:os.mkdir [{0}]", "!!python/object/new:os.mkdir [[{0}]]", "!!python/name:os.mkdir"]
 )
 def test_tags_in_a_study_file(tag, trap, tmp_path):
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(MINIMAL) + f"control: {tag.format(trap.folder)}\n")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY) + f"control: {tag.format(trap.folder)}\n")
     with pytest.raises(params.ParamsError, match="not readable as YAML"):
         dw.open_study(str(tmp_path))
     assert run_all.main(["params/tiny.yaml", "--out", str(tmp_path / "run"), "--set", f"control={tag}"]) == 2
@@ -292,7 +285,7 @@ def test_code_in_a_notebook_parameter_stays_text(text, trap):
 @pytest.mark.parametrize("name", ["..", "../a", "a/b", "/tmp/a", ".hidden", "", "a\n", "~", "a\0"])
 def test_name_of_a_study_that_leads_elsewhere(name):
     with pytest.raises(params.ParamsError, match="study"):
-        params.check({**MINIMAL, "study": name}, "test")
+        params.check({**STUDY, "study": name}, "test")
 
 
 def test_names_in_a_study_file_lead_nowhere_else(tmp_path):
@@ -302,8 +295,8 @@ def test_names_in_a_study_file_lead_nowhere_else(tmp_path):
     there = sorted(tmp_path.rglob("*"))
     escape = "../../../escape"
     given = {"file": str(tmp_path / "cells.h5ad"), "name": escape, "cell_type_key": "cell_type"}
-    values = {**MINIMAL, "corpus": str(tmp_path / "cells.h5ad"), "evaluation": [given], "min_matched_genes": 0.1}
-    study = Study(params.check(values, "test"), tmp_path / "a" / "b" / "run")
+    changes = {"corpus": str(tmp_path / "cells.h5ad"), "evaluation": [given], "min_matched_genes": 0.1}
+    study = small_study(tmp_path / "a" / "b" / "run", **changes)
     study.write_params()
     study.dataset_artifact(escape)
     study.contamination(escape)
@@ -343,10 +336,9 @@ def test_library_never_calls_what_runs_data():
                 name = ast.unparse(node.func)
                 if name in FORBIDDEN:
                     found.add((path.stem, name))
-                assert not [
-                    key for key in node.keywords if key.arg == "allow_pickle" and ast.unparse(key.value) != "False"
-                ]
-                assert not [key for key in node.keywords if key.arg == "shell"]
+                given = {key.arg: ast.unparse(key.value) for key in node.keywords}
+                assert given.get("allow_pickle", "False") == "False"
+                assert "shell" not in given
     assert found == ALLOWED
     assert issubclass(params._Loader, yaml.SafeLoader)
 

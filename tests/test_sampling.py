@@ -23,6 +23,13 @@ def sample(strategy, n, percentage, seed):
     return sampling.geometric_sketching(rng.standard_normal((n, 3)), percentage, seed=seed)
 
 
+def assert_sorted_rows(rows, n):
+    """Rows of n cells, without repeats."""
+    assert rows.dtype == np.int64
+    assert (np.diff(rows) > 0).all()
+    assert 0 <= rows[0] <= rows[-1] < n
+
+
 every_strategy = pytest.mark.parametrize("strategy", ["random", "celltype_reweighted", "geometric_sketching"])
 
 
@@ -31,11 +38,8 @@ every_strategy = pytest.mark.parametrize("strategy", ["random", "celltype_reweig
 @steady
 def test_rows_are_sorted_unique_in_range_and_as_many_as_asked(strategy, n, percentage, seed):
     rows = sample(strategy, n, percentage, seed)
-    assert rows.dtype == np.int64
     assert len(rows) == sampling.subset_size(n, percentage)
-    assert (np.diff(rows) > 0).all()
-    assert rows[0] >= 0
-    assert rows[-1] < n
+    assert_sorted_rows(rows, n)
     np.testing.assert_array_equal(rows, sample(strategy, n, percentage, seed))
 
 
@@ -122,10 +126,8 @@ def test_celltype_reweighted_is_as_even_as_the_corpus_allows(cell_type, percenta
 
 def test_celltype_reweighted_gives_the_remainder_to_types_by_seed():
     cell_type = np.repeat(["B", "NK", "T"], 100)
-    one_more = {
-        np.bincount(sampling.celltype_reweighted(cell_type, 100 / 300 * 10, seed=s) // 100).argmax() for s in range(30)
-    }
-    assert one_more == {0, 1, 2}
+    draws = (sampling.celltype_reweighted(cell_type, 100 / 300 * 10, seed=seed) for seed in range(30))
+    assert {np.bincount(rows // 100).argmax() for rows in draws} == {0, 1, 2}
 
 
 def test_celltype_reweighted_reads_any_kind_of_labels():
@@ -138,9 +140,6 @@ def test_celltype_reweighted_reads_any_kind_of_labels():
     for labels in (pd.Categorical(cell_type), pd.Series(cell_type, dtype="category"), list(cell_type)):
         same = sampling.celltype_reweighted(cell_type, 20, seed=0)
         np.testing.assert_array_equal(sampling.celltype_reweighted(labels, 20, seed=0), same)
-
-
-def test_celltype_reweighted_names_a_cell_without_a_type():
     with pytest.raises(ValueError, match="2 cells, such as row 1, have no cell type"):
         sampling.celltype_reweighted(pd.Categorical(["B", None, "T", None]), 50, seed=0)
 
@@ -170,13 +169,13 @@ def sctab_cell_type():
 def test_diversity_of_sctab_subsets_is_the_published(
     sctab_cell_type, strategy, percentage, shannon, inverse_simpson, within
 ):
-    given, n_seeds = (
-        (len(sctab_cell_type), 5 if percentage <= 10 else 1) if strategy == "random" else (sctab_cell_type, 1)
+    given = len(sctab_cell_type) if strategy == "random" else sctab_cell_type
+    n_seeds = 5 if strategy == "random" and percentage <= 10 else 1
+    draws = [sctab_cell_type[getattr(sampling, strategy)(given, percentage, seed=seed)] for seed in range(n_seeds)]
+    assert np.mean([diversity.shannon(labels) for labels in draws]) == pytest.approx(shannon, abs=0.06)
+    assert np.mean([diversity.inverse_simpson(labels) for labels in draws]) == pytest.approx(
+        inverse_simpson, rel=within
     )
-    draws = [getattr(sampling, strategy)(given, percentage, seed=seed) for seed in range(n_seeds)]
-    assert np.mean([diversity.shannon(sctab_cell_type[rows]) for rows in draws]) == pytest.approx(shannon, abs=0.06)
-    simpson = np.mean([diversity.inverse_simpson(sctab_cell_type[rows]) for rows in draws])
-    assert simpson == pytest.approx(inverse_simpson, rel=within)
 
 
 def clusters_with_a_rare_one():
@@ -230,10 +229,8 @@ def test_geometric_sketching_is_blind_to_constant_columns_shift_and_scale_and_re
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_geometric_sketching_refuses_scores_that_are_not_finite(value):
-    X = np.zeros((10, 2))
-    X[3, 1] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
-        sampling.geometric_sketching(X, 50, seed=0)
+        sampling.geometric_sketching(np.array([[0, 0], [0, value]]), 50, seed=0)
 
 
 @pytest.mark.parametrize("n_components", [1, 2, 10, 50])
@@ -281,11 +278,8 @@ def test_spike_in_keeps_the_size_or_names_the_largest_that_is_possible(n_train, 
     kept, perturbed = sampling.spike_in(n_train, n_perturbed, percentage, seed=seed)
     assert len(kept) + len(perturbed) == n_train
     assert len(perturbed) == replaced
-    for rows, n in ((kept, n_train), (perturbed, n_perturbed)):
-        assert rows.dtype == np.int64
-        assert (np.diff(rows) > 0).all()
-        assert rows[0] >= 0
-        assert rows[-1] < n
+    assert_sorted_rows(kept, n_train)
+    assert_sorted_rows(perturbed, n_perturbed)
     again = sampling.spike_in(n_train, n_perturbed, percentage, seed=seed)
     np.testing.assert_array_equal(kept, again[0])
     np.testing.assert_array_equal(perturbed, again[1])
@@ -296,9 +290,8 @@ def test_spike_ins_of_one_seed_are_nested_and_of_two_are_different():
     fewer_kept, more_perturbed = sampling.spike_in(500, 400, 50, seed=0)
     assert np.isin(fewer_kept, kept).all()
     assert np.isin(perturbed, more_perturbed).all()
-    other_kept, other_perturbed = sampling.spike_in(500, 400, 10, seed=1)
-    assert not np.array_equal(kept, other_kept)
-    assert not np.array_equal(perturbed, other_perturbed)
+    other = sampling.spike_in(500, 400, 10, seed=1)
+    assert not any(np.array_equal(*pair) for pair in zip((kept, perturbed), other, strict=True))
 
 
 def test_spike_in_names_what_cannot_be_done():

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,9 +49,8 @@ def test_baselines_and_untrained_controls_are_left_out():
         {"strategy": "random", "percentage": 0.0, "value": 2.0},
         {"metric": "macro_f1", "percentage": 1.0, "value": 2.0},
     ]
-    pd.testing.assert_frame_equal(
-        saturation_points(table(*rows, *others), "micro_f1"), saturation_points(table(*rows), "micro_f1")
-    )
+    alone, beside = (saturation_points(table(*rows, *more), "micro_f1") for more in ([], others))
+    pd.testing.assert_frame_equal(beside, alone)
 
 
 def test_splits_are_averaged_before_the_rule():
@@ -89,12 +90,7 @@ def test_every_combination_has_its_own_point():
         ([{"value": 1.5}], "micro_f1", {"rule": "error"}, "micro_f1 exceeds 1"),
         ([{"value": 1.5}], "micro_f1", {"rule": "equivalence"}, "micro_f1 exceeds 1"),
         ([{}, {"study": "other"}], "micro_f1", {}, "several studies"),
-        (
-            [{"metric": "nmi", "strategy": "baseline", "percentage": 0.0}, {}],
-            "nmi",
-            {},
-            "no pretrained run has the metric 'nmi'",
-        ),
+        ([{"metric": "nmi", "strategy": "baseline"}, {}], "nmi", {}, "no pretrained run has the metric 'nmi'"),
     ],
 )
 def test_what_has_no_saturation_point_is_refused(rows, metric, settings, message):
@@ -102,6 +98,7 @@ def test_what_has_no_saturation_point_is_refused(rows, metric, settings, message
         saturation_points(table(*rows), metric, **settings)
 
 
+RULES = ("published", "mean", "error", "equivalence")
 MODELS = ["PretrainedPCA", "scVI", "SSL", "Geneformer", "SCimilarity"]
 STRATEGIES = ["random", "celltype_reweighted", "geometric_sketching"]
 CLASSIFICATION = ["hematopoiesis", "intestine", "periodontitis", "placenta"]
@@ -159,12 +156,9 @@ def test_published_heat_maps_are_reproduced_cell_for_cell(published, task):
     points = saturation_points(select(published, task=task), metric, n_resamples=0)
     points = points[points["strategy"].isin(STRATEGIES)]
     found = points.set_index(["model", "strategy", "dataset"])["percentage"].to_dict()
-    expected = {
-        (model, strategy, dataset): percentage
-        for model in MODELS
-        for strategy in STRATEGIES
-        for dataset, percentage in zip(datasets, above_one.get((model, strategy), [1] * 4), strict=True)
-    }
+    expected = dict.fromkeys(itertools.product(MODELS, STRATEGIES, datasets), 1)
+    for key, percentages in above_one.items():
+        expected |= {(*key, dataset): percentage for dataset, percentage in zip(datasets, percentages, strict=True)}
     assert found == expected
 
 
@@ -179,12 +173,10 @@ def test_published_spike_in_heat_maps_are_reproduced_cell_for_cell(published, ta
 
 
 def test_other_rules_on_the_published_table(published):
-    shown = published[published["strategy"].isin(STRATEGIES) & (published["task"] == "zeroshot_classification")]
-    by_rule = {
-        rule: saturation_points(shown, "micro_f1", rule=rule, n_resamples=0).set_index(["model", "strategy", "dataset"])
-        for rule in ("published", "mean", "error", "equivalence")
-    }
-    percentages = {rule: points["percentage"] for rule, points in by_rule.items()}
+    shown, percentages = select(published[published["strategy"].isin(STRATEGIES)], task="zeroshot_classification"), {}
+    for rule in RULES:
+        points = saturation_points(shown, "micro_f1", rule=rule, n_resamples=0)
+        percentages[rule] = points.set_index(["model", "strategy", "dataset"])["percentage"]
     assert (percentages["published"] == 1).sum() == 42
     assert (percentages["error"] == 1).sum() == 8
     assert (percentages["error"] >= 25).sum() == 42
@@ -223,11 +215,8 @@ def test_equivalence_is_that_of_two_one_sided_tests_corrected_together():
     }
     rows = [row for dataset, of in scores.items() for row in curve(of, dataset=dataset)]
     points = saturation_points(table(*rows), "micro_f1", rule="equivalence", margin=margin, n_resamples=0)
-    p = [
-        ttost_ind(of[size], of[100], -margin, margin, usevar="unequal")[0]
-        for of in scores.values()
-        for size in sizes[:-1]
-    ]
+    pairs = [(of[size], of[100]) for of in scores.values() for size in sizes[:-1]]
+    p = [ttost_ind(*pair, -margin, margin, usevar="unequal")[0] for pair in pairs]
     equivalent = multipletests(p, alpha, method="fdr_bh")[0].reshape(3, 4)
     expected = [next((sizes[i] for i in range(4) if row[i:].all()), np.nan) for row in equivalent]
     np.testing.assert_array_equal(points["percentage"], expected)
@@ -293,11 +282,7 @@ def test_an_interval_that_reaches_beyond_the_corpus_has_no_upper_bound():
 
 
 def test_mean_over_datasets_takes_complete_runs():
-    rows = [
-        row
-        for dataset, shift in (("a", 0), ("b", 0.2))
-        for row in curve({1: [0.5, 0.6], 10: 0.7 + shift}, dataset=dataset)
-    ]
+    rows = [*curve({1: [0.5, 0.6], 10: 0.7}, dataset="a"), *curve({1: [0.5, 0.6], 10: 0.9}, dataset="b")]
     means = mean_over_datasets(table(*rows[:-1]), "micro_f1")
     assert means[["percentage", "seed", "value"]].to_numpy().tolist() == [[1, 0, 0.5], [1, 1, 0.6]]
     means = mean_over_datasets(table(*rows), "micro_f1")
@@ -305,7 +290,6 @@ def test_mean_over_datasets_takes_complete_runs():
 
 
 few = settings(max_examples=15, deadline=None)
-RULES = ("published", "mean", "error", "equivalence")
 curves = st.dictionaries(
     st.sampled_from([1.0, 10.0, 25.0, 50.0, 75.0, 100.0]),
     st.lists(st.floats(0.01, 0.99), min_size=2, max_size=4),
@@ -363,26 +347,18 @@ def test_a_wider_margin_never_saturates_later(scores):
         assert np.isnan(narrow) or wide <= narrow
 
 
-def test_results_are_read_as_written(tmp_path):
+def test_results_are_read_as_written_and_the_same_file_whatever_the_row_order(tmp_path):
     results = table(*curve({10: [0.5, 0.6], 1: [0.4, 0.3]}), {"model": "SSL", "value": 0.123456789})
-    write_tables(tables(results.reindex(columns=ALL_COLUMNS)), tmp_path, {})
-    back = dw.read_results(tmp_path)
-    assert list(back.columns) == COLUMNS
-    assert sorted(back["value"]) == sorted(results["value"])
-    assert back.dtypes.to_dict() == results.dtypes.to_dict()
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv").astype(back.dtypes), back)
-
-
-def test_results_are_the_same_file_whatever_the_row_order(tmp_path):
-    results = table(*curve({10: [0.5, 0.6], 1: [0.4, 0.3]}, model="SSL"), *curve({1: 0.2}))
     shuffled = results.sample(frac=1, random_state=1)[COLUMNS[::-1]]
     for name, rows in {"a": results, "b": shuffled}.items():
         write_tables(tables(rows.reindex(columns=ALL_COLUMNS)), tmp_path / name, {})
+    back = dw.read_results(tmp_path / "a")
+    assert list(back.columns) == COLUMNS
+    assert sorted(back["value"]) == sorted(results["value"])
+    assert back.dtypes.to_dict() == results.dtypes.to_dict()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a" / "results.csv").astype(back.dtypes), back)
     for name in ("results.csv", "results.parquet"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_a_run_without_results_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run_all\.py"):
         dw.read_results(tmp_path)
 

@@ -12,65 +12,24 @@ from hypothesis import strategies as st
 
 from datawall.cells import expression
 from datawall.models import hyperparameters, scimilarity
-from datawall.models.scimilarity import (
-    SCimilarity,
-    TripletAutoencoder,
-    kinship,
-    sampling_weights,
-    semihard_triplets,
-    weighted_batches,
-)
+from datawall.models.scimilarity import SCimilarity, TripletAutoencoder, kinship, sampling_weights, weighted_batches
 from datawall.models.sparse import Cells
 
 N_GENES = 60
 SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16, "keep": "last"}
-ONTOLOGY = """format-version: 1.2
-ontology: cl/cl-basic
-
-[Term]
-id: CL:0
-name: cell
-
-[Term]
-id: CL:1
-name: lymphocyte
-def: "A cell: with a colon." [GOC:x]
-is_a: CL:0 {is_inferred="true"} ! cell
-
-[Term]
-id: CL:2
-name: T cell
-synonym: "T-lymphocyte" EXACT []
-is_a: CL:1 ! lymphocyte
-relationship: develops_from CL:5 ! precursor
-relationship: part_of UBERON:9 ! blood
-
-[Term]
-id: CL:3
-name: CD4-positive, alpha-beta T cell
-is_a: CL:2 ! T cell
-
-[Term]
-id: CL:4
-name: B cell
-is_a: CL:1
-intersection_of: CL:3 ! no relation of the term's own
-
-[Term]
-id: CL:5
-name: precursor
-
-[Term]
-id: CL:6
-name: T cell of old
-is_a: CL:2 ! T cell
-is_obsolete: true
-
-[Typedef]
-id: part_of
-name: part of
-is_a: CL:4
-"""
+TERMS = [  # what follows id and name
+    ("cell", ""),
+    ("lymphocyte", 'def: "A cell: with a colon." [GOC:x]\nis_a: CL:0 {is_inferred="true"} ! cell'),
+    ("T cell", 'synonym: "T-lymphocyte" EXACT []\nis_a: CL:1 ! lymphocyte\nrelationship: develops_from CL:5 ! precursor'
+     "\nrelationship: part_of UBERON:9 ! blood"),
+    ("CD4-positive, alpha-beta T cell", "is_a: CL:2 ! T cell"),
+    ("B cell", "is_a: CL:1\nintersection_of: CL:3 ! no relation of the term's own"),
+    ("precursor", ""),
+    ("T cell of old", "is_a: CL:2 ! T cell\nis_obsolete: true"),
+]  # fmt: skip
+ONTOLOGY = "format-version: 1.2\nontology: cl/cl-basic\n\n"
+ONTOLOGY += "\n".join(f"[Term]\nid: CL:{n}\nname: {name}\n{rest}\n" for n, (name, rest) in enumerate(TERMS))
+ONTOLOGY += "\n[Typedef]\nid: part_of\nname: part of\nis_a: CL:4\n"
 
 
 def simulated(n_cells=40, n_genes=N_GENES, seed=0):
@@ -139,7 +98,7 @@ def test_triplets_are_those_found_by_hand(n_cells, n_types, n_studies, margin, s
     distance = squared_distances((on_the_sphere(n_cells, seed=seed) * 4).round() / 4)
     suitable = semihard_by_hand(distance.tolist(), types.tolist(), studies.tolist(), margin)
     same, apart = (each[:, None] == each for each in map(torch.from_numpy, (types, studies)))
-    found = semihard_triplets(distance, (same & ~apart).triu(1), ~same, margin)
+    found = scimilarity.semihard_triplets(distance, (same & ~apart).triu(1), ~same, margin)
     pairs = list(zip(*(each.tolist() for each in found[:2]), strict=True))
     assert len(pairs) == len(set(pairs))
     assert set(pairs) == set(suitable)
@@ -153,10 +112,8 @@ def test_the_negative_is_chosen_evenly():
     assert 3 < len(suitable) < 8
     types = torch.tensor(types)
     torch.manual_seed(0)
-    draws = [
-        semihard_triplets(distance, (types[:, None] == types).triu(1) & (types == 0), types[:, None] != types, 2.0)[2]
-        for _ in range(3000)
-    ]
+    pairs, negatives = (types[:, None] == types).triu(1) & (types == 0), types[:, None] != types
+    draws = [scimilarity.semihard_triplets(distance, pairs, negatives, 2.0)[2] for _ in range(3000)]
     counts = torch.bincount(torch.cat(draws), minlength=10)[suitable]
     assert counts.sum() == 3000
     expected = 3000 / len(suitable)
@@ -176,7 +133,7 @@ def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings):
     latent = F.normalize(module.encoder[1:](x @ first.weight + first.bias))
     x_hat = F.linear(module.decoder(latent), last.weight, last.bias)
     torch.manual_seed(1)
-    anchor, positive, negative = semihard_triplets(2 - 2 * latent @ latent.T, pairs, negatives, 0.5)
+    anchor, positive, negative = scimilarity.semihard_triplets(2 - 2 * latent @ latent.T, pairs, negatives, 0.5)
     assert len(anchor) > 20
     triplet = F.triplet_margin_loss(latent[anchor], latent[positive], latent[negative], margin=0.5, p=2)
     weight = first.weight if h.l1_layer == "first" else module.encoder[-1].weight
@@ -186,18 +143,11 @@ def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings):
     reference.backward()
     for name, each in module.named_parameters():
         torch.testing.assert_close(ours[name], each.grad, rtol=1e-3, atol=1e-6)
-    _assert_metric_learning_agrees(latent, types, (anchor, positive, negative), triplet)
-
-
-def _assert_metric_learning_agrees(latent, types, triplets, expected):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pytorch_metric_learning.distances import LpDistance
-        from pytorch_metric_learning.losses import TripletMarginLoss
-        from pytorch_metric_learning.reducers import MeanReducer
-
-    theirs = TripletMarginLoss(0.5, distance=LpDistance(normalize_embeddings=False), reducer=MeanReducer())
-    torch.testing.assert_close(theirs(latent, types, triplets), expected, rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings(action="ignore"):
+        from pytorch_metric_learning import distances, losses, reducers
+    distance = distances.LpDistance(normalize_embeddings=False)
+    theirs = losses.TripletMarginLoss(0.5, distance=distance, reducer=reducers.MeanReducer())
+    torch.testing.assert_close(theirs(latent, types, (anchor, positive, negative)), triplet, rtol=1e-4, atol=1e-5)
 
 
 def test_without_triplets_the_rest_of_the_loss_is_left():
@@ -227,13 +177,6 @@ def test_the_input_is_dropped_in_training_alone():
     assert seen[1] is cells
 
 
-def test_the_number_of_weights_is_the_originals():
-    with torch.device("meta"):
-        module = TripletAutoencoder(19_331, hyperparameters.SCimilarity())
-    assert sum(weight.numel() for weight in module.encoder.parameters()) == 22_032_515
-    assert sum(weight.numel() for weight in module.parameters()) == 44_084_233
-
-
 def test_layers_come_in_the_originals_order():
     module = TripletAutoencoder(N_GENES, hyperparameters.SCimilarity(n_hidden=[12, 8], n_latent=4))
     names = [[type(layer).__name__ for layer in part] for part in (module.encoder, module.decoder)]
@@ -255,16 +198,9 @@ def test_kinship_follows_every_relation(ontology):
     strangers = {frozenset(pair) for pair in combinations(labels, 2) if not kin.loc[pair]}
     assert (kin == kin.T).all(axis=None)
     assert np.diag(kin).all()
-    assert strangers == {
-        frozenset(pair)
-        for pair in [
-            ("T cell", "B cell"),
-            ("CD4-positive, alpha-beta T cell", "B cell"),
-            ("lymphocyte", "precursor"),
-            ("B cell", "precursor"),
-            ("cell", "precursor"),
-        ]
-    }
+    expected = [("T cell", "B cell"), ("CD4-positive, alpha-beta T cell", "B cell"), ("lymphocyte", "precursor")]
+    expected += [("B cell", "precursor"), ("cell", "precursor")]
+    assert strangers == set(map(frozenset, expected))
 
 
 def test_an_ontology_may_have_circles_and_no_header(tmp_path):
@@ -286,11 +222,8 @@ def test_weights_of_the_sampler_by_hand():
     study = 1 / np.log1p(2 / 1e6)
     common, rare = study / np.log1p(3 / 1e4), study / np.log1p(1 / 1e4)
     np.testing.assert_allclose(weights, [common] * 3 + [rare])
-
-
-def test_weights_of_the_sampler_are_capped():
     labels = np.repeat([0, 1], [100_000, 1])
-    weights = sampling_weights(labels, np.zeros_like(labels))
+    weights = sampling_weights(labels, np.zeros_like(labels))  # capped
     np.testing.assert_allclose(weights, 1 / (np.log1p(10.0) * np.log1p(0.100001)) * np.where(labels, 2, 1))
 
 
@@ -365,10 +298,9 @@ def test_pairs_lie_within_the_study_where_there_is_one_only(columns, relations):
 
 def test_batches_tell_studies_apart_where_there_is_no_dataset(relations):
     _, obs = simulated()
-    fitted(obs=obs)
-    fitted(obs=obs.rename(columns={"dataset_id": "batch"}))
-    fitted(obs=obs.assign(batch="one"))
-    fitted(obs=obs.rename(columns={"dataset_id": "batch"}).assign(dataset_id="one"))
+    renamed = obs.rename(columns={"dataset_id": "batch"})
+    for each in (obs, renamed, obs.assign(batch="one"), renamed.assign(dataset_id="one")):
+        fitted(obs=each)
     for other in (1, 2, 3):
         for ours, expected in zip(relations[8 * other : 8 * other + 8], relations[:8], strict=True):
             assert (ours[0] == expected[0]).all()

@@ -43,8 +43,7 @@ def fitted(*, n_cells=70, steps=6, seed=0, **hyperparameters):
 
 def vae(n_genes, **sizes):
     """The peer: scvi-tools' module."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         from scvi.module import VAE
 
         return VAE(n_genes, n_batch=1, n_labels=1, gene_likelihood="nb", use_observed_lib_size=True, **sizes)
@@ -132,12 +131,10 @@ def test_embedding_is_scvi_tools():
 def test_number_of_weights():
     with torch.device("meta"):
         ours, theirs = Autoencoder(19_331, Hyperparameters()), vae(19_331)
-    n_ours = sum(weight.numel() for weight in ours.parameters())
-    assert n_ours == 4_992_026
+    n_weights = lambda module: sum(weight.numel() for weight in module.parameters())  # noqa: E731
     unused = [theirs.l_encoder, theirs.decoder.px_r_decoder, theirs.decoder.px_dropout_decoder]
-    sizes = [sum(weight.numel() for weight in each.parameters()) for each in unused]
-    assert sizes == [2_475_010, 2_493_699, 2_493_699]
-    assert n_ours + sum(sizes) == sum(weight.numel() for weight in theirs.parameters()) == 12_454_434
+    assert n_weights(ours) == 4_992_026
+    assert n_weights(ours) + sum(map(n_weights, unused)) == n_weights(theirs) == 12_454_434
 
 
 def dense(module, counts, z):
@@ -183,13 +180,9 @@ def test_reconstruction_of_any_counts(counts, seed, stored):
     counts[:, 0] += counts.sum(1) == 0
     X = sp.csr_matrix(counts)
     if stored:  # zeros too
-        X = sp.csr_matrix(
-            (
-                counts.ravel(),
-                np.tile(np.arange(counts.shape[1]), len(counts)),
-                np.arange(len(counts) + 1) * counts.shape[1],
-            )
-        )
+        n_cells, n_genes = counts.shape
+        indices, offsets = np.tile(np.arange(n_genes), n_cells), np.arange(n_cells + 1) * n_genes
+        X = sp.csr_matrix((counts.ravel(), indices, offsets))
     module = autoencoder(counts.shape[1]).double()
     torch.manual_seed(seed)
     torch.nn.init.normal_(module.share.weight)
@@ -240,8 +233,7 @@ def test_kl_weight_rises_in_a_share_of_the_steps():
 
 
 def test_kl_weight_rises_in_passes_as_scvi_tools():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         from scvi.train._trainingplans import _compute_kl_weight
 
     model = ScVI(schedule="epochs", batch_size=10)
@@ -252,8 +244,6 @@ def test_kl_weight_rises_in_passes_as_scvi_tools():
 @pytest.mark.parametrize("schedule", ["steps", "epochs"])
 def test_fit_takes_its_kl_weight_from_the_schedule(schedule, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        ScVI, "kl_weight", lambda self, *args: seen.append((self.hyperparameters.schedule, *args)) or 0.5
-    )
+    monkeypatch.setattr(ScVI, "kl_weight", lambda self, *of: seen.append((self.hyperparameters.schedule, *of)) or 0.5)
     fitted(steps=3, schedule=schedule)
-    assert seen == [(schedule, 0, 3, 70), (schedule, 1, 3, 70), (schedule, 2, 3, 70)]
+    assert seen == [(schedule, step, 3, 70) for step in range(3)]

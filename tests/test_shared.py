@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
+from small import STUDY, small_study
+from test_store import refuse_to_make
 
 from datawall.engine import processes
 from datawall.engine.store import Store, Unit
@@ -20,20 +22,12 @@ from datawall.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("cells/sampling",))
-MINIMAL = {
-    "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [50], "seeds": [0],
-    "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 1,
-}  # fmt: skip
 
 
 def write_files(folder):
     (folder / "inner").mkdir()
     (folder / "inner" / "rows.bin").write_bytes(bytes(range(256)) * 20)
     (folder / "note.txt").write_text("first\n")
-
-
-def refuse_to_make(folder):
-    raise AssertionError("made again")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +193,8 @@ def test_artifact_under_the_name_of_another_is_not_used(url, tmp_path, caplog):
 
 
 def test_a_study_goes_on_where_there_is_only_its_storage(url, tmp_path, monkeypatch):
-    study = Study(params.check(MINIMAL, "test").model_copy(update={"storage": url}), tmp_path / "one")
+    given = small_study(tmp_path).params.model_copy(update={"storage": url})
+    study = Study(given, tmp_path / "one")
     table = study.pretrain()
     monkeypatch.setattr(processes, "on_this_machine", None)  # nothing is made again
     elsewhere = Study(study.params, tmp_path / "other")
@@ -211,4 +206,4 @@ def test_a_study_goes_on_where_there_is_only_its_storage(url, tmp_path, monkeypa
 @pytest.mark.parametrize("url", ["file:///tmp/a", "/tmp/a", "s3:", "http://a/b"])
 def test_study_file_sends_artifacts_to_no_other_place_of_this_machine(url):
     with pytest.raises(params.ParamsError, match="storage"):
-        params.check({**MINIMAL, "storage": url}, "test")
+        params.check(STUDY | {"storage": url}, "test")

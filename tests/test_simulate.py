@@ -13,13 +13,14 @@ import real
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import STUDY, small_study
 
 import run_all
 from datawall.cells import corpus, simulate
 from datawall.cells.simulate import Atlas, Cells
 from datawall.models.scimilarity import kinship
 from datawall.reading import plots
-from datawall.study import curation, params, study
+from datawall.study import curation, params
 
 BLOOD = {
     "classical monocyte": 10, "natural killer cell": 8, "naive B cell": 7, "memory B cell": 5,
@@ -101,11 +102,11 @@ def test_default_composition_is_that_of_sctab_and_has_its_diversity():
 
 
 PLAIN = {"treated": 0.0, "assay_effect": 0.0, "dataset_effect": 0.0, "donor_effect": 0.0, "counts_spread": 0.0}
-PLAIN |= {"n_states": 0}
+PLAIN |= {"n_states": 0, "composition": {"mast cell": 1}, "activity": 1e-9}
 
 
 def test_counts_are_negative_binomial_with_the_planted_variance():
-    atlas = Atlas(n_cells=20_000, n_genes=100, composition={"mast cell": 1}, activity=1e-9, **PLAIN)
+    atlas = Atlas(n_cells=20_000, n_genes=100, **PLAIN)
     X = simulate.load(atlas).X.toarray().astype(float)
     planted = simulate.truth(atlas)
     theta, mean = planted.genes["theta"].to_numpy(), X.mean(axis=0)
@@ -122,7 +123,7 @@ def test_counts_are_negative_binomial_with_the_planted_variance():
 
 
 def test_without_dispersion_counts_are_poisson():
-    atlas = Atlas(n_cells=5000, n_genes=50, composition={"mast cell": 1}, activity=1e-9, dispersion=0.0, **PLAIN)
+    atlas = Atlas(n_cells=5000, n_genes=50, dispersion=0.0, **PLAIN)
     X = simulate.load(atlas).X.toarray().astype(float)
     assert np.abs(X.var(axis=0) / X.mean(axis=0) - 1)[X.mean(axis=0) > 0.1].max() < 0.15
 
@@ -199,9 +200,8 @@ def test_technical_effects_change_genes_between_data_sets_and_can_be_left_out():
     def distance(**values):
         cells = simulate.load(changed(SMALL, n_cells=4000, composition={"mast cell": 1}, treated=0.0, **values))
         names = cells.obs["dataset_id"].to_numpy()
-        counts = np.array(
-            [np.asarray(cells.X[names == name].sum(axis=0)).ravel() for name in ("dataset_1", "dataset_2")]
-        )
+        parts = [cells.X[names == name] for name in ("dataset_1", "dataset_2")]
+        counts = np.array([np.asarray(part.sum(axis=0)).ravel() for part in parts])
         share = counts / counts.sum(axis=1, keepdims=True)
         common = counts.min(axis=0) > 1000
         return np.abs(np.log(share[0, common] / share[1, common])).mean()
@@ -272,21 +272,14 @@ def test_wrong_setting_is_refused_with_a_clear_message(values, named):
     study_keys = {"corpus", "evaluation"} & set(values)
     values = values if study_keys else {"simulation": {"composition": BLOOD, **values}}
     with pytest.raises(params.ParamsError) as error:
-        params.check(STUDY | values, "mine.yaml")
+        params.check(STUDY | {"corpus": "simulated"} | values, "mine.yaml")
     assert all(part in str(error.value) for part in ["mine.yaml: ", *named]), str(error.value)
     assert "\n" not in str(error.value)
 
 
-STUDY = {
-    "study": "mine", "corpus": "simulated", "strategies": ["random"], "percentages": [1], "seeds": [0], "steps": 1,
-    "models": ["PretrainedPCA"], "tasks": ["zeroshot_classification"],
-}  # fmt: skip
-
-
 def test_study_makes_the_corpus_with_its_truth_and_its_keys_follow_the_settings(tmp_path):
     def opened(**simulation):
-        checked = params.check(STUDY | {"simulation": {**SMALL.model_dump(), **simulation}}, "mine.yaml")
-        return study.Study(checked, tmp_path)
+        return small_study(tmp_path, corpus="simulated", simulation=SMALL.model_dump() | simulation)
 
     mine = opened()
     assert (mine.corpus_artifact.folder / "truth.json").exists()
@@ -294,14 +287,13 @@ def test_study_makes_the_corpus_with_its_truth_and_its_keys_follow_the_settings(
     assert opened().corpus_unit.key == mine.corpus_unit.key
     assert opened(seed=1).corpus_unit.key != mine.corpus_unit.key
     assert opened(n_cells=999).corpus_unit.key != mine.corpus_unit.key
-    default = params.check(STUDY, "mine.yaml")
+    default = small_study(tmp_path, corpus="simulated").params
     assert default.simulation == Atlas()
     assert params.Params.model_validate_json(default.model_dump_json()) == default
 
 
 def test_planted_markers_stand_out_in_their_type(tmp_path):
-    checked = params.check(STUDY | {"simulation": changed(SMALL, n_cells=3000).model_dump()}, "mine.yaml")
-    mine = study.Study(checked, tmp_path)
+    mine = small_study(tmp_path, corpus="simulated", simulation=changed(SMALL, n_cells=3000).model_dump())
     markers = curation.markers(mine)
     assert list(markers) == list(BLOOD)
     table = curation.marker_expression(mine)

@@ -19,21 +19,16 @@ LABELS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=40)
 
 def test_chance_levels_are_expectations_over_all_predictions():
     train, test = np.array(list("aaabbc")), np.array(list("aabbd"))
-    share = {"a": 3 / 6, "b": 2 / 6, "c": 1 / 6}
-    expected = dict.fromkeys(("micro_f1", "macro_f1", "balanced_accuracy", "error_rate", "f1[a]", "f1[b]"), 0.0)
-    types = np.unique(test)
-    for predicted in itertools.product("abc", repeat=len(test)):
-        p = np.prod([share[label] for label in predicted])
-        recalls = [np.mean(np.array(predicted)[test == name] == name) for name in types]
-        expected["balanced_accuracy"] += p * np.mean(recalls)
-        expected["micro_f1"] += p * accuracy_score(test, predicted)
+    share, types = {"a": 3 / 6, "b": 2 / 6, "c": 1 / 6}, np.unique(test)
+    expected = np.zeros(7)
+    for predicted in map(np.array, itertools.product("abc", repeat=len(test))):
+        right = accuracy_score(test, predicted)
+        recalls = [np.mean(predicted[test == name] == name) for name in types]
         f1 = f1_score(test, predicted, labels=types, average=None, zero_division=0)
-        expected["macro_f1"] += p * f1.mean()
-        expected["f1[a]"] += p * f1[0]
-        expected["f1[b]"] += p * f1[1]
-        expected["error_rate"] += p * np.mean(test != np.array(predicted))
-    levels = uncertainty.chance_levels(train, test)
-    assert levels == pytest.approx({**expected, "f1[d]": 0})
+        scores = right, f1.mean(), np.mean(recalls), 1 - right, *f1
+        expected += np.prod([share[label] for label in predicted]) * np.array(scores)
+    names = "micro_f1", "macro_f1", "balanced_accuracy", "error_rate", "f1[a]", "f1[b]", "f1[d]"
+    assert uncertainty.chance_levels(train, test) == pytest.approx(dict(zip(names, expected, strict=True)))
 
 
 @settings(deadline=None)

@@ -28,15 +28,10 @@ def test_a_batch_larger_than_the_data_holds_repeats():
     assert sorted(np.bincount(batch)) == [2, 3, 3]
 
 
-def test_batches_follow_their_seed():
-    first, again, other = (np.stack(list(minibatches(50, 8, 20, seed=seed))) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
+def test_batches_follow_their_seed_whatever_the_budget():
+    first, again, other = (np.stack(list(minibatches(50, 8, steps, seed=s))) for steps, s in ((20, 1), (5, 1), (20, 2)))
+    np.testing.assert_array_equal(first[:5], again)
     assert (first != other).any()
-
-
-def test_a_longer_budget_begins_with_the_same_batches():
-    long = np.stack(list(minibatches(50, 8, 20, seed=1)))
-    np.testing.assert_array_equal(np.stack(list(minibatches(50, 8, 5, seed=1))), long[:5])
 
 
 def test_every_step_has_random_numbers_of_its_own():
@@ -56,14 +51,13 @@ def test_every_step_has_random_numbers_of_its_own():
     assert not set(first) & set(drawn(1, 5))
 
 
-def test_rate_rises_then_falls_linearly():
-    recipe = Recipe(steps=10, batch_size=1, learning_rate=24.0, warmup=0.2)
-    np.testing.assert_allclose([recipe.rate(step) for step in range(10)], [8, 16, 24, 21, 18, 15, 12, 9, 6, 3])
-
-
-def test_rate_without_decay_stays_at_its_peak():
-    recipe = Recipe(steps=5, batch_size=1, learning_rate=3.0, warmup=0.4, decay="none")
-    np.testing.assert_allclose([recipe.rate(step) for step in range(5)], [1, 2, 3, 3, 3])
+@pytest.mark.parametrize(
+    ("warmup", "decay", "rates"),
+    [(0.2, "linear", [8, 16, 24, 21, 18, 15, 12, 9, 6, 3]), (0.4, "none", [4.8, 9.6, 14.4, 19.2] + 6 * [24])],
+)
+def test_rate_rises_then_falls_linearly_or_stays(warmup, decay, rates):
+    recipe = Recipe(steps=10, batch_size=1, learning_rate=24.0, warmup=warmup, decay=decay)
+    np.testing.assert_allclose([recipe.rate(step) for step in range(10)], rates)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.027, 0.5, 1.0])
@@ -91,21 +85,16 @@ def trained(*, seed, build_seed=0):
     return torch.cat([weight.detach().ravel() for weight in module.parameters()]), history
 
 
-def test_training_repeats_bit_for_bit_whatever_the_global_random_state():
+def test_training_repeats_bit_for_bit_whatever_the_global_random_state_and_leaves_it():
     torch.manual_seed(1)
     weights, history = trained(seed=5)
     torch.manual_seed(2)
+    before = torch.random.get_rng_state()
     again, history_again = trained(seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(weights, again)
     np.testing.assert_array_equal(history.loss, history_again.loss)
     assert not torch.equal(weights, trained(seed=6)[0])
-
-
-def test_training_leaves_the_global_random_state():
-    torch.manual_seed(3)
-    before = torch.random.get_rng_state()
-    trained(seed=5)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_seeded_weights_repeat_and_leave_the_global_random_state():
@@ -126,17 +115,25 @@ def test_history_counts_what_was_seen():
     assert len(history.validation_step) == len(history.validation_loss) == 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_named_by_its_step(value):
+LATE = "seen 3 steps later: the cause is in these cells, or training diverged"
+
+
+@pytest.mark.parametrize(
+    ("value", "breaks", "at_once", "said"),
+    [  # looked at late, its gradients are in the weights by then, whatever was at fault
+        (float("nan"), 4, 1, "the weights are finite"), (float("inf"), 4, 1, "the weights are finite"),
+        (float("nan"), 2, 5, LATE),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_is_named_by_its_step(value, breaks, at_once, said, monkeypatch):
+    monkeypatch.setitem(training.LOSSES_AT_ONCE, "cpu", at_once)
     module, loss_of = noisy_problem()
-    calls = []
 
-    def breaks_at_the_fourth(forward, rows, step):
-        calls.append(rows)
-        return loss_of(forward, rows, step) * (value if len(calls) == 4 else 1)
+    def broken(forward, rows, step):
+        return loss_of(forward, rows, step) * (value if step == breaks - 1 else 1)
 
-    with pytest.raises(NonFiniteLossError, match=r"at step 4 of 10\b.*the weights are finite"):
-        train(module, breaks_at_the_fourth, 40, Recipe(steps=10, batch_size=8, learning_rate=1e-3), seed=0)
+    with pytest.raises(NonFiniteLossError, match=rf"at step {breaks} of 10\b.*{said}"):
+        train(module, broken, 40, Recipe(steps=10, batch_size=8, learning_rate=1e-3), seed=0)
 
 
 def test_cells_are_counted_that_were_drawn():
@@ -145,19 +142,6 @@ def test_cells_are_counted_that_were_drawn():
     history = train(module, loss_of, 40, Recipe(2, 3, 1e-3), seed=0, batches=batches)
     assert (history.samples_seen, history.unique_cells) == (6, 4)
     assert train(module, loss_of, 40, Recipe(4, 8, 1e-3), seed=0).unique_cells == 32
-
-
-def test_a_loss_that_is_looked_at_late_leaves_its_cause_open(monkeypatch):
-    """Its gradients are in the weights by then, whatever was at fault."""
-    monkeypatch.setitem(training.LOSSES_AT_ONCE, "cpu", 5)
-    module, loss_of = noisy_problem()
-
-    def breaks_at_the_second(forward, rows, step):
-        return loss_of(forward, rows, step) * (float("nan") if step == 1 else 1)
-
-    late = r"at step 2 of 10\b.*seen 3 steps later: the cause is in these cells, or training diverged"
-    with pytest.raises(NonFiniteLossError, match=late):
-        train(module, breaks_at_the_second, 40, Recipe(steps=10, batch_size=8, learning_rate=1e-3), seed=0)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -191,28 +175,25 @@ def scripted_validation(module, losses):
     return look, seen
 
 
-def test_early_stopping_restores_the_best_weights():
+@pytest.mark.parametrize(
+    ("steps", "patience", "losses", "looked_at", "best"),
+    [
+        (100, 3, [5, 3, 1, 2, 1, 4, 0, 0], [2, 4, 6, 8, 10, 12], 2),  # stops early
+        (5, None, [1, 2, 3], [2, 4, 5], 0),  # without patience, with a look at the end
+    ],
+)
+def test_training_ends_with_the_best_weights(steps, patience, losses, looked_at, best):
     module, loss_of = noisy_problem()
-    look, seen = scripted_validation(module, [5, 3, 1, 2, 1, 4, 0, 0])
-    recipe = Recipe(steps=100, batch_size=8, learning_rate=1e-2, validate_every=2, patience=3)
+    look, seen = scripted_validation(module, losses)
+    recipe = Recipe(steps=steps, batch_size=8, learning_rate=1e-2, validate_every=2, patience=patience)
     history = train(module, loss_of, 40, recipe, seed=0, validation_loss=look)
-    np.testing.assert_array_equal(history.validation_step, [2, 4, 6, 8, 10, 12])
-    np.testing.assert_array_equal(history.validation_loss, [5, 3, 1, 2, 1, 4])
-    assert len(history.loss) == len(history.learning_rate) == 12
-    assert history.samples_seen == 12 * 8
-    for weight, best, last in zip(module.parameters(), seen[2], seen[-1], strict=True):
-        assert torch.equal(weight, best)
+    np.testing.assert_array_equal(history.validation_step, looked_at)
+    np.testing.assert_array_equal(history.validation_loss, losses[: len(looked_at)])
+    assert len(history.loss) == len(history.learning_rate) == looked_at[-1]
+    assert history.samples_seen == looked_at[-1] * 8
+    for weight, kept, last in zip(module.parameters(), seen[best], seen[-1], strict=True):
+        assert torch.equal(weight, kept)
         assert not torch.equal(weight, last)
-
-
-def test_without_patience_training_ends_with_a_look_and_the_best_weights():
-    module, loss_of = noisy_problem()
-    look, seen = scripted_validation(module, [1, 2, 3])
-    recipe = Recipe(steps=5, batch_size=8, learning_rate=1e-2, validate_every=2)
-    history = train(module, loss_of, 40, recipe, seed=0, validation_loss=look)
-    np.testing.assert_array_equal(history.validation_step, [2, 4, 5])
-    assert len(history.loss) == 5
-    assert all(torch.equal(weight, best) for weight, best in zip(module.parameters(), seen[0], strict=True))
 
 
 def test_looking_at_the_validation_loss_does_not_change_training():
@@ -226,16 +207,10 @@ def test_looking_at_the_validation_loss_does_not_change_training():
 
 def test_module_trains_in_training_mode_and_ends_in_evaluation_mode():
     module, loss_of = noisy_problem()
-    modes = []
+    modes, recipe = [], Recipe(steps=4, batch_size=8, learning_rate=1e-3, validate_every=2)
     module.register_forward_hook(lambda *_: modes.append(module.training))
-    train(
-        module.eval(),
-        loss_of,
-        40,
-        Recipe(steps=4, batch_size=8, learning_rate=1e-3, validate_every=2),
-        seed=0,
-        validation_loss=lambda: loss_of(module, np.arange(40), 0),
-    )
+    look = lambda: loss_of(module, np.arange(40), 0)  # noqa: E731
+    train(module.eval(), loss_of, 40, recipe, seed=0, validation_loss=look)
     assert modes == [True, True, False, True, True, False]
     assert not module.training
 
@@ -244,9 +219,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
     recipe = Recipe(steps=3, batch_size=2, learning_rate=0.1, decay="none", weight_decay=0.5)
-    train(
-        module, lambda forward, rows, step: 0 * sum(weight.sum() for weight in module.parameters()), 4, recipe, seed=0
-    )
+    train(module, lambda *_: 0 * sum(weight.sum() for weight in module.parameters()), 4, recipe, seed=0)
     for name, weight in module.named_parameters():
         shrunk = 0.95**3 if weight.ndim > 1 else 1
         torch.testing.assert_close(weight.detach(), before[name] * shrunk, rtol=1e-6, atol=0)

@@ -5,25 +5,15 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
+from test_notebooks import CHECKED, NOTEBOOKS, ROOT, cells_of, each_notebook
 
 from datawall.engine import code
 
-ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = ROOT / "lib" / "datawall"
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CHECKED = "nbval-check-output"
 CONCLUSION = "**In short:**"  # how the paragraph begins, in a notebook's first cell
 NUMBER = r"(?<![\w.,-])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|,\d|\.\d)"  # no part of a name, a version or a date
-
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def cells_of(path, kind):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
 
 
 def texts(output):

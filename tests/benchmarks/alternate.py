@@ -1,35 +1,83 @@
-"""Time a peer and ours in turn, in one process, on the same input."""
+"""What benchmarks share: cells of a real one's size, a training step, and a peer and ours timed in turn."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+N_GENES, DETECTED = 19_331, 1_660  # of scTab; how many of them a cell expresses
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
+def cells(n_cells, rng, draw, chances=None):
+    """CSR (n_cells, N_GENES) of about DETECTED genes a cell: `draw(n)` gives their values, `chances` favours genes."""
+    chances = itertools.repeat(None) if chances is None else chances
+    sizes = zip(rng.poisson(DETECTED, n_cells), chances, strict=False)
+    genes = [np.sort(rng.choice(N_GENES, n, replace=False, p=p)) for n, p in sizes]
+    offsets = np.cumsum([0, *map(len, genes)])
+    return sp.csr_matrix((draw(offsets[-1]).astype(np.float32), np.concatenate(genes), offsets), (n_cells, N_GENES))
+
+
+def training_step(module, loss_of, optimiser=torch.optim.AdamW, clip_norm=None, **settings):
+    """A function that takes one optimiser step and returns its loss."""
+    stepper = optimiser(module.parameters(), **settings)
+
+    def step():
+        loss = loss_of()
+        stepper.zero_grad()
+        loss.backward()
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+        stepper.step()
+        return loss.detach()
+
+    return step
+
+
+def seconds_of(run):
+    """Seconds that one call takes, with what it leaves to a GPU."""
+    wait()
     begin = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - begin
 
 
-def report(
-    what: str,
-    n_items: int,
-    peer: Callable[[], object],
-    ours: Callable[[], object],
-    repeats: int = 5,
-    floor: float | None = None,
-) -> None:
-    """Run both once to warm up, then alternately; print items a second of each and, last, `ratio X.Y`.
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
-    The ratio is the median over the pairs of the peer's time over ours: above 1, ours is faster. `floor` is the least
-    time, in seconds, in which this machine could do the work; what share of that speed ours reaches is printed too.
-    """
+
+def shortest(run, repeats=5):
+    """Seconds of the fastest call."""
+    return min(seconds_of(run) for _ in range(repeats))
+
+
+def matrix_speed():
+    """Operations a second of a product of two 2,048 x 2,048 matrices on the CPU, at best."""
+    square = torch.randn(2048, 2048)
+    return 2 * 2048**3 / shortest(lambda: square @ square, 10)
+
+
+def in_turn(peer, ours, repeats=5):
+    """Median seconds of each, and the median ratio of a pair, after one of each to warm up (and compile)."""
     peer(), ours()
     pairs = [(seconds_of(peer), seconds_of(ours)) for _ in range(repeats)]
-    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    ratio = statistics.median(peer / ours for peer, ours in pairs)
+    return *(statistics.median(column) for column in zip(*pairs, strict=True)), ratio
+
+
+def report(what, n_items, peer, ours, repeats=5, floor=None):
+    """Print items a second of each and, last, `ratio X.Y`: above 1, ours is faster.
+
+    `floor` is the least time, in seconds, in which this machine could do the work; what share of that speed ours
+    reaches is printed too.
+    """
+    *medians, ratio = in_turn(peer, ours, repeats)
     for name, seconds in zip(("peer", "ours"), medians, strict=True):
         print(f"{name}: {n_items / seconds:,.0f} {what} a second")
     if floor is not None:
         print(f"floor: {n_items / floor:,.0f} {what} a second, of which ours reaches {floor / medians[1]:.0%}")
-    print(f"ratio {statistics.median(peer / ours for peer, ours in pairs):.1f}")
+    print(f"ratio {ratio:.1f}")

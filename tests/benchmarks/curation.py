@@ -13,11 +13,12 @@ are among it. On 2 cores of an Intel Xeon, which other processes shared, in seco
     1,000,000 cells   simulate and write 175 s, components 218 s, all 458 s, peak 2,007 MiB, 1,738 MiB on disk
 """
 
+import multiprocessing
 import resource
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,8 @@ STUDY = {
 }
 
 
-def curate(n_cells: int) -> None:
-    """Curate one size; prints step, seconds and peak memory (MiB), and a line of totals for `main`."""
+def curate(n_cells):
+    """Print seconds and peak memory (MiB) of each step; returns cells and the totals."""
     import datawall as dw
     from datawall.study.curated import Curated
 
@@ -65,21 +66,21 @@ def curate(n_cells: int) -> None:
             before = clocks()
             step()
             print(line(n_cells, name, clocks() - before), flush=True)
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
-        print(f"{line(n_cells, 'all', clocks() - began)}, {size:,.0f} MiB on disk")
+        size, seconds = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()), clocks() - began
+        print(f"{line(n_cells, 'all', seconds)}, {size / 2**20:,.0f} MiB on disk", flush=True)
+        return n_cells, *seconds, peak()
 
 
-def clocks() -> np.ndarray:
+def clocks():
     """Seconds by the clock, and of processors."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def line(n_cells: int, name: str, seconds: np.ndarray) -> str:
-    """A row of the table."""
+def line(n_cells, name, seconds):
     return f"{n_cells:>10,}  {name:<22} {seconds[0]:>8.1f} s {seconds[1]:>8.1f} s of processors {peak():>8,.0f} MiB"
 
 
-def beside(study) -> dict:
+def beside(study):
     """As `curation.beside_simulated`, which sets nothing beside a simulated corpus."""
     from datawall.cells import simulate
     from datawall.study import curation
@@ -90,29 +91,14 @@ def beside(study) -> dict:
     return {"corpus": held_out.counts(rows), "simulated": simulate.load(other).X}
 
 
-def peak() -> float:
-    """Peak resident memory of this process, MiB."""
+def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main(sizes: list[int]) -> None:
-    """Curate each size in a process of its own."""
-    totals = []
-    for n_cells in sizes:
-        process = subprocess.Popen([sys.executable, __file__, "--one", str(n_cells)], stdout=subprocess.PIPE, text=True)
-        for row in process.stdout:
-            print(row, end="", flush=True)
-        if process.wait():
-            sys.exit(f"curating {n_cells:,} cells failed.")
-        words = row.replace(",", "").split()
-        totals.append((n_cells, float(words[2]), float(words[4]), float(words[8])))
+if __name__ == "__main__":
+    sizes, fresh = [int(size) for size in sys.argv[1:]] or [20_000, 100_000], multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
+        totals = list(pool.map(curate, sizes))
     if len(totals) > 1:
         ratios = [last / first for first, last in zip(totals[0], totals[-1], strict=True)]
         print("ratio of cells {:.1f}, of time {:.1f}, of processors {:.1f}, of memory {:.2f}".format(*ratios))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        curate(int(sys.argv[2]))
-    else:
-        main([int(size) for size in sys.argv[1:]] or [20_000, 100_000])

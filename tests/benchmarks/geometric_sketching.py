@@ -12,7 +12,7 @@ Floor: reading and gridding the scores once, for a length that is known, and han
 import sys
 
 import numpy as np
-from alternate import report, seconds_of
+from alternate import report, shortest
 from geosketch import gs
 from scipy.stats import sem
 from sklearn.metrics import pairwise_distances_argmin_min
@@ -33,13 +33,11 @@ sketches = {"geosketch": [], "ours": []}
 
 
 def peer():
-    """A sketch of the next seed by geosketch."""
     seed = len(sketches["geosketch"])
     sketches["geosketch"].append(np.array(gs(X, N_CELLS // 100, k=N_BOXES, seed=seed, replace=False)))
 
 
 def ours():
-    """A sketch of the next seed by datawall."""
     seed = len(sketches["ours"])
     sketches["ours"].append(sampling.geometric_sketching(X, 1, seed=seed, n_boxes=N_BOXES))
 
@@ -52,7 +50,7 @@ def floor():
 
 
 floor()
-report("cells", N_CELLS, peer, ours, repeats=N_SEEDS - 1, floor=min(seconds_of(floor) for _ in range(5)))
+report("cells", N_CELLS, peer, ours, repeats=N_SEEDS - 1, floor=shortest(floor))
 sketches["random"] = [sampling.random(N_CELLS, 1, seed=seed) for seed in range(N_SEEDS)]
 for name, of_seeds in sketches.items():
     gap = [np.quantile(pairwise_distances_argmin_min(X, X[rows])[1], 0.999) for rows in of_seeds]

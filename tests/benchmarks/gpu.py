@@ -12,13 +12,12 @@ A share of the peak counts a multiplication and an addition as two operations, a
 """
 
 import argparse
-import statistics
-import time
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from alternate import in_turn, seconds_of, training_step, wait
 
 from datawall.models import transformer
 from datawall.models.sparse import Cells, Reconstruction, SparseLinear
@@ -35,28 +34,6 @@ from datawall.models.transformer import (
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}  # dense bf16
 ORIGINAL_SECONDS = 116  # to embed 10,000 tokenised cells
-
-
-def wait():
-    if on_gpu:
-        torch.cuda.synchronize()
-
-
-def seconds_of(run):
-    wait()
-    begin = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - begin
-
-
-def in_turn(peer, ours, repeats=5):
-    """Median seconds of each, and of the ratio, after one of each to warm up (and compile)."""
-    peer(), ours()
-    pairs = [(seconds_of(peer), seconds_of(ours)) for _ in range(repeats)]
-    return *(statistics.median(column) for column in zip(*pairs, strict=True)), statistics.median(
-        a / b for a, b in pairs
-    )
 
 
 def peak_memory(run):
@@ -103,19 +80,6 @@ def padded_loss(encoder, ids, offsets, targets):
     return F.cross_entropy(encoder.logits(x).float(), rows[1].flatten(), ignore_index=IGNORED)
 
 
-def training_step(encoder, loss_of):
-    optimiser = torch.optim.AdamW(encoder.train().parameters(), lr=1e-4, fused=True)
-
-    def run():
-        with half():
-            loss = loss_of()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    return run
-
-
 def operations(encoder, offsets, n_masked):
     """Of a step, there and back."""
     config, lengths = encoder.config, offsets.diff().double()
@@ -152,22 +116,25 @@ def pretraining(name, config, n_cells):
 
     def ours():
         hidden = (send(each, where) for each in to_predict(targets))
-        return encoder(send(masked, where), Layout(offsets, where), *hidden)
+        with half():
+            return encoder(send(masked, where), Layout(offsets, where), *hidden)
 
-    with torch.no_grad(), half():
+    def peer():
+        with half():
+            return padded_loss(encoder, masked, offsets, targets)
+
+    with torch.no_grad():
         encoder.eval()
-        both = ours().item(), padded_loss(encoder, masked, offsets, targets).item()
+        both = ours().item(), peer().item()
         attends = transformer.attention(where, config.n_embd // config.n_heads).__name__
     assert abs(both[0] - both[1]) < 0.02, both
-    peer_step, our_step = (
-        training_step(encoder, each) for each in (lambda: padded_loss(encoder, masked, offsets, targets), ours)
-    )
-    peer, own, ratio = in_turn(peer_step, our_step)
+    peer_step, our_step = (training_step(encoder.train(), each, lr=1e-4, fused=True) for each in (peer, ours))
+    theirs, own, ratio = in_turn(peer_step, our_step)
     n_operations = operations(encoder, offsets, n_masked)
     share = f"{n_operations / own / peak:.0%} of the peak" if peak else "peak not known"
     print(
         f"{name}, {n_cells} cells, {len(ids):,} tokens, {attends}: {len(ids) / own:,.0f} tokens a second, {share}, "
-        f"{n_operations / len(ids) / 2e6:.1f} million multiplications a token; padded {len(ids) / peer:,.0f}; "
+        f"{n_operations / len(ids) / 2e6:.1f} million multiplications a token; padded {len(ids) / theirs:,.0f}; "
         f"ratio {ratio:.1f}; {peak_memory(our_step)}, padded {peak_memory(peer_step)}",
         flush=True,
     )

@@ -53,7 +53,7 @@ for batch in batches.cat.categories:
     after[batches == batch, :5] -= after[batches == batch, :5].mean(axis=0)
 
 
-def judged_by_scib() -> dict[str, float]:
+def judged_by_scib():
     adata = ad.AnnData(expression.lognormalise(cells.X), obs=pd.DataFrame({"label": labels, "batch": batches}))
     adata.obsm["X_emb"] = after
     unintegrated = ad.AnnData(adata.X, obs=adata.obs)
@@ -79,7 +79,7 @@ def judged_by_scib() -> dict[str, float]:
     return values
 
 
-def judged_here() -> dict[str, float]:
+def judged_here():
     return integration.zeroshot_integration(after, labels.to_numpy(), batches.to_numpy(), unintegrated=before)
 
 

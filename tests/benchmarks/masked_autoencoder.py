@@ -7,12 +7,11 @@ matrix products of the output layer, 2 x 1,024 x 512 x 19,331 operations each, w
 peer has two more in its first layer.
 """
 
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import numpy as np
-import scipy.sparse as sp
 import torch
-from alternate import report
+from alternate import N_GENES, cells, report, training_step
 from torch import nn
 
 from datawall.models import training
@@ -20,16 +19,7 @@ from datawall.models.hyperparameters import SSL
 from datawall.models.sparse import Cells
 from datawall.models.ssl import Autoencoder
 
-N_CELLS, N_GENES, DETECTED = 1024, 19_331, 1_660
-
-
-def simulated(rng):
-    popularity = rng.gamma(0.3, 1, N_GENES) + 1e-3
-    popularity /= popularity.sum()
-    genes = [rng.choice(N_GENES, n, replace=False, p=popularity) for n in rng.poisson(DETECTED, N_CELLS)]
-    indptr = np.cumsum([0, *(len(each) for each in genes)])
-    X = sp.csr_matrix((rng.gamma(4, 0.3, indptr[-1]), np.concatenate(genes), indptr), shape=(N_CELLS, N_GENES))
-    return X.astype(np.float32)
+N_CELLS = 1024
 
 
 def dense(widths, dropout):
@@ -57,18 +47,11 @@ def peer_loss(x):
     return ((1 - keep) * (predicted - x) ** 2).mean()
 
 
-def step(optimiser, loss):
-    optimiser.zero_grad()
-    loss.backward()
-    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
-    nn.utils.clip_grad_norm_(weights, h.clip_norm)
-    optimiser.step()
-
-
 torch.set_num_threads(1)
 torch.manual_seed(0)
-h = SSL()
-X = simulated(np.random.default_rng(0))
+h, rng = SSL(), np.random.default_rng(0)
+popularity = rng.gamma(0.3, 1, N_GENES) + 1e-3
+X = cells(N_CELLS, rng, lambda n: rng.gamma(4, 0.3, n), repeat(popularity / popularity.sum()))
 x = torch.from_numpy(X.toarray()).to(training.device())
 module = Autoencoder(N_GENES, h).to(training.device())
 widths = [N_GENES, *h.n_hidden, h.n_latent]
@@ -76,8 +59,7 @@ encoder, decoder = (dense(each, h.dropout).to(training.device()) for each in (wi
 copy_weights(module, encoder, decoder)
 begin = module(Cells.of(X)).item(), peer_loss(x).item()
 assert abs(begin[0] / begin[1] - 1) < 0.01, begin  # masks are drawn anew; tests compare with masks given
-settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True}
-ours = torch.optim.AdamW(module.parameters(), **settings)
-peer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], **settings)
+settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True, "clip_norm": h.clip_norm}
 rows = np.arange(N_CELLS)
-report("cells", N_CELLS, lambda: step(peer, peer_loss(x)), lambda: step(ours, module(Cells.of(X[rows]))))
+peer = training_step(nn.ModuleList([encoder, decoder]), lambda: peer_loss(x), **settings)
+report("cells", N_CELLS, peer, training_step(module, lambda: module(Cells.of(X[rows])), **settings))

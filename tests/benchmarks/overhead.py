@@ -16,18 +16,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 import datawall as dw
 from datawall.engine import cluster, store
 from datawall.study import evaluation
 
 
-def memory_mib() -> float:
-    """Resident memory of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+def memory_mib():
+    return psutil.Process().memory_info().rss / 2**20
 
 
-def seconds(study: dw.Study, n_units: int) -> float:
+def seconds(study, n_units):
     """Time by the clock of so many units, each of which looks a name up."""
     begin = time.perf_counter()
     cluster.run_units(study, getattr, ["folder"] * n_units, "empty units")

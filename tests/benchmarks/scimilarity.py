@@ -10,10 +10,9 @@ operations each, which no exact step can do without; the peer has two more in it
 from itertools import combinations, pairwise
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from alternate import report
+from alternate import N_GENES, cells, report, training_step
 from torch import nn
 
 from datawall.models import training
@@ -21,17 +20,7 @@ from datawall.models.hyperparameters import SCimilarity
 from datawall.models.scimilarity import TripletAutoencoder
 from datawall.models.sparse import Cells
 
-N_CELLS, N_GENES, DETECTED, N_TYPES, N_STUDIES = 1000, 19_331, 1_660, 10, 5
-
-
-def simulated(rng, types):
-    popularity = rng.gamma(0.3, 1, (N_TYPES, N_GENES)) + 1e-3
-    popularity /= popularity.sum(axis=1, keepdims=True)
-    lengths = rng.poisson(DETECTED, N_CELLS)
-    genes = [rng.choice(N_GENES, n, replace=False, p=popularity[t]) for n, t in zip(lengths, types, strict=True)]
-    indptr = np.cumsum([0, *lengths])
-    X = sp.csr_matrix((rng.gamma(4, 0.3, indptr[-1]), np.concatenate(genes), indptr), shape=(N_CELLS, N_GENES))
-    return X.astype(np.float32)
+N_CELLS, N_TYPES, N_STUDIES = 1000, 10, 5
 
 
 def blocks(widths, dropout):
@@ -82,18 +71,10 @@ def copy_weights(module, peer):
             theirs.copy_(mine if mine.shape == theirs.shape else mine.T)
 
 
-def step(optimiser, loss):
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-
-
 def contest(h):
     """Steps of the peer and ours, and their losses before the first."""
     module, peer = TripletAutoencoder(N_GENES, h), Peer(h)
     copy_weights(module, peer)
-    settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True}
-    their_optimiser, our_optimiser = (torch.optim.AdamW(each.parameters(), **settings) for each in (peer, module))
 
     def theirs():
         return peer.loss(x, types, studies, h.learning_rate)
@@ -104,7 +85,8 @@ def contest(h):
         return module(Cells.of(X[rows]), *relations, h.learning_rate)
 
     losses = theirs().item(), ours().item()
-    return (lambda: step(their_optimiser, theirs())), (lambda: step(our_optimiser, ours())), losses
+    settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True}
+    return training_step(peer, theirs, **settings), training_step(module, ours, **settings), losses
 
 
 assert training.device().type == "cpu", "a benchmark of processors"
@@ -112,7 +94,9 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 rng = np.random.default_rng(0)
 types, studies, rows = rng.integers(0, N_TYPES, N_CELLS), rng.integers(0, N_STUDIES, N_CELLS), np.arange(N_CELLS)
-X = simulated(rng, types)
+popularity = rng.gamma(0.3, 1, (N_TYPES, N_GENES)) + 1e-3
+popularity /= popularity.sum(axis=1, keepdims=True)
+X = cells(N_CELLS, rng, lambda n: rng.gamma(4, 0.3, n), popularity[types])
 x = torch.from_numpy(X.toarray())
 *_, losses = contest(SCimilarity(dropout=0.0, input_dropout=0.0))
 assert abs(losses[0] / losses[1] - 1) < 1e-4, losses  # negatives are drawn anew

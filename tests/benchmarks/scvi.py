@@ -7,13 +7,12 @@ a product of square matrices; nothing of size cells * genes has to leave the cac
 
 import importlib
 import sys
-import time
 import warnings
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from alternate import report
+from alternate import N_GENES, matrix_speed, report, shortest, training_step
 
 from datawall.models.hyperparameters import ScVI
 from datawall.models.scvi import Autoencoder
@@ -23,60 +22,41 @@ sys.path.pop(0)  # this file would be found as scvi-tools
 warnings.simplefilter("ignore")
 VAE = importlib.import_module("scvi.module").VAE
 
-CELLS, GENES, KL_WEIGHT = 1024, 19_331, 0.5
+CELLS, KL_WEIGHT = 1024, 0.5
 UNUSED = ("l_encoder", "decoder.px_r_decoder", "decoder.px_dropout_decoder")
 
 rng = np.random.default_rng(0)
-rates = rng.lognormal(0, 2.2, GENES)
-rates = rates / rates.sum() * rng.lognormal(8.3, 0.6, (CELLS, 1)) * rng.gamma(1, 1, (CELLS, GENES))
+rates = rng.lognormal(0, 2.2, N_GENES)
+rates = rates / rates.sum() * rng.lognormal(8.3, 0.6, (CELLS, 1)) * rng.gamma(1, 1, (CELLS, N_GENES))
 counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
 print(f"{counts.nnz / CELLS:,.0f} genes a cell")
 
 torch.manual_seed(0)
-ours, peer = Autoencoder(GENES, ScVI()), VAE(GENES, n_batch=1, n_labels=1, gene_likelihood="nb")
+ours, peer = Autoencoder(N_GENES, ScVI()), VAE(N_GENES, n_batch=1, n_labels=1, gene_likelihood="nb")
 theirs = [weight for name, weight in peer.named_parameters() if not name.startswith(UNUSED)]
 for own, weight in zip(ours.parameters(), theirs, strict=True):
     own.data.copy_(weight.data.T if own is ours.encoder[0].weight else weight.data)
 batch = {"X": torch.from_numpy(counts.toarray()), "batch": torch.zeros(CELLS, 1), "labels": torch.zeros(CELLS, 1)}
-adam = {"lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6}
-optimisers = {ours: torch.optim.Adam(ours.parameters(), fused=True, **adam)}  # both as trained with
-optimisers[peer] = torch.optim.Adam(peer.parameters(), **adam)
+adam = {"optimiser": torch.optim.Adam, "lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6}
 
 
-def step(model, loss_of):
+def our_loss():
     torch.manual_seed(1)
-    loss = loss_of()
-    optimisers[model].zero_grad()
-    loss.backward()
-    optimisers[model].step()
-    return loss.item()
+    return ours(counts[np.arange(CELLS)], KL_WEIGHT)
 
 
-def ours_step():
-    return step(ours, lambda: ours(counts[np.arange(CELLS)], KL_WEIGHT))
+def peer_loss():
+    torch.manual_seed(1)
+    return peer(batch, loss_kwargs={"kl_weight": KL_WEIGHT})[2].loss
 
 
-def peer_step():
-    return step(peer, lambda: peer(batch, loss_kwargs={"kl_weight": KL_WEIGHT})[2].loss)
-
-
-def shortest(run):
-    """Seconds of the fastest of five."""
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
-
-
+our_step, peer_step = training_step(ours, our_loss, fused=True, **adam), training_step(peer, peer_loss, **adam)
 for _ in range(2):  # the second after a step of the optimiser, so that it compares gradients too
-    expected, loss = peer_step(), ours_step()
+    expected, loss = peer_step().item(), our_step().item()
     print(f"loss {loss:.3f}, peer {expected:.3f}, apart by {abs(loss / expected - 1):.0e}")
     assert abs(loss / expected - 1) < 1e-4
 
-square = torch.randn(2048, 2048)
-floor = 6 * CELLS * GENES * ScVI().n_hidden / (2 * len(square) ** 3) * shortest(lambda: square @ square)
-print(f"floor {floor:.3f} s, {floor / shortest(ours_step):.0%} of our step")
+floor = 6 * CELLS * N_GENES * ScVI().n_hidden / matrix_speed()
+print(f"floor {floor:.3f} s, {floor / shortest(our_step):.0%} of our step")
 print(f"the peer's data loader would add {shortest(lambda: counts[np.arange(CELLS)].toarray()):.3f} s")
-report("cells", CELLS, peer_step, ours_step)
+report("cells", CELLS, peer_step, our_step)

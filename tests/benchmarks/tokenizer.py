@@ -14,19 +14,11 @@ sorted, comes to 20 as well, and its making to 2 more.
 
 import numpy as np
 import scipy.sparse as sp
-from alternate import report, seconds_of
+from alternate import N_GENES, cells, report, shortest
 
 from datawall.models.tokenizer import RankTokenizer
 
-N_CELLS, N_GENES, DETECTED = 10_000, 19_331, 1_660
-
-
-def simulated(rng):
-    lengths = rng.poisson(DETECTED, N_CELLS)
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
-    indices = np.concatenate([np.sort(rng.choice(N_GENES, n, replace=False)) for n in lengths])
-    counts = rng.geometric(0.5, indptr[-1]).astype(np.float32)
-    return sp.csr_matrix((counts, indices, indptr), shape=(N_CELLS, N_GENES))
+N_CELLS = 10_000
 
 
 def peer_encode():
@@ -41,7 +33,7 @@ def peer_encode():
 
 
 rng = np.random.default_rng(0)
-counts, ids = simulated(rng), np.arange(N_GENES) + 2
+counts, ids = cells(N_CELLS, rng, lambda n: rng.geometric(0.5, n)), np.arange(N_GENES) + 2
 totals = np.asarray(counts.sum(axis=1)).ravel()
 medians = rng.gamma(2.0, 1.5, N_GENES).astype(np.float32) + np.float32(0.1)
 tokenizer = RankTokenizer(medians)
@@ -55,6 +47,6 @@ for cell, ours, theirs in zip(counts[:500], np.split(tokens.ids, tokens.offsets[
     assert np.allclose(values[ours - 2], values[theirs - 2], rtol=1e-6)  # the peer's double precision breaks ties
 
 memory = np.ones(1 << 24), np.empty(1 << 24)
-copied = 2 * memory[0].nbytes / min(seconds_of(lambda: np.copyto(*memory[::-1])) for _ in range(5))
+copied = 2 * memory[0].nbytes / shortest(lambda: np.copyto(*memory[::-1]))
 floor = 12 * counts.nnz / copied
 report("cells", N_CELLS, peer_encode, lambda: tokenizer.encode(counts), floor=floor)

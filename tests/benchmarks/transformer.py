@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from alternate import report, seconds_of
+from alternate import matrix_speed, report, training_step
 
 from datawall.models.transformer import IGNORED, N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, to_predict
 
@@ -46,19 +46,7 @@ with torch.no_grad():
     )
 
 
-def step(model, loss_of):
-    optimiser = torch.optim.AdamW(model.train().parameters(), lr=1e-3, fused=True)
-
-    def run():
-        optimiser.zero_grad()
-        loss_of().backward()
-        optimiser.step()
-
-    return run
-
-
-square = torch.randn(2048, 2048)
-speed = 2 * 2048**3 / min(seconds_of(lambda: square @ square) for _ in range(10))
+speed, adam = matrix_speed(), {"lr": 1e-3, "fused": True}
 in_layers = sum(weight.numel() for weight in ours.layers.parameters())
 in_head = ours.tokens.weight.numel() + ours.head.weight.numel()
 pairs = int((lengths**2).sum()) * config.n_embd * config.n_layers
@@ -67,7 +55,7 @@ print(f"{operations / 1e9:,.0f} billion operations a step; matrix products run a
 report(
     "tokens",
     len(ids),
-    step(peer, lambda: peer(**batch).loss),
-    step(ours, lambda: ours(masked, Layout(offsets), *to_predict(targets))),
+    training_step(peer.train(), lambda: peer(**batch).loss, **adam),
+    training_step(ours.train(), lambda: ours(masked, Layout(offsets), *to_predict(targets)), **adam),
     floor=operations / speed,
 )

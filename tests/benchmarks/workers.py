@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 STUDY = sys.argv[1] if len(sys.argv) > 1 else "params/quick.yaml"
 
 
-def run(folder: Path, n_workers: int) -> dict[str, int]:
-    """Run the study into a folder; seconds of each stage and of the whole."""
+def run(folder, n_workers):
+    """Seconds of each stage and of the whole."""
     command = [sys.executable, "run_all.py", STUDY, "--out", str(folder), "--set", f"workers={n_workers}"]
     begin = time.perf_counter()
     printed = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -17,11 +17,17 @@ import datawall as dw
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = os.environ.get("DATAWALL_TESTS") == "more"
-PART = ["strategies=[random,celltype_reweighted]", "percentages=[50,100]"]
-PART += ["tasks=[zeroshot_classification]", "steps=10"]
-SETTINGS = [word for setting in ("workers=2", *(() if FULL else PART)) for word in ("--set", setting)]
+PART = ["strategies=[random,celltype_reweighted]", "percentages=[50,100]", "steps=10"]
+PART += ["tasks=[zeroshot_classification]"]
+
+
+def settings(*given):
+    """The words of a command that set keys."""
+    return [word for setting in given for word in ("--set", setting)]
+
+
 STAGES = [] if FULL else ["--stages", "2,3"]
-STUDY = ["run_all.py", "params/tiny.yaml", *SETTINGS]
+STUDY = ["run_all.py", "params/tiny.yaml", *settings("workers=2", *(() if FULL else PART))]
 SECONDS = 900  # for one command, on a busy machine
 
 

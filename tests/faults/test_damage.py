@@ -28,9 +28,12 @@ DAMAGES = [  # of a file of the first or the last artifact of a kind
 ]
 
 
-def test_damaged_artifacts_are_named_and_made_again(undisturbed, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder, copy_function=shutil.copy2)
+@pytest.fixture
+def folder(undisturbed, tmp_path):
+    return shutil.copytree(undisturbed, tmp_path / "run", copy_function=shutil.copy2)
+
+
+def test_damaged_artifacts_are_named_and_made_again(folder, undisturbed, capsys):
     before, damaged = artifacts(folder), []
     for kind, which, name, damage in DAMAGES:
         artifact = sorted((folder / "store" / kind).iterdir())[which]
@@ -59,9 +62,7 @@ def test_damaged_artifacts_are_named_and_made_again(undisturbed, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", ["results.parquet", "results.csv"])
-def test_damaged_results_are_named_and_refused(name, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder, copy_function=shutil.copy2)
+def test_damaged_results_are_named_and_refused(name, folder, undisturbed):
     flip_a_byte(folder / name)
     status, printed, _ = run(folder, "--verify")
     assert (status, printed.strip()) == (1, f"{name} is missing, or not as it was written")

@@ -29,7 +29,7 @@ def in_shell(script, **names):
     command = shlex.join([sys.executable, *STUDY, *STAGES])
     names = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in names.items())
     function = f'run() {{ {command} --out "$here" 2>&1; }}\n'
-    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": SECONDS}
+    options = {"cwd": ROOT, "env": environment(), "timeout": SECONDS, "capture_output": True, "text": True}
     done = subprocess.run([*OWN_MOUNTS, names + function + script], check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

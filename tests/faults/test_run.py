@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from harness import artifacts, ended, environment, processes, redone, run, same_results, start, wait_until
+from harness import artifacts, ended, environment, processes, redone, run, same_results, settings, start, wait_until
 
 BACKWARDS = """
 import time
@@ -63,8 +63,8 @@ def test_units_that_hang_or_take_all_memory_are_named(undisturbed, tmp_path):
     """Two attempts each; without such models, the study ends the same."""
     folder, attempts = tmp_path / "run", tmp_path / "attempts"
     models = "models=[PretrainedPCA,Geneformer,misbehaving:Hangs,misbehaving:Exhausts]"
-    settings = models, "strategies=[random]", "percentages=[100]", "time_limit=60", "workers=2"
-    words = [word for setting in settings for word in ("--set", setting)] + ["--stages", "2"]
+    words = settings(models, "strategies=[random]", "percentages=[100]", "time_limit=60", "workers=2")
+    words += ["--stages", "2"]
     status, _, errors = run(folder, *words, env={**with_modules_of(Path(__file__).parent), "ATTEMPTS": str(attempts)})
     assert status == 1
     assert "02_pretraining failed: UnitsFailedError" in errors
