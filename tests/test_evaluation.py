@@ -428,7 +428,7 @@ NAN = float("nan")
         ([[0.6, 0.6], [0.4, 0.4]], [0.5, 0.5], {}, ("PCA", 0.5, 0.5, 0, -0.1, 0.1, "tie")),
         ([0.9], [0.5], {}, ("PCA", 0.9, 0.5, 0.4, NAN, NAN, "unknown")),
         # Of errors the best baseline is the lowest, and a smaller one wins.
-        ([[0.2, 0.2]] * 2, [0.5, 0.7], {"metric": "error_rate"}, ("HVG", 0.2, -4.5, -4.7, -4.7, -4.7, "loss")),
+        ([[0.2, 0.2]] * 2, [0.5, 0.7], {"metric": "error_rate"}, ("HVG", 0.2, -4.5, 4.7, 4.7, 4.7, "loss")),
     ],
 )
 def test_a_comparison_by_hand(model, baseline, options, expected):
