@@ -288,7 +288,7 @@ def test_neither_where_an_experiment_lies_nor_the_size_of_buffers_matters(uri, o
 def test_rows_may_come_in_any_order():
     obs = simulated_obs(np.random.default_rng(0))
     table = pa.Table.from_pandas(obs.rename_axis("soma_joinid").reset_index(), preserve_index=False)
-    read = lambda names: [part.select(names) for part in (table[300:], table[:0], table[:300])]  # noqa: E731
+    read = lambda column_names: [part.select(column_names) for part in (table[300:], table[:0], table[:300])]  # noqa: E731
     experiment = SimpleNamespace(obs=SimpleNamespace(schema=table.schema, count=600, read=read))
     rows, steps = census._passing_rows(experiment, Recipe(ontology=None))
     left = reference(obs, Recipe(ontology=None))[2]
