@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import result_tables
 
 from datawall import tasks
 from datawall.analysis import results, verdicts
@@ -235,13 +236,9 @@ def test_verdicts_are_those_of_the_numbers(run):
 
 def test_verdicts_turn_round_where_lower_is_better(monkeypatch):
     monkeypatch.setitem(tasks.HEADLINE, "reconstruction", "loss")
-    rows = [
-        ["s", "SSL", "random", p, seed, 10, "reconstruction", "held_out", "loss", value + 0.01 * seed, "all", "k"]
-        for p, value in {1.0: 3.0, 10.0: 2.0, 100.0: 2.2}.items()
-        for seed in (0, 1)
-    ]
-    table = pd.DataFrame(rows, columns=results.COLUMNS).assign(**dict.fromkeys(results.KNOWN, np.nan))
-    (found,) = verdicts.table(table).to_dict("records")
+    scores = {1: [3.0, 3.01], 10: [2.0, 2.01], 100: [2.2, 2.21]}
+    losses = result_tables.table(*result_tables.curve(scores, task="reconstruction", metric="loss", n_cells=10))
+    (found,) = verdicts.table(losses.assign(**dict.fromkeys(results.KNOWN, np.nan))).to_dict("records")
     assert (found["size"], found["value"], found["percentage"]) == (10, pytest.approx(2.005), 10)
     assert found["baseline"] is None
 

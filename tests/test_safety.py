@@ -84,14 +84,13 @@ def study(tmp_path):
     return small_study(tmp_path / "run")
 
 
-def plant(study, unit, **files):
-    """An artifact with files of a stranger's."""
+def plant(study, unit, name, content):
+    """An artifact with a file of a stranger's."""
 
     def write(folder):
-        for name, content in files.items():
-            (folder / name.replace("_dot_", ".")).write_bytes(content)
+        (folder / name).write_bytes(content)
 
-    study.store.find_or_make(unit, write)
+    return study.store.find_or_make(unit, write).folder
 
 
 ARRAYS = {
@@ -106,16 +105,16 @@ ARRAYS = {
 @pytest.mark.parametrize(("unit_of", "name", "load"), ARRAYS.values(), ids=ARRAYS)
 def test_object_array_in_an_artifact(unit_of, name, load, study, trap, monkeypatch):
     monkeypatch.setattr(Study, "dataset_unit", lambda self, name: self.split_unit)
-    plant(study, unit_of(study), **{name: object_array(trap)})
+    plant(study, unit_of(study), name, object_array(trap))
     with pytest.raises(ValueError, match=r"pickle|object"):
         load(study)
 
 
 def test_object_array_in_a_list_of_duplicates(study, trap):
-    plant(study, study.contamination_unit(study.held_out_name), **{"contamination.npz": object_archive(trap, "cells")})
+    unit = study.contamination_unit(study.held_out_name)
+    folder = plant(study, unit, "contamination.npz", object_archive(trap, "cells"))
     with pytest.raises((ValueError, KeyError)):
         study.contamination(study.held_out_name)
-    folder = study.store.find(study.contamination_unit(study.held_out_name)).folder
     with np.load(folder / "contamination.npz") as file, pytest.raises(ValueError, match="allow_pickle=False"):
         file["cells"]
 
