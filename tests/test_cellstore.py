@@ -146,12 +146,12 @@ def test_what_is_no_corpus_is_refused(tmp_path):
     cells = atlas(4)
     other = cells.copy()
     del other.obs["n_umi"]
-    for blocks, message in (
-        ([cells, cells[:, 1:]], r"must share genes and columns: after 6 genes .* came 5 genes"),
-        ([cells, other], "must share genes and columns"),
-        ([], "there are no cells to write"),
+    for name, blocks, message in (
+        ("genes", [cells, cells[:, 1:]], r"must share genes and columns: after 6 genes .* came 5 genes"),
+        ("columns", [cells, other], "must share genes and columns"),
+        ("none", [], "there are no cells to write"),
     ):
         with pytest.raises(ValueError, match=message):
-            cellstore.write(tmp_path / "a", blocks)
+            cellstore.write(tmp_path / name, blocks)
     with pytest.raises(FileNotFoundError, match="is no store of cells"):
         cellstore.open(tmp_path / "d")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dask import config
 from dask_cluster import DaskCluster
 from distributed.security import Security
 from small import small_study
-from units import Item, lines
+from units import Item, lines, wait_until
 
 from datawall.engine import cluster, processes
 from datawall.engine.cluster import Need, UnitsFailedError, run_units
@@ -52,14 +51,10 @@ def process_ids(folder, items):
     return {int(line.split()[0]) for item in items for line in lines(folder, item)}
 
 
-def gone(pid, seconds=10):
+def gone(pid):
     """Whether a process ends, or has ended, soon."""
-    deadline = time.monotonic() + seconds
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+    ended = lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # noqa: E731
+    return wait_until(ended, 10)
 
 
 def test_each_unit_is_done_once_in_another_process(executor, study):
@@ -217,9 +212,7 @@ def test_processes_end_with_the_one_that_started_them(how, executor, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     hanging = [Item("hangs_1"), Item("hangs_2")]
-    deadline = time.monotonic() + 120
-    while not all(lines(tmp_path, item) for item in hanging) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_until(lambda: all(lines(tmp_path, item) for item in hanging), 120)
     pids = {int(word) for item in hanging for word in lines(tmp_path, item)[0].split()[::2]}  # and their children
     assert len(pids) == 4
     process.send_signal(how)
@@ -286,11 +279,9 @@ def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, mo
 
 def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog):
     def lose_and_add(started):
-        while not lines(tmp_path, Item("slow", 4.0)):
-            time.sleep(0.05)
+        wait_until(lambda: lines(tmp_path, Item("slow")))
         os.killpg(started.workers[0].pid, signal.SIGKILL)
-        while "no worker is left; waiting for one" not in caplog.text:
-            time.sleep(0.05)
+        wait_until(lambda: "no worker is left; waiting for one" in caplog.text)
         started.add_worker()
 
     with closing(DaskCluster(tmp_path, n_workers=1)) as started:

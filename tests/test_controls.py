@@ -193,11 +193,3 @@ def test_a_label_of_test_cells_only_counts_as_wrong(cells):
         assert metrics["support[B cells]"] == np.sum((labels == "B cells") & (part == 2))
         known = task(X, labels, part)
         assert metrics["macro_f1"] < known["macro_f1"] - 0.05
-
-
-def test_a_label_of_training_cells_only_is_not_averaged(cells):
-    _, X, labels, _, part = cells
-    kept = (labels != "B cells") | (part < 2)
-    metrics = classified(X[kept], labels[kept], part[kept])
-    assert "f1[B cells]" not in metrics
-    assert metrics["macro_f1"] == pytest.approx(np.mean([metrics[name] for name in metrics if name.startswith("f1[")]))

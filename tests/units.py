@@ -26,6 +26,16 @@ def lines(folder, item):
     return path.read_text().splitlines() if path.exists() else []
 
 
+def wait_until(condition, seconds=900):
+    """Wait for something to be so; says whether it came to be."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def succeed(study, item):
     note(study, item)
 

@@ -6,7 +6,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -69,16 +68,6 @@ def processes(of):
 def ended(processes, seconds=10):
     """Whether processes end, or have ended, soon."""
     return not psutil.wait_procs(processes, timeout=seconds)[1]
-
-
-def wait_until(condition, seconds=SECONDS):
-    """Wait for something to be so; says whether it came to be."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def artifacts(folder):

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from harness import artifacts, ended, environment, processes, redone, run, same_results, settings, start, wait_until
+from harness import artifacts, ended, environment, processes, redone, run, same_results, settings, start
+from units import wait_until
 
 BACKWARDS = """
 import time
