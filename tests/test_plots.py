@@ -9,7 +9,7 @@ from datawall import tasks
 from datawall.analysis import effects, known_answer, published, saturation, scaling
 from datawall.analysis.results import select
 from datawall.models.hyperparameters import FAMILIES
-from datawall.reading import labels, plots, titles
+from datawall.reading import plots, titles
 from datawall.reading.plots import dots, maps, style
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching")
@@ -199,8 +199,8 @@ def test_a_study_without_random_subsets_says_so(runs):
 
 
 def test_models_of_ones_own_go_by_their_class():
-    assert labels.label("mymodel:SVD") == "SVD"
-    assert labels.label("scvi_2x") == "scvi_2x"
+    assert titles.label("mymodel:SVD") == "SVD"
+    assert titles.label("scvi_2x") == "scvi_2x"
 
 
 # Figures of a study of the published one's size

@@ -195,15 +195,15 @@ def test_every_number_is_one_click_from_what_it_was_made_from(run):
         manifest = json.loads((run / "store" / "evaluation" / key / "manifest.json").read_text())
         assert manifest["files"]["content.json"] in text
         assert manifest["made"]["versions"]["numpy"] in text
-        behind = {one.key for one in provenance.upstream(artifacts[key], artifacts)}
+        behind = {one.key for one in provenance.upstream([artifacts[key]], artifacts)}
         assert {f"../artifacts/{one[:2]}.html#{one}" for one in behind} <= set(page.links)
 
 
 def test_upstream_follows_records_to_the_corpus(run):
     artifacts = provenance.read(run / "store")
     one = next(one for one in artifacts.values() if one.kind == "evaluation" and "model" in one.record)
-    assert [each.kind for each in provenance.upstream(one, artifacts)] == ["split", "model", "corpus", "subset"]
-    assert provenance.upstream(next(one for one in artifacts.values() if one.kind == "corpus"), artifacts) == []
+    assert [each.kind for each in provenance.upstream([one], artifacts)] == ["split", "model", "corpus", "subset"]
+    assert provenance.upstream([next(one for one in artifacts.values() if one.kind == "corpus")], artifacts) == []
 
 
 def test_costs_add_up_to_the_manifests_and_the_disk(run):

@@ -31,7 +31,7 @@ n_workers = planning.workers(study)
 print(f"calibrated for {known['study']} on {known['machine']}; {n_workers} workers")
 
 
-def stage_of(one: provenance.Made) -> str | None:
+def stage_of(one: dw.store.Artifact) -> str | None:
     """The stage in which an artifact is made, if it is a unit of one."""
     if one.kind == "evaluation":
         return one.record["task"]

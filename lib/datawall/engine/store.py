@@ -52,11 +52,20 @@ class Unit:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished piece of work: a folder of files, and what it was made from."""
+    """A finished piece of work: a folder of files and, from its manifest, what they were made from."""
 
-    key: str
     folder: Path
-    made: Record  # provenance: versions, seconds, peak memory, device
+    kind: str
+    key: str
+    record: Record  # of its unit
+    code: dict[str, str]  # versions of the code that made it
+    files: dict[str, str]  # sha256 by name
+    made: Record  # and how: versions, seconds, peak memory, device
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Its size on the disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
 class Store:
@@ -78,12 +87,12 @@ class Store:
         made_here = folder.is_dir()
         if not made_here and not self._fetch(unit, folder):
             return None
-        if wrong := damage(folder):
-            log.warning("%s %s is damaged (%s) and will be made again.", unit.kind, unit.key, "; ".join(wrong))
+        if (artifact := _sound(folder, unit)) is None:
             return None
         if self.shared and made_here:
             self.shared.put_if_missing(f"{unit.kind}/{unit.key}", folder)
-        return self._read(unit)
+        self._checked[unit.key] = artifact
+        return artifact
 
     def find_or_make(self, unit: Unit, make: Callable[[Path], Record | None]) -> Artifact:
         """Find a unit's artifact, or make it: `make` writes files into an empty folder that is then moved into place.
@@ -95,7 +104,6 @@ class Store:
         if artifact := self.find(unit):
             return artifact
         folder = self._folder(unit)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
             begin = time.perf_counter()
             more = make(scratch) or {}
@@ -108,54 +116,56 @@ class Store:
             disk.move_unless_there(scratch, folder)
         if self.shared:
             self.shared.put(f"{unit.kind}/{unit.key}", folder)
-        return self._read(unit)
+        self._checked[unit.key] = read(folder)
+        return self._checked[unit.key]
 
     def _fetch(self, unit: Unit, folder: Path) -> bool:
         """Put a unit's artifact into its place, if the object store has it; says whether it has."""
         if not self.shared:
             return False
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
-            if not self.shared.take(f"{unit.kind}/{unit.key}", scratch):
-                return False
-            wrong = damage(scratch)
-            if not wrong and read_manifest(scratch)["key"] != unit.key:
-                wrong = ["it is another"]
-            if wrong:
-                at = f"{self.shared.url}: {unit.kind} {unit.key}"
-                log.warning("%s is damaged (%s) and will be made again.", at, "; ".join(wrong))
-                return False
-            disk.move_unless_there(scratch, folder)
-        return True
-
-    def _read(self, unit: Unit) -> Artifact:
-        """An artifact that has been checked, or that was made just now."""
-        folder = self._folder(unit)
-        self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
-        return self._checked[unit.key]
+            there = self.shared.take(f"{unit.kind}/{unit.key}", scratch) and _sound(scratch, unit, self.shared.url)
+            if there:
+                disk.move_unless_there(scratch, folder)
+        return bool(there)
 
     def _folder(self, unit: Unit) -> Path:
         return self.folder / unit.kind / unit.key
 
 
-def read_manifest(folder: Path) -> Record:
-    """What an artifact was made from, and its files; raises OSError or ValueError if that is missing or was changed."""
+def read(folder: Path) -> Artifact:
+    """An artifact as its manifest tells; raises OSError or ValueError if that is missing or was changed."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != code.json_sha256(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")
-    return manifest
+    return Artifact(folder, **manifest)
 
 
-def damage(folder: Path) -> list[str]:
-    """What is wrong with an artifact: files that are missing, changed or of no one; nothing if it is sound."""
+def check(folder: Path, kind: str, key: str) -> tuple[Artifact | None, list[str]]:
+    """An artifact as its manifest tells, if it can be read, and all that is wrong with it: with each of its files."""
     try:
-        files = read_manifest(folder)["files"]
+        artifact = read(folder)
     except (OSError, ValueError) as error:
-        return [f"{type(error).__name__}: {error}"]
-    there = _files(folder)
+        return None, [f"{type(error).__name__}: {error}"]
+    files, there = artifact.files, _files(folder)
     wrong = [name for name in there if name in files and disk.file_sha256(folder / name) != files[name]]
-    missing = [f"{name} is missing" for name in files if name not in there]
-    return wrong + missing + [f"{name} does not belong there" for name in there if name not in files]
+    wrong += [f"{name} is missing" for name in files if name not in there]
+    wrong += [f"{name} does not belong there" for name in there if name not in files]
+    if (artifact.kind, artifact.key) != (kind, key):
+        wrong.append(f"it is {artifact.kind} {artifact.key}, in the place of another")
+    elif code.key_of(kind, artifact.record, artifact.code) != key:
+        wrong.append("its key is not that of its record")
+    return artifact, wrong
+
+
+def _sound(folder: Path, unit: Unit, url: str | None = None) -> Artifact | None:
+    """A unit's artifact in a folder, unless it is damaged, as a warning then says, with the URL that it comes from."""
+    artifact, wrong = check(folder, unit.kind, unit.key)
+    if wrong:
+        name = f"{unit.kind} {unit.key}" + (f" of {url}" if url else "")
+        log.warning("%s is damaged (%s) and will be made again.", name, "; ".join(wrong))
+        return None
+    return artifact
 
 
 def _files(folder: Path) -> list[str]:
@@ -170,7 +180,7 @@ def _remove_damaged(folder: Path, aside: Path) -> None:
     with (folder.parent / LOCK).open("a", encoding="utf-8") as lock:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists() and damage(folder):
+        if folder.exists() and check(folder, folder.parent.name, folder.name)[1]:
             os.replace(folder, aside)
             shutil.rmtree(aside)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datawall.analysis import results
 from datawall.engine import code, provenance, store
-from datawall.engine.provenance import Made
+from datawall.engine.store import Artifact
 
 
 def problems(folder: Path) -> list[str]:
@@ -52,14 +52,7 @@ def _places(folder: Path) -> dict[str, Path]:
 
 def _wrong(place: Path) -> list[str]:
     """What is wrong with an artifact, or with where it is."""
-    if damaged := store.damage(place):
-        return damaged
-    made = store.read_manifest(place)
-    if (place.parent.name, place.name) != (made["kind"], made["key"]):
-        return [f"it is {made['kind']} {made['key']}, in the place of another"]
-    if code.key_of(made["kind"], made["record"], made["code"]) != made["key"]:
-        return ["its key is not that of its record"]
-    return []
+    return store.check(place, place.parent.name, place.name)[1]
 
 
 def why(folder: Path, key: str) -> str:
@@ -78,24 +71,27 @@ def why(folder: Path, key: str) -> str:
     if wrong := _wrong(places[key]):
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
     artifacts = provenance.read(folder / "store")
-    return "\n".join([*_origin(artifacts[key], artifacts), *_fate(artifacts[key], artifacts)])
-
-
-def _origin(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
-    """Who made an artifact, and from what."""
+    artifact = artifacts[key]
     how = artifact.made
     cost = f"{how['seconds']:g} s, {how['peak_memory_mib']} MiB"
-    return [
-        f"{artifact.kind} {artifact.key}",
+    lines = [
+        f"{artifact.kind} {key}",
         f"made    {how['ended']} on {how['host']} ({how['device']}), {cost}",
         f"with    {', '.join(f'{name} {version}' for name, version in how['versions'].items())}",
         f"files   {', '.join(artifact.files)}",
         "from",
         *_tree(artifact, artifacts, "  "),
     ]
+    changed = list(_changes([artifact, *provenance.upstream([artifact], artifacts)]))
+    if changed:
+        lines += ["changed since, so that a run makes it again, under another key:", *changed]
+    else:
+        lines += ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
+    dependent = [other for other in artifacts.values() if artifact in provenance.upstream([other], artifacts)]
+    return "\n".join([*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."])
 
 
-def _tree(artifact: Made, artifacts: dict[str, Made], indent: str) -> Iterator[str]:
+def _tree(artifact: Artifact, artifacts: dict[str, Artifact], indent: str) -> Iterator[str]:
     """The record of an artifact and, below it, those of what it was made from."""
     for name, value in artifact.record.items():
         sources = [artifacts[text] for text in provenance.texts(value) if text in artifacts]
@@ -106,26 +102,14 @@ def _tree(artifact: Made, artifacts: dict[str, Made], indent: str) -> Iterator[s
             yield f"{indent}{name}: {value}"
 
 
-def _fate(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
-    """What has changed since, and what depends on an artifact."""
-    lines = [
-        f"  the code of {', '.join(changed)}, which made {made.kind} {made.key}"
-        for made in [artifact, *provenance.upstream(artifact, artifacts)]
-        if (changed := [name for name, before in made.code.items() if _differs(name, before)])
-    ]
-    if lines:
-        lines.insert(0, "changed since, so that a run makes it again, under another key:")
-    else:
-        lines = ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
-    dependent = [other for other in artifacts.values() if artifact in provenance.upstream(other, artifacts)]
-    return [*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."]
+def _changes(artifacts: list[Artifact]) -> Iterator[str]:
+    """Which code of those that made artifacts is no longer what it was, a line for each."""
+    for made in artifacts:
+        now = {name: code.code_version(name) for name in made.code if name.partition(":")[0] in code.SOURCES}
+        if changed := [name for name, before in made.code.items() if now.get(name) != before]:
+            yield f"  the code of {', '.join(changed)}, which made {made.kind} {made.key}"
 
 
-def _differs(name: str, before: str) -> bool:
-    """Whether the code of a module is no longer what it was."""
-    return name.partition(":")[0] not in code.SOURCES or code.code_version(name) != before
-
-
-def _counted(made: list[Made]) -> str:
+def _counted(made: list[Artifact]) -> str:
     """How many artifacts of which kinds, in words."""
     return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(artifact.kind for artifact in made).items()))

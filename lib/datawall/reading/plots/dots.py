@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from datawall.analysis.results import BASELINE, headline, mean_over_splits, select
 from datawall.models.hyperparameters import FAMILIES
 from datawall.reading import titles
-from datawall.reading.labels import drawn
 from datawall.reading.plots import style
 from datawall.reading.plots.style import PALETTE, SPIKED, STRATEGIES, WIDTH, finish, panels
+from datawall.reading.titles import drawn
 
 # Colour and mark of each rule by which a curve is saturated.
 RULES = {
@@ -34,22 +34,20 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
     """
     if points.empty:
         return style.nothing("the study has no such runs")
-    points = style.in_order(points)
-    models, datasets = list(points["model"].unique()), points["dataset"].unique()
-    figure, axes = _panels_of_models(models, len(datasets), 0.62)
-    for axis, dataset in zip(axes[0], datasets, strict=True):
+    shown = points.fillna({"low": NEVER, "high": NEVER, "percentage": NEVER})
+    figure, axes = _panels_of_dots(shown, "dataset", "rule", "percentage", RULES, 0.62)
+    sizes = pd.DataFrame({"percentage": points[["percentage", "high"]].to_numpy().ravel()}).dropna()
+    for axis in axes:
         axis.axvspan(170, 530, color="0.93", linewidth=0)
-        shown = select(points, dataset=dataset).fillna({"low": NEVER, "high": NEVER, "percentage": NEVER})
-        _dots(axis, models, shown, "rule", "percentage", RULES)
-        style.size_axis(axis, pd.DataFrame({"percentage": points[["percentage", "high"]].to_numpy().ravel()}).dropna())
+        style.size_axis(axis, sizes)
         ticks = [tick.get_text() for tick in axis.get_xticklabels()]
         axis.set_xticks([*axis.get_xticks(), NEVER], [*ticks, "none"])
-        axis.set(xlim=(0.6, 530), xlabel="% of the corpus", title=drawn(dataset).replace("-\n", ""))
+        axis.set(xlim=(0.6, 530), xlabel="% of the corpus")
     smallest = points["percentage"].min()
     early = points["percentage"].eq(smallest).groupby(points["rule"], sort=False).agg(["sum", "size"])
     shares = titles.listed(early.apply(lambda counts: titles.share(counts["sum"], counts["size"]), axis=1))
     says = f"{title}: curves saturated at {smallest:g} % of the corpus, by rule\n{shares}"
-    return finish(figure, says, axes[0, 0], left=False)
+    return finish(figure, says, axes[0], left=False)
 
 
 def cells_saved(points: pd.DataFrame) -> Figure:
@@ -57,16 +55,13 @@ def cells_saved(points: pd.DataFrame) -> Figure:
 
     Means over strategies and data sets; where no point is established nothing is saved.
     """
-    points = style.in_order(points).assign(saved=lambda table: 100 - table["percentage"].fillna(100))
+    points = points.assign(saved=100 - points["percentage"].fillna(100))
     means = points.groupby(["task", "rule", "model"], sort=False, as_index=False)["saved"].mean()
-    means, tasks = means.assign(low=0, high=means["saved"]), points["task"].unique()
-    models = list(points["model"].unique())
-    figure, axes = _panels_of_models(models, len(tasks), 0.5)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        _dots(axis, models, select(means, task=task), "rule", "saved", RULES)
-        axis.set(xlim=(-3, 103), title=drawn(task).replace(" ", "\n"), xlabel="cells saved (%)")
+    figure, axes = _panels_of_dots(means.assign(low=0, high=means["saved"]), "task", "rule", "saved", RULES, 0.5)
+    for axis in axes:
+        axis.set(xlim=(-3, 103), xlabel="cells saved (%)")
     saved = titles.listed(points.groupby("rule", sort=False)["saved"].mean(), "{:.0f} %")
-    return finish(figure, f"Cells saved by stopping at the saturation point, mean: {saved}", axes[0, 0], left=False)
+    return finish(figure, f"Cells saved by stopping at the saturation point, mean: {saved}", axes[0], left=False)
 
 
 def effects(table: pd.DataFrame, title: str) -> Figure:
@@ -74,20 +69,18 @@ def effects(table: pd.DataFrame, title: str) -> Figure:
 
     Lines are the intervals.
     """
-    table, columns = style.in_order(table), ["difference", "low", "high"]
-    points, tasks = table.assign(**100 * table[columns]), table["task"].unique()
-    models = list(table["model"].unique())
-    figure, axes = _panels_of_models(models, len(tasks), 0.5)
-    shown = {name: marks for name, marks in (STRATEGIES | SPIKED).items() if name in set(table["strategy"])}
-    for axis, task in zip(axes[0], tasks, strict=True):
-        axis.axvline(0, color="black", linewidth=1)
-        _dots(axis, models, select(points, task=task), "strategy", "difference", shown)
-        axis.set(title=drawn(task).replace(" ", "\n"), xlabel="points of score")
+    columns = ["difference", "low", "high"]
+    marks = {name: mark for name, mark in (STRATEGIES | SPIKED).items() if name in set(table["strategy"])}
+    points = table.assign(**100 * table[columns])
+    figure, axes = _panels_of_dots(points, "task", "strategy", "difference", marks, 0.5)
+    for axis in axes:
+        axis.axvline(0, color="black", linewidth=1, zorder=1)
+        axis.set_xlabel("points of score")
         axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     certain = table.loc[table["p_adjusted"] < 0.05, "difference"]
     share = titles.share(len(certain), len(table))
     says = f"{(certain > 0).sum()} better, {(certain < 0).sum()} worse"
-    return finish(figure, f"{title}\nCertain (adjusted p < 0.05) in {share} comparisons: {says}", axes[0, 0])
+    return finish(figure, f"{title}\nCertain (adjusted p < 0.05) in {share} comparisons: {says}", axes[0])
 
 
 def untrained(results: pd.DataFrame, metrics: dict[str, str]) -> Figure:
@@ -118,9 +111,9 @@ def untrained(results: pd.DataFrame, metrics: dict[str, str]) -> Figure:
             _model_axis(axis, list(FAMILIES), first=axis is row[0])
             axis.set_title(drawn(dataset).replace("-\n", ""))
             axis.set_xlabel(drawn(metric) if len(drawn(metric)) < 12 else drawn(metric).replace(" of", "\nof"))
+        row[0].set_ylabel(drawn(task).replace(" ", "\n"))
         table = headline(select(results, task=task), metric)
         gains[task] = (table.filter(regex=r" %$").ffill(axis=1).iloc[:, -1] - table["untrained"]).median()
-    style.name_panels(axes, rows=[drawn(task).replace(" ", "\n") for task in metrics])
     says = f"Median gain of the full corpus over random weights:\n{titles.listed(gains, '{:.2f}')}"
     return finish(figure, says, axes[0, 0])
 
@@ -141,12 +134,25 @@ def embedding_seconds(table: pd.DataFrame) -> Figure:
     return finish(figure, says, left=False)
 
 
-def _panels_of_models(models: list[str], n_columns: int, row_height: float) -> tuple[Figure, np.ndarray]:
-    """Panels beside one another, each with a row per model; heights in inches."""
-    figure, axes = panels(1, n_columns, row_height * len(models) + 1.8, sharey=True)
-    for axis in axes[0]:
+def _panels_of_dots(
+    table: pd.DataFrame, panel: str, by: str, value: str, marks: dict[str, Any], row_height: float
+) -> tuple[Figure, np.ndarray]:
+    """A panel for each task or data set, with a row per model: dots by a column, and lines from `low` to `high`.
+
+    `marks` has colour and mark of each value of the column; the height of a row is in inches.
+    """
+    table = style.in_order(table)
+    models, names = list(table["model"].unique()), table[panel].unique()
+    figure, axes = panels(1, len(names), row_height * len(models) + 1.8, sharey=True)
+    for axis, name in zip(axes[0], names, strict=True):
         _model_axis(axis, models, first=axis is axes[0, 0])
-    return figure, axes
+        axis.set_title(drawn(name).replace(" ", "\n") if panel == "task" else drawn(name).replace("-\n", ""))
+        for offset, (kind, (colour, marker)) in zip(np.linspace(-0.25, 0.25, len(marks)), marks.items(), strict=True):
+            shown = select(table, **{panel: name, by: kind}).set_index("model").reindex(models)
+            places = np.arange(len(models)) + offset
+            axis.hlines(places, shown["low"], shown["high"], color=colour, linewidth=1.5, alpha=0.6)
+            axis.plot(shown[value], places, marker, color=colour, markersize=5, label=drawn(kind))
+    return figure, axes[0]
 
 
 def _model_axis(axis: plt.Axes, models: list[str], *, first: bool) -> None:
@@ -155,12 +161,3 @@ def _model_axis(axis: plt.Axes, models: list[str], *, first: bool) -> None:
     axis.tick_params(axis="y", length=0, labelleft=first)
     for edge in np.arange(len(models) - 1) + 0.5:
         axis.axhline(edge, color="0.9", linewidth=1, zorder=0)
-
-
-def _dots(axis: plt.Axes, models: list[str], table: pd.DataFrame, by: str, value: str, marks: dict[str, Any]) -> None:
-    """In the row of each model, a dot for each of what the table is divided by, and the line from `low` to `high`."""
-    for offset, (name, (colour, marker)) in zip(np.linspace(-0.25, 0.25, len(marks)), marks.items(), strict=True):
-        shown = select(table, **{by: name}).set_index("model").reindex(models)
-        places = np.arange(len(models)) + offset
-        axis.hlines(places, shown["low"], shown["high"], color=colour, linewidth=1.5, alpha=0.6)
-        axis.plot(shown[value], places, marker, color=colour, markersize=5, label=drawn(name))

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from datawall.analysis.results import select
 from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
 from datawall.reading import titles
-from datawall.reading.labels import drawn, plain
 from datawall.reading.plots import style
 from datawall.reading.plots.style import WIDTH, finish, panels, write_title
+from datawall.reading.titles import drawn, plain
 
 # Colour and sign of each verdict.
 VERDICTS = {
