@@ -323,7 +323,7 @@ def test_manifest_that_names_files_elsewhere(tmp_path):
     del manifest["sha256"]
     manifest["files"]["../../outside"] = disk.file_sha256(outside)
     disk.write_json(artifact.folder / disk.MANIFEST, {**manifest, "sha256": code.json_sha256(manifest)})
-    assert store.check(artifact.folder, unit.kind, unit.key)[1] == ["../../outside is missing"]
+    assert store.check(artifact.folder)[1] == ["../../outside is missing"]
 
 
 # What the code may do at all

@@ -179,7 +179,7 @@ def test_what_another_has_just_mended_is_not_removed(tmp_path, monkeypatch):
     Store(tmp_path).find_or_make(UNIT, lambda scratch: made.append(write_two_files(scratch)))
     other.join()
     assert [folder.stat().st_ino] == mended
-    assert not check(folder, UNIT.kind, UNIT.key)[1]
+    assert not check(folder)[1]
 
 
 def test_a_folder_of_another_process_half_way_is_not_an_artifact(tmp_path):

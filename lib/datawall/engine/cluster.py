@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from datawall.engine import code, disk, paths
-from datawall.engine.processes import Ended, Job, Need, Work, Worker, describe, on_this_machine, visible_gpus
+from datawall.engine.processes import Ended, Job, Need, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
     from dask.distributed import Client
@@ -42,7 +42,7 @@ class UnitsFailedError(RuntimeError):
     """Some units failed and the others are done; the message has the last line of each one's traceback."""
 
 
-def run_units[Item, Study: Work](
+def run_units[Item, Study](
     study: Study,
     make: Callable[[Study, Item], object],
     items: list[Item],
@@ -51,8 +51,9 @@ def run_units[Item, Study: Work](
 ) -> None:
     """Call `make(study, item)` for every item, with a progress bar of that name, which leaves nothing behind.
 
-    Each runs in a process apart from this one, which opens the study again and has one thread: small models gain little
-    from threads, and numbers depend neither on how many processes there are nor on what else the cores do. What `make`
+    Each runs in a process apart from this one, which opens the study again (as its `opening` says) and has one thread:
+    small models gain little from threads, and numbers depend neither on how many processes there are nor on what else
+    the cores do. `study.params` has `executor`, `workers`, `retries`, `time_limit` and `storage`. What `make`
     returns is dropped, what it stores stays. The longest begin first. A unit that raises, whose process dies (for want
     of memory, say) or that takes longer than the study's `time_limit` is begun again as often as its `retries` say,
     while the others go on. Raises UnitsFailedError at the end if units failed every time, and ConnectionError if there
@@ -79,7 +80,7 @@ def run_units[Item, Study: Work](
         )
 
 
-def _on_dask(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+def _on_dask(study: Any, jobs: list[Job]) -> Iterator[Ended]:
     """Do jobs on a Dask cluster, each in a process beside one of its workers' threads."""
     from dask.distributed import wait
 
@@ -152,7 +153,7 @@ def _resources(job: Job, declared: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _client(study: Work, n_jobs: int) -> Iterator[Client]:
+def _client(study: Any, n_jobs: int) -> Iterator[Client]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 

@@ -160,15 +160,9 @@ def reserve(folder: Path) -> Iterator[None]:
             _remove_half_made(folder)  # of workers that died and whose jobs others did
 
 
-def half_made(folder: Path) -> list[Path]:
-    """Files and folders that killed processes left in a run folder, or living ones have not finished: none but ours."""
-    hidden = (path for place in PLACES for path in folder.glob(f"{place}/.*"))
-    return [path for path in hidden if HALF_MADE.fullmatch(path.name)]
-
-
 def _remove_half_made(folder: Path) -> None:
-    """Remove what is half made and no process has in use."""
-    for path in half_made(folder):
+    """Remove files and folders that killed processes left half-made in a run folder, and none that are in use."""
+    for path in (path for place in PLACES for path in folder.glob(f"{place}/.*") if HALF_MADE.fullmatch(path.name)):
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:

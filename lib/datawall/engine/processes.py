@@ -27,7 +27,7 @@ from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from datawall.engine import forkserver
 
@@ -46,19 +46,11 @@ class Need:
     seconds: float = 0.0  # about
 
 
-class Work(Protocol):
-    """What jobs belong to, a study, as far as it matters to where they run."""
-
-    params: Any  # `executor`, `workers`, `retries`, `time_limit` and `storage`: see `params.Params`
-    folder: Path
-    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # by which another process opens it: a function, its arguments
-
-
 @dataclass(frozen=True)
 class Job:
     """A unit of work to be made: a call of a function of the library, in a process that opens the study for itself."""
 
-    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # see `Work`
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # by which it does: a function, and its arguments
     make: Callable[[Any, Any], object]
     item: Any
     need: Need
@@ -76,7 +68,7 @@ def describe(item: Any) -> str:
     return f"{item:g}" if isinstance(item, float) else str(item)
 
 
-def on_this_machine(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+def on_this_machine(study: Any, jobs: list[Job]) -> Iterator[Ended]:
     """Do jobs in a process per core or, where there are GPUs, per as many of them as the jobs want each.
 
     One worker asked for is this process itself, which spares the seconds that another takes to start.
@@ -110,7 +102,9 @@ def _in_processes(jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
                 busy[worker.connection] = worker
             for worker in map(busy.pop, wait(list(busy))):
                 job, error = worker.job, worker.outcome()
-                idle.append(worker if worker.usable else worker.replaced())
+                if not worker.usable:
+                    worker.stop()
+                idle.append(worker if worker.usable else Worker(worker.devices))
                 if error is None or not job.retries:
                     yield job, error
                 else:
@@ -121,7 +115,7 @@ def _in_processes(jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
             worker.stop()
 
 
-def _in_this_process(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+def _in_this_process(study: Any, jobs: list[Job]) -> Iterator[Ended]:
     """Do jobs here, one after the other."""
     use_one_thread()
     for job in jobs:
@@ -179,7 +173,18 @@ class Worker:
         ours, theirs = socket.socketpair()
         environment = dict(os.environ) if devices is None else {**os.environ, "CUDA_VISIBLE_DEVICES": devices}
         with theirs:
-            self.process = _start(theirs.fileno(), environment)
+            number = theirs.fileno()
+            if forkserver.at_hand():
+                self.process = forkserver.Forked(
+                    "datawall worker", f"{__name__}:serve", [], environment, (1, 2, number)
+                )
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", f"from datawall.engine import processes; processes.serve({number})"],
+                    pass_fds=[number],
+                    env={**environment, "PYTHONPATH": forkserver.search_path()},
+                    start_new_session=True,  # out of reach of Ctrl-C, which is for the notebook; a group to end at once
+                )
         self.connection = Connection(ours.detach())
 
     def begin(self, job: Job) -> None:
@@ -201,33 +206,12 @@ class Worker:
         self.usable = error is None or self.devices is None  # a GPU may be left in a state that fails all that follow
         return error
 
-    def replaced(self) -> Worker:
-        """Another, with the same GPUs, in place of this one."""
-        self.stop()
-        return Worker(self.devices)
-
     def stop(self) -> None:
         """End the process, whatever it is at, and those that it started."""
+        forkserver.end(self.process.pid, self.connection)
         self.connection.close()
-        forkserver.end(self.process.pid, self._ends)
-
-    def _ends(self, seconds: float) -> bool:
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-            return True
-        return False
-
-
-def _start(descriptor: int, environment: dict[str, str]) -> forkserver.Forked | subprocess.Popen:
-    """Start a process that serves a socket: a fork in a run, elsewhere one from scratch."""
-    if forkserver.at_hand():
-        return forkserver.Forked("datawall worker", "datawall.engine.processes:serve", [], [descriptor], environment)
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", f"from datawall.engine import processes; processes.serve({descriptor})"],
-        pass_fds=[descriptor],
-        env={**environment, "PYTHONPATH": forkserver.search_path()},
-        start_new_session=True,  # out of reach of Ctrl-C, which is for the notebook; a group to end at once
-    )
+            self.process.wait(forkserver.GRACE)
 
 
 def serve(descriptor: int) -> None:

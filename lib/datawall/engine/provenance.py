@@ -66,15 +66,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:,.0f}\u00a0days"
 
 
-def versions(artifacts: Iterable[Artifact]) -> dict[str, list[str]]:
-    """Versions of Python and of packages that artifacts were made with."""
-    by_package: dict[str, set[str]] = {}
-    for artifact in artifacts:
-        for package, version in artifact.made["versions"].items():
-            by_package.setdefault(package, set()).add(version)
-    return {package: sorted(among) for package, among in by_package.items()}
-
-
 def texts(value: Any) -> Iterator[str]:
     """Every text in nested JSON values."""
     if isinstance(value, str):

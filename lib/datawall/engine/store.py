@@ -87,7 +87,7 @@ class Store:
         made_here = folder.is_dir()
         if not made_here and not self._fetch(unit, folder):
             return None
-        if (artifact := _sound(folder, unit)) is None:
+        if (artifact := _sound(folder, folder)) is None:
             return None
         if self.shared and made_here:
             self.shared.put_if_missing(f"{unit.kind}/{unit.key}", folder)
@@ -124,7 +124,9 @@ class Store:
         if not self.shared:
             return False
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
-            there = self.shared.take(f"{unit.kind}/{unit.key}", scratch) and _sound(scratch, unit, self.shared.url)
+            there = self.shared.take(f"{unit.kind}/{unit.key}", scratch) and _sound(
+                scratch, folder, f" of {self.shared.url}"
+            )
             if there:
                 disk.move_unless_there(scratch, folder)
         return bool(there)
@@ -141,13 +143,16 @@ def read(folder: Path) -> Artifact:
     return Artifact(folder, **manifest)
 
 
-def check(folder: Path, kind: str, key: str) -> tuple[Artifact | None, list[str]]:
-    """An artifact as its manifest tells, if it can be read, and all that is wrong with it: with each of its files."""
+def check(folder: Path, place: Path | None = None) -> tuple[Artifact | None, list[str]]:
+    """An artifact, if its manifest can be read, and all that is wrong with it and its files.
+
+    `place` is where it belongs, `kind/key`; by default, where it is.
+    """
     try:
         artifact = read(folder)
     except (OSError, ValueError) as error:
         return None, [f"{type(error).__name__}: {error}"]
-    files, there = artifact.files, _files(folder)
+    files, there, (kind, key) = artifact.files, _files(folder), (place or folder).parts[-2:]
     wrong = [name for name in there if name in files and disk.file_sha256(folder / name) != files[name]]
     wrong += [f"{name} is missing" for name in files if name not in there]
     wrong += [f"{name} does not belong there" for name in there if name not in files]
@@ -158,14 +163,12 @@ def check(folder: Path, kind: str, key: str) -> tuple[Artifact | None, list[str]
     return artifact, wrong
 
 
-def _sound(folder: Path, unit: Unit, url: str | None = None) -> Artifact | None:
-    """A unit's artifact in a folder, unless it is damaged, as a warning then says, with the URL that it comes from."""
-    artifact, wrong = check(folder, unit.kind, unit.key)
+def _sound(folder: Path, place: Path, where: str = "") -> Artifact | None:
+    """The artifact in a folder, unless it is damaged, as a warning then says."""
+    artifact, wrong = check(folder, place)
     if wrong:
-        name = f"{unit.kind} {unit.key}" + (f" of {url}" if url else "")
-        log.warning("%s is damaged (%s) and will be made again.", name, "; ".join(wrong))
-        return None
-    return artifact
+        log.warning("%s %s%s is damaged (%s) and will be made again.", *place.parts[-2:], where, "; ".join(wrong))
+    return None if wrong else artifact
 
 
 def _files(folder: Path) -> list[str]:
@@ -180,7 +183,7 @@ def _remove_damaged(folder: Path, aside: Path) -> None:
     with (folder.parent / LOCK).open("a", encoding="utf-8") as lock:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists() and check(folder, folder.parent.name, folder.name)[1]:
+        if folder.exists() and check(folder)[1]:
             os.replace(folder, aside)
             shutil.rmtree(aside)
 

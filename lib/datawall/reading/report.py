@@ -146,6 +146,7 @@ class Site:
 
     def _summary(self) -> dict[str, Any]:
         cells = {(row["model"], row["task"], row["dataset"]): row for row in self.verdicts.to_dict("records")}
+        versions = pd.DataFrame([made.made["versions"] for made in self.made])
         return {
             "plan": sum((Counter(counts) for _, counts in planning.counts(self.study)), Counter()),
             "sentences": self.sentences,
@@ -155,7 +156,7 @@ class Site:
             "figures": [name for name in SHOWN if name in self.figures][:3],
             "costs": self._costs(),
             "totals": provenance.costs(self.made)[["seconds", "n_bytes"]].sum(),
-            "versions": provenance.versions(self.made),
+            "versions": {package: sorted({*by_artifact.dropna()}) for package, by_artifact in versions.items()},
             "devices": sorted({made.made["device"] for made in self.made}),
             "changes": self.changes,
             "of": date.fromtimestamp((self.study.folder / "study.yaml").stat().st_mtime).isoformat(),

@@ -18,7 +18,9 @@ def problems(folder: Path) -> list[str]:
     Every file of every artifact is read and hashed again.
     """
     places = _places(folder)
-    damaged = [f"store/{place.parent.name}/{key}: {what}" for key, place in places.items() for what in _wrong(place)]
+    damaged = [
+        f"store/{place.parent.name}/{key}: {what}" for key, place in places.items() for what in store.check(place)[1]
+    ]
     if tables := results.damage(folder):
         return damaged + tables
     lost = sorted(key for key in results.run_ids(folder) if key not in places)
@@ -50,11 +52,6 @@ def _places(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((folder / "store").glob("*/[!.]*")) if path.is_dir()}
 
 
-def _wrong(place: Path) -> list[str]:
-    """What is wrong with an artifact, or with where it is."""
-    return store.check(place, place.parent.name, place.name)[1]
-
-
 def why(folder: Path, key: str) -> str:
     """What made an artifact of a run folder, what has changed since, and what else would be made again with it.
 
@@ -68,7 +65,7 @@ def why(folder: Path, key: str) -> str:
             "folder names under store/, or a run_id of the results."
         )
     (key,) = matching
-    if wrong := _wrong(places[key]):
+    if wrong := store.check(places[key])[1]:
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
     artifacts = provenance.read(folder / "store")
     artifact = artifacts[key]
