@@ -175,9 +175,8 @@ class Worker:
         with theirs:
             number = theirs.fileno()
             if forkserver.at_hand():
-                self.process = forkserver.Forked(
-                    "datawall worker", f"{__name__}:serve", [], environment, (1, 2, number)
-                )
+                files = 1, 2, number
+                self.process = forkserver.Forked("datawall worker", f"{__name__}:serve", [], environment, files)
             else:
                 self.process = subprocess.Popen(
                     [sys.executable, "-P", "-c", f"from datawall.engine import processes; processes.serve({number})"],

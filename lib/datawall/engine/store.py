@@ -124,12 +124,11 @@ class Store:
         if not self.shared:
             return False
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
-            there = self.shared.take(f"{unit.kind}/{unit.key}", scratch) and _sound(
-                scratch, folder, f" of {self.shared.url}"
-            )
-            if there:
-                disk.move_unless_there(scratch, folder)
-        return bool(there)
+            taken = self.shared.take(f"{unit.kind}/{unit.key}", scratch)
+            if not taken or not _sound(scratch, folder, f" of {self.shared.url}"):
+                return False
+            disk.move_unless_there(scratch, folder)
+        return True
 
     def _folder(self, unit: Unit) -> Path:
         return self.folder / unit.kind / unit.key

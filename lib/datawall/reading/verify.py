@@ -18,9 +18,8 @@ def problems(folder: Path) -> list[str]:
     Every file of every artifact is read and hashed again.
     """
     places = _places(folder)
-    damaged = [
-        f"store/{place.parent.name}/{key}: {what}" for key, place in places.items() for what in store.check(place)[1]
-    ]
+    wrong = {place.relative_to(folder): store.check(place)[1] for place in places.values()}
+    damaged = [f"{place}: {what}" for place, said in wrong.items() for what in said]
     if tables := results.damage(folder):
         return damaged + tables
     lost = sorted(key for key in results.run_ids(folder) if key not in places)
