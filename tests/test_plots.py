@@ -10,7 +10,7 @@ from datawall.analysis import effects, known_answer, published, saturation, scal
 from datawall.analysis.results import select
 from datawall.models.hyperparameters import FAMILIES
 from datawall.reading import plots, titles
-from datawall.reading.plots import dots, maps, style
+from datawall.reading.plots import maps, style
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching")
 SAME = {"study": "s", "n_cells": 1, "task": "zeroshot_classification", "metric": "micro_f1", "split": "cells 0"}
@@ -316,11 +316,11 @@ def test_pairs_of_the_known_answer_are_named_and_their_plateaus_ringed():
 def test_rules_and_costs_have_a_dot_for_each_rule(classification):
     points = pd.concat(
         saturation.saturation_points(classification, "micro_f1", rule=rule, n_resamples=20).assign(rule=rule)
-        for rule in dots.RULES
+        for rule in maps.RULES
     )
     figure = plots.rules(select(points, strategy="random"), "rules")
     assert len(panels(figure)) == 4
-    assert legend(figure) == list(dots.RULES)
+    assert legend(figure) == list(maps.RULES)
     drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
     expected = select(points, strategy="random", dataset="hematopoiesis", rule="error").set_index("model")["percentage"]
     np.testing.assert_array_equal(drawn["error"], expected[list(FAMILIES)])

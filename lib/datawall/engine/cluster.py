@@ -3,10 +3,9 @@
 `executor` of the study file says where: `local` (a process per GPU, or per core), `tcp://scheduler:8786` (any Dask
 cluster that runs already; `tls://` where others share the network) or `slurm` (jobs of one's own, by dask-jobqueue).
 
-Nothing is unpickled from a file. Functions and records travel as pickles between processes of one user: on this
-machine through a pair of sockets that nobody else holds; to a cluster by Dask's own protocol, by which whoever can
-reach the scheduler can run code as its user. Keep it on loopback or a private network, or use TLS (README, "On a
-cluster"). Not covered: a run whose Dask scheduler is lost ends, and the same command goes on from there.
+Functions and records travel as pickles between processes of one user: here through sockets that nobody else holds, to
+a cluster by Dask's own protocol, by which whoever can reach the scheduler can run code (params/CLUSTER.md). Not
+covered: a run whose Dask scheduler is lost ends, and the same command goes on from there.
 """
 
 from __future__ import annotations
