@@ -208,13 +208,14 @@ def test_upstream_follows_records_to_the_corpus(run):
 
 def test_costs_add_up_to_the_manifests_and_the_disk(run):
     artifacts = provenance.read(run / "store").values()
-    table = provenance.costs(artifacts).set_index("what")
+    table = report.costs(artifacts).set_index("made")
     manifests = [json.loads(path.read_text()) for path in run.glob("store/*/*/manifest.json")]
-    assert table["n"].sum() == len(manifests) == 1 + 1 + 6 + 12 + 14
-    assert table["seconds"].sum() == pytest.approx(sum(each["made"]["seconds"] for each in manifests))
-    assert table["n_bytes"].sum() == sum(path.stat().st_size for path in run.glob("store/*/*/*"))
-    assert table.loc["model: SSL", "n"] == 6
-    assert table["memory_mib"].max() == max(each["made"]["peak_memory_mib"] for each in manifests)
+    assert table["artifacts"].sum() == len(manifests) == 1 + 1 + 6 + 12 + 14
+    assert table["time, all"].sum() == pytest.approx(sum(each["made"]["seconds"] for each in manifests))
+    n_bytes = sum(path.stat().st_size for path in run.glob("store/*/*/*"))
+    assert table["disk (MB)"].sum() == pytest.approx(n_bytes / 1e6)
+    assert table.loc["model: SSL", "artifacts"] == 6
+    assert table["peak memory (MiB)"].max() == max(each["made"]["peak_memory_mib"] for each in manifests)
 
 
 def test_damaged_manifest_is_left_out(run, tmp_path):

@@ -18,6 +18,7 @@ from pathlib import Path
 import datawall as dw
 from datawall.engine import provenance
 from datawall.planning import plan as planning
+from datawall.reading import report
 from datawall.study import costs
 from datawall.study.units import Run
 
@@ -69,9 +70,10 @@ for task in study.params.tasks:
     for one in dw.evaluation.evaluations(study, task):
         which = one.source, one.dataset
         seconds = study.costs.evaluation(one, embedded=which in embedded).seconds
-        predicted[f"evaluation: {task}"] = predicted.get(f"evaluation: {task}", 0.0) + seconds
+        label = f"evaluation: {dw.titles.label(task)}"
+        predicted[label] = predicted.get(label, 0.0) + seconds
         if isinstance(one.source, Run) and task != "reconstruction":
             embedded.add(which)
-measured = provenance.costs(made).set_index("what")["seconds"]
+measured = report.costs(made).set_index("made")["time, all"]
 for label, seconds in predicted.items():
     line(label, seconds, measured[label])

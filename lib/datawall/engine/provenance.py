@@ -1,4 +1,4 @@
-"""What the artifacts of a run were made from, and what that cost, read from their manifests."""
+"""What the artifacts of a run were made from, read from their manifests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from datawall.engine import disk, store
 from datawall.engine.store import Artifact
@@ -31,31 +29,6 @@ def upstream(made: Iterable[Artifact], artifacts: dict[str, Artifact]) -> list[A
         nearest = [artifacts[key] for key in keys if key in artifacts and key not in sources]
         sources |= {artifact.key: artifact for artifact in nearest}
     return list(sources.values())
-
-
-def label(artifact: Artifact) -> str:
-    """What an artifact is, among others of its kind: the family of a model, the task of an evaluation."""
-    name = {"model": "model", "evaluation": "task"}.get(artifact.kind)
-    return f"{artifact.kind}: {artifact.record[name]}" if name in artifact.record else artifact.kind
-
-
-def costs(artifacts: Iterable[Artifact]) -> pd.DataFrame:
-    """What artifacts took, a row per kind, model family and task, in the order given.
-
-    Columns: what, n, seconds (of all, each in a process of its own), longest (of one), memory_mib (greatest of a
-    process), n_bytes, device.
-    """
-    rows = [{"what": label(artifact), "n_bytes": artifact.n_bytes, **artifact.made} for artifact in artifacts]
-    table = pd.DataFrame(rows, columns=["what", "seconds", "peak_memory_mib", "n_bytes", "device"])
-    aggregated = {
-        "n": ("seconds", "size"),
-        "seconds": ("seconds", "sum"),
-        "longest": ("seconds", "max"),
-        "memory_mib": ("peak_memory_mib", "max"),
-        "n_bytes": ("n_bytes", "sum"),
-        "device": ("device", lambda devices: ", ".join(sorted(set(devices)))),
-    }
-    return table.groupby("what", sort=False).agg(**aggregated).reset_index()
 
 
 def duration(seconds: float) -> str:

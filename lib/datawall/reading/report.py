@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date
 from functools import cache, cached_property
 from itertools import groupby
@@ -45,8 +45,6 @@ KINDS = ("corpus", "dataset", "split", "contamination", "sketch", "subset", "mod
 
 
 # Heads of columns, and how their numbers are written, where not as a score is.
-COSTS = {"what": "made", "n": "artifacts", "seconds": "time, all", "longest": "time, longest", "device": "on"}
-COSTS |= {"memory_mib": "peak memory (MiB)", "n_bytes": "disk (MB)"}
 RUN = {"model": "model", "strategy": "strategy", "percentage": "% of corpus", "seed": "seed", "n_cells": "cells"}
 RUN |= {"dataset": "data set"}
 WRITTEN = dict.fromkeys(("time", "time, all", "time, longest"), provenance.duration)
@@ -149,23 +147,15 @@ class Site:
         versions = pd.DataFrame([made.made["versions"] for made in self.made])
         return {
             "plan": sum((Counter(counts) for _, counts in planning.counts(self.study)), Counter()),
-            "sentences": self.sentences,
             "columns": self.verdicts.drop_duplicates(["task", "dataset"]).to_dict("records") if cells else [],
             "models": [model for model in self.study.params.models if model in {key[0] for key in cells}],
             "cells": cells,
             "figures": [name for name in SHOWN if name in self.figures][:3],
-            "costs": self._costs(),
-            "totals": provenance.costs(self.made)[["seconds", "n_bytes"]].sum(),
+            "costs": costs(self.made),
             "versions": {package: sorted({*by_artifact.dropna()}) for package, by_artifact in versions.items()},
             "devices": sorted({made.made["device"] for made in self.made}),
-            "changes": self.changes,
             "of": date.fromtimestamp((self.study.folder / "study.yaml").stat().st_mtime).isoformat(),
         }
-
-    def _costs(self) -> pd.DataFrame:
-        table = provenance.costs(self.made)
-        said = table.assign(what=table["what"].map(_spelled), n_bytes=table["n_bytes"] / 1e6)
-        return said.rename(columns=COSTS)
 
     def _results(self, task: str) -> pd.DataFrame:
         """A row per evaluation of a task, by its key, a column per metric; means over splits."""
@@ -217,9 +207,25 @@ def about(artifact: Artifact) -> str:
     return ", ".join(f"{name} {_text(value)}" for name, value in plain if value not in (None, [], {}))
 
 
-def _spelled(what: str) -> str:
-    """What an artifact is (`provenance.label`), as a reader should see it."""
-    return ": ".join(map(label, what.split(": ")))
+def what(artifact: Artifact) -> str:
+    """What an artifact is, among others of its kind: the family of a model, the task of an evaluation."""
+    name = {"model": "model", "evaluation": "task"}.get(artifact.kind)
+    return f"{artifact.kind}: {label(artifact.record[name])}" if name in artifact.record else artifact.kind
+
+
+def costs(artifacts: Iterable[Artifact]) -> pd.DataFrame:
+    """What artifacts took, a row per kind, model family and task, in the order given; each in a process of its own."""
+    rows = [{"made": what(artifact), "mb": artifact.n_bytes / 1e6, **artifact.made} for artifact in artifacts]
+    table = pd.DataFrame(rows, columns=["made", "seconds", "peak_memory_mib", "mb", "device"])
+    columns = {
+        "artifacts": ("seconds", "size"),
+        "time, all": ("seconds", "sum"),
+        "time, longest": ("seconds", "max"),
+        "peak memory (MiB)": ("peak_memory_mib", "max"),
+        "disk (MB)": ("mb", "sum"),
+        "on": ("device", lambda devices: ", ".join(sorted(set(devices)))),
+    }
+    return table.groupby("made", sort=False).agg(**columns).reset_index()
 
 
 def _cell(value: Any, column: str, digits: int) -> str:
@@ -256,8 +262,7 @@ def _environment() -> Any:
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
     environment.filters |= {"label": label, "duration": provenance.duration}
-    environment.filters |= {"text": _text, "about": about, "cell": _cell}
-    environment.filters["what"] = lambda artifact: _spelled(provenance.label(artifact))
+    environment.filters |= {"text": _text, "about": about, "what": what, "cell": _cell}
     environment.filters["link"] = lambda artifact: f"{_page_of(artifact)}#{artifact.key}"
     return environment
 
