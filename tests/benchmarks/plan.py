@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 import datawall as dw
-from datawall.engine import provenance
+from datawall.engine import store
 from datawall.planning import plan as planning
 from datawall.reading import report
 from datawall.study import costs
@@ -27,7 +27,7 @@ MARGIN = 0.3
 
 study = dw.open_study(sys.argv[1])
 known = costs.calibration_of(study.params.study)
-made = provenance.read(Path(sys.argv[1]) / "store").values()
+made = store.read_all(Path(sys.argv[1]) / "store").values()
 n_workers = planning.workers(study)
 print(f"calibrated for {known['study']} on {known['machine']}; {n_workers} workers")
 

@@ -14,7 +14,7 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -140,6 +140,34 @@ def read(folder: Path) -> Artifact:
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != code.json_sha256(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")
     return Artifact(folder, **manifest)
+
+
+def read_all(folder: Path) -> dict[str, Artifact]:
+    """The artifacts of a store, by key; those whose manifest is missing or damaged are left out."""
+    artifacts = {}
+    for path in sorted(folder.glob(f"*/[!.]*/{MANIFEST}")):
+        with suppress(OSError, ValueError):
+            artifacts[path.parent.name] = read(path.parent)
+    return artifacts
+
+
+def upstream(made: Iterable[Artifact], artifacts: dict[str, Artifact]) -> list[Artifact]:
+    """All that artifacts were made from, nearest first."""
+    sources, nearest = {}, made
+    while nearest:
+        keys = dict.fromkeys(key for artifact in nearest for key in texts(artifact.record))
+        nearest = [artifacts[key] for key in keys if key in artifacts and key not in sources]
+        sources |= {artifact.key: artifact for artifact in nearest}
+    return list(sources.values())
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text in nested JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts(inner)
 
 
 def check(folder: Path, place: Path | None = None) -> tuple[Artifact | None, list[str]]:

@@ -24,7 +24,7 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import results, verdicts
 from datawall.analysis.results import select
-from datawall.engine import disk, paths, provenance
+from datawall.engine import disk, paths, store
 from datawall.engine.store import Artifact
 from datawall.planning import plan as planning
 from datawall.reading import notebooks
@@ -47,7 +47,7 @@ KINDS = ("corpus", "dataset", "split", "contamination", "sketch", "subset", "mod
 # Heads of columns, and how their numbers are written, where not as a score is.
 RUN = {"model": "model", "strategy": "strategy", "percentage": "% of corpus", "seed": "seed", "n_cells": "cells"}
 RUN |= {"dataset": "data set"}
-WRITTEN = dict.fromkeys(("time", "time, all", "time, longest"), provenance.duration)
+WRITTEN = dict.fromkeys(("time", "time, all", "time, longest"), planning.duration)
 WRITTEN |= dict.fromkeys(("% of corpus", "seed"), "{:g}".format) | {"disk (MB)": "{:,.2f}".format}
 WRITTEN |= dict.fromkeys(("artifacts", "cells", "peak memory (MiB)"), "{:,.0f}".format)
 
@@ -75,7 +75,7 @@ class Site:
         own = self.results[self.results["model"] != results.CHANCE]  # rows of chance carry another's `run_id`
         self.rows = dict(iter(own.groupby("run_id")))  # results by evaluation
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
-        self.artifacts = provenance.read(study.folder / "store")
+        self.artifacts = store.read_all(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
         self.made = [*self.sources(*scored), *scored]  # all that the results are made from
         self.notebooks = [notebooks.Notebook(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
@@ -181,7 +181,7 @@ class Site:
     def sources(self, *artifacts: Artifact) -> list[Artifact]:
         """All that artifacts were made from, by kind, as they are made in a study."""
         order = {kind: place for place, kind in enumerate(KINDS)}
-        sources = provenance.upstream(artifacts, self.artifacts)
+        sources = store.upstream(artifacts, self.artifacts)
         return sorted(sources, key=lambda made: order.get(made.kind, 0))
 
     def metrics(self, key: str) -> pd.DataFrame:
@@ -261,7 +261,7 @@ def _environment() -> Any:
     # All that comes from data is escaped.
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
-    environment.filters |= {"label": label, "duration": provenance.duration}
+    environment.filters |= {"label": label, "duration": planning.duration}
     environment.filters |= {"text": _text, "about": about, "what": what, "cell": _cell}
     environment.filters["link"] = lambda artifact: f"{_page_of(artifact)}#{artifact.key}"
     return environment

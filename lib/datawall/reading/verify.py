@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datawall.analysis import results
-from datawall.engine import code, provenance, store
+from datawall.engine import code, store
 from datawall.engine.store import Artifact
 
 
@@ -29,9 +29,9 @@ def problems(folder: Path) -> list[str]:
 def absent(folder: Path) -> list[str]:
     """What others were made from and is not there, a line each: no damage, as what was made from it is whole."""
     places, needed = _places(folder), {}
-    for made in provenance.read(folder / "store").values():
+    for made in store.read_all(folder / "store").values():
         for name, given in made.record.items():
-            for key in provenance.texts(given):  # of a split, `drop` is a list
+            for key in store.texts(given):  # of a split, `drop` is a list
                 if re.fullmatch("[0-9a-f]{16}", key) and key not in places:
                     needed.setdefault((name, key), []).append(made)
     return [
@@ -66,7 +66,7 @@ def why(folder: Path, key: str) -> str:
     (key,) = matching
     if wrong := store.check(places[key])[1]:
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
-    artifacts = provenance.read(folder / "store")
+    artifacts = store.read_all(folder / "store")
     artifact = artifacts[key]
     how = artifact.made
     cost = f"{how['seconds']:g} s, {how['peak_memory_mib']} MiB"
@@ -78,19 +78,19 @@ def why(folder: Path, key: str) -> str:
         "from",
         *_tree(artifact, artifacts, "  "),
     ]
-    changed = list(_changes([artifact, *provenance.upstream([artifact], artifacts)]))
+    changed = list(_changes([artifact, *store.upstream([artifact], artifacts)]))
     if changed:
         lines += ["changed since, so that a run makes it again, under another key:", *changed]
     else:
         lines += ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
-    dependent = [other for other in artifacts.values() if artifact in provenance.upstream([other], artifacts)]
+    dependent = [other for other in artifacts.values() if artifact in store.upstream([other], artifacts)]
     return "\n".join([*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."])
 
 
 def _tree(artifact: Artifact, artifacts: dict[str, Artifact], indent: str) -> Iterator[str]:
     """The record of an artifact and, below it, those of what it was made from."""
     for name, value in artifact.record.items():
-        sources = [artifacts[text] for text in provenance.texts(value) if text in artifacts]
+        sources = [artifacts[text] for text in store.texts(value) if text in artifacts]
         for source in sources:
             yield f"{indent}{name}: {source.kind} {source.key}"
             yield from _tree(source, artifacts, indent + "  ")
