@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 SHOWN = 20  # failed units that a message names
 WAIT = 300.0  # seconds for the first worker of a Dask cluster
 LOOK = 1.0  # seconds between looks for workers, and for whether a unit is still wanted
+NONE_LEFT = "no worker is left; waiting for one, what is done is kept"
 SLURM_JOBS = 8  # of a Slurm cluster, where the study does not say
 
 
@@ -98,7 +99,10 @@ def _on_dask(study: Any, jobs: list[Job]) -> Iterator[Ended]:
         while futures:
             with suppress(TimeoutError, CancelledError):
                 wait(list(futures), LOOK, "FIRST_COMPLETED")
-            there = _tell_of_workers(client, p.executor, there)
+            with suppress(OSError, RuntimeError):  # of a scheduler that has gone, as its futures will say
+                if there != bool(_workers(client)):
+                    there = not there
+                    log.warning("%s: %s.", p.executor, "a worker is there again" if there else NONE_LEFT)
             for future in [future for future in futures if future.done()]:
                 if future.status not in ("finished", "error"):
                     raise ConnectionError(
@@ -111,16 +115,6 @@ def _on_dask(study: Any, jobs: list[Job]) -> Iterator[Ended]:
 def _workers(client: Client) -> list[dict[str, Any]]:
     """What is known of each worker; not by `client.scheduler_info`, which another thread empties now and then."""
     return list(client.sync(client.scheduler.identity, n_workers=-1)["workers"].values())
-
-
-def _tell_of_workers(client: Client, executor: str, there: bool) -> bool:
-    """Say that the last worker has gone, or that one is there again; Dask waits in silence. Whether one is there."""
-    with suppress(OSError, RuntimeError):  # of a scheduler that has gone, as its futures will say
-        if there != bool(_workers(client)):
-            there = not there
-            lost = "no worker is left; waiting for one, what is done is kept"
-            log.warning("%s: %s.", executor, "a worker is there again" if there else lost)
-    return there
 
 
 def _await_workers(client: Client, executor: str) -> None:

@@ -5,7 +5,6 @@ Names are those of `data/labels.csv`, any other as it is. Short sentences stand 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 
 import pandas as pd
@@ -13,8 +12,7 @@ import pandas as pd
 from datawall.analysis.results import CHANCE, ORACLE, headline, lower_is_better
 from datawall.engine import paths
 
-_LINES = (paths.PACKAGE_DATA / "labels.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-LABELS = dict(csv.reader(_LINES[1:]))  # below the head
+LABELS = pd.read_csv(paths.PACKAGE_DATA / "labels.csv", index_col="name", keep_default_na=False)["label"].to_dict()
 MARGIN = 0.02  # points of score below which two scores are called level
 
 

@@ -28,13 +28,6 @@ from datawall.reading.plots import style
 from datawall.reading.plots.style import SPIKED, STRATEGIES, WIDTH, by_size, finish, panels, size_axis
 from datawall.reading.titles import drawn, label, plain
 
-# The unit of each family's training loss.
-LOSSES = {
-    "scVI": "negative ELBO (nats per cell)",
-    "SSL": "squared error of hidden genes\n(log counts², mean over all genes)",
-    "Geneformer": "cross-entropy\n(nats per masked gene)",
-    "SCimilarity": "squared error and triplet loss\n(weighted sum)",
-}
 LAST_STEPS = 50  # optimiser steps over which the loss at the end of training is the mean
 SMOOTH = 25  # steps that a line of the training loss averages
 
@@ -65,7 +58,7 @@ def loss_curves(histories: pd.DataFrame) -> Figure:
         for percentage, run in select(shown, model=model).groupby("percentage"):
             loss = run["loss"].rolling(SMOOTH, min_periods=1).mean()
             axis.plot(run["step"], loss, color=colours[percentage], label=f"{percentage:g} % of the corpus")
-        unit = LOSSES.get(resolve(model).family, "training loss")
+        unit = titles.LABELS.get(f"loss of {resolve(model).family}", "training loss")
         axis.set(title=drawn(model), xlabel="optimiser step", ylabel=unit)
     for axis in axes.flat[len(models) :]:
         axis.set_axis_off()
