@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -27,6 +28,8 @@ from datawall.engine.disk import LOCK, MANIFEST
 from datawall.engine.shared import Shared
 
 log = logging.getLogger(__name__)
+
+PEAK = 2**10 if sys.platform == "linux" else 2**20  # by which a process's peak memory, as it is told, is MiB
 
 type Record = dict[str, Any]
 
@@ -107,7 +110,15 @@ class Store:
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
             begin = time.perf_counter()
             more = make(scratch) or {}
-            made = {"seconds": round(time.perf_counter() - begin, 3), "device": "cpu", **_circumstances(), **more}
+            made = {
+                "seconds": round(time.perf_counter() - begin, 3),
+                "device": "cpu",
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // PEAK,
+                "host": socket.gethostname(),
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": code.versions(),
+            }
+            made |= more
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: disk.file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             disk.write_json(scratch / MANIFEST, {**manifest, "sha256": code.json_sha256(manifest)})
@@ -200,9 +211,8 @@ def _sound(folder: Path, place: Path, where: str = "") -> Artifact | None:
 
 def _files(folder: Path) -> list[str]:
     """Names of the files of an artifact, but for its manifest, in order."""
-    root = os.path.join(folder, "")
-    names = (os.path.join(at, name).removeprefix(root) for at, _, inside in os.walk(folder) for name in inside)
-    return sorted(name for name in names if name != MANIFEST)
+    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in there if name != MANIFEST)
 
 
 def _remove_damaged(folder: Path, aside: Path) -> None:
@@ -213,10 +223,3 @@ def _remove_damaged(folder: Path, aside: Path) -> None:
         if folder.exists() and check(folder)[1]:
             os.replace(folder, aside)
             shutil.rmtree(aside)
-
-
-def _circumstances() -> Record:
-    """Versions, peak memory and when and where, for the provenance of an artifact; for people alone, but versions."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    ended = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"peak_memory_mib": peak, "host": socket.gethostname(), "ended": ended, "versions": code.versions()}
