@@ -225,12 +225,13 @@ def serve(descriptor: int) -> None:
 
     def do_next() -> None:
         job = pickle.loads(waiting.get())  # noqa: S301 - of the process that started this one: nobody else can write here
-        signal.setitimer(signal.ITIMER_REAL, job.time_limit or 0)  # which ends this process, whatever it is at
+        signal.setitimer(signal.ITIMER_REAL, job.time_limit or 0)
         try:
             job.make(_opened(*job.opening), job.item)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a time limit ends this process, whatever it is at
     threading.Thread(target=listen, daemon=True).start()
     with suppress(OSError):  # not on Linux
         Path("/proc/self/oom_score_adj").write_text("500")  # should memory run out, this process goes, no notebook
