@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import date
 from functools import cache, cached_property
 from itertools import groupby
@@ -24,6 +25,7 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import results, verdicts
 from datawall.analysis.results import select
+from datawall.cells.datasets import DatasetError
 from datawall.engine import disk, paths, store
 from datawall.engine.store import Artifact
 from datawall.planning import plan as planning
@@ -94,7 +96,10 @@ class Site:
         budgets = self.study.folder / "budgets.parquet"
         checked = results.read_results(self.study.folder, "budgets") if budgets.is_file() else None
         margin = results.parameters(self.study.folder).get("margin")
-        return verdicts.table(self.intervals, checked, margin, evaluation.right_cells(self.study))
+        right = None
+        with suppress(DatasetError):  # of a corpus that has gone: models and baselines are compared by their intervals
+            right = evaluation.right_cells(self.study)
+        return verdicts.table(self.intervals, checked, margin, right)
 
     @cached_property
     def sentences(self) -> list[str]:
