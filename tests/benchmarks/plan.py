@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 import datawall as dw
-from datawall.engine import provenance
+from datawall.engine import store
 from datawall.planning import plan as planning
+from datawall.reading import report
 from datawall.study import costs
 from datawall.study.units import Run
 
@@ -29,7 +30,7 @@ MARGIN = 0.3
 
 study = dw.open_study(sys.argv[1])
 known = costs.calibration_of(study.params.study)
-made = provenance.read(Path(sys.argv[1]) / "store").values()
+made = store.read_all(Path(sys.argv[1]) / "store").values()
 n_workers = planning.workers(study)
 print(f"calibrated for {known['study']} on {known['machine']}; {n_workers} workers")
 
@@ -66,9 +67,10 @@ for run in study.pretraining_runs():
 for task in study.params.tasks:
     for one in dw.evaluation.evaluations(study, task):
         which = one.source, one.dataset
-        predicted[f"evaluation: {task}"] += study.costs.evaluation(one, embedded=which in embedded).seconds
+        seconds = study.costs.evaluation(one, embedded=which in embedded).seconds
+        predicted[f"evaluation: {dw.titles.label(task)}"] += seconds
         if isinstance(one.source, Run) and task != "reconstruction":
             embedded.add(which)
-measured = provenance.costs(made).set_index("what")["seconds"]
+measured = report.costs(made).set_index("made")["time, all"]
 for label, seconds in predicted.items():
     line(label, seconds, measured[label])
