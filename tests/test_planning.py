@@ -135,9 +135,8 @@ def test_a_run_costs_once_each_cell_each_step_and_each_cell_of_a_step():
     assert need.seconds == pytest.approx(1.0 + 0.01 * 80 + 40 * (0.5 + 0.002 * 32))
     assert need.gpus == 1
     assert of.run(Run("PretrainedPCA", Subset("random", 10.0, 0))).seconds == pytest.approx(1.0 + 0.01 * 80)
-    assert of.run(Run("SSL", Subset("untrained", 0.0, 0))) == Need(
-        0, pytest.approx(costs.BASE_GIB + 16 * 2 * (60 * 16 + 16 * 4) / 2**30), 1.0
-    )
+    memory_gib = costs.BASE_GIB + 16 * 2 * (60 * 16 + 16 * 4) / 2**30
+    assert of.run(Run("SSL", Subset("untrained", 0.0, 0))) == Need(0, pytest.approx(memory_gib), 1.0)
 
 
 def test_a_subset_that_is_streamed_is_read_in_every_step():
@@ -155,9 +154,8 @@ def test_steps_cost_in_proportion_to_a_models_work():
 
 
 def test_steps_are_a_models_own_its_familys_or_the_studys():
-    p = study_of(
-        models=["scVI", "scvi_2x", "scvi_4x", "SSL"], steps_by_model={"scVI": 7, "scvi_2x": 9}, hyperparameters={}
-    ).params
+    steps = {"steps_by_model": {"scVI": 7, "scvi_2x": 9}, "hyperparameters": {}}
+    p = study_of(models=["scVI", "scvi_2x", "scvi_4x", "SSL"], **steps).params
     assert [p.steps_of(name) for name in p.models] == [7, 9, 7, 40]
 
 

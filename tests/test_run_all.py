@@ -109,12 +109,6 @@ def test_papermill_by_hand(copy, tmp_path):
     assert None not in counts
 
 
-def test_plan_counts_and_writes_nothing(tmp_path, capsys):
-    assert run_all.main([str(ROOT / "params" / "quick.yaml"), "--plan", "--out", str(tmp_path / "run")]) == 0
-    assert "20 subsets, 100 models, 700 experiments, 18 baselines" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [

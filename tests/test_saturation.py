@@ -19,24 +19,34 @@ def point(results, metric="micro_f1", **settings):
     return found
 
 
+ERROR = {"rule": "error"}
+
+
 @pytest.mark.parametrize(
-    ("scores", "expected"),
+    ("scores", "settings", "expected"),
     [
-        ({1: 0.5, 10: 0.9, 100: 0.92}, 10),
-        ({1: 0.90, 10: 0.94, 100: 0.96}, 10),  # 0.912 is asked
-        ({1: 0.76, 10: 0.78, 100: 0.8}, 10),  # 0.76 does not exceed 0.95 × 0.8
-        ({1: [0.2, 0.79, 0.2], 10: 0.7, 100: 0.8}, 1),  # any single run
-        ({1: 0.7, 10: [0.1, 0.9], 100: 0.8}, 10),  # the best may lie at a smaller size
-        ({1: 0.1, 25: 0.2, 100: 0.9}, 100),
-        ({1: 0.99, 10: 0.5, 100: 1.0}, 1),  # a later fall does not matter
-        ({1: 0.0, 10: 0.0, 100: 0.0}, 1),
-        ({1: -0.2, 10: -0.2, 100: -0.2}, 1),
+        ({1: 0.5, 10: 0.9, 100: 0.92}, {}, 10),
+        ({1: 0.90, 10: 0.94, 100: 0.96}, {}, 10),  # 0.912 is asked
+        ({1: 0.76, 10: 0.78, 100: 0.8}, {}, 10),  # 0.76 does not exceed 0.95 × 0.8
+        ({1: [0.2, 0.79, 0.2], 10: 0.7, 100: 0.8}, {}, 1),  # any single run
+        ({1: 0.7, 10: [0.1, 0.9], 100: 0.8}, {}, 10),  # the best may lie at a smaller size
+        ({1: 0.1, 25: 0.2, 100: 0.9}, {}, 100),
+        ({1: 0.99, 10: 0.5, 100: 1.0}, {}, 1),  # a later fall does not matter
+        ({1: 0.0, 10: 0.0, 100: 0.0}, {}, 1),
+        ({1: -0.2, 10: -0.2, 100: -0.2}, {}, 1),
+        ({1: 0.90, 10: 0.94, 100: 0.96}, ERROR, 100),  # the errors are 0.10, 0.06, 0.04
+        ({1: 0.90, 10: 0.94, 100: 0.96}, {**ERROR, "margin": 0.5}, 10),
+        ({1: 0.90, 10: [0.93, 0.99], 100: 0.95}, ERROR, 10),
+        ({1: 0.9, 10: 0.96, 100: 0.94}, ERROR, 10),  # the lowest error may lie at a smaller size
+        ({1: 3.0, 10: 1.04, 100: 1.0}, {**ERROR, "metric": "mse"}, 10),  # as it is, where lower is better
+        ({1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}, {}, 1),
+        ({1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}, {"rule": "mean"}, 10),  # 0.85 exceeds 0.95 × 0.89
     ],
 )
-def test_published_rule_by_hand(scores, expected):
-    results = table(*curve(scores))
+def test_rules_by_hand(scores, settings, expected):
+    results = table(*curve(scores, metric=settings.get("metric", "micro_f1")))
     before = results.copy()
-    assert point(results) == expected
+    assert point(results, **settings) == expected
     pd.testing.assert_frame_equal(results, before)
 
 
@@ -57,23 +67,6 @@ def test_splits_are_averaged_before_the_rule():
     rows = [row | {"split": split} for row in curve({10: 0.5, 100: 0.8}) for split in ("a", "b")]
     rows += [{"percentage": 1.0, "value": 0.9, "split": "a"}, {"percentage": 1.0, "value": 0.1, "split": "b"}]
     assert point(table(*rows)) == 100
-
-
-def test_every_combination_has_its_own_point():
-    expected = {
-        ("scVI", "random", "zeroshot_classification", "kang2018"): 10,
-        ("scVI", "geometric_sketching", "zeroshot_classification", "kang2018"): 1,
-        ("scVI", "random", "zeroshot_classification", "lung"): 1,
-        ("SSL", "random", "zeroshot_classification", "kang2018"): 10,
-        ("SSL", "random", "finetuned_classification", "kang2018"): 1,
-    }
-    keys = ["model", "strategy", "task", "dataset"]
-    scores = {10: {1: 0.1, 10: 0.9}, 1: {1: 0.9, 10: 0.8}}
-    rows = [row for key, at in expected.items() for row in curve(scores[at], **dict(zip(keys, key, strict=True)))]
-    points = saturation_points(table(*rows), "micro_f1")
-    assert list(points.columns) == [*keys, "percentage", "low", "high"]
-    assert points.set_index(keys)["percentage"].to_dict() == expected
-    assert points[["low", "high"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +143,19 @@ def published():
     return dw.published.results()
 
 
+@pytest.fixture(scope="module")
+def published_points(published):
+    """Of all models, strategies, tasks and data sets, by metric."""
+    metrics = {metric for metric, *_ in HEAT_MAPS.values()}
+    return {metric: saturation_points(published, metric, n_resamples=0) for metric in metrics}
+
+
 @pytest.mark.parametrize("task", HEAT_MAPS)
-def test_published_heat_maps_are_reproduced_cell_for_cell(published, task):
+def test_published_heat_maps_are_reproduced_cell_for_cell(published_points, task):
     metric, datasets, above_one = HEAT_MAPS[task]
-    points = saturation_points(select(published, task=task), metric, n_resamples=0)
+    points = select(published_points[metric], task=task)
+    assert list(points) == ["model", "strategy", "task", "dataset", "percentage", "low", "high"]
+    assert points[["low", "high"]].isna().all(axis=None)
     points = points[points["strategy"].isin(STRATEGIES)]
     found = points.set_index(["model", "strategy", "dataset"])["percentage"].to_dict()
     expected = dict.fromkeys(itertools.product(MODELS, STRATEGIES, datasets), 1)
@@ -163,9 +165,9 @@ def test_published_heat_maps_are_reproduced_cell_for_cell(published, task):
 
 
 @pytest.mark.parametrize(("task", "model"), SPIKE_INS)
-def test_published_spike_in_heat_maps_are_reproduced_cell_for_cell(published, task, model):
+def test_published_spike_in_heat_maps_are_reproduced_cell_for_cell(published_points, task, model):
     metric, datasets = HEAT_MAPS[task][:2]
-    points = saturation_points(select(published, task=task, model=model), metric, n_resamples=0)
+    points = select(published_points[metric], task=task, model=model)
     shown = points.pivot_table(index="strategy", columns="dataset", values="percentage")
     if task == "zeroshot_integration":
         datasets = ["kim_lung", "periodontitis"]
@@ -186,23 +188,6 @@ def test_other_rules_on_the_published_table(published):
     assert percentages["mean"]["Geneformer", "random", "hematopoiesis"] == 1
     # By the margin that five seeds themselves suggest, they establish no plateau at all.
     assert percentages["equivalence"].isna().all()
-
-
-@pytest.mark.parametrize(
-    ("scores", "options", "expected"),
-    [
-        ({1: 0.90, 10: 0.94, 100: 0.96}, {}, 100),  # the errors are 0.10, 0.06, 0.04
-        ({1: 0.90, 10: 0.94, 100: 0.96}, {"margin": 0.5}, 10),
-        ({1: 0.90, 10: [0.93, 0.99], 100: 0.95}, {}, 10),
-        ({1: 0.9, 10: 0.96, 100: 0.94}, {}, 10),  # the lowest error may lie at a smaller size
-        ({1: 3.0, 10: 1.04, 100: 1.0}, {"metric": "mse"}, 10),  # as it is, where lower is better
-        ({1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}, {"rule": "published"}, 1),
-        ({1: [0.2, 0.99], 10: [0.8, 0.9], 100: [0.89, 0.89]}, {"rule": "mean"}, 10),  # 0.85 exceeds 0.95 × 0.89
-    ],
-)
-def test_other_rules_by_hand(scores, options, expected):
-    metric = options.get("metric", "micro_f1")
-    assert point(table(*curve(scores, metric=metric)), **{"rule": "error", **options}) == expected
 
 
 def test_equivalence_is_that_of_two_one_sided_tests_corrected_together():

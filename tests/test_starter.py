@@ -25,12 +25,13 @@ N = 600
 
 @pytest.fixture
 def compendium(tmp_path, monkeypatch):
-    """An empty compendium with the default study, as the working directory."""
+    """A compendium with the default study and some labelled cells, as the working directory."""
     for name in ("params", "notebooks"):
         (tmp_path / name).mkdir()
     shutil.copy(ROOT / "params" / "quick.yaml", tmp_path / "params")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
+    cells("cells.h5ad", **LABELLED)
     return tmp_path
 
 
@@ -90,7 +91,8 @@ def test_control_is_told_by_its_name(values, control):
 
 def test_column_with_gaps_or_one_value_is_not_proposed(tmp_path):
     gaps = ["B", None]
-    looked = inspection.look(cells(tmp_path / "cells.h5ad", cell_type=gaps, batch=["one"], louvain=["0", "1"]))
+    looked = inspection.look(cells(tmp_path / "cells.h5ad", cell_type=gaps, batch=["o\n"], louvain=["0", "1"]))
+    assert starter.describe(looked, "batch") == r"1 values: 'o\n' (600)"
     nothing = dict.fromkeys(["batch", "donor", "perturbation", "control"])
     assert starter.propose(looked) == {"cell_type": "louvain", **nothing}
 
@@ -106,8 +108,7 @@ def test_sizes_are_large_enough_and_four_where_they_can_be(n_cells):
 
 
 def test_new_writes_a_study_file_that_checks(compendium, capsys):
-    path = cells(compendium / "cells.h5ad", **LABELLED)
-    assert run_all.main(["--new", "mine", "--corpus", path]) == 0
+    assert run_all.main(["--new", "mine", "--corpus", "cells.h5ad"]) == 0
     said = capsys.readouterr().out
     assert "600 cells, counts in X, 60 of 60 genes known by Ensembl id" in said
     assert "written: params/mine.yaml" in said
@@ -151,12 +152,11 @@ def test_new_takes_what_is_given_and_leaves_out_what_is_not_there(compendium, co
 
 
 def test_new_takes_more_settings(compendium, capsys):
-    path = cells(compendium / "cells.h5ad", **LABELLED)
     words = ["--set", "steps=7", "--set", "min_matched_genes=0.1", "--set", "hyperparameters={}"]
-    assert run_all.main(["--new", "mine", "--corpus", path, *words]) == 0
+    assert run_all.main(["--new", "mine", "--corpus", "cells.h5ad", *words]) == 0
     p = params.read(Path("params/mine.yaml"))
     assert (p.steps, p.min_matched_genes, p.hyperparameters) == (7, 0.1, {})
-    assert run_all.main(["--new", "other", "--corpus", path, "--set", "batch_key=x"]) == 2
+    assert run_all.main(["--new", "other", "--corpus", "cells.h5ad", "--set", "batch_key=x"]) == 2
     assert "--set batch_key: with --new, name it as --batch." in capsys.readouterr().err
 
 
@@ -170,7 +170,6 @@ def test_new_joins_files_by_the_columns_that_all_have(compendium):
 
 
 def test_new_asks_on_a_terminal_until_the_answer_is_there(compendium, monkeypatch):
-    path = cells(compendium / "cells.h5ad", **LABELLED)
     asked = []
     answers = iter(["nosuch", "cell_type_ontology_term_id", "", "none", "condition", "nothing", "stim"])
 
@@ -180,7 +179,7 @@ def test_new_asks_on_a_terminal_until_the_answer_is_there(compendium, monkeypatc
 
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    assert run_all.main(["--new", "mine", "--corpus", path]) == 0
+    assert run_all.main(["--new", "mine", "--corpus", "cells.h5ad"]) == 0
     p = params.read(Path("params/mine.yaml"))
     assert p.columns() == {"cell_type": "cell_type_ontology_term_id", "batch": "sample_id", "perturbation": "condition"}
     assert p.control == "stim"
@@ -202,7 +201,6 @@ def test_new_asks_on_a_terminal_until_the_answer_is_there(compendium, monkeypatc
 )
 def test_new_and_check_refuse_with_clear_lines(words, named, compendium, capsys):
     before = sorted(Path("params").iterdir())
-    cells(compendium / "cells.h5ad", **LABELLED)
     study(compendium, steps=0, nosuch=1)
     assert run_all.main(words) == 2
     message = capsys.readouterr().err
@@ -219,16 +217,10 @@ def study(folder, **values):
 
 def test_check_collects_all_mistakes(compendium):
     cells(compendium / "cells.h5ad", **{**LABELLED, "cell_type": ["B cell", "T cell", None]})
-    path = study(
-        compendium,
-        batch_key="nosuch",
-        perturbation_key="disease",
-        control="ctrl",
-        donor_key="barcode",
-        tasks=["zeroshot_classification", "zeroshot_integration", "perturbation_response"],
-        evaluation=["gone.h5ad", {"file": "cells.h5ad", "name": "again", "cell_type_key": "type"}],
-    )
-    found = preflight.check(path)
+    columns = {"batch_key": "nosuch", "perturbation_key": "disease", "control": "ctrl", "donor_key": "barcode"}
+    tasks = ["zeroshot_classification", "zeroshot_integration", "perturbation_response"]
+    evaluation = ["gone.h5ad", {"file": "cells.h5ad", "name": "again", "cell_type_key": "type"}]
+    found = preflight.check(study(compendium, **columns, tasks=tasks, evaluation=evaluation))
     assert len(found.errors) == 5
     for words in (
         ["'cell_type' is missing for 200 cells"],
@@ -250,6 +242,8 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert "work: 2 subsets, 2 models, 2 experiments, 4 baselines" in found.facts
     assert [line for line in found.warnings if "under 50 cells to pretrain on at 10 %" in line]
     assert [line for line in found.warnings if "1 of 3 cell types" in line and "rare" in line]
+    found = preflight.check(study(compendium, labels={"rare": "T cell", "Rare": "T cell"}))
+    assert "labels: no cell is of the types ['Rare']; correct them, or leave them out." in found.warnings
 
 
 def test_check_takes_the_columns_that_a_run_takes(compendium):
@@ -270,16 +264,15 @@ def test_check_takes_the_columns_that_a_run_takes(compendium):
 
 
 def test_check_says_when_no_context_is_left(compendium):
-    treatment = ["ctrl", "stim"]
-    cells(compendium / "cells.h5ad", cell_type=["B cell", "T cell"], condition=treatment)  # one treatment a type
-    values = {"perturbation_key": "condition", "control": "ctrl"}
-    found = preflight.check(study(compendium, tasks=["perturbation_response"], **values))
+    types, values = ["B cell", "T cell"], {"perturbation_key": "condition", "control": "ctrl"}
+    values["tasks"] = ["perturbation_response"]
+    cells("cells.h5ad", cell_type=types, condition=["ctrl", "stim"])  # one treatment a type
+    found = preflight.check(study(compendium, **values))
     assert found.errors == ["no task is left to judge by; give more cells, types or columns."]
     left_out = "left out: perturbation_response on cells_held_out: perturbation response needs two cell types"
     assert [line for line in found.facts if line.startswith(left_out)]
-    values["held_out_contexts"] = ["B cell", "moss"]
-    cells(compendium / "cells.h5ad", cell_type=["B cell", "T cell"], condition=["ctrl"] * 2 + ["stim"] * 2)
-    found = preflight.check(study(compendium, tasks=["perturbation_response"], **values))
+    cells("cells.h5ad", cell_type=types, condition=["ctrl"] * 2 + ["stim"] * 2)
+    found = preflight.check(study(compendium, **values, held_out_contexts=["B cell", "moss"]))
     assert [line for line in found.errors if "held_out_contexts" in line and "['moss']" in line]
 
 

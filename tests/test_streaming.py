@@ -82,17 +82,6 @@ def killed(n, step, *given, **named):
     return step(*given, **named)
 
 
-def test_batches_are_read_with_what_they_share(real, monkeypatch):
-    monkeypatch.setattr(training, "MIXED", 96)
-    _, cells = real
-    shares = list(enumerate(training.minibatches(500, 32, 7, seed=0)))
-    loaded = list(streaming.loader(cells, sp.csr_matrix.toarray, 32)(iter(shares)))
-    for (_, rows), (same, counts) in zip(shares, loaded, strict=True):
-        np.testing.assert_array_equal(rows, same)
-        np.testing.assert_array_equal(counts, cells.counts(rows).toarray())
-        assert counts.dtype == np.float32
-
-
 def test_a_pass_over_many_cells_takes_each_once_and_groups_of_batches_share_blocks():
     n, size = 100_003, 256
     together = training.batches_together(size)

@@ -142,10 +142,7 @@ def test_control_embeddings_come_out_first_and_last():
 
 
 @settings(deadline=None)
-@given(
-    hnp.arrays(np.int64, st.integers(2, 60), elements=st.integers(0, 4)),
-    st.randoms(use_true_random=False),
-)
+@given(hnp.arrays(np.int64, st.integers(2, 60), elements=st.integers(0, 4)), st.randoms(use_true_random=False))
 def test_weights_are_cells_repeated(labels, random):
     n_cells = len(labels)
     clusters = np.array([random.choice([0, 1, 2, label]) for label in labels])

@@ -12,12 +12,16 @@ to +18 % (pretraining) by stage.
 """
 
 import sys
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
+
 import datawall as dw
-from datawall.engine import provenance
+from datawall.engine import store
 from datawall.planning import plan as planning
+from datawall.reading import report
 from datawall.study import costs
 from datawall.study.units import Run
 
@@ -26,52 +30,47 @@ MARGIN = 0.3
 
 study = dw.open_study(sys.argv[1])
 known = costs.calibration_of(study.params.study)
-made = provenance.read(Path(sys.argv[1]) / "store").values()
+made = store.read_all(Path(sys.argv[1]) / "store").values()
 n_workers = planning.workers(study)
 print(f"calibrated for {known['study']} on {known['machine']}; {n_workers} workers")
 
 
-def stage_of(one: provenance.Made) -> str | None:
+def stage_of(one):
     """The stage in which an artifact is made, if it is a unit of one."""
     if one.kind == "evaluation":
         return one.record["task"]
     return {"model": "pretraining", **dict.fromkeys(CURATION, "curation")}.get(one.kind)
 
 
-def line(what: str, predicted: float, measured: float) -> None:
-    """Print both, and how far the one is from the other."""
+def line(what, predicted, measured):
     off = predicted / measured - 1
-    print(
-        f"{what:40}{predicted:>10.0f} s{measured:>10.0f} s{off:>+9.0%}{'' if abs(off) <= MARGIN else '  beyond 30 %'}"
-    )
+    beyond = "" if abs(off) <= MARGIN else f"  beyond {MARGIN:.0%}"
+    print(f"{what:40}{predicted:>10.0f} s{measured:>10.0f} s{off:>+9.0%}{beyond}")
 
 
 print(f"\n{'stage, by the clock':40}{'predicted':>12}{'measured':>12}")
-totals = [0.0, 0.0]
+totals = np.zeros(2)
 for stage in planning.stages(study, study.costs):
-    ends = {
-        one.key: datetime.fromisoformat(one.made["ended"]).timestamp() for one in made if stage_of(one) == stage.name
-    }
-    if ends:
-        begins = [ends[one.key] - one.made["seconds"] for one in made if one.key in ends]
-        both = stage.computing_seconds(n_workers), max(ends.values()) - min(begins)
+    units = [one.made for one in made if stage_of(one) == stage.name]
+    if units:
+        ends = np.array([datetime.fromisoformat(unit["ended"]).timestamp() for unit in units])
+        begins = ends - [unit["seconds"] for unit in units]
+        both = stage.computing_seconds(n_workers), ends.max() - begins.min()
         line(stage.name, *both)
-        totals = [total + each for total, each in zip(totals, both, strict=True)]
+        totals += both
 line("all", *totals)
 
 print(f"\n{'units, one after the other':40}{'predicted':>12}{'measured':>12}")
-predicted: dict[str, float] = {}
-embedded = set()
+predicted, embedded = Counter(), set()
 for run in study.pretraining_runs():
-    label = f"model: {study.params.specs[run.model].family}"
-    predicted[label] = predicted.get(label, 0.0) + study.costs.run(run).seconds
+    predicted[f"model: {study.params.specs[run.model].family}"] += study.costs.run(run).seconds
 for task in study.params.tasks:
     for one in dw.evaluation.evaluations(study, task):
         which = one.source, one.dataset
         seconds = study.costs.evaluation(one, embedded=which in embedded).seconds
-        predicted[f"evaluation: {task}"] = predicted.get(f"evaluation: {task}", 0.0) + seconds
+        predicted[f"evaluation: {dw.titles.label(task)}"] += seconds
         if isinstance(one.source, Run) and task != "reconstruction":
             embedded.add(which)
-measured = provenance.costs(made).set_index("what")["seconds"]
+measured = report.costs(made).set_index("made")["time, all"]
 for label, seconds in predicted.items():
     line(label, seconds, measured[label])
