@@ -309,6 +309,7 @@ KINDS = {
     "column not listed": (spoiled(not_listed), None),
     "h5sparse": (spoiled(h5sparse), None),
     "foreign parts": (spoiled(foreign_parts), (None, r"besides, layers\['future'\] has the shape \(3,\)")),
+    "text for uns": (spoiled(lambda root: put(root, "uns", [b"<object>"])), None),
     "external link": (spoiled(external_link), "X lies in another file"),
     "virtual data set": (spoiled(virtual), "obs/cell_type lies in another file"),
     "unknown compression": (spoiled(unknown_compression), r"X/data is compressed by .*32099.*pip install hdf5plugin"),

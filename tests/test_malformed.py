@@ -155,7 +155,6 @@ REPAIRED = {
     "cells without counts": rewritten(lambda adata: ad.AnnData(sp.diags(DEEP) @ adata.X, adata.obs, adata.var)),
     "one gene": rewritten(lambda adata: adata[:, :1]),
     "one cell": rewritten(lambda adata: adata[:1]),
-    "strange uns": edit("uns", lambda values, _: np.array(["<object>"], object)),
 }
 KINDS = OF_A_MATRIX | OF_A_SPARSE_MATRIX | OF_A_DENSE_MATRIX | OF_OTHER_PARTS | REPAIRED
 
