@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 
-from datawall.cells import sampling
+from datawall.cells import duplicates, sampling
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
 from datawall.models import external
@@ -122,16 +123,20 @@ def _read(p: Params, findings: Findings) -> None:
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
         findings.facts.append(f"cells of the corpus: {told}")
         held_out = assembly.held_out(p, obs)
-        if held_out.all():
-            findings.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
-            return
         _labels(p, obs, held_out, findings)
-        _subsets(p, int((~held_out).sum()), findings, n_spike_in)
-        sets = {p.held_out_name: obs[held_out]}
+        sets, dropped = {p.held_out_name: obs[held_out]}, np.zeros(len(obs), bool)
         for name in [dataset.dataset for dataset in p.evaluation]:
-            aligned, _, notes = assembly.read_dataset(p, name, block.var)
+            aligned, genes, notes = assembly.read_dataset(p, name, block.var)
             findings.warnings += notes
             sets[name] = aligned.obs
+            if p.drop_contaminated:
+                dropped[_contaminated(p, obs, aligned, block.var_names.intersection(genes["measured"]))] = True
+        if p.drop_contaminated:
+            told = "cells that evaluation sets have too, or that are of their donors"
+            findings.facts.append(f"left out of pretraining: {(dropped & ~held_out).sum():,} {told}")
+        if not (n_pretraining := int((~held_out & ~dropped).sum())):
+            raise CorpusError(assembly.NONE_LEFT.format(study=p.study))
+        _subsets(p, n_pretraining, findings, n_spike_in)
     except (CorpusError, DatasetError, ValueError) as error:
         findings.errors.append(str(error))
         return
@@ -141,8 +146,14 @@ def _read(p: Params, findings: Findings) -> None:
             external.read_embedding(given.file, given.obsm_key, sets[given.dataset].index, given.dataset)
         except ValueError as error:
             findings.errors.append(str(error))
-    if p.drop_contaminated:
-        findings.facts.append("pretraining leaves out cells and donors of evaluation sets: sizes will be smaller")
+
+
+def _contaminated(p: Params, obs: pd.DataFrame, cells: ad.AnnData, genes: pd.Index) -> np.ndarray:
+    """Rows of the corpus with cells, or from donors, of an evaluation set; `genes` are those that both have."""
+    hashes = (duplicates.cell_hashes(block.X, block.var_names, genes) for block in assembly.read_corpus(p, {}))
+    donors = (each["donor_id"].array if "donor_id" in each else None for each in (cells.obs, obs))
+    evaluated = duplicates.cell_hashes(cells.X, cells.var_names, genes)
+    return duplicates.contamination(evaluated, hashes, *donors).rows_to_drop()
 
 
 def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findings) -> None:

@@ -18,6 +18,7 @@ from datawall.cells.cellstore import Cells
 from datawall.engine import disk, store
 from datawall.study.params import Params
 
+NONE_LEFT = "{study}: no cell of the corpus is left to pretrain on; hold out less, or keep contaminated cells."
 SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
 CLUSTERED = 20_000  # cells that clusters are found among; the others join that of their nearest neighbours
 LABELS = ["cell_type", "batch", "perturbation"]  # what held-out cells have in proportion

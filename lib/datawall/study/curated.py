@@ -128,10 +128,7 @@ class Curated:
         dropped = np.unique(np.concatenate([np.empty(0, np.int64), *dropped]))
         pretraining = np.setdiff1d(rows[~held_out], dropped, assume_unique=True)
         if not len(pretraining):
-            raise CorpusError(
-                f"{self.params.study}: no cell of the corpus is left to pretrain on; hold out less, or keep "
-                "contaminated cells."
-            )
+            raise CorpusError(assembly.NONE_LEFT.format(study=self.params.study))
         np.save(folder / "pretraining.npy", pretraining)
         np.save(folder / "held_out.npy", rows[held_out])
 
