@@ -1,7 +1,5 @@
 """What a study will do and what would stop it, found out before hours are spent: `run_all.py --check`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +63,8 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     if not findings.errors:
         said, enough = planning.verdicts_to_expect(p)
         (findings.facts if enough else findings.warnings).append(f"verdicts: {said}")
-        passes = planning.passes(study)
+        seen = {name: p.steps_of(name) * study.costs.batch_size(name) for name in p.models}  # cells, again and again
+        passes = {name: n / study.costs.n_pretraining for name, n in seen.items() if n}
         if few := ", ".join(f"{name} {n:.2g}" for name, n in passes.items() if n < 1):
             what = f"a cell of the full corpus is drawn less than once on average ({few} times)"
             findings.warnings.append(f"{what}: raise steps, or verdicts will be the budget's.")
@@ -76,50 +75,44 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
 
 def _look(p: Params, findings: Findings) -> None:
     """Look into every data set and its columns, and collect what is wrong."""
+    wanted = [("corpus", name, {role: p.key(role, name) for role in p.columns()}) for name in p.sources()]
+    for dataset in p.evaluation:
+        keys = assembly.dataset_columns(p, dataset.dataset, there=())
+        wanted.append((f"evaluation set {dataset.dataset}", dataset.file, keys))
+    if p.spike_in is not None:
+        wanted.append(("cells to spike in", p.spike_in, {}))
     tables = []
-    for name in p.sources():
-        keys = {role: p.key(role, name) for role in p.columns()}
-        if looked := _look_into(p, name, keys, "corpus", findings):
+    for what, name, keys in wanted:
+        try:
+            looked = inspection.look(name, keys.values(), others=False, min_matched=p.min_matched_genes)
+        except (CorpusError, DatasetError) as error:
+            findings.errors.append(str(error))
+            continue
+        findings.facts.append(f"{what}: {looked}")
+        findings.errors += looked.faults(dict.fromkeys(keys.values()))
+        if what == "corpus":
             sound = {role: looked.obs[key].astype(object) for role, key in keys.items() if not looked.faults([key])}
             tables.append(pd.DataFrame(sound, index=range(looked.n_cells)))
-    if len(tables) == len(p.sources()):
+    if "perturbation_response" in p.tasks and len(tables) == len(p.sources()):
         obs = pd.concat(tables, join="inner", ignore_index=True)
-        if "perturbation_response" in p.tasks and "perturbation" in obs:
-            try:
+        try:
+            if "perturbation" in obs:
                 joining.check_treatments(sorted(obs["perturbation"].astype(str).unique()), p.control, p.treatments)
                 if "cell_type" in obs:
                     joining.check_contexts(p, obs["cell_type"].replace(p.labels).unique())
-            except CorpusError as error:
-                findings.errors.append(f"{p.perturbation_key}: {error}")
-    for dataset in p.evaluation:
-        keys = assembly.dataset_columns(p, dataset.dataset, there=())
-        _look_into(p, dataset.file, keys, f"evaluation set {dataset.dataset}", findings)
-    if p.spike_in is not None:
-        _look_into(p, p.spike_in, {}, "cells to spike in", findings)
-
-
-def _look_into(p: Params, name: str, keys: dict[str, str], what: str, findings: Findings) -> inspection.Looked | None:
-    """Look into a data set; None if it cannot be used at all."""
-    try:
-        looked = inspection.look(name, keys.values(), others=False, min_matched=p.min_matched_genes)
-    except (CorpusError, DatasetError) as error:
-        findings.errors.append(str(error))
-        return None
-    findings.facts.append(f"{what}: {looked}")
-    findings.errors += looked.faults(dict.fromkeys(keys.values()))
-    return looked
+        except CorpusError as error:
+            findings.errors.append(f"{p.perturbation_key}: {error}")
 
 
 def _read(p: Params, findings: Findings) -> None:
     """Read all cells as the run does; what it has of them, and what it can be judged by."""
     reports: dict[str, Any] = {}
     try:
-        labels, n_spike_in = [], 0
+        labels = []
         for block in assembly.read_corpus(p, reports):
             labels.append(block.obs)
         obs = pd.concat(labels)
-        if p.spike_in is not None:
-            n_spike_in = sum(perturbed.n_obs for perturbed in assembly.read_spike_in(p, block, reports))
+        obs = obs[: len(obs) - reports["n_spiked"]]
         findings.warnings += reports["notes"]
         became = reports["cells"].drop(columns="dataset").sum()
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
@@ -129,10 +122,10 @@ def _read(p: Params, findings: Findings) -> None:
             findings.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
             return
         _labels(p, obs, held_out, findings)
-        _subsets(p, int((~held_out).sum()), findings, n_spike_in)
+        _subsets(p, int((~held_out).sum()), findings, reports["n_spiked"])
         sets = {p.held_out_name: obs[held_out]}
         for name in [dataset.dataset for dataset in p.evaluation]:
-            aligned, _, notes = assembly.read_dataset(p, name, block.var)
+            aligned, *_, notes = assembly.read_dataset(p, name, block.var)
             findings.warnings += notes
             sets[name] = aligned.obs
     except (CorpusError, DatasetError, ValueError) as error:

@@ -1,7 +1,5 @@
 """A study file for data of one's own, proposed from a look into them: `run_all.py --new`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,8 +40,7 @@ CONTROL = (
     r"ctrl|control|untreated|unstim|vehicle|dmso|mock|pbs|naive|baseline|normal|healthy|wild.?type|non.?target|scrambl|"
     r"^(wt|none|ntc?)$"
 )
-KEYS = {"label": "cell_type_key", "batch": "batch_key", "donor": "donor_key", "perturbation": "perturbation_key"}
-KEYS["control"] = "control"  # of the study file, by option of the command
+KEYS = {role: role if role == "control" else f"{role}_key" for role in QUESTIONS}  # of the study file
 NONE = "none"  # the answer that leaves a role out
 MOST_TYPES = 500
 FEW = 50  # cells; a subset with fewer teaches little
@@ -72,16 +69,17 @@ def new(
     DatasetError if the name is none, a file breaks a rule or what was given is not there.
     """
     path, settings = paths.repository() / "params" / f"{name}.yaml", settings or {}
-    if taken := [option for option, key in KEYS.items() if key in settings]:
-        raise ValueError(f"--set {KEYS[taken[0]]}: with --new, name it as --{taken[0]}.")
+    if taken := [role for role, key in KEYS.items() if key in settings]:
+        option = "label" if taken[0] == "cell_type" else taken[0]
+        raise ValueError(f"--set {KEYS[taken[0]]}: with --new, name it as --{option}.")
     plain = {key: value for key, value in settings.items() if key in ("min_matched_genes", "held_out", "percentages")}
     default = params.read(paths.repository() / "params" / "quick.yaml", {"study": name, **plain})
     if path.exists():
         raise FileExistsError(f"{path}: there is such a study file; choose another name, or remove it.")
     named = [key for role, key in given.items() if role != "control" and key]
     looks = [inspection.look(corpus, named, min_matched=default.min_matched_genes) for corpus in corpora]
-    for looked in looks:
-        say(str(looked))
+    for part in looks:
+        say(str(part))
     looked = _joined(looks)
     roles = _choose(looked, given, ask, say)
     for note in (note for part in looks for note in part.notes(roles)):
@@ -124,7 +122,7 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     """The text of a study file, with comments that say what was found; the rest is as in the default study."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    named = {KEYS["label" if role == "cell_type" else role] for role, value in roles.items() if value}
+    named = {KEYS[role] for role, value in roles.items() if value}
     labels, contexts = looked.obs.get(roles["cell_type"]), None
     if labels is not None and roles["perturbation"]:  # the types with the most cells both with and without treatment
         untreated = looked.obs[roles["perturbation"]] == roles["control"]
@@ -170,18 +168,18 @@ def describe(looked: Looked, key: str) -> str:
     return f"{len(counts)} values: {most}{', …' if len(counts) > 3 else ''}"
 
 
-def _choose(looked: Looked, given: dict[str, str | None], ask: Ask | None, say: Callable[[str], None]) -> Roles:
+def _choose(looked: Looked, given: Roles, ask: Ask | None, say: Callable[[str], None]) -> Roles:
     """The column of each role, and the control: given, asked for, or proposed."""
     roles, proposed = {}, propose(looked)
     for role, question in QUESTIONS.items():
-        if role == "control" and roles["perturbation"] is None:
-            roles[role] = None
-            continue
-        if role == "control" and roles["perturbation"] != proposed["perturbation"]:
-            proposed[role] = control_of(looked.obs[roles["perturbation"]])
+        labels = looked.obs[roles["perturbation"]] if role == "control" and roles["perturbation"] else None
+        if role == "control":
+            if labels is None:
+                return roles | {role: None}
+            proposed[role] = control_of(labels)
         likely, asked = proposed[role] or NONE, ask is not None and not given.get(role)
         answer = ask(question, likely) if asked else given.get(role) or likely
-        while fault := _fault(looked, roles, role, answer):
+        while fault := _fault(looked, labels, role, answer):
             if not asked:
                 raise ValueError(fault)
             say(fault)
@@ -192,11 +190,11 @@ def _choose(looked: Looked, given: dict[str, str | None], ask: Ask | None, say: 
     return roles
 
 
-def _fault(looked: Looked, roles: Roles, role: str, answer: str) -> str | None:
+def _fault(looked: Looked, treatments: pd.Series | None, role: str, answer: str) -> str | None:
     """Why an answer will not do."""
-    if role == "control":
-        values = looked.obs[roles["perturbation"]].unique().tolist()
-        return None if answer in values else f"{answer!r} is no value of {roles['perturbation']!r}; they are {values}."
+    if treatments is not None:
+        values = treatments.unique().tolist()
+        return None if answer in values else f"{answer!r} is no value of {treatments.name!r}; they are {values}."
     if answer == NONE or (role == "cell_type" and answer == params.CLUSTERS):
         return None
     return next(iter(looked.faults([answer])), None)
@@ -216,16 +214,12 @@ def _joined(looks: list[Looked]) -> Looked:
 
 def _with(text: str, settings: dict[str, Any]) -> str:
     """A study file with more keys; one that it has already gets another value, in its place."""
-    lines = text.rstrip().split("\n")
+    text = text.rstrip() + "\n"
     for key, value in settings.items():
-        line = f"{key}: {_yaml(value)}"
-        at = next((i for i, old in enumerate(lines) if old.startswith(f"{key}:")), None)
-        if at is None:
-            lines += [*(["", "# As given with --set."] * ("# As given with --set." not in lines)), line]
-            continue
-        end = next((i for i in range(at + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
-        lines[at:end] = [line]
-    return "\n".join(lines) + "\n"
+        line = f"{key}: {_yaml(value)}\n"
+        text, n_replaced = re.subn(rf"^{key}:.*\n(?: .*\n)*", lambda _, line=line: line, text, flags=re.MULTILINE)
+        text += "" if n_replaced else line
+    return text
 
 
 def _portable(name: str) -> str:

@@ -1,9 +1,7 @@
 """Tables that describe a study's data and subsets, for the curation notebook."""
 
-from __future__ import annotations
-
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +24,20 @@ def gene_matches(study: Study) -> pd.DataFrame:
 
     `in_corpus` counts the genes that the corpus has too, which are all that a model can see of a data set.
     """
-    corpus_folder, *others = _folders(study)
-    rows = [{**match, "in_corpus": match["matched"]} for match in _read(corpus_folder / "genes.json")]
-    if study.params.spike_in is not None:
-        rows.append(_read(corpus_folder / "spike_in_genes.json"))
-    rows += [_read(folder / "genes.json") for folder in others]
-    return pd.DataFrame(rows).set_index("dataset")
+    return pd.DataFrame(_told(study, "genes")).set_index("dataset")
 
 
 def remarks(study: Study) -> list[str]:
     """What a reader should know of the data sets, a line each: where counts and genes were found, then what is odd."""
-    corpus_folder, *others = folders = _folders(study)
-    matches = _read(corpus_folder / "genes.json") + [_read(folder / "genes.json") for folder in others]
-    known = [field.name for field in fields(corpus.GeneMatch) if field.name != "notes"]
-    told = [f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in known})}" for row in matches]
-    return told + [note for folder in folders for note in _read(folder / "notes.json")]
+    matches = [{name: row[name] for name in row if name != "in_corpus"} for row in _told(study, "genes")]
+    return [f"{row['dataset']}: {corpus.GeneMatch(**row)}" for row in matches] + _told(study, "notes")
 
 
-def _folders(study: Study) -> list[Path]:
-    """Folders of the corpus and of every other evaluation data set, which have `genes.json` and `notes.json`."""
+def _told(study: Study, what: str) -> list[Any]:
+    """What was written of `genes`, or as `notes`, when the corpus and the other evaluation data sets were made."""
     datasets = [study.dataset_artifact(dataset.dataset) for dataset in study.params.evaluation]
-    return [artifact.folder for artifact in (study.corpus_artifact, *datasets)]
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    texts = [(each.folder / f"{what}.json").read_text("utf-8") for each in (study.corpus_artifact, *datasets)]
+    return [row for text in texts for row in json.loads(text)]
 
 
 def reports(study: Study) -> dict[str, pd.DataFrame]:

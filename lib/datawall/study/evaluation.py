@@ -1,7 +1,5 @@
 """Evaluations of a study: every task on every model and baseline, and the tables they make."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,9 +14,8 @@ from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
 from datawall.engine import cluster, code, disk
 from datawall.engine.store import Artifact, Unit
-from datawall.models.hyperparameters import ModelSpec
 from datawall.study import curated, curation, joining, scoring
-from datawall.study.study import Study
+from datawall.study.study import CHOSEN, Study
 from datawall.study.units import Evaluation, Run, Source
 from datawall.tasks import baselines
 
@@ -31,8 +28,7 @@ LEFT_OUT = {
 def evaluations(study: Study, task: str) -> list[Evaluation]:
     """Every evaluation of a task: baselines, pretraining runs, embeddings from files; none if the study leaves it out.
 
-    A data set joins the tasks that its columns allow. Reconstruction is of the corpus's held-out cells, by models that
-    say how well they do it.
+    Reconstruction is of the corpus's held-out cells, by families and by those models of the user's own that can tell.
     """
     p = study.params
     if task not in p.tasks:
@@ -41,15 +37,11 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     given = [embedding for embedding in p.embeddings if embedding.dataset in names]
     if tasks.TASKS[task].judges == "models":
         names, given = [name for name in names if name == study.held_out_name], []
-        runs = [run for run in runs if reconstructs(p.specs[run.model])]
+        families = {name for name, spec in p.specs.items() if not spec.is_external}
+        runs = [run for run in runs if run.model in families or hasattr(p.specs[run.model].model_class, "heldout_loss")]
     sources = [*tasks.TASKS[task].baselines, *runs]
     by_dataset = [Evaluation(task, name, source) for source in sources for name in names]
     return by_dataset + [Evaluation(task, embedding.dataset, embedding) for embedding in given]
-
-
-def reconstructs(spec: ModelSpec) -> bool:
-    """Whether a model can tell its loss on held-out cells: every family, and those of the user's own that say so."""
-    return not spec.is_external or hasattr(spec.model_class, "heldout_loss")
 
 
 def evaluate(study: Study, task: str) -> pd.DataFrame:
@@ -105,7 +97,7 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
     while wanted:
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
-        disk.write_json(study.chosen_path, chosen)
+        disk.write_json(study.folder / CHOSEN, chosen)
         study.pretrain()
         scores = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
         for key, runs in list(wanted.items()):
@@ -221,9 +213,8 @@ def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     scores = scores[scores.index.isin([key for key, run in runs.items() if not run.subset.untrained])]
     if scores.empty:
         return {}
-    if results.lower_is_better(metric):
-        scores = -scores
-    best, worst = runs[scores.idxmax()], runs[scores.idxmin()]
+    ends = scores.idxmax(), scores.idxmin()
+    best, worst = (runs[key] for key in (reversed(ends) if results.lower_is_better(metric) else ends))
     titled = {"best": best, "worst": worst}
     chosen = {f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in titled.items()}
     controls = [run for run in runs.values() if run.model == best.model and run.subset.untrained]
@@ -296,7 +287,6 @@ def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[
 def _source_columns(study: Study, source: Source) -> dict[str, Any]:
     """Model, strategy, percentage, seed and n_cells of a source."""
     if isinstance(source, Run) or (not isinstance(source, str) and source.subset):
-        return {"model": source.model, **asdict(source.subset), "n_cells": len(study.rows(source.subset))}
-    baseline = isinstance(source, str)
-    name, strategy = (source, results.BASELINE) if baseline else (source.model, results.CHECKPOINT)
+        return study.columns_of(source)
+    name, strategy = (source, results.BASELINE) if isinstance(source, str) else (source.model, results.CHECKPOINT)
     return {"model": name, "strategy": strategy, "percentage": 0.0, "seed": -1, "n_cells": 0}

@@ -1,13 +1,12 @@
 """Which tasks a data set joins, told by its cells and their labels, and how often: known before anything is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pandas as pd
 
 from datawall.cells.corpus import CorpusError
-from datawall.study.params import EvaluationSet, Params
+from datawall.study.params import Params
+from datawall.study.units import EvaluationSet
 
 FEWEST = 20  # cells of a data set to judge on
 FEWEST_OF_TYPE = 5  # cells of a type: with fewer, one of three folds may have none to train on
