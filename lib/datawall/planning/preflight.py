@@ -1,5 +1,7 @@
 """What a study will do and what would stop it, found out before hours are spent: `run_all.py --check`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,14 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall.cells import sampling
+from datawall.cells import corpus, sampling
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
 from datawall.models import external
-from datawall.planning import inspection
 from datawall.planning import plan as planning
-from datawall.planning.starter import FEW
-from datawall.study import assembly, joining, params
+from datawall.planning.starter import FEW, MANY
+from datawall.study import assembly, curation, joining, params
 from datawall.study.params import Params
 from datawall.study.study import Study
 from datawall.study.units import EvaluationSet
@@ -32,13 +33,21 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # what would stop the study
 
+    @contextmanager
+    def errors_within(self) -> Iterator[None]:
+        """Take down what a block raises of wrong data."""
+        try:
+            yield
+        except (DatasetError, ValueError) as error:
+            self.errors.append(str(error))
+
 
 def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     """Read every data set that a study file names, as the run would, and say what the study will do.
 
-    A first look, in which counts are sampled, collects mistakes. If there are none, all cells are read by the code
-    that a run reads them with, counted as it counts them, and split as it splits them. A simulated corpus is not
-    made, a Census not opened, and clusters that stand in for types are not sought.
+    All cells are read by the code that a run reads them with, counted as it counts them, and split as it splits them;
+    what would stop it is named, the first mistake of each data set. A simulated corpus is not made, a Census not
+    opened, and clusters that stand in for types are not sought.
     """
     try:
         p = params.read(path, overrides)
@@ -51,9 +60,7 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         findings.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
         _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), findings)
     else:
-        _look(p, findings)
-        if not findings.errors:
-            _read(p, findings)
+        _read(p, findings)
     findings.facts.append(f"tasks: {', '.join(p.tasks)}")
     for task in (task for name, task in TASKS.items() if name not in p.tasks):
         lacking = [key for key in task.needs if getattr(p, key) is None]
@@ -73,70 +80,40 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     return findings
 
 
-def _look(p: Params, findings: Findings) -> None:
-    """Look into every data set and its columns, and collect what is wrong."""
-    wanted = [("corpus", name, {role: p.key(role, name) for role in p.columns()}) for name in p.sources()]
-    for dataset in p.evaluation:
-        keys = assembly.dataset_columns(p, dataset.dataset, there=())
-        wanted.append((f"evaluation set {dataset.dataset}", dataset.file, keys))
-    if p.spike_in is not None:
-        wanted.append(("cells to spike in", p.spike_in, {}))
-    tables = []
-    for what, name, keys in wanted:
-        try:
-            looked = inspection.look(name, keys.values(), others=False, min_matched=p.min_matched_genes)
-        except (CorpusError, DatasetError) as error:
-            findings.errors.append(str(error))
-            continue
-        findings.facts.append(f"{what}: {looked}")
-        findings.errors += looked.faults(dict.fromkeys(keys.values()))
-        if what == "corpus":
-            sound = {role: looked.obs[key].astype(object) for role, key in keys.items() if not looked.faults([key])}
-            tables.append(pd.DataFrame(sound, index=range(looked.n_cells)))
-    if "perturbation_response" in p.tasks and len(tables) == len(p.sources()):
-        obs = pd.concat(tables, join="inner", ignore_index=True)
-        try:
-            if "perturbation" in obs:
-                joining.check_treatments(sorted(obs["perturbation"].astype(str).unique()), p.control, p.treatments)
-                if "cell_type" in obs:
-                    joining.check_contexts(p, obs["cell_type"].replace(p.labels).unique())
-        except CorpusError as error:
-            findings.errors.append(f"{p.perturbation_key}: {error}")
-
-
 def _read(p: Params, findings: Findings) -> None:
     """Read all cells as the run does; what it has of them, and what it can be judged by."""
-    reports: dict[str, Any] = {}
-    try:
+    reports, sets, var = {}, {}, corpus.gene_table()
+    with findings.errors_within():
         labels = []
         for block in assembly.read_corpus(p, reports):
             labels.append(block.obs)
-        obs = pd.concat(labels)
+        obs, var = pd.concat(labels), block.var
         obs = obs[: len(obs) - reports["n_spiked"]]
+        findings.facts += map(curation.match_in_words, reports["genes"])
         findings.warnings += reports["notes"]
         became = reports["cells"].drop(columns="dataset").sum()
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
         findings.facts.append(f"cells of the corpus: {told}")
         held_out = assembly.held_out(p, obs)
         if held_out.all():
-            findings.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
-            return
+            raise CorpusError(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
+        if "cell_type" in obs:
+            joining.check_contexts(p, obs["cell_type"].unique())
         _labels(p, obs, held_out, findings)
         _subsets(p, int((~held_out).sum()), findings, reports["n_spiked"])
-        sets = {p.held_out_name: obs[held_out]}
-        for name in [dataset.dataset for dataset in p.evaluation]:
-            aligned, *_, notes = assembly.read_dataset(p, name, block.var)
+        sets[p.held_out_name] = obs[held_out]
+    for name in [dataset.dataset for dataset in p.evaluation]:
+        with findings.errors_within():
+            aligned, _, genes, notes = assembly.read_dataset(p, name, var)
+            findings.facts.append(curation.match_in_words(genes))
             findings.warnings += notes
             sets[name] = aligned.obs
-    except (CorpusError, DatasetError, ValueError) as error:
-        findings.errors.append(str(error))
+    if findings.errors:
         return
     _tasks(p, sets, findings)
     for given in p.embeddings:
-        try:
+        with findings.errors_within():
             external.read_embedding(given.file, given.obsm_key, sets[given.dataset].index, given.dataset)
-        except ValueError as error:
-            findings.errors.append(str(error))
     if p.drop_contaminated:
         findings.facts.append("pretraining leaves out cells and donors of evaluation sets: sizes will be smaller")
 
@@ -148,7 +125,7 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findin
         counts = counts[counts > 0]
         rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
         findings.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
-        if role == "cell_type" and len(counts) > inspection.MANY:
+        if role == "cell_type" and len(counts) > MANY:
             key = p.key(role, p.sources()[0])
             findings.warnings.append(f"{key!r} has {len(counts):,} cell types; is it the column?")
     whose = ""
@@ -162,14 +139,14 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findin
         _few(obs.loc[held_out, "cell_type"].value_counts(), "cell types", findings)
 
 
-def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int | None = None) -> None:
+def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int = 0) -> None:
     """Sizes of the subsets; raises ValueError if there are too few cells to spike in."""
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
     findings.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
     if small := ", ".join(f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW):
         findings.warnings.append(f"under {FEW} cells to pretrain on at {small}; larger percentages teach more.")
-    for subset in (subset for subset in p.subsets() if not subset.untrained and n_spike_in is not None):
+    for subset in (subset for subset in p.subsets() if not subset.untrained and p.spike_in is not None):
         if spiked := sampling.STRATEGIES[subset.strategy].spiked:
             size = sampling.subset_size(n_pretraining, subset.percentage)
             sampling.spike_in(size, n_spike_in, spiked, seed=subset.seed)

@@ -1,16 +1,17 @@
 """A study file for data of one's own, proposed from a look into them: `run_all.py --new`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from datawall.cells import datasets, sampling
+from datawall.cells import corpus, datasets, sampling, sources
+from datawall.cells.backed import CellFile
+from datawall.cells.corpus import CorpusError, GeneMatch
 from datawall.engine import disk, paths
-from datawall.planning import inspection
-from datawall.planning.inspection import Looked
 from datawall.study import params
 from datawall.tasks import TASKS
 
@@ -42,6 +43,7 @@ CONTROL = (
 )
 KEYS = {role: role if role == "control" else f"{role}_key" for role in QUESTIONS}  # of the study file
 NONE = "none"  # the answer that leaves a role out
+MANY = 1000  # distinct values; a column with more labels no cells
 MOST_TYPES = 500
 FEW = 50  # cells; a subset with fewer teaches little
 DEFAULT_CELLS = 9_799  # that the default study pretrains on
@@ -50,6 +52,76 @@ TEMPLATE = "study.yaml.j2"
 
 type Roles = dict[str, str | None]  # columns, and the control
 type Ask = Callable[[str, str], str]  # a question and the proposal; the answer
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is in a corpus."""
+
+    name: str
+    n_cells: int
+    matches: list[GeneMatch]  # of its files
+    notes: list[str]  # what a reader should know of counts and genes
+    columns: list[str]  # of obs, those that all files have
+    obs: pd.DataFrame  # columns asked for, and those likely to label cells; categorical, NaN where missing
+    unreadable: dict[str, str]  # columns that cannot be read, and why
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.n_cells:,} cells, {'; '.join(map(str, self.matches))}"
+
+    def fault(self, key: str) -> str | None:
+        """What is wrong with a column that a study names."""
+        if key not in self.columns:
+            return corpus.no_column(self.name, key, self.columns)
+        if key in self.obs and (missing := int(self.obs[key].isna().sum())):
+            return f"{self.name}: column {key!r} is missing for {missing:,} cells; label or drop them."
+        return self.unreadable.get(key)
+
+
+def look(corpora: Sequence[str], keys: Iterable[str] = (), *, min_matched: float = 0.5) -> Looked:
+    """Look into a named data set, which is loaded, or files, of which counts are sampled and labels read.
+
+    Columns named by `keys` are looked at if they are there, whatever is in them; others if they are likely to label
+    cells, with few values and no fractions. For `min_matched` see `corpus.check_match`. Raises CorpusError or
+    DatasetError if a data set breaks a rule, columns apart.
+    """
+    name = ", ".join(corpora)
+    if name in datasets.DATASETS:
+        adata, match = corpus.align(datasets.load(name), name, min_matched=min_matched)
+        obs = adata.obs.astype("category").reset_index(drop=True)
+        return Looked(name, adata.n_obs, [match], list(match.notes), list(adata.obs), obs, unreadable={})
+    files = [datasets.file(file) for file in corpora]
+    source = sources.open_source(files, {}, sources.Options(min_matched=min_matched))
+    columns, tables, unreadable = [], [], {}
+    for path in files:
+        read = {}
+        with CellFile(path) as cells:
+            columns.append(list(dict.fromkeys([*cells.columns(), *(key for key in keys if cells.has(key))])))
+            for key in columns[-1]:
+                try:
+                    read[key] = _labels(cells, key, None if key in keys else MANY)
+                except CorpusError as error:
+                    unreadable[key] = str(error)
+        tables.append(pd.DataFrame({key: labels for key, labels in read.items() if labels is not None}))
+    shared = [key for key in columns[0] if all(key in of_file for of_file in columns)]
+    joined = [table.astype(object) for table in tables]
+    obs = pd.concat(joined, join="inner", ignore_index=True).astype("category") if len(files) > 1 else tables[0]
+    return Looked(name, source.n_cells, source.matches, source.notes, shared, obs, unreadable)
+
+
+def _labels(cells: CellFile, key: str, most: int | None) -> pd.Categorical | None:
+    """A column as labels; None if there is a limit, and it has more values, or fractions."""
+    parts, seen = [], set()
+    for start in range(0, cells.n_cells, sources.SCAN):
+        values = cells.column(key, "label", start, start + sources.SCAN)
+        if most and values.dtype.kind == "f" and (values % 1 != 0).any():
+            return None
+        codes, labels = corpus.label_codes(values)
+        seen.update(labels)
+        if most and len(seen) > most:
+            return None
+        parts.append(pd.Categorical.from_codes(codes, labels))
+    return pd.api.types.union_categoricals(parts)
 
 
 def new(
@@ -77,12 +149,14 @@ def new(
     if path.exists():
         raise FileExistsError(f"{path}: there is such a study file; choose another name, or remove it.")
     named = [key for role, key in given.items() if role != "control" and key]
-    looks = [inspection.look(corpus, named, min_matched=default.min_matched_genes) for corpus in corpora]
-    for part in looks:
-        say(str(part))
-    looked = _joined(looks)
+    looked = look(corpora, named, min_matched=default.min_matched_genes)
+    say(str(looked))
     roles = _choose(looked, given, ask, say)
-    for note in (note for part in looks for note in part.notes(roles)):
+    notes = list(looked.notes)
+    for role, key in roles.items():
+        if key in looked.obs:
+            notes += corpus.label_notes(looked.obs[key].value_counts().to_dict(), f"{looked.name}: {key!r}", role)
+    for note in notes:
         say(f"warning: {note}")
     text = _with(study_file(name, [_portable(corpus) for corpus in corpora], looked, roles, default), settings)
     params.check(params.from_yaml(text), path.name)
@@ -197,19 +271,7 @@ def _fault(looked: Looked, treatments: pd.Series | None, role: str, answer: str)
         return None if answer in values else f"{answer!r} is no value of {treatments.name!r}; they are {values}."
     if answer == NONE or (role == "cell_type" and answer == params.CLUSTERS):
         return None
-    return next(iter(looked.faults([answer])), None)
-
-
-def _joined(looks: list[Looked]) -> Looked:
-    """Several files as one, with the columns that all have."""
-    if len(looks) == 1:
-        return looks[0]
-    shared = [key for key in looks[0].columns if all(key in looked.columns for looked in looks)]
-    labels = [key for key in shared if all(key in looked.obs for looked in looks)]
-    obs = pd.concat([looked.obs[labels].astype(object) for looked in looks], ignore_index=True).astype("category")
-    names = ", ".join(looked.name for looked in looks)
-    unreadable = {key: why for looked in looks for key, why in looked.unreadable.items()}
-    return Looked(names, sum(looked.n_cells for looked in looks), looks[0].match, shared, obs, unreadable)
+    return looked.fault(answer)
 
 
 def _with(text: str, settings: dict[str, Any]) -> str:

@@ -29,8 +29,12 @@ def gene_matches(study: Study) -> pd.DataFrame:
 
 def remarks(study: Study) -> list[str]:
     """What a reader should know of the data sets, a line each: where counts and genes were found, then what is odd."""
-    matches = [{name: row[name] for name in row if name != "in_corpus"} for row in _told(study, "genes")]
-    return [f"{row['dataset']}: {corpus.GeneMatch(**row)}" for row in matches] + _told(study, "notes")
+    return [match_in_words(row) for row in _told(study, "genes")] + _told(study, "notes")
+
+
+def match_in_words(row: dict[str, Any]) -> str:
+    """A row of `gene_matches` as a line."""
+    return f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in row if name != 'in_corpus'})}"
 
 
 def _told(study: Study, what: str) -> list[Any]:

@@ -53,12 +53,17 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
 def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]]:
     """Treatments that perturbation response judges, each against the control, and the contexts held out in turn.
 
-    Raises CorpusError if there is no control or nothing else; a treatment that is named has no cells, or no contexts to
-    hold out (see `contexts_held_out`); or, where none are named, no treatment has.
+    Raises CorpusError if there is no control or nothing else, or no cells or contexts (see `contexts_held_out`) of a
+    treatment that is named or, where none are, of any.
     """
     n_cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
-    wanted = dataset.treatments
-    check_treatments(list(n_cells), dataset.control, wanted)
+    wanted, values = dataset.treatments, list(n_cells)
+    told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
+    if dataset.control not in values or len(values) < 2:
+        needs = f"perturbation response needs the control {dataset.control!r} and another"
+        raise CorpusError(f"the treatments are {told}; {needs}. Name the control.")
+    if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
+        raise CorpusError(f"treatments: {absent} are none; they are {told}.")
     pairs = n_cells.drop(columns=dataset.control).clip(upper=n_cells[dataset.control], axis=0)
     named = not isinstance(wanted, int)
     judged, why = {}, None
@@ -76,33 +81,18 @@ def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]
     return judged
 
 
-def check_treatments(values: list[str], control: str, wanted: int | list[str]) -> None:
-    """Raise a CorpusError if treatments lack the control, another, or one that is named."""
-    told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
-    if control not in values or len(values) < 2:
-        raise CorpusError(
-            f"the treatments are {told}; perturbation response needs the control {control!r} and another. Name the "
-            "control."
-        )
-    if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
-        raise CorpusError(f"treatments: {absent} are none; they are {told}.")
-
-
 def check_contexts(p: Params, types: Iterable[str]) -> None:
     """Raise a CorpusError if contexts to hold out of the corpus are no cell types."""
     if "perturbation_response" in p.tasks and (unknown := set(p.held_out_contexts or ()).difference(types)):
-        raise CorpusError(
-            f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but the types in {p.cell_type_key!r} are "
-            f"{sorted(types)}; name some of these."
-        )
+        there = f"the types in {p.cell_type_key!r} are {sorted(types)}"
+        raise CorpusError(f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but {there}; name some of these.")
 
 
 def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
-    """Contexts to hold out of perturbation response in turn: those named, or all with cells enough.
+    """Contexts to hold out in turn: those named, or all with `HELD_OUT_CELLS` of either treatment.
 
-    `n_cells` are, by context, those of the treatment that has fewer. Raises CorpusError if fewer than two contexts
-    have both treatments, or none has `HELD_OUT_CELLS`, or a named one has fewer than two, which have no spread to
-    tell the ceiling from.
+    `n_cells` are, by context, those of the treatment that has fewer. Raises CorpusError if fewer than two contexts have
+    any, there is none to hold out, or one that is named has fewer than two, which tell no ceiling.
     """
     usable = sorted(n_cells.index[n_cells > 0])
     if len(usable) < 2:
@@ -111,8 +101,6 @@ def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
         raise CorpusError(f"held_out_contexts: {few} have fewer than two control or treated cells; leave them out.")
     contexts = named or sorted(n_cells.index[n_cells >= HELD_OUT_CELLS])
     if not contexts:
-        raise CorpusError(
-            f"no cell type has {HELD_OUT_CELLS} control and {HELD_OUT_CELLS} treated cells to hold out; name some in "
-            "held_out_contexts, or leave perturbation_response out."
-        )
+        remedy = "name some in held_out_contexts, or leave perturbation_response out"
+        raise CorpusError(f"no cell type has {HELD_OUT_CELLS} control and treated cells each to hold out; {remedy}.")
     return contexts
