@@ -53,10 +53,8 @@ class Curated:
 
     def joined(self, task: str) -> list[str]:
         """Data sets that a task is judged on; until they have been read, all whose columns allow it."""
-        apart = self.not_judged(task)
-        return [
-            name for name, dataset in self.params.evaluation_sets().items() if dataset.joins(task) and name not in apart
-        ]
+        sets, apart = self.params.evaluation_sets(), self.not_judged(task)
+        return [name for name, dataset in sets.items() if dataset.joins(task) and name not in apart]
 
     def not_judged(self, task: str) -> dict[str, str]:
         """Data sets, read before, whose columns allow a task and whose cells do not, and why."""

@@ -61,10 +61,7 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
 
 
 def _tabulate(study: Study) -> pd.DataFrame:
-    """Write the tables of every evaluation of the study, as it is now, that has been made; returns the results.
-
-    What this process has written already is not written again: a notebook may ask for every task in turn.
-    """
+    """Write the tables of all evaluations that have been made, unless this process has; returns the results."""
     wanted = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
     made = [(item, artifact) for item in wanted if (artifact := study.store.find(evaluation_unit(study, item)))]
     keys = [artifact.key for _, artifact in made]
@@ -81,9 +78,8 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
 
     Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
     over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
-    and seed, and judged by all tasks; all models' wishes of a round are made side by side. A second call finds all of
-    it, and chooses the same. Columns: model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs
-    (that the verdict took) and share (of the full grid's).
+    and seed, and judged by all tasks. A second call finds all of it, and chooses the same. Columns: model, task,
+    verdict, percentage (where the plateau begins, or NaN), reason, runs (that it took) and share (of the full grid's).
     """
     p = study.params
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
@@ -107,25 +103,21 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
             except StopIteration as settled:
                 outcomes[key] = settled.value
                 del wanted[key]
-    rows = [
-        {"model": model, "task": task, "verdict": end.verdict, "percentage": end.percentage, "reason": end.reason}
-        | {"runs": len(end.runs), "share": end.share}
-        for (model, task), end in sorted(outcomes.items())
-    ]
-    return pd.DataFrame(rows)
+    columns = ["model", "task", "verdict", "percentage", "reason", "runs", "share"]
+    rows = ((*key, end.verdict, end.percentage, end.reason, len(end.runs), end.share) for key, end in outcomes.items())
+    return pd.DataFrame(sorted(rows, key=lambda row: row[:2]), columns=columns)
 
 
 def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], float]:
-    """Mean over data sets of the metric of every run on a random subset, by model, percentage and seed."""
+    """Mean over data sets of runs on random subsets, by model, percentage and seed."""
     runs = results.mean_over_splits(results.select(of_task, metric=metric, strategy="random"))
     return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
 
 
 def panels(study: Study) -> pd.DataFrame:
-    """How many genes the panels of random subsets have, by percentage: means over seeds.
+    """How many genes the panels of random subsets have, by percentage: means over seeds; the first network is asked.
 
-    The panel is the same for every network of the study with that many genes; the first is asked. Returns a table with
-    the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of each
+    Columns: genes, in_largest (how many the panel of the largest subset of the same seed has too), and for each
     evaluation data set how many it measures; empty if no network of the study has a panel.
     """
     specs = (study.params.specs[name] for name in study.params.models)
@@ -154,11 +146,10 @@ def _predictions(study: Study, dataset: str) -> Iterator[tuple[dict[str, Any], d
 
 
 def second_opinion(study: Study) -> pd.DataFrame:
-    """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
+    """Zero-shot predictions on held-out cells, by our labels, held against the authors', of the cells that have one.
 
-    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice. Returns table
-    with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the cells
-    with the predicted type by either label) and judged (number of those cells); empty if none has labels.
+    Columns: model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the cells with the
+    predicted type by either label) and judged (number of those cells); empty if none has labels.
     """
     cells = study.dataset(study.held_out_name).obs["cell_type"].astype(str)
     theirs = curation.authors_labels(study, cells.index)
@@ -188,10 +179,7 @@ def right_cells(study: Study) -> pd.Series:
 
 
 def summary(study: Study, *tasks_told: str) -> str:
-    """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
-
-    `tasks_told` are those that the notebook tells of beside its own.
-    """
+    """How many models of how many subsets a study has, and what a notebook that tells of these tasks too leaves out."""
     strategies = {run.subset.strategy for run in study.pretraining_runs()}
     among = ", untrained ones among them," if "untrained" in strategies else ""
     lines = [f"{len(study.pretraining_runs())} models{among} of {len(study.subsets())} subsets"]
@@ -203,8 +191,7 @@ def summary(study: Study, *tasks_told: str) -> str:
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
 
-    They are by title, for pictures of their embeddings; there are none if the study pretrains no model. `table` has the
-    results of one task; of several seeds' runs each stands for itself.
+    They are by title, for pictures of their embeddings; none if no model is pretrained. `table` is of one task.
     """
     first = study.first_dataset(table["task"].iloc[0])
     means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
@@ -254,10 +241,7 @@ def makers(task: str) -> tuple[str, ...]:
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
-    """Make, or find, one evaluation: its metrics by split, each with its interval, chance and ceiling if known.
-
-    Of classification, the predicted labels of the test cells too, by split.
-    """
+    """Make, or find, an evaluation: its metrics by split and, of classification, the labels predicted of test cells."""
 
     def write(folder: Path) -> None:
         splits = dict(scoring.score(study, evaluation))
@@ -270,15 +254,9 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
 
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:
-    """Rows of all tables, of one evaluation."""
-    columns = {
-        **_source_columns(study, evaluation.source),
-        "budget": evaluation.source.budget if isinstance(evaluation.source, Run) else 1.0,
-        "study": study.params.study,
-        "task": evaluation.task,
-        "dataset": evaluation.dataset,
-        "run_id": artifact.key,
-    }
+    columns = {"study": study.params.study, "task": evaluation.task, "dataset": evaluation.dataset}
+    columns |= {**_source_columns(study, evaluation.source), "run_id": artifact.key}
+    columns["budget"] = evaluation.source.budget if isinstance(evaluation.source, Run) else 1.0
     for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
         for row in metrics:
             yield {**columns, "split": split, **row}

@@ -50,7 +50,7 @@ def open_study(study: str, **overrides: Any) -> Study:
     """Open a study by name (`quick`), by the path of its file, or by the folder of an earlier run.
 
     Overrides, such as a notebook's own parameters, replace values of the study file. Raises FileNotFoundError if there
-    is no such study. Raises ParamsError if the study file or an override is wrong.
+    is no such study, ParamsError if the study file or an override is wrong.
     """
     path = paths.study_file(study)
     checked = params.read(path, overrides)
@@ -81,10 +81,7 @@ class Study(Curated):
         return Costs(self.params)
 
     def pretraining_runs(self) -> list[Run]:
-        """Every model on every subset, and the runs of `also`; of an adaptive study, what it has chosen so far.
-
-        An adaptive study that has not begun has the whole grid: the most that it may come to.
-        """
+        """Every model on every subset, and the runs of `also`; of an adaptive study that has begun, those chosen."""
         runs, path = self.params.runs(), self.folder / CHOSEN
         if not self.params.adaptive or not path.exists():
             return runs
@@ -111,8 +108,8 @@ class Study(Curated):
     def model_unit(self, run: Run) -> Unit:
         """A pretrained model."""
         spec = self.params.specs[run.model]
-        # Complete with defaults, so that a changed default is another model.
-        values = spec.hyperparameters.model_dump()
+        makers = f"{HERE}:make_model", *_makers(spec)
+        values = spec.hyperparameters.model_dump()  # with defaults, so that a changed one is another model
         record = {"model": spec.family, "hyperparameters": values, "seed": run.subset.seed}
         if ontology := values.get("ontology"):
             record["ontology"] = disk.file_sha256(paths.located(ontology))
@@ -120,12 +117,11 @@ class Study(Curated):
             record["source"] = external.version(run.model)
         if run.subset.untrained:
             record |= {"seed": self._control_seed(run), "corpus": self.corpus_unit.key}
-        else:
-            record["subset"] = self.subset_unit(run.subset).key
-            if spec.takes_steps:
-                steps = self.params.steps_of(run.model, run.budget)
-                record |= {"steps": steps, "init_seed": self.params.init_seed}
-        return Unit("model", record, (f"{HERE}:make_model", *_makers(spec)))
+            return Unit("model", record, makers)
+        record["subset"] = self.subset_unit(run.subset).key
+        if spec.takes_steps:
+            record |= {"steps": self.params.steps_of(run.model, run.budget), "init_seed": self.params.init_seed}
+        return Unit("model", record, makers)
 
     def _control_seed(self, run: Run) -> int:
         """Seed of an untrained control: that of the weights which the runs of its own seed begin with."""
@@ -183,7 +179,7 @@ class Study(Curated):
         return table.assign(passes=table["samples_seen"].astype(float) / table["n_cells"])
 
     def histories(self) -> pd.DataFrame:
-        """Training loss of every run that took steps, and that of the cells which choose the weights, where looked at.
+        """Training loss of every run that took steps, and where looked at that of the cells which choose the weights.
 
         Columns: model, strategy, percentage, seed, step, loss, learning_rate, validation_loss.
         """
@@ -246,10 +242,8 @@ class Study(Curated):
             if isinstance(source, Run):
                 embedding = np.asarray(self.model(source).embed(cells.X), dtype=np.float32)
                 if embedding.ndim != 2 or len(embedding) != cells.n_obs:
-                    raise ValueError(
-                        f"{source.model}: embed gave an array of shape {embedding.shape} for {cells.n_obs} cells; it "
-                        "must give a row a cell."
-                    )
+                    told = f"embed gave an array of shape {embedding.shape} for {cells.n_obs} cells"
+                    raise ValueError(f"{source.model}: {told}; it must give a row a cell.")
             elif isinstance(source, Embedding):
                 embedding = external.read_embedding(source.file, source.obsm_key, cells.obs_names, dataset)
             elif (n_components := baselines.EMBEDDINGS[source]) is None:

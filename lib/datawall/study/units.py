@@ -48,10 +48,7 @@ class Grid(Part):
 
 
 class BudgetCheck(Part):
-    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them.
-
-    What the study does not have, of these sizes and seeds, is left out.
-    """
+    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them."""
 
     percentages: Some[Percentage]  # of random subsets
     seeds: Some[Seed]
