@@ -151,7 +151,7 @@ NASTY = {"cell type: 'x' # no": ["yes", "a: b\n- c"], "null": ["1", "2"]}  # wha
             {"cell_type_key": "cell_type_ontology_term_id", "donor_key": None, "tasks": WITHOUT_COLUMNS},
         ),
         ({"n_counts": [0.0, 1.0, 2.0, 3.0, 4.0]}, ["--label", "n_counts"], {"cell_type_key": "n_counts"}),
-        ({"batch": ["a", "b"]}, [], {"clusters": True}),
+        ({"batch": ["a", "b"]}, [], {"cell_type_key": params.CLUSTERS}),
         (NASTY, ["--batch", "null"], {"cell_type_key": "cell type: 'x' # no", "batch_key": "null"}),
     ],
 )

@@ -18,6 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
+from scipy.optimize import nnls
 from tqdm import tqdm
 
 from datawall.cells import datasets, simulate
@@ -57,8 +59,6 @@ def calibrate(p: Params) -> Path:
 def machine() -> str:
     """What is timed here, in words."""
     if training.device().type == "cuda":
-        import torch
-
         return f"GPU {torch.cuda.get_device_name()}"
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -135,8 +135,6 @@ def _model(study: Study, name: str, millions: float) -> Record:
 
     Four runs that differ in cells, steps and batch size tell these apart, after one that is not counted.
     """
-    from scipy.optimize import nnls
-
     large, dataset = millions > LARGE, study.dataset(str(EVALUATED[1]))
     (few, more), batch = STEPS[large], _batch_size(study, name, large=large)
     runs = [(25.0, few, batch), (25.0, few, batch), (100.0, few, batch)]

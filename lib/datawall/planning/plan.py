@@ -70,10 +70,7 @@ def workers(study: Study) -> int:
 
 
 def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
-    """Subsets, models and experiments (model x task x data set) of the study's grid, then of each grid in `also`.
-
-    The study's name and counts come first, with embeddings of others among the experiments, and the baselines.
-    """
+    """Subsets, models and experiments (model x task x data set), by name: of the study, then of what it has besides."""
     p, counted, subsets, runs = study.params, [], set(), set()
     evaluated = Counter(item.source for task in p.tasks for item in evaluation.evaluations(study, task))
     grids = [(p.study, p.runs_of(p)), *((grid.name, p.runs_of(grid)) for grid in p.also)]
@@ -97,10 +94,7 @@ def counts_in_words(study: Study) -> list[str]:
 
 
 def verdicts_to_expect(p: Params) -> tuple[str, bool]:
-    """In words, how often a curve that is flat in truth would be shown flat, and whether in four of five studies.
-
-    At a spread over seeds of `SPREAD`; a data set's own is known only once it has been judged.
-    """
+    """In words, how often a flat curve would be shown flat, at `SPREAD`, and whether in four of five studies."""
     n_seeds, sizes = len(p.seeds), sorted(p.percentages)
     if "random" not in p.strategies or sizes[-1] != 100 or len(sizes) < 2 or n_seeds < 2:
         return "no verdict can be reached: one takes random subsets, the full corpus (100 %) and two seeds", False

@@ -18,7 +18,6 @@ from datawall.planning.starter import FEW, MANY
 from datawall.study import assembly, curation, joining, params
 from datawall.study.params import Params
 from datawall.study.study import Study
-from datawall.study.units import EvaluationSet
 from datawall.tasks import TASKS
 
 CONTEXTS = 3  # of perturbation response; when one is held out, two are too few to learn from
@@ -161,23 +160,19 @@ def _tasks(p: Params, sets: dict[str, pd.DataFrame], findings: Findings) -> None
             findings.facts.append(f"left out: {task} on {name}: {why}")
             continue
         judged += 1
-        if task == "perturbation_response" and "cell_type" in obs:
-            _contexts(name, dataset, obs, findings)
+        if task != "perturbation_response" or "cell_type" not in obs:
+            continue
+        cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
+        both = int(((cells[dataset.control] > 0) & (cells.drop(columns=dataset.control) > 0).any(axis=1)).sum())
+        if both <= CONTEXTS:
+            learns = f"perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time"
+            enough = f"data of {CONTEXTS + 1} contexts or more can"
+            findings.warnings.append(f"{name}: {learns}, from which it cannot tell an embedding from noise; {enough}.")
+        for treatment, contexts in joining.treatments(obs, dataset).items():
+            few = cells.loc[contexts, [treatment, dataset.control]].min(axis=1)
+            _few(few, f"contexts of {treatment!r} in {name}", findings)
     if not judged:
         findings.errors.append("no task is left to judge by; give more cells, types or columns.")
-
-
-def _contexts(name: str, dataset: EvaluationSet, obs: pd.DataFrame, findings: Findings) -> None:
-    """Warn of few contexts to learn from, and of contexts with few cells."""
-    cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
-    both = int(((cells[dataset.control] > 0) & (cells.drop(columns=dataset.control) > 0).any(axis=1)).sum())
-    if both <= CONTEXTS:
-        learns = f"perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time"
-        enough = f"data of {CONTEXTS + 1} contexts or more can"
-        findings.warnings.append(f"{name}: {learns}, from which it cannot tell an embedding from noise; {enough}.")
-    for treatment, contexts in joining.treatments(obs, dataset).items():
-        few = cells.loc[contexts, [treatment, dataset.control]].min(axis=1)
-        _few(few, f"contexts of {treatment!r} in {name}", findings)
 
 
 def _few(n_held_out: pd.Series, what: str, findings: Findings) -> None:

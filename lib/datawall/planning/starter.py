@@ -137,8 +137,7 @@ def new(
 
     What is `given`, columns by role and the control (keys of `QUESTIONS`) or `none`, is taken as it is; what is absent
     or None is asked for, or else proposed. `say` tells what is found; `settings` are more keys of the study file.
-    Raises FileExistsError if there is such a study file, and ValueError (as are ParamsError and CorpusError) or
-    DatasetError if the name is none, a file breaks a rule or what was given is not there.
+    Raises FileExistsError, ValueError (as are ParamsError and CorpusError) or DatasetError.
     """
     path, settings = paths.repository() / "params" / f"{name}.yaml", settings or {}
     if taken := [role for role, key in KEYS.items() if key in settings]:
@@ -158,7 +157,10 @@ def new(
             notes += corpus.label_notes(looked.obs[key].value_counts().to_dict(), f"{looked.name}: {key!r}", role)
     for note in notes:
         say(f"warning: {note}")
-    text = _with(study_file(name, [_portable(corpus) for corpus in corpora], looked, roles, default), settings)
+    # Files that are not found from the repository have their whole path.
+    known = [file in datasets.DATASETS or (paths.repository() / file).exists() for file in corpora]
+    portable = [file if here else str(Path(file).resolve()) for file, here in zip(corpora, known, strict=True)]
+    text = _with(study_file(name, portable, looked, roles, default), settings)
     params.check(params.from_yaml(text), path.name)
     disk.write_text(path, text)
     return path
@@ -282,13 +284,6 @@ def _with(text: str, settings: dict[str, Any]) -> str:
         text, n_replaced = re.subn(rf"^{key}:.*\n(?: .*\n)*", lambda _, line=line: line, text, flags=re.MULTILINE)
         text += "" if n_replaced else line
     return text
-
-
-def _portable(name: str) -> str:
-    """A corpus as the study file names it, so that it is found from the repository and from elsewhere."""
-    if name in datasets.DATASETS or (paths.repository() / name).exists():
-        return name
-    return str(Path(name).resolve())
 
 
 def _yaml(value: Any) -> str:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from datawall.cells import backed, cellstore, census, corpus, datasets, expression, sampling, simulate, sources
 from datawall.cells.cellstore import Cells
 from datawall.engine import disk, store
-from datawall.study.params import Params
+from datawall.study import joining
+from datawall.study.params import CLUSTERS, Params
 
 SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
 CLUSTERED = 20_000  # cells that clusters are found among; the others join that of their nearest neighbours
@@ -32,7 +33,7 @@ def identity(p: Params) -> store.Record:
         source = [datasets.identity(name) for name in p.sources()]
     spike_in = None if p.spike_in is None else datasets.identity(p.spike_in)
     filters = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito"})
-    named = {"columns": p.columns(), "clusters": p.clusters, "labels": p.labels}
+    named = {"columns": p.columns(), "clusters": p.cell_type_key == CLUSTERS, "labels": p.labels}
     return {"corpus": source, "spike_in": spike_in, **named, **filters}
 
 
@@ -41,7 +42,7 @@ def make_corpus(p: Params, folder: Path) -> None:
 
     `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
     genes were matched, `notes.json` what a reader should know of the sources, and `report_<table>.parquet` what became
-    of the cells on the way. Raises CorpusError or DatasetError if a source breaks a rule.
+    of the cells on the way. Raises CorpusError or DatasetError if a source, or a context to hold out, breaks a rule.
     """
     reports = {}
     cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
@@ -54,8 +55,9 @@ def make_corpus(p: Params, folder: Path) -> None:
             content.to_parquet(folder / f"report_{name}.parquet", index=False)
         else:
             disk.write_json(folder / f"{name}.json", content)
-    if p.clusters:
+    if p.cell_type_key == CLUSTERS:
         cellstore.add_labels(folder, "cell_type", clusters(cells))
+    joining.check_contexts(p, cellstore.open(folder / cellstore.NAME).obs["cell_type"].unique())
 
 
 def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
@@ -156,10 +158,9 @@ def _beside(
 
 
 def clusters(cells: Cells) -> pd.Categorical:
-    """Leiden clusters, for a corpus without labels: found among some cells, and carried to all by their neighbours.
+    """Leiden clusters, for a corpus without labels, as in scanpy (resolution 1) on 50 principal components.
 
-    As in scanpy (resolution 1, 15 neighbours) on 50 principal components. Neighbours of a cell among the `CLUSTERED`
-    cells, drawn by a fixed seed, vote on its cluster.
+    They are found among `CLUSTERED` cells, drawn by a fixed seed, of which 15 neighbours vote on the cluster of others.
     """
     import scanpy as sc
     from sklearn.neighbors import KNeighborsClassifier
@@ -190,7 +191,7 @@ def held_out(p: Params, obs: pd.DataFrame) -> np.ndarray:
 def dataset_columns(p: Params, name: str, there: Iterable[str] | None = None) -> dict[str, str]:
     """Columns of an evaluation set by role: those that it names itself, or else the study's for types and donors.
 
-    Of the columns that are `there`, if given: without the study's column of donors, which not every data set has.
+    The study's column of donors is left out where it is not among the columns that are `there`.
     """
     dataset = p.evaluation_sets()[name]
     keys = {

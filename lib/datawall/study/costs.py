@@ -1,10 +1,9 @@
 """What a unit of work costs: seconds, memory and disk, predicted from a calibration (see `calibration`).
 
-Costs grow as follows. A pretraining run: once, for each cell of its subset, for each step and for each cell of a step,
-the last two in proportion to the multiplications of the model (`work`); a subset streamed from the disk is read too.
-An embedding: a line in cells, in proportion to multiplications; a reconstruction, some embeddings. A task: a power of
-the cells of the data set, times its splits, or its treatments and contexts. Curation: a line in the corpus's cells.
-What reads counts grows with the genes that a cell has.
+A pretraining run costs once, for each cell of its subset, for each step and for each cell of a step, the last two in
+proportion to the multiplications of the model (`work`); an embedding, a line in cells, in that proportion; a task, a
+power of the cells of the data set, times its splits, or its treatments and contexts; curation, a line in the corpus's
+cells. What reads counts grows with the genes that a cell has.
 """
 
 import json

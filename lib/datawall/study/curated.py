@@ -16,13 +16,12 @@ from datawall.cells import cellstore, datasets, duplicates, expression, sampling
 from datawall.cells.cellstore import Cells
 from datawall.cells.corpus import CorpusError
 from datawall.cells.duplicates import Contamination
-from datawall.engine import code, store
+from datawall.engine import store
 from datawall.engine.store import Artifact, Unit
 from datawall.study import assembly, joining
 from datawall.study.params import Params
 from datawall.study.units import Subset
 
-HERE, ASSEMBLY = map(code.module_name, (__name__, assembly.__name__))
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 
@@ -80,17 +79,12 @@ class Curated:
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""
-        return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact", ASSEMBLY))
+        return Unit("corpus", assembly.identity(self.params), ("study/curated:corpus_artifact", "study/assembly"))
 
     @cached_property
     def corpus_artifact(self) -> Artifact:
         """The corpus on disk (see `assembly.make_corpus`)."""
-
-        def make(folder: Path) -> None:
-            assembly.make_corpus(self.params, folder)
-            joining.check_contexts(self.params, cellstore.open(folder / cellstore.NAME).obs["cell_type"].unique())
-
-        return self.store.find_or_make(self.corpus_unit, make)
+        return self.store.find_or_make(self.corpus_unit, partial(assembly.make_corpus, self.params))
 
     @cached_property
     def corpus(self) -> Cells:
@@ -108,7 +102,7 @@ class Curated:
         p = self.params
         record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
         record["drop"] = [self.contamination_unit(name).key for name in p.dropped()]
-        return Unit("split", record, (f"{HERE}:_make_split", ASSEMBLY))
+        return Unit("split", record, ("study/curated:_make_split", "study/assembly"))
 
     def _make_split(self, folder: Path) -> None:
         """Write the sorted rows of the corpus that may be pretrained on and those held out, spiked-in cells apart."""
@@ -154,7 +148,7 @@ class Curated:
         record = p.model_dump(include={"min_matched_genes", "labels"}) | {"corpus": self.corpus_unit.key}
         record |= {"dataset": datasets.identity(dataset.file, dataset.source)}
         record |= {"columns": assembly.dataset_columns(p, name)}
-        return Unit("dataset", record, (f"{HERE}:dataset_artifact", ASSEMBLY))
+        return Unit("dataset", record, ("study/curated:dataset_artifact", "study/assembly"))
 
     def dataset_artifact(self, name: str) -> Artifact:
         """An evaluation data set on disk (see `assembly.make_dataset`); of held-out cells, the split."""
@@ -182,7 +176,7 @@ class Curated:
         """What an evaluation data set shares with the corpus; held-out cells, with those that are pretrained on."""
         within = self.split_unit if name == self.held_out_name else self.corpus_unit
         record = {"dataset": self.dataset_unit(name).key, "cells": within.key}
-        return Unit("contamination", record, (f"{HERE}:contamination",))
+        return Unit("contamination", record, ("study/curated:contamination",))
 
     def contamination(self, name: str) -> Contamination:
         """What an evaluation data set shares with the corpus, whose rows count: equal cells, and donors of one name.
@@ -212,7 +206,7 @@ class Curated:
     @cached_property
     def sketch_unit(self) -> Unit:
         """Principal components of the pretraining cells, for geometric sketching and for diversity."""
-        return Unit("sketch", {"split": self.split_unit.key}, (f"{HERE}:X_pca",))
+        return Unit("sketch", {"split": self.split_unit.key}, ("study/curated:X_pca",))
 
     @cached_property
     def X_pca(self) -> np.ndarray:  # noqa: N802 - AnnData's name for it
@@ -234,7 +228,7 @@ class Curated:
         """Rows of a subset."""
         sketch = {"sketch": self.sketch_unit.key} if sampling.STRATEGIES[subset.strategy].by == "X_pca" else {}
         record = {**asdict(subset), "nested": self.params.nested, "split": self.split_unit.key, **sketch}
-        return Unit("subset", record, (f"{HERE}:_make_subset",))
+        return Unit("subset", record, ("study/curated:_make_subset",))
 
     @cache  # noqa: B019
     def rows(self, subset: Subset) -> np.ndarray:

@@ -12,9 +12,9 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
-from datawall.engine import cluster, code, disk
+from datawall.engine import cluster, disk
 from datawall.engine.store import Artifact, Unit
-from datawall.study import curated, curation, joining, scoring
+from datawall.study import curation, scoring
 from datawall.study.study import CHOSEN, Study
 from datawall.study.units import Evaluation, Run, Source
 from datawall.tasks import baselines
@@ -235,9 +235,8 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
 
 def makers(task: str) -> tuple[str, ...]:
     """What makes the metrics of a task: what feeds it, and its own module."""
-    genes = (f"{code.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
-    feeding = map(code.module_name, (scoring.__name__, joining.__name__))
-    return f"{code.module_name(__name__)}:make", *feeding, f"tasks/{tasks.TASKS[task].module}", *genes
+    genes = ("study/curated:response_genes",) if task == "perturbation_response" else ()
+    return "study/evaluation:make", "study/scoring", "study/joining", f"tasks/{tasks.TASKS[task].module}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:

@@ -226,11 +226,6 @@ class Params(BaseModel):
         """Names of what the corpus is made of."""
         return [self.corpus] if isinstance(self.corpus, str) else self.corpus
 
-    @property
-    def clusters(self) -> bool:
-        """Whether clusters stand in for labels."""
-        return self.cell_type_key == CLUSTERS
-
     def key(self, role: str, dataset: str) -> str | None:
         """Column of a data set for a role of `columns`; None where the study names none, but for the cell type."""
         key = self.columns().get(role, "cell_type" if role == "cell_type" else None)
@@ -239,7 +234,7 @@ class Params(BaseModel):
     def columns(self) -> dict[str, Key]:
         """Columns of the corpus by role."""
         named = {role: getattr(self, key) for role, key in ROLES.items()}
-        if self.clusters:
+        if self.cell_type_key == CLUSTERS:
             del named["cell_type"]
         if self.split_by not in ("cell", "dataset_id", *ROLES):
             named["split"] = self.split_by

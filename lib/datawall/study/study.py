@@ -34,7 +34,6 @@ from datawall.study.curated import Curated
 from datawall.study.units import Embedding, Layout, Run, Source
 from datawall.tasks import baselines
 
-HERE = code.module_name(__name__)
 CHOSEN = "chosen.json"  # of an adaptive study: percentages and seeds by model
 LAID_OUT = 2000  # cells of a layout
 
@@ -42,7 +41,7 @@ LAID_OUT = 2000  # cells of a layout
 def _makers(spec: ModelSpec) -> tuple[str, ...]:
     """Modules that make a model and its embeddings; a user's own may build on any family."""
     families = map(hyperparameters.resolve, hyperparameters.FAMILIES)
-    modules = [external.__name__, *(family.module for family in families)] if spec.is_external else [spec.module]
+    modules = ["models/external", *(family.module for family in families)] if spec.is_external else [spec.module]
     return tuple(map(code.module_name, modules))
 
 
@@ -108,7 +107,7 @@ class Study(Curated):
     def model_unit(self, run: Run) -> Unit:
         """A pretrained model."""
         spec = self.params.specs[run.model]
-        makers = f"{HERE}:make_model", *_makers(spec)
+        makers = "study/study:make_model", *_makers(spec)
         values = spec.hyperparameters.model_dump()  # with defaults, so that a changed one is another model
         record = {"model": spec.family, "hyperparameters": values, "seed": run.subset.seed}
         if ontology := values.get("ontology"):
@@ -225,11 +224,11 @@ class Study(Curated):
             record, makers = {"model": self.model_unit(source).key}, _makers(self.params.specs[source.model])
         elif isinstance(source, Embedding):
             record = {"file": datasets.identity(source.file), "key": source.obsm_key}
-            makers = (code.module_name(external.__name__),)
+            makers = ("models/external",)
         else:
             record = {"baseline": source}
         record["dataset"] = self.dataset_unit(dataset).key
-        return Unit("embedding", record, (f"{HERE}:embedding", *makers))
+        return Unit("embedding", record, ("study/study:embedding", *makers))
 
     def embedding(self, source: Source, dataset: str) -> np.ndarray:
         """Embedding of a data set, (n_cells, n_latent): by a run, from a file, or by one of `baselines.EMBEDDINGS`.
@@ -263,15 +262,14 @@ class Study(Curated):
         Columns: model, n_cells (embedded), seconds (per 1,000 cells), device.
         """
 
-        def measure(run: Run, folder: Path) -> dict[str, Any]:
+        def measure(run: Run) -> dict[str, Any]:
             from datawall.models import training
 
             counts = self.corpus.counts(self.split_rows("held_out")[:n_cells])
             model = self.model(run)
             seconds = timeit.repeat(lambda: model.embed(counts), number=1, repeat=1 + n_repeats)[1:]
             per_thousand = float(np.median(seconds)) * 1000 / counts.shape[0]
-            disk.write_json(folder / "seconds.json", {"n_cells": counts.shape[0], "seconds": per_thousand})
-            return {"device": training.device().type}
+            return {"device": training.device().type, "n_cells": counts.shape[0], "per_thousand": per_thousand}
 
         table = []
         for name in self.params.models:
@@ -279,11 +277,10 @@ class Study(Curated):
             run = max(runs, key=lambda run: run.subset.percentage)
             record = {"model": self.model_unit(run).key, "dataset": self.dataset_unit(self.held_out_name).key}
             record |= {"n_cells": n_cells, "n_repeats": n_repeats}
-            unit = Unit("timing", record, (f"{HERE}:embedding_seconds",))
-            artifact = self.store.find_or_make(unit, lambda folder, run=run: measure(run, folder))
-            measured = json.loads((artifact.folder / "seconds.json").read_text(encoding="utf-8"))
-            table.append({"model": name, **measured, "device": artifact.made["device"]})
-        return pd.DataFrame(table)
+            unit = Unit("timing", record, ("study/study:embedding_seconds",))
+            made = self.store.find_or_make(unit, lambda _, run=run: measure(run)).made
+            table.append((name, made["n_cells"], made["per_thousand"], made["device"]))
+        return pd.DataFrame(table, columns=["model", "n_cells", "seconds", "device"])
 
     def layouts(self, sources: dict[str, Source], dataset: str) -> dict[str, pd.DataFrame]:
         """UMAPs of at most `LAID_OUT` cells of embeddings, by title: x, y, and the labels of the cells."""
@@ -314,4 +311,4 @@ class Study(Curated):
 
     def _layout_unit(self, layout: Layout) -> Unit:
         record = {"embedding": self.embedding_unit(layout.source, layout.dataset).key, "n_cells": LAID_OUT}
-        return Unit("layout", record, (f"{HERE}:layout_artifact",))
+        return Unit("layout", record, ("study/study:layout_artifact",))

@@ -18,14 +18,12 @@ def main() -> None:
         prog="torchrun --nproc-per-node 2 -m datawall.study.together", description=main.__doc__
     )
     parser.add_argument("study", help="study file, or the name of one in params/")
-    parser.add_argument("model")
-    parser.add_argument("strategy")
-    parser.add_argument("percentage", type=float)
-    parser.add_argument("seed", type=int)
+    for name, kind in {"model": str, "strategy": str, "percentage": float, "seed": int}.items():
+        parser.add_argument(name, type=kind)
     parser.add_argument("--budget", type=float, default=1.0, help="share of the model's steps")
     parser.add_argument("--out", type=Path, help="run folder; the study's own by default")
     options = parser.parse_args()
-    if "RANK" in os.environ:
+    if together := "RANK" in os.environ:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -34,26 +32,20 @@ def main() -> None:
     run = Run(options.model, Subset(options.strategy, options.percentage, options.seed), options.budget)
     if run not in study.all_runs():
         raise SystemExit(f"{options.study} has no such run: {run}")
-    if not dist.is_initialized():
-        study.model_artifact(run, together=False)
-        return
-    pretrain(study, run)
-    dist.destroy_process_group()
-
-
-def pretrain(study: Study, run: Run) -> None:
-    """Pretrain a model as one of several processes, of which the first makes what it needs, and stores it."""
-    first = dist.get_rank() == 0
+    first = not together or dist.get_rank() == 0
     if not first:
-        dist.barrier()
+        dist.barrier()  # the first process makes the corpus and the subset, and stores the model
     study.rows(run.subset)
     made = study.store.find(study.model_unit(run))
-    if first:
+    if first and together:
         dist.barrier()
+    if first:
         study.model_artifact(run, together=False)
     elif not made:
         with tempfile.TemporaryDirectory() as folder:
             study.make_model(run, Path(folder))
+    if together:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
