@@ -1,8 +1,8 @@
 """What units of work cost on this machine: measured on a miniature of a study, at the true size of its models.
 
 The miniature has the study's hyper-parameters, tasks and number of genes, some thousand simulated cells, and a few
-optimiser steps. On a processor, seconds are those that one core computes, so that a machine that does something else
-beside is timed right; on a GPU they go by the clock. `run_all.py STUDY --calibrate` keeps the result for this user.
+optimiser steps. On a processor, seconds are those that one core computes, whatever else the machine does; on a GPU
+they go by the clock. `run_all.py STUDY --calibrate` keeps the result for this user.
 """
 
 import math
@@ -114,15 +114,13 @@ def _data(first: Study, few: Study, many: Study) -> Record:
         curation.quality(study)
         curation.marker_expression(study)
 
-    studies, sizes = (first, few, many), (EVALUATED[0], *EVALUATED)
-    corpus = _line(CELLS, [_seconds(curate, study) for study in studies][1:])
-    named = zip(studies, map(str, sizes), strict=True)
+    corpus = _line(CELLS, [_seconds(curate, study) for study in (first, few, many)][1:])
+    named = zip((first, few, many), map(str, (EVALUATED[0], *EVALUATED)), strict=True)
     dataset = _line(EVALUATED, [_seconds(study.dataset_artifact, name) for study, name in named][1:])
     rows = np.random.default_rng(0).permutation(CELLS[1])
     read = [0.0, _seconds(many.corpus.counts, rows) / CELLS[1]]
-    artifacts = {"corpus": (many.corpus_artifact, CELLS[1])}
-    artifacts["dataset"] = many.dataset_artifact(str(EVALUATED[1])), EVALUATED[1]
-    n_bytes = {name: _bytes(artifact) / n_cells for name, (artifact, n_cells) in artifacts.items()}
+    n_bytes = {"corpus": _bytes(many.corpus_artifact) / CELLS[1]}
+    n_bytes["dataset"] = _bytes(many.dataset_artifact(str(EVALUATED[1]))) / EVALUATED[1]
     return {"corpus": corpus, "dataset": dataset, "read": read, "bytes": n_bytes}
 
 

@@ -1,7 +1,6 @@
 """What a study will cost: units, time, memory and disk of every stage, before anything is done and without a network.
 
-`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, the longest first; a run
-imports the library once, each notebook draws its tables and figures, and each unit's result is read.
+`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, and its notebook.
 """
 
 import heapq

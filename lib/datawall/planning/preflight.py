@@ -44,8 +44,7 @@ class Findings:
 def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     """Read every data set that a study file names, as the run would, and say what the study will do.
 
-    All cells are read by the code that a run reads them with, counted as it counts them, and split as it splits them;
-    what would stop it is named, the first mistake of each data set. A simulated corpus is not made, a Census not
+    What would stop it is named, the first mistake of each data set. A simulated corpus is not made, a Census not
     opened, and clusters that stand in for types are not sought.
     """
     try:

@@ -32,9 +32,9 @@ def identity(p: Params) -> store.Record:
     else:
         source = [datasets.identity(name) for name in p.sources()]
     spike_in = None if p.spike_in is None else datasets.identity(p.spike_in)
-    filters = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito"})
-    named = {"columns": p.columns(), "clusters": p.cell_type_key == CLUSTERS, "labels": p.labels}
-    return {"corpus": source, "spike_in": spike_in, **named, **filters}
+    given = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito", "labels"})
+    clusters = p.cell_type_key == CLUSTERS
+    return {"corpus": source, "spike_in": spike_in, "columns": p.columns(), "clusters": clusters, **given}
 
 
 def make_corpus(p: Params, folder: Path) -> None:
@@ -218,9 +218,7 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
     disk.write_json(folder / "notes.json", notes)
 
 
-def read_dataset(
-    p: Params, name: str, var: pd.DataFrame
-) -> tuple[ad.AnnData, np.ndarray, dict[str, str | int | float], list[str]]:
+def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, np.ndarray, dict[str, Any], list[str]]:
     """An evaluation set with the genes of the corpus, which of them it measures, how they were matched, and notes.
 
     Raises CorpusError or DatasetError if it breaks a rule, or shares no gene with the corpus.

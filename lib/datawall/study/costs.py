@@ -98,8 +98,6 @@ class Costs:
         cells = {dataset.dataset: dataset.n_cells or _cells_in(dataset.file) for dataset in self.p.evaluation}
         return cells | {self.p.held_out_name: round(self.n_cells * self.p.held_out)}
 
-    # Units
-
     def run(self, run: Run) -> Need:
         """Pretraining a model."""
         cost, scale = self.model(run.model)
@@ -161,8 +159,6 @@ class Costs:
                 with backed.CellFile(datasets.file(file)) as cells:
                     values.update(cells.column(key, "perturbation", 0, cells.n_cells))
         return min(dataset.treatments, max(1, len(values) - 1))
-
-    # Parts of them
 
     def line(self, what: str, n: float) -> float:
         """Seconds of a part of curation, of so many cells."""

@@ -101,7 +101,7 @@ class Curated:
         """Which cells of the corpus are pretrained on, and which are held out."""
         p = self.params
         record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
-        record["drop"] = [self.contamination_unit(name).key for name in p.dropped()]
+        record["drop"] = [self.contamination_unit(each.dataset).key for each in p.evaluation if p.drop_contaminated]
         return Unit("split", record, ("study/curated:_make_split", "study/assembly"))
 
     def _make_split(self, folder: Path) -> None:
@@ -109,8 +109,8 @@ class Curated:
         p, rows = self.params, np.setdiff1d(np.arange(self.corpus.n_obs), self.split_rows("spike_in"))
         held_out = assembly.held_out(p, self.corpus.obs.iloc[rows])
         pretraining = rows[~held_out]
-        for name in p.dropped():
-            pretraining = np.setdiff1d(pretraining, self.contamination(name).rows_to_drop())
+        for dataset in p.evaluation if p.drop_contaminated else ():
+            pretraining = np.setdiff1d(pretraining, self.contamination(dataset.dataset).rows_to_drop())
         if not len(pretraining):
             remedy = "hold out less, or keep contaminated cells"
             raise CorpusError(f"{p.study}: no cell of the corpus is left to pretrain on; {remedy}.")

@@ -1,5 +1,6 @@
 """Tables that describe a study's data and subsets, for the curation notebook."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -45,10 +46,7 @@ def _told(study: Study, what: str) -> list[Any]:
 
 
 def reports(study: Study) -> dict[str, pd.DataFrame]:
-    """What became of the corpus's cells on the way to it, by name of the table: see its source, in `cells`.
-
-    `cells` has, for each file or data set, how many were read, empty, filtered, duplicate and kept.
-    """
+    """What became of the corpus's cells, by table: `cells` has how many were read, empty, filtered, duplicate, kept."""
     folder = study.corpus_artifact.folder
     return {path.stem.removeprefix("report_"): pd.read_parquet(path) for path in sorted(folder.glob("report_*"))}
 
@@ -110,8 +108,8 @@ def composition(study: Study) -> pd.DataFrame:
 def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
     """Write the names of the cells of every subset, to publish them: a text file each, a cell a line.
 
-    Names are those of the sources, after the file's name where there are several; of the Census, `soma_joinid`. Files
-    are replaced. The table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
+    Names are those of the sources, after the file's name where there are several; of the Census, `soma_joinid`. The
+    table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = []
@@ -171,17 +169,13 @@ def both_labels(study: Study) -> pd.DataFrame:
 
 
 def marker_expression(study: Study) -> pd.DataFrame:
-    """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types.
-
-    Genes that are the same in all types are left out: there are no others where there is one type.
-    """
+    """Mean expression of marker genes that differ by type in the corpus: types by genes, z-scores over types."""
     marker_genes = markers(study)
     symbols = pd.Index(study.corpus.var["feature_name"])
     types = pd.Categorical(study.corpus.obs["cell_type"]).remove_unused_categories()
     named = [name for name in marker_genes if name in types.categories]
     order = named + sorted(set(types.categories) - set(named))
-    given = dict.fromkeys(gene for genes in marker_genes.values() for gene in genes)
-    genes = [gene for gene in given if gene in symbols]
+    genes = [gene for gene in dict.fromkeys(itertools.chain(*marker_genes.values())) if gene in symbols]
     columns = symbols.get_indexer(genes)
     sums = np.zeros((len(types.categories), len(genes)))
     for rows, counts in study.corpus.blocks():

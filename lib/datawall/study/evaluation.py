@@ -125,9 +125,9 @@ def panels(study: Study) -> pd.DataFrame:
         return pd.DataFrame()
     runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (model, "random")]
     largest, rows = {}, []
+    folders = {each.dataset: study.dataset_artifact(each.dataset).folder for each in study.params.evaluation}
     measured = {study.held_out_name: np.ones(study.corpus.n_vars, bool)}
-    for dataset in study.params.evaluation:
-        measured[dataset.dataset] = np.load(study.dataset_artifact(dataset.dataset).folder / "measured.npy")
+    measured |= {name: np.load(folder / "measured.npy") for name, folder in folders.items()}
     for run in sorted(runs, key=lambda run: -run.subset.percentage):
         panel = study.model(run).genes
         shared = np.intersect1d(panel, largest.setdefault(run.subset.seed, panel))

@@ -1,7 +1,5 @@
 """The study file: what a study is, checked before anything is done, with one clear message per mistake."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,7 +7,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -128,7 +126,7 @@ class Params(BaseModel):
         return {**values, key: {}} if key and values.get(key) is None else values
 
     @model_validator(mode="after")
-    def _agree(self) -> Params:
+    def _agree(self) -> Self:
         """Refuse values that do not go together."""
         try:
             _ = self.specs
@@ -218,10 +216,6 @@ class Params(BaseModel):
         update = {"treatments": self.treatments}
         return {name: each if each.treatments else each.model_copy(update=update) for name, each in sets.items()}
 
-    def dropped(self) -> list[str]:
-        """Evaluation data sets whose cells and donors are left out of pretraining."""
-        return [dataset.dataset for dataset in self.evaluation] if self.drop_contaminated else []
-
     def sources(self) -> list[str]:
         """Names of what the corpus is made of."""
         return [self.corpus] if isinstance(self.corpus, str) else self.corpus
@@ -262,7 +256,7 @@ class Params(BaseModel):
         """Every pretraining run, once each: those of the study's grid, then those of `also`."""
         return list(dict.fromkeys(run for grid in (self, *self.also) for run in self.runs_of(grid)))
 
-    def runs_of(self, grid: Params | units.Grid) -> list[units.Run]:
+    def runs_of(self, grid: Self | units.Grid) -> list[units.Run]:
         """Every run of a grid; of the whole corpus only `random` and spike-ins make a choice."""
         strategies, percentages = grid.strategies or self.strategies, grid.percentages or self.percentages
         subsets = [

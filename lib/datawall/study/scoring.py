@@ -18,7 +18,8 @@ FOLDS = 3  # of fine-tuning on a small data set, so that every cell is tested
 
 def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """Metrics of an evaluation, by split."""
-    return SCORES.get(evaluation.task, own_task)(study, evaluation)
+    feed = {function.__name__: function for function in FED}.get(evaluation.task, own_task)
+    return feed(study, evaluation)
 
 
 def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -190,4 +191,3 @@ def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metric
 
 
 FED = zeroshot_classification, zeroshot_integration, finetuned_classification, perturbation_response, reconstruction
-SCORES = {feed.__name__: feed for feed in FED}

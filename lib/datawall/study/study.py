@@ -4,8 +4,6 @@ A unit of work is a record of its parameters and of the keys of what it is made 
 anything is made. `Study` turns the study file into units and knows how to make each; notebooks ask for what came back.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 import subprocess
@@ -16,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import anndata as ad
 import numpy as np
@@ -45,28 +43,13 @@ def _makers(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(map(code.module_name, modules))
 
 
-def open_study(study: str, **overrides: Any) -> Study:
-    """Open a study by name (`quick`), by the path of its file, or by the folder of an earlier run.
-
-    Overrides, such as a notebook's own parameters, replace values of the study file. Raises FileNotFoundError if there
-    is no such study, ParamsError if the study file or an override is wrong.
-    """
-    path = paths.study_file(study)
-    checked = params.read(path, overrides)
-    return Study(checked, paths.run_folder(path, checked.study))
-
-
-def _reopen(params_json: str, folder: str) -> Study:
-    return Study(params.Params.model_validate_json(params_json), Path(folder))
-
-
 class Study(Curated):
     """A study and its run folder (see `Curated` for its data)."""
 
     tabulated: tuple[list[str], pd.DataFrame] | None = None  # keys of evaluations, and their results, as last written
 
     @property
-    def opening(self) -> tuple[Callable[[str, str], Study], str, str]:
+    def opening(self) -> tuple[Callable[[str, str], Self], str, str]:
         """By which another process opens it: a function, and its arguments."""
         return _reopen, self.params.model_dump_json(), str(self.folder)
 
@@ -312,3 +295,18 @@ class Study(Curated):
     def _layout_unit(self, layout: Layout) -> Unit:
         record = {"embedding": self.embedding_unit(layout.source, layout.dataset).key, "n_cells": LAID_OUT}
         return Unit("layout", record, ("study/study:layout_artifact",))
+
+
+def open_study(study: str, **overrides: Any) -> Study:
+    """Open a study by name (`quick`), by the path of its file, or by the folder of an earlier run.
+
+    Overrides, such as a notebook's own parameters, replace values of the study file. Raises FileNotFoundError if there
+    is no such study, ParamsError if the study file or an override is wrong.
+    """
+    path = paths.study_file(study)
+    checked = params.read(path, overrides)
+    return Study(checked, paths.run_folder(path, checked.study))
+
+
+def _reopen(params_json: str, folder: str) -> Study:
+    return Study(params.Params.model_validate_json(params_json), Path(folder))

@@ -1,10 +1,8 @@
 """The records that a study is made of: data sets, subsets, pretraining runs, embeddings and evaluations."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
@@ -130,7 +128,7 @@ class Embedding(Part):
     seed: Seed | None = None
 
     @model_validator(mode="after")
-    def _complete_subset(self) -> Embedding:
+    def _complete_subset(self) -> Self:
         if 0 < [self.strategy, self.percentage, self.seed].count(None) < 3:
             raise ValueError("strategy, percentage and seed name a subset together; give all three, or none")
         external.embeddings_file(self.file)
