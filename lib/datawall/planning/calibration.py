@@ -129,12 +129,10 @@ def _bytes(artifact: Artifact) -> int:
 
 
 def _model(study: Study, name: str, millions: float) -> Record:
-    """What it costs to pretrain a model, once, by cell of the subset, by step and by cell of a step; and to embed.
-
-    Four runs that differ in cells, steps and batch size tell these apart, after one that is not counted.
-    """
+    """What it costs to pretrain a model, once, by cell of the subset, by step and by cell of a step; and to embed."""
     large, dataset = millions > LARGE, study.dataset(str(EVALUATED[1]))
     (few, more), batch = STEPS[large], _batch_size(study, name, large=large)
+    # What differs in cells, steps and batch size tells costs apart; the first run warms up.
     runs = [(25.0, few, batch), (25.0, few, batch), (100.0, few, batch)]
     if batch:
         runs += [(100.0, more, batch), (100.0, more, max(2, batch // 2))]
@@ -171,10 +169,7 @@ def _shortened(study: Study, steps: int, name: str, batch_size: int) -> Study:
 
 
 def _task(study: Study, task: str, run: Run) -> Record:
-    """By source, what a split or context of a task costs on the larger data set, and the power of cells it grows with.
-
-    Baselines have their names; `model` is the embedding by a run.
-    """
+    """By baseline and for a run's embedding (`model`): a split's cost on the larger data set, and its power of cells."""
     costs = {}
     for name, source in [*((name, name) for name in TASKS[task].baselines), ("model", run)]:
         seconds = []

@@ -48,7 +48,6 @@ MOST_TYPES = 500
 FEW = 50  # cells; a subset with fewer teaches little
 DEFAULT_CELLS = 9_799  # that the default study pretrains on
 STARTS = (1, 2, 3, 5, 10, 20, 50)  # smallest percentages to choose from
-TEMPLATE = "study.yaml.j2"
 
 type Roles = dict[str, str | None]  # columns, and the control
 type Ask = Callable[[str, str], str]  # a question and the proposal; the answer
@@ -211,7 +210,7 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     longer = min(10.0, max(1.0, n_pretraining / DEFAULT_CELLS))
     steps = {name: round(longer * n, -2) for name, n in {"": default.steps, **default.steps_by_model}.items()}
     environment.filters |= {"yaml": _yaml, "comment": lambda text: " ".join(str(text).split())}
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template("study.yaml.j2").render(
         name=name,
         corpus=corpora[0] if len(corpora) == 1 else corpora,
         looked=looked,

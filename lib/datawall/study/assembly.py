@@ -116,7 +116,10 @@ class Loaded:
         n_read, n_kept, n_cells = 0, 0, {role: Counter() for role in self.columns}
         for cells in self.cells:
             aligned, match = corpus.align(cells, self.name, min_matched=self.p.min_matched_genes)
-            aligned.obs = self._roles(aligned)
+            columns = self.columns | ({"dataset_id": "dataset_id"} if "dataset_id" in cells.obs else {})
+            obs = {role: self._labels(aligned, role, key) for role, key in columns.items()}
+            obs.setdefault("dataset_id", pd.Categorical([self.name] * aligned.n_obs))
+            aligned.obs = pd.DataFrame(obs, index=aligned.obs_names)
             n_read, n_kept = n_read + cells.n_obs, n_kept + aligned.n_obs
             for role, counted in n_cells.items():
                 counted.update(aligned.obs[role].value_counts().to_dict())
@@ -128,12 +131,8 @@ class Loaded:
         became = {"dataset": [self.name], "read": [n_read], "empty": [n_read - n_kept], "kept": [n_kept]}
         self.report = sources.Report(cells=pd.DataFrame(became), duplicates=None)
 
-    def _roles(self, cells: ad.AnnData) -> pd.DataFrame:
-        renamed = {"cell_type": self.p.labels}
-        columns = self.columns | ({"dataset_id": "dataset_id"} if "dataset_id" in cells.obs else {})
-        obs = {role: corpus.column(cells, self.name, key, role, renamed.get(role)) for role, key in columns.items()}
-        obs.setdefault("dataset_id", pd.Categorical([self.name] * cells.n_obs))
-        return pd.DataFrame(obs, index=cells.obs_names)
+    def _labels(self, cells: ad.AnnData, role: str, key: str) -> pd.Categorical:
+        return corpus.column(cells, self.name, key, role, self.p.labels if role == "cell_type" else None)
 
 
 def _files(p: Params, names: list[str], columns: sources.Columns, **options: Any) -> sources.Source:

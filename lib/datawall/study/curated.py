@@ -158,10 +158,7 @@ class Curated:
         return self.store.find_or_make(self.dataset_unit(name), lambda folder: make(self.corpus.var, folder))
 
     def dataset(self, name: str) -> ad.AnnData:
-        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known.
-
-        Those asked for before stay in memory, the latest first, as far as `KEPT` goes.
-        """
+        """An evaluation data set: counts in the corpus's gene order, `obs` with cell_type and what else is known."""
         if (adata := self._in_memory.pop(name, None)) is None:
             while sum(map(sys.getsizeof, self._in_memory.values())) > KEPT:
                 del self._in_memory[next(iter(self._in_memory))]

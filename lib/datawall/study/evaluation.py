@@ -16,7 +16,7 @@ from datawall.engine import cluster, disk
 from datawall.engine.store import Artifact, Unit
 from datawall.study import curation, scoring
 from datawall.study.study import CHOSEN, Study
-from datawall.study.units import Evaluation, Run, Source
+from datawall.study.units import Evaluation, Run
 from datawall.tasks import baselines
 
 LEFT_OUT = {
@@ -142,7 +142,7 @@ def _predictions(study: Study, dataset: str) -> Iterator[tuple[dict[str, Any], d
         checked = isinstance(evaluation.source, Run) and evaluation.source.budget != 1
         if evaluation.dataset == dataset and not checked:
             with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
-                yield _source_columns(study, evaluation.source), dict(predicted)
+                yield study.columns_of(evaluation.source), dict(predicted)
 
 
 def second_opinion(study: Study) -> pd.DataFrame:
@@ -254,16 +254,8 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:
     columns = {"study": study.params.study, "task": evaluation.task, "dataset": evaluation.dataset}
-    columns |= {**_source_columns(study, evaluation.source), "run_id": artifact.key}
+    columns |= {**study.columns_of(evaluation.source), "run_id": artifact.key}
     columns["budget"] = evaluation.source.budget if isinstance(evaluation.source, Run) else 1.0
     for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
         for row in metrics:
             yield {**columns, "split": split, **row}
-
-
-def _source_columns(study: Study, source: Source) -> dict[str, Any]:
-    """Model, strategy, percentage, seed and n_cells of a source."""
-    if isinstance(source, Run) or (not isinstance(source, str) and source.subset):
-        return study.columns_of(source)
-    name, strategy = (source, results.BASELINE) if isinstance(source, str) else (source.model, results.CHECKPOINT)
-    return {"model": name, "strategy": strategy, "percentage": 0.0, "seed": -1, "n_cells": 0}

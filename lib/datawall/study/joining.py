@@ -13,6 +13,7 @@ FEWEST_OF_TYPE = 5  # cells of a type: with fewer, one of three folds may have n
 HELD_OUT_CELLS = 10  # of each treatment, at least, in a context that is held out unless contexts are named
 SMALL = 5_000  # cells; of a data set with fewer, one division would leave the score to chance
 RECONSTRUCTED = 1_000  # cells at most
+# By labels: reconstruction needs none, and what a task of the user's own needs nobody knows.
 JUDGED = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
 
 
@@ -23,10 +24,7 @@ def n_splits(p: Params, task: str, n_cells: int) -> int:
 
 
 def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> str | None:
-    """Why a task cannot be judged on a data set that has its columns, told by the labels of its cells; None if it can.
-
-    Reconstruction needs no labels, and what a task of the user's own needs nobody knows.
-    """
+    """Why a task cannot be judged on a data set that has its columns, told by the labels of its cells; None if it can."""
     if obs.empty or task not in JUDGED:
         return "it has no cells" if obs.empty else None
     fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))

@@ -18,8 +18,7 @@ FOLDS = 3  # of fine-tuning on a small data set, so that every cell is tested
 
 def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """Metrics of an evaluation, by split."""
-    feed = {function.__name__: function for function in FED}.get(evaluation.task, own_task)
-    return feed(study, evaluation)
+    return {feed.__name__: feed for feed in FED}.get(evaluation.task, own_task)(study, evaluation)
 
 
 def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:

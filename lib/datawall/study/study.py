@@ -20,6 +20,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from datawall.analysis import results
 from datawall.cells import datasets
 from datawall.engine import cluster, code, disk, paths
 from datawall.engine.processes import visible_gpus
@@ -81,9 +82,12 @@ class Study(Curated):
         """Every run: `pretraining_runs`, then `budget_runs`."""
         return [*self.pretraining_runs(), *self.budget_runs()]
 
-    def columns_of(self, run: Run | Embedding) -> dict[str, Any]:
-        """Model, strategy, percentage, seed and n_cells of its subset."""
-        return {"model": run.model, **asdict(run.subset), "n_cells": len(self.rows(run.subset))}
+    def columns_of(self, source: Source) -> dict[str, Any]:
+        """Model, strategy, percentage, seed and n_cells, of its subset if it has one."""
+        if subset := getattr(source, "subset", None):
+            return {"model": source.model, **asdict(subset), "n_cells": len(self.rows(subset))}
+        name, strategy = (source, results.BASELINE) if isinstance(source, str) else (source.model, results.CHECKPOINT)
+        return {"model": name, "strategy": strategy, "percentage": 0.0, "seed": -1, "n_cells": 0}
 
     # Models
 
@@ -98,17 +102,14 @@ class Study(Curated):
         if spec.is_external:
             record["source"] = external.version(run.model)
         if run.subset.untrained:
-            record |= {"seed": self._control_seed(run), "corpus": self.corpus_unit.key}
+            # That of the weights which the runs of its own seed begin with.
+            own = self.params.init_seed if spec.takes_steps else None
+            record |= {"seed": run.subset.seed if own is None else own, "corpus": self.corpus_unit.key}
             return Unit("model", record, makers)
         record["subset"] = self.subset_unit(run.subset).key
         if spec.takes_steps:
             record |= {"steps": self.params.steps_of(run.model, run.budget), "init_seed": self.params.init_seed}
         return Unit("model", record, makers)
-
-    def _control_seed(self, run: Run) -> int:
-        """Seed of an untrained control: that of the weights which the runs of its own seed begin with."""
-        own = self.params.init_seed if self.params.specs[run.model].takes_steps else None
-        return run.subset.seed if own is None else own
 
     def model_artifact(self, run: Run, *, together: bool = True) -> Artifact:
         """A pretrained model on disk, with its training history if it took steps; made by several GPUs `together`.
@@ -178,7 +179,7 @@ class Study(Curated):
 
         p, subset, model = self.params, run.subset, self.params.specs[run.model].create()
         if subset.untrained:
-            model.untrained(self.corpus.n_vars, seed=self._control_seed(run)).save(folder)
+            model.untrained(self.corpus.n_vars, seed=self.model_unit(run).record["seed"]).save(folder)
             return {}
         cells = self.corpus.take(self.rows(subset))
         history = model.fit(
@@ -240,9 +241,8 @@ class Study(Curated):
     def embedding_seconds(self, *, n_cells: int = 1000, n_repeats: int = 5) -> pd.DataFrame:
         """How long each model takes to embed 1,000 cells, from raw counts in memory to an array in memory.
 
-        The first `n_cells` held-out cells, by the largest subset's model, once to warm up and then `n_repeats` times,
-        whose median counts: seconds of the machine that first measured them, one process, on the models' device.
-        Columns: model, n_cells (embedded), seconds (per 1,000 cells), device.
+        The largest subset's model embeds the first held-out cells, once to warm up and then `n_repeats` times, whose
+        median counts. Columns: model, n_cells (embedded), seconds (per 1,000 cells, when first measured), device.
         """
 
         def measure(run: Run) -> dict[str, Any]:
