@@ -24,7 +24,7 @@ def n_splits(p: Params, task: str, n_cells: int) -> int:
 
 
 def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> str | None:
-    """Why a task cannot be judged on a data set that has its columns, told by the labels of its cells; None if it can."""
+    """Why a task cannot be judged on a data set that has its columns, by the labels of its cells; None if it can."""
     if obs.empty or task not in JUDGED:
         return "it has no cells" if obs.empty else None
     fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
