@@ -169,7 +169,7 @@ def _shortened(study: Study, steps: int, name: str, batch_size: int) -> Study:
 
 
 def _task(study: Study, task: str, run: Run) -> Record:
-    """By baseline, or `model` for a run: what a split costs on the larger data set, and the power of cells it grows by."""
+    """By baseline, or `model` for a run: what a split costs on the larger set, and the power of cells it grows by."""
     costs = {}
     for name, source in [*((name, name) for name in TASKS[task].baselines), ("model", run)]:
         seconds = []
