@@ -179,7 +179,7 @@ class Costs:
     def model_bytes(self, name: str) -> int:
         """A model on disk, and its weights in memory."""
         cost, scale = self.model(name)
-        return round(cost["bytes"] * scale)
+        return round(cost.get("bytes", 0) * scale)  # calibrations of version 0.2 have none
 
     def steps(self, run: Run) -> int:
         """Optimiser steps of a run: none of an untrained model, or of one that takes no batches."""
