@@ -137,14 +137,14 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findin
         _few(obs.loc[held_out, "cell_type"].value_counts(), "cell types", findings)
 
 
-def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int = 0) -> None:
+def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int | None = None) -> None:
     """Sizes of the subsets; raises ValueError if there are too few cells to spike in."""
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
     findings.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
     if small := ", ".join(f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW):
         findings.warnings.append(f"under {FEW} cells to pretrain on at {small}; larger percentages teach more.")
-    for subset in (subset for subset in p.subsets() if not subset.untrained and p.spike_in is not None):
+    for subset in (subset for subset in p.subsets() if not subset.untrained and n_spike_in is not None):
         if spiked := sampling.STRATEGIES[subset.strategy].spiked:
             size = sampling.subset_size(n_pretraining, subset.percentage)
             sampling.spike_in(size, n_spike_in, spiked, seed=subset.seed)
