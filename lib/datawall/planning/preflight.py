@@ -86,7 +86,7 @@ def _read(p: Params, findings: Findings) -> None:
         for block in assembly.read_corpus(p, reports):
             labels.append(block.obs)
         obs, var = pd.concat(labels), block.var
-        obs = obs[: len(obs) - reports["n_spiked"]]
+        obs = obs.iloc[: len(obs) - reports["n_spiked"]]
         findings.facts += map(curation.match_in_words, reports["genes"])
         findings.warnings += reports["notes"]
         became = reports["cells"].drop(columns="dataset").sum()
