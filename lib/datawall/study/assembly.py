@@ -33,8 +33,8 @@ def identity(p: Params) -> store.Record:
         source = [datasets.identity(name) for name in p.sources()]
     spike_in = None if p.spike_in is None else datasets.identity(p.spike_in)
     given = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito", "labels"})
-    clusters = p.cell_type_key == CLUSTERS
-    return {"corpus": source, "spike_in": spike_in, "columns": p.columns(), "clusters": clusters, **given}
+    given |= {"columns": p.columns(), "clusters": p.cell_type_key == CLUSTERS}
+    return {"corpus": source, "spike_in": spike_in, **given}
 
 
 def make_corpus(p: Params, folder: Path) -> None:
