@@ -122,9 +122,9 @@ def _curation(study: Study) -> Stage:
     stage.in_turn = sum(costs.known["named"].get(name, 0.0) for name in p.sources())
     stage.in_turn += costs.line("corpus", costs.n_cells) + sum(costs.line("dataset", n) for n in sets)
     rows = sum(subset.percentage / 100 * costs.n_pretraining for subset in study.subsets())
-    bytes_of = costs.known["data"]["bytes"]
-    counts = costs.density * (costs.n_cells * bytes_of["corpus"] + sum(sets) * bytes_of["dataset"])
-    stage.n_bytes = counts + BYTES_PER_ROW * costs.n_pretraining + 8 * rows
+    sizes = costs.known["data"]["bytes"]
+    stage.n_bytes = costs.density * (costs.n_cells * sizes["corpus"] + sum(sets) * sizes["dataset"])
+    stage.n_bytes += BYTES_PER_ROW * costs.n_pretraining + 8 * rows
     return stage
 
 

@@ -139,8 +139,7 @@ def panels(study: Study) -> pd.DataFrame:
 def _predictions(study: Study, task: str, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """Columns of each model and baseline, and the labels that it predicts of the tested cells, by split."""
     for evaluation in evaluations(study, task):
-        checked = isinstance(evaluation.source, Run) and evaluation.source.budget != 1
-        if evaluation.dataset == dataset and not checked:
+        if evaluation.dataset == dataset and getattr(evaluation.source, "budget", 1) == 1:
             with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
                 yield study.columns_of(evaluation.source), dict(predicted)
 
@@ -267,8 +266,8 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:
     columns = {"study": study.params.study, "task": evaluation.task, "dataset": evaluation.dataset}
-    columns |= {**study.columns_of(evaluation.source), "run_id": artifact.key}
-    columns["budget"] = evaluation.source.budget if isinstance(evaluation.source, Run) else 1.0
+    columns |= {"run_id": artifact.key, "budget": getattr(evaluation.source, "budget", 1.0)}
+    columns |= study.columns_of(evaluation.source)
     for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
         for row in metrics:
             yield {**columns, "split": split, **row}

@@ -213,8 +213,8 @@ class Params(BaseModel):
             tasks=self.held_out_tasks,
         )
         sets = {each.dataset: each for each in (held_out, *self.evaluation)}
-        update = {"treatments": self.treatments}
-        return {name: each if each.treatments else each.model_copy(update=update) for name, each in sets.items()}
+        treated = {"treatments": self.treatments}
+        return {name: each if each.treatments else each.model_copy(update=treated) for name, each in sets.items()}
 
     def sources(self) -> list[str]:
         """Names of what the corpus is made of."""

@@ -185,8 +185,7 @@ def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metric
     """A task that this page does not know, a line in `tasks.TASKS`: it gets the embedding and the table of cells."""
     obs = study.dataset(evaluation.dataset).obs
     embedding = study.embedding(evaluation.source, evaluation.dataset)
-    metrics = tasks.TASKS[evaluation.task].function(embedding, obs, seed=evaluation.seed)
-    yield "all cells", Metrics(metrics)
+    yield "all cells", Metrics(tasks.TASKS[evaluation.task].function(embedding, obs, seed=evaluation.seed))
 
 
 FED = zeroshot_classification, zeroshot_integration, finetuned_classification, perturbation_response, reconstruction
