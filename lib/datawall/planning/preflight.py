@@ -14,7 +14,7 @@ from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
 from datawall.models import external
 from datawall.planning import plan as planning
-from datawall.planning.starter import FEW, MANY
+from datawall.planning.starter import FEW, MANY, look
 from datawall.study import assembly, curation, joining, params
 from datawall.study.params import Params
 from datawall.study.study import Study
@@ -108,6 +108,12 @@ def _read(p: Params, findings: Findings) -> None:
             sets[name] = aligned.obs
     if findings.errors:
         return
+    if p.labels and p.spike_in is None:
+        keys = {name: p.key("cell_type", name) for name in p.sources()}
+        keys |= {each.file: assembly.dataset_columns(p, each.dataset)["cell_type"] for each in p.evaluation}
+        types = [look([name], [key], min_matched=p.min_matched_genes).obs.get(key, ()) for name, key in keys.items()]
+        if unused := sorted(set(p.labels).difference(*(map(str, labels) for labels in types))):
+            findings.warnings.append(f"labels: no cell is of the types {unused}; correct them, or leave them out.")
     _tasks(p, sets, findings)
     for given in p.embeddings:
         with findings.errors_within():
@@ -119,8 +125,7 @@ def _read(p: Params, findings: Findings) -> None:
 def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findings) -> None:
     """What the labels of the corpus are, and who is held out."""
     for role in (role for role in obs if role in p.columns()):
-        counts = obs[role].value_counts()
-        counts = counts[counts > 0]
+        counts = obs[role].value_counts().loc[lambda n_cells: n_cells > 0]
         rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
         findings.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
         if role == "cell_type" and len(counts) > MANY:
