@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from datawall.cells import datasets, simulate
 from datawall.engine import disk, processes
-from datawall.engine.store import Artifact, Record
+from datawall.engine.store import Record
 from datawall.models import training
 from datawall.study import curation, scoring
 from datawall.study.costs import calibration_file, size_of, work
@@ -119,13 +119,9 @@ def _data(first: Study, few: Study, many: Study) -> Record:
     dataset = _line(EVALUATED, [_seconds(study.dataset_artifact, name) for study, name in named][1:])
     rows = np.random.default_rng(0).permutation(CELLS[1])
     read = [0.0, _seconds(many.corpus.counts, rows) / CELLS[1]]
-    n_bytes = {"corpus": _bytes(many.corpus_artifact) / CELLS[1]}
-    n_bytes["dataset"] = _bytes(many.dataset_artifact(str(EVALUATED[1]))) / EVALUATED[1]
+    n_bytes = {"corpus": many.corpus_artifact.n_bytes / CELLS[1]}
+    n_bytes["dataset"] = many.dataset_artifact(str(EVALUATED[1])).n_bytes / EVALUATED[1]
     return {"corpus": corpus, "dataset": dataset, "read": read, "bytes": n_bytes}
-
-
-def _bytes(artifact: Artifact) -> int:
-    return sum(path.stat().st_size for path in artifact.folder.rglob("*") if path.is_file())
 
 
 def _model(study: Study, name: str, millions: float) -> Record:
@@ -148,7 +144,7 @@ def _model(study: Study, name: str, millions: float) -> Record:
         return variant.model(run).embed(dataset.X[:n])
 
     record = {"family": study.params.specs[name].family, "work": millions, "n_latent": embed(2).shape[1]}
-    record["bytes"] = _bytes(variant.model_artifact(run))
+    record["bytes"] = variant.model_artifact(run).n_bytes
     record |= dict(zip(("once", "cell", "step", "step_cell"), costs, strict=True))
     return record | {"embedding": _line(EMBEDDED[large], [_seconds(embed, n) for n in EMBEDDED[large]])}
 
