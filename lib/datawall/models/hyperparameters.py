@@ -10,16 +10,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from datawall.models import external
 
@@ -70,11 +61,9 @@ class Geneformer(Network):
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.027  # share of the steps; theirs was 10,000 of about 370,000
     weight_decay: NonNegativeFloat = 1e-3
 
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Geneformer:
+    def model_post_init(self, context: Any) -> None:
         if self.n_embd % self.n_heads:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_heads {self.n_heads}")
-        return self
 
 
 class ScVI(Network):

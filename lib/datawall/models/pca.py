@@ -65,7 +65,6 @@ class PretrainedPCA:
         return base.variance(X) - float(explained) / np.prod(X.shape)
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
-        """That of the mean cell."""
         return base.variance(expression.lognormalise(counts))
 
     def save(self, folder: Path) -> None:

@@ -87,6 +87,5 @@ class SSL(sparse.SparseNetwork):
         return self.ready(counts)(Cells.of(self.prepare(counts))).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
-        """That of the mean cell."""
         h = self.hyperparameters
         return (0.5 if h.loss == "vae" else h.mask) * base.variance(self.prepare(counts))

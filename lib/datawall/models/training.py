@@ -97,9 +97,8 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
 
     No cell is dropped at the end of a pass, and a batch larger than the data holds repeats. A pass over more than
     32,768 cells is shuffled so that it can be read from a disk: blocks of 64 neighbours in random order, and cells
-    within the 32,768 that come one after the other, which are those of `batches_together` batches.
-
-    `cells` are their rows, or the number of them; ValueError if there are none.
+    within the 32,768 that come one after the other, which are those of `batches_together` batches. `cells` are their
+    rows, or the number of them; ValueError if there are none.
     """
     cells = np.arange(cells) if isinstance(cells, int) else cells
     if not len(cells):
@@ -151,6 +150,8 @@ def train(
     each process's loss is a mean of. So the result is that of one process with the same recipe, up to rounding, but
     for what a process draws for itself (masks, noise, dropout) and the batch statistics of batch normalisation.
 
+    Raises NonFiniteLossError at the first loss that is NaN or infinite, ValueError if the checkpoint is of another run.
+
     Parameters
     ----------
     module
@@ -170,8 +171,6 @@ def train(
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
         File written about once a minute, and resumed from where it exists.
-
-    Raises NonFiniteLossError at the first loss that is NaN or infinite, ValueError if the checkpoint is of another run.
     """
     where = next(module.parameters()).device
     rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -219,8 +218,10 @@ def train(
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 loss = loss_of(forward, cells, step)
             loss, n_averaged = loss if isinstance(loss, tuple) else (loss, len(rows[rank::n_processes]))
-            if n_processes > 1:
-                loss = loss * _relative_weight(n_averaged, where)
+            if n_processes > 1:  # a process weighs as much as what its loss is a mean of; 1 on average
+                total = torch.tensor(float(n_averaged), device=where)
+                dist.all_reduce(total)
+                loss = loss * (n_averaged * n_processes / total)
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)
@@ -265,13 +266,6 @@ def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": vectors, "weight_decay": recipe.weight_decay if recipe.decay_vectors else 0.0},
     ]
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
-
-
-def _relative_weight(n: int, where: torch.device) -> Tensor:
-    """What a process's mean of n things weighs in that over all processes' things; 1 is the average."""
-    total = torch.tensor(float(n), device=where)
-    dist.all_reduce(total)
-    return n * dist.get_world_size() / total
 
 
 def _settle(
