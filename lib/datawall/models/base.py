@@ -94,7 +94,7 @@ class Network:
         raise NotImplementedError
 
     def course(self, steps: int, n_cells: int) -> dict[str, Any]:
-        """What the family's `training.Recipe` has beside its budget, batches, learning rate and weight decay."""
+        """What the family's `training.Recipe` has beside its budget and what are hyper-parameters by the same name."""
         return {}
 
     def learn_statistics(self, counts: sp.csr_matrix | Cells) -> np.ndarray:
@@ -121,7 +121,7 @@ class Network:
         recipe = training.Recipe(
             steps=steps,
             validate_every=max(1, steps // LOOKS),
-            **h.model_dump(include={"batch_size", "learning_rate", "weight_decay"}),
+            **h.model_dump(include={"batch_size", "learning_rate", "warmup", "weight_decay", "clip_norm"}),
             **self.course(steps, len(learned)),
         )
         return training.train(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -52,9 +52,6 @@ class Geneformer(base.Network):
         if not len(rows):
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
         return rows
-
-    def course(self, steps: int, n_cells: int) -> dict[str, Any]:
-        return {"warmup": self.hyperparameters.warmup}
 
     def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> tuple[Tensor, int]:
