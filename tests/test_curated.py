@@ -7,7 +7,8 @@ import pytest
 from small import atlas, small_study
 
 from datawall.cells import cellstore, corpus, datasets, simulate
-from datawall.study import curation
+from datawall.planning import preflight
+from datawall.study import curation, params
 from datawall.study.units import Subset
 
 ATLAS = atlas(100, 600)
@@ -25,6 +26,13 @@ def study_of(adata, tmp_path, **values):
     path = tmp_path / "mine.h5ad"
     adata.write_h5ad(path)
     return small_study(tmp_path / "run", **{"study": "mine", "corpus": str(path), **values})
+
+
+def checked(study):
+    """What `--check` says of a study."""
+    path = study.folder.with_suffix(".yaml")
+    path.write_text(params.to_yaml(study.params.model_dump()))
+    return preflight.check(path)
 
 
 def test_own_corpus_is_aligned_and_split(own_cells, tmp_path):
@@ -134,12 +142,17 @@ def test_contamination_is_found_and_dropped(own_cells, tmp_path):
     dropped = {*range(7), *range(0, 100, 5)}
     assert set(dropping.split_rows("pretraining")) == set(study.split_rows("pretraining")) - dropped
     assert np.array_equal(dropping.split_rows("held_out"), study.split_rows("held_out"))
+    n_left = len(dropping.split_rows("pretraining"))
+    facts = "\n".join(checked(dropping).facts)
+    assert f"left out of pretraining: {70 - n_left} cells" in facts
+    assert f"subsets of {n_left} cells" in facts
 
 
 def test_contamination_that_leaves_no_cell_is_an_error(own_cells, tmp_path):
     study = study_of(own_cells, tmp_path, evaluation=[str(tmp_path / "mine.h5ad")], drop_contaminated=True)
     with pytest.raises(corpus.CorpusError, match="no cell of the corpus is left to pretrain on"):
         study.split_rows("pretraining")
+    assert "no cell of the corpus is left to pretrain on" in checked(study).errors[0]
 
 
 def test_counts_of_an_evaluation_set_may_lie_in_a_layer(own_cells, tmp_path):

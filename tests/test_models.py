@@ -114,7 +114,7 @@ def test_embedding_and_saving_come_after_fitting_and_loading_after_saving(name, 
     with pytest.raises(NotFittedError, match=message):
         model.save(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no saved model"):
-        models.resolve(name).load(tmp_path)
+        models.resolve(name).model_class.load(tmp_path)
 
 
 @every_model

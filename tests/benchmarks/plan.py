@@ -50,7 +50,7 @@ def line(what, predicted, measured):
 
 print(f"\n{'stage, by the clock':40}{'predicted':>12}{'measured':>12}")
 totals = np.zeros(2)
-for stage in planning.stages(study, study.costs):
+for stage in planning.stages(study):
     units = [one.made for one in made if stage_of(one) == stage.name]
     if units:
         ends = np.array([datetime.fromisoformat(unit["ended"]).timestamp() for unit in units])
