@@ -70,7 +70,8 @@ class Site:
         self.study = study
         self.results, self.intervals, self.budgets = map(self._table, ("results", "intervals", "budgets"))
         own = self.results[self.results["model"] != results.CHANCE]  # rows of chance carry another's `run_id`
-        self.rows = dict(iter(own.groupby("run_id")))  # results by evaluation
+        self.runs = own.drop_duplicates("run_id").set_index("run_id")
+        self._values = own.pivot(index=["run_id", "metric"], columns="split", values="value")
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
         self.artifacts = store.read_all(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
@@ -188,7 +189,7 @@ class Site:
 
     def metrics(self, key: str) -> pd.DataFrame:
         """The metrics of an evaluation, a column for each split."""
-        return self.rows[key].pivot_table("value", "metric", "split").rename(label).reset_index()
+        return self._values.loc[key].dropna(axis="columns", how="all").rename(label).reset_index()
 
 
 def _page_of(artifact: Artifact) -> str:
