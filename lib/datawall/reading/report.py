@@ -71,7 +71,7 @@ class Site:
         self.results, self.intervals, self.budgets = map(self._table, ("results", "intervals", "budgets"))
         own = self.results[self.results["model"] != results.CHANCE]  # rows of chance carry another's `run_id`
         self.runs = own.drop_duplicates("run_id").set_index("run_id")
-        self._values = own.pivot(index=["run_id", "metric"], columns="split", values="value")
+        self._values = own.pivot_table("value", ["run_id", "metric"], "split")
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
         self.artifacts = store.read_all(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
