@@ -56,7 +56,8 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         findings.facts.append("corpus: selected from the CELLxGENE Census when the study runs")
     elif p.simulation is not None:
         findings.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
-        _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), findings)
+        with findings.errors_within():
+            _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), findings)
     else:
         _read(p, findings)
     findings.facts.append(f"tasks: {', '.join(p.tasks)}")
@@ -157,15 +158,17 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findin
 
 
 def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int | None = None) -> None:
-    """Sizes of the subsets; raises ValueError if there are too few cells to spike in."""
+    """Sizes of the subsets; raises ValueError if one is a single cell, or there are too few cells to spike in."""
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
     findings.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
     if small := ", ".join(f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW):
         findings.warnings.append(f"under {FEW} cells to pretrain on at {small}; larger percentages teach more.")
-    for subset in (subset for subset in p.subsets() if not subset.untrained and n_spike_in is not None):
-        if spiked := sampling.STRATEGIES[subset.strategy].spiked:
-            size = sampling.subset_size(n_pretraining, subset.percentage)
+    for subset in (subset for subset in p.subsets() if not subset.untrained):
+        size = sampling.subset_size(n_pretraining, subset.percentage)
+        if size < 2:
+            raise ValueError(f"percentages: {subset.percentage:g} % is one cell, of which no model learns; give more.")
+        if n_spike_in is not None and (spiked := sampling.STRATEGIES[subset.strategy].spiked):
             sampling.spike_in(size, n_spike_in, spiked, seed=subset.seed)
 
 
