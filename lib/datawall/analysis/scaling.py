@@ -188,7 +188,9 @@ def scaling_curves(
                 row[f"aicc_{name}"] = scaling.criteria[family] - scaling.criteria[scaling.best]
                 row[f"left_out_{name}"] = left_out(family, scaling.n, scaling.error, scaling.weight)
             row["curve"] = scaling.best
-            row["verdict"], row["reason"] = judge(row["gain_low"], row["gain_high"], row["margin"])
+            low, high, limit = row["gain_low"], row["gain_high"], row["margin"]
+            row["verdict"] = PLATEAU if high <= limit else IMPROVING if low >= limit else UNDECIDED
+            row["reason"] = f"the next doubling gains {low:.2g} to {high:.2g}, beside a margin of {limit:.2g}"
         rows.append(row)
     return pd.DataFrame(rows, columns=[*KEY, "curve", *NUMBERS, *of_families, "margin", "verdict", "reason"])
 
@@ -223,15 +225,6 @@ def interval(drawn: np.ndarray, point: float | np.ndarray, confidence: float = 0
     """Percentile interval over the first axis of what was drawn, widened to hold the point."""
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return np.minimum(low, point), np.maximum(high, point)
-
-
-def judge(low: float, high: float, margin: float) -> tuple[str, str]:
-    """The verdict on a predicted gain between two bounds, and its reason."""
-    if high <= margin:
-        return PLATEAU, f"the next doubling gains at most {high:.2g}, below the margin of {margin:.2g}"
-    if low >= margin:
-        return IMPROVING, f"the next doubling gains at least {low:.2g}, above the margin of {margin:.2g}"
-    return UNDECIDED, f"the next doubling gains {low:.2g} to {high:.2g}, about the margin of {margin:.2g}"
 
 
 def _basis(family: str, n: np.ndarray, shape: np.ndarray) -> np.ndarray:

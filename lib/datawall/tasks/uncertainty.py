@@ -131,6 +131,5 @@ def chance_levels(train_labels: np.ndarray, test_labels: np.ndarray) -> dict[str
     ]
     right = float(n @ q / n_cells)
     levels = {"micro_f1": right, "macro_f1": np.mean(f1), "balanced_accuracy": q.mean(), "error_rate": 1 - right}
-    return {name: float(level) for name, level in levels.items()} | {
-        f"f1[{name}]": float(level) for name, level in zip(types, f1, strict=True)
-    }
+    levels |= {f"f1[{name}]": of_type for name, of_type in zip(types, f1, strict=True)}
+    return {name: float(level) for name, level in levels.items()}
