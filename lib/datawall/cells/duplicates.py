@@ -1,11 +1,10 @@
 """Cells that occur twice: within a corpus, and between a corpus and what a model is evaluated on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -29,9 +28,9 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
 
     The hash is the sum of the counts times random weights of their genes, modulo 2^64, twice (multilinear hashing,
     Carter and Wegman 1979). Two cells that differ are taken for equal with a probability of 2^-128 if any difference is
-    odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80. Columns are
-    `genes`, Ensembl ids. A gene that a data set lacks counts as zero: compare data sets on `among`, the genes that both
-    have. Cells that express fewer than `MIN_EXPRESSED` of them have zeros, which are equal to none.
+    odd, and 2^(2k - 128) if 2^k divides all of them. Columns are `genes`, Ensembl ids. A gene that a data set lacks
+    counts as zero: compare data sets on `among`, the genes that both have. Cells that express fewer than
+    `MIN_EXPRESSED` of them have zeros, which are equal to none.
     """
     weights = _weights()[gene_table().index.get_indexer(genes)]
     compared = np.ones(len(genes), bool) if among is None else among.get_indexer(genes) >= 0
@@ -42,14 +41,12 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
 
 
 class SeenCells:
-    """The hashes of cells seen so far and where each came from: 20 bytes a cell.
-
-    They lie in sorted runs that are merged when they grow alike, so that a cell is looked up in a logarithmic number
-    of runs and moved a logarithmic number of times.
-    """
+    """The hashes of cells seen so far and where each came from: 20 bytes a cell."""
 
     def __init__(self) -> None:
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # hashes sorted by their first half, and origins
+        # Hashes sorted by their first half, and origins; runs that have grown alike are merged, so that a cell is
+        # looked up in a logarithmic number of runs and moved a logarithmic number of times.
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """(n_cells,) int32 origin of the first cell seen with the same hash, -1 where there is none."""
@@ -101,7 +98,7 @@ class Contamination:
         np.savez_compressed(folder / "contamination.npz", **{**asdict(self), "shared_donors": donors})
 
     @classmethod
-    def read(cls, folder: Path) -> Contamination:
+    def read(cls, folder: Path) -> Self:
         with np.load(folder / "contamination.npz", allow_pickle=False) as file:
             values = {name: array if name.endswith("rows") else array.tolist() for name, array in file.items()}
         return cls(**{**values, "shared_donors": tuple(values["shared_donors"])})
