@@ -157,13 +157,11 @@ class CellFile(AbstractContextManager):
         """Names of the columns of obs, those that a writer has not listed last."""
         with reading(self.name):
             listed = [_text(name) for name in self._obs.attrs.get("column-order", ())]
-            others = (name for name in self._obs if hasattr(self._obs[name], "dtype") or "codes" in self._obs[name])
+            arrays = (
+                name for name, node in self._obs.items() if hasattr(node, "dtype") or {"codes", "values"} & {*node}
+            )
             none = {_index(self._obs), "__categories"}
-            return [name for name in dict.fromkeys([*listed, *others]) if name in self._obs and name not in none]
-
-    def has(self, key: str) -> bool:
-        """Whether obs has a column."""
-        return key in self._obs
+            return [name for name in dict.fromkeys([*listed, *arrays]) if name in self._obs and name not in none]
 
     def embedding(self, key: str) -> np.ndarray:
         """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file."""

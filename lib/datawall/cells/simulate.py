@@ -82,16 +82,15 @@ class Truth:
 
     A programme spreads cells by `signal`: its variance over cells, along its direction, in Pearson residuals of the
     counts, whose noise is 1 in every gene. With n cells of G genes, principal components find that direction with a
-    squared cosine of (1 - G/n/signal²) / (1 + G/n/signal) (Johnstone and Lu 2009, J Am Stat Assoc 104:682), and the
-    difference between labelled carriers and other cells with 1 / (1 + G/n/signal). `cells_needed` and
-    `cells_needed_labelled` are the n at which each is one half, as much signal as noise in what was learned, and a
-    carrier is among the cells with 95 % probability (3 are expected). They are orders of magnitude: genes with hardly
-    a count, and programmes that share genes, take more cells.
+    squared cosine of (1 - G/n/signal²) / (1 + G/n/signal) (Johnstone and Lu 2009, J Am Stat Assoc 104:682).
+    `cells_needed` is the n at which it is one half, as much signal as noise in what was learned, and a carrier is among
+    the cells with 95 % probability (3 are expected). It is an order of magnitude: genes with hardly a count, and
+    programmes that share genes, take more cells.
     """
 
     atlas: Atlas
     genes: pd.DataFrame  # feature_name by Ensembl id, and theta: variance = mean (1 + theta)
-    types: pd.DataFrame  # by cell type: parent (its nearest ancestor with a programme), share of cells, response
+    types: pd.DataFrame  # by cell type: share of cells, response
     programmes: pd.DataFrame  # by name: kind, prevalence, activity, carriers, signal, cells_needed, …
     loadings: np.ndarray  # (n_programmes, n_genes) of a programme's molecules, the share of each gene; rows add up to 1
     weights: np.ndarray  # (n_types, n_programmes) mean weight in a cell that carries it, before they are made shares
@@ -179,8 +178,7 @@ def truth(atlas: Atlas) -> Truth:
     programmes = _needs(atlas, share.to_numpy()[:, None] * (weights.to_numpy() > 0) * prevalence, mean, loadings, theta)
     programmes.insert(0, "kind", kinds)
     programmes.index = pd.Index(names, name="programme")
-    parent = [next((above for above in _lineage(name)[1:] if above in carried), "") for name in share.index]
-    types = pd.DataFrame({"parent": parent, "share": share, "response": strength})
+    types = pd.DataFrame({"share": share, "response": strength})
     donors, donor_share, capture = _donors(atlas, len(share), rng)
     return Truth(
         atlas, genes.assign(theta=theta), types, programmes, loadings, weights.to_numpy(), donors, donor_share, capture
@@ -229,7 +227,6 @@ def _needs(
             "signal": signal,
             "cells_needed": needed,
             "percentage_needed": 100 * needed / atlas.n_cells,  # above 100: more than the atlas has
-            "cells_needed_labelled": np.maximum(atlas.n_genes / signal, 3 / prevalence),
         }
     )
 

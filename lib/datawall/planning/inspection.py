@@ -67,13 +67,12 @@ def look(name: str, keys: Iterable[str] = (), *, others: bool = True, min_matche
     read, unreadable = {}, {}
     with CellFile(path) as cells:
         columns = cells.columns()
-        for key in dict.fromkeys([*columns, *(key for key in keys if cells.has(key))]):
+        for key in columns:
             try:
                 if others or key in keys:
                     read[key] = _labels(cells, key, None if key in keys else MANY)
             except CorpusError as error:
                 unreadable[key] = str(error)
-    columns += [key for key in {*read, *unreadable} if key not in columns]
     obs = pd.DataFrame({key: labels for key, labels in read.items() if labels is not None})
     return Looked(name, source.n_cells, source.matches[0], columns, obs, unreadable)
 
