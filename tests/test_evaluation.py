@@ -489,14 +489,15 @@ def test_differences_paired_by_cell_hold_the_truth_and_are_narrower(n_cells, n_s
     """What is hard is hard for both, and seeds differ; 200 draws have a Monte-Carlo error of 1.5 % at 95 %."""
     rng, held, widths = np.random.default_rng(0), [], []
     truth = scipy.stats.norm.cdf(0.3 / np.sqrt(1 + 0.5**2 + spread**2)) - 0.5
-    names = ["dataset", "model", "strategy", "percentage", "seed"]
+    names = ["task", "dataset", "model", "strategy", "percentage", "seed"]
     for _ in range(200):
         easy = rng.standard_normal(n_cells)
         worth = 0.3 + spread * rng.standard_normal((n_seeds, 1))
         ours = worth + easy + 0.5 * rng.standard_normal((n_seeds, n_cells)) > 0
         theirs = easy + 0.5 * rng.standard_normal(n_cells) > 0
-        right = {("d", "A", "random", 1, seed): of for seed, of in enumerate(ours)} | {
-            ("d", "PCA", "baseline", 0, -1): theirs
+        where = "zeroshot_classification", "d"
+        right = {(*where, "A", "random", 1, seed): cells for seed, cells in enumerate(ours)} | {
+            (*where, "PCA", "baseline", 0, -1): theirs
         }
         right = pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=names), dtype=object)
         values = ours.mean(axis=1, keepdims=True), theirs.mean(keepdims=True)
@@ -514,11 +515,11 @@ def test_differences_paired_by_cell_hold_the_truth_and_are_narrower(n_cells, n_s
 
 def test_cells_named_right_make_up_micro_f1(study, tables):
     right = evaluation.right_cells(study)
-    scores = results.select(tables["results"], task="zeroshot_classification", metric="micro_f1")
-    scores = results.mean_over_splits(scores).set_index(right.index.names)["value"].drop(index="Chance", level="model")
+    scores = results.mean_over_splits(results.select(tables["results"], metric="micro_f1")).set_index(right.index.names)
+    scores = scores["value"].drop(index="Chance", level="model")
     assert right.map(np.mean).to_dict() == pytest.approx(scores.to_dict())
-    intervals = results.select(tables["intervals"], task="zeroshot_classification")
-    found = results.against_baselines(intervals, "micro_f1", right=right)
+    assert set(right.index.get_level_values("task")) == {"zeroshot_classification", "finetuned_classification"}
+    found = results.against_baselines(tables["intervals"], "micro_f1", right=right)
     assert (found["low"] <= found["difference"]).all()
     assert set(found["verdict"]) == {results.ONE_SEED}
 

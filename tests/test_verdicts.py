@@ -65,19 +65,20 @@ def test_a_flat_curve_with_a_spread_of_many_margins_takes_more_seeds_than_are_tr
 
 
 @pytest.mark.parametrize(
-    ("change", "spread", "limited"),
+    ("change", "spread", "limited", "by_chance"),
     [
-        ({10.0: 0.03, 100.0: 0.0}, 0.002, True),
-        ({10.0: 0.015, 100.0: -0.5}, 0.002, False),
-        ({10.0: 0.03}, 0.02, False),  # two runs alike lie √2 standard deviations apart: chance lets expect as much
+        ({10.0: 0.03, 100.0: 0.0}, 0.002, True, False),
+        ({10.0: 0.015, 100.0: -0.5}, 0.002, False, False),
+        ({10.0: 0.03}, 0.02, True, True),  # two runs alike lie √2 standard deviations apart
     ],
 )
-def test_twice_the_steps_that_gain_more_than_the_margin_limit_a_curve(change, spread, limited):
+def test_twice_the_steps_that_gain_more_than_the_margin_limit_a_curve(change, spread, limited, by_chance):
     found = verdict(runs((0.8, 0.9, 0.9, 0.9), spread=spread), budgets(change))
     assert (found["verdict"] == saturation.LIMITED) == limited
     if limited:
         assert np.isnan(found["plateau"])
-        assert found["decides"].startswith("more steps: twice as many gain 0.0")
+        assert found["decides"].startswith("more steps: +0.0")
+    assert ("; seeds alone: 0.0" in found["decides"]) == by_chance
 
 
 def test_a_budget_limits_its_own_model_and_task_alone():

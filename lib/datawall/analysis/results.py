@@ -239,9 +239,9 @@ def against_baselines(
     From the table `intervals` of a study. The best baseline is that with the best mean over splits, `Chance` and
     `Oracle` left out. An interval is of a bootstrap over seeds and splits, with normal noise of the variance over cells
     (of model and baseline, from their own intervals) added to each draw: as if the two did not err on the same cells,
-    so that it is too wide rather than too narrow, and a tie may be a small win. With `right`, of micro-F1
-    (`evaluation.right_cells`), it is paired by cell (`tasks.uncertainty.paired_interval`), and no wider than it must
-    be.
+    so that it is too wide rather than too narrow, and a tie may be a small win. Micro-F1 of the tasks that `right`
+    has (`evaluation.right_cells`) is paired by cell (`tasks.uncertainty.paired_interval`), and its interval is no wider
+    than it must be.
 
     A row per task, data set and pretrained model, strategy and percentage: value, baseline (its name), baseline_value,
     difference (value - baseline_value), low, high, verdict: `win` or `loss` if the interval excludes zero, else `tie`;
@@ -259,11 +259,11 @@ def against_baselines(
         for (model, strategy, percentage), runs in models:
             gap = runs.assign(value=runs["value"] - baseline["value"].reindex(runs["split"]).to_numpy())
             gap = gap.pivot_table(index="seed", columns="split", values="value").to_numpy()
-            if right is None:
+            if right is None or metric != "micro_f1" or task not in right:
                 low, high = _interval(gap, np.hypot(_deviation(runs), _deviation(baseline)), n_resamples)
             else:
-                cells = np.stack(right[dataset, model, strategy, percentage].to_list())
-                _, low, high = uncertainty.paired_interval(cells, right[dataset, best, BASELINE, 0.0, -1])
+                cells = np.stack(right[task, dataset, model, strategy, percentage].to_list())
+                _, low, high = uncertainty.paired_interval(cells, right[task, dataset, best, BASELINE, 0.0, -1])
             means = runs["value"].mean(), best, baseline["value"].mean(), np.nanmean(gap)
             verdict = _verdict(sign * low, sign * high, one_seed=len(gap) == 1 and strategy != CHECKPOINT)
             table.append((task, dataset, model, strategy, percentage, *means, low, high, verdict))

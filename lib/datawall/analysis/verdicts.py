@@ -44,13 +44,19 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     return table.assign(change=sign * (table["twice"] - table["once"])).drop(columns="metric")
 
 
-def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: float | None = None) -> pd.DataFrame:
+def table(
+    intervals: pd.DataFrame,
+    checked: pd.DataFrame | None = None,
+    margin: float | None = None,
+    right: pd.Series | None = None,
+) -> pd.DataFrame:
     """What results on random subsets say of every model, task and data set.
 
-    From the tables `intervals` and `budgets` of a study. The verdict is that of the rule `equivalence`, the curves of a
-    task being one family of tests. But a curve is budget-limited where twice the steps gain more than the margin at a
-    size that was checked, and more than the spread over seeds lets one expect of two runs alike (one-sided, 5 %): it
-    then tells of the budget and not of the data. Without `checked`, or without a margin, none is.
+    From the tables `intervals` and `budgets` of a study, and `evaluation.right_cells`, by which models and baselines
+    are compared cell by cell. The verdict is that of the rule `equivalence`, the curves of a task being one family of
+    tests. But a curve is budget-limited where twice the steps gain more than the margin at a size that was checked: it
+    then may tell of the budget, and is not read as a limit of the data. Without `checked`, or without a margin, none
+    is.
 
     Columns percentage, low, high (the saturation point, by the published rule; by the rule `error` where lower is
     better), plateau (percentage; NaN without that verdict), verdict, gain (of the full corpus over the largest subset
@@ -73,7 +79,9 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
         plateaus = saturation.saturation_points(random, metric, rule="equivalence", margin=margin, n_resamples=0)
         curves = {curve.key: saturation.as_error(curve, metric) for curve in saturation.curves_of(random, metric)}
         means = results.mean_over_splits(random).groupby(["dataset", "model", "percentage"])["value"].mean()
-        compared = results.against_baselines(of_task[of_task["strategy"].isin(["random", BASELINE])], metric)
+        compared = results.against_baselines(
+            of_task[of_task["strategy"].isin(["random", BASELINE])], metric, right=right
+        )
         compared = compared.assign(against=compared["verdict"].map(AGAINST))
         compared = compared.set_index(["dataset", "model", "percentage"])
         for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
@@ -84,7 +92,7 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
             more = limited[(limited[CURVE] == [task, point["dataset"], point["model"]]).all(axis=1)]
             gain = _gain(curve)
             chance = stats.norm.ppf(0.95) * gain["spread"] * np.sqrt(2 / more["seeds"].astype(float))
-            more = more[(more["change"] > np.fmax(chance, -np.inf if margin is None else margin)).to_numpy(bool)]
+            more = more.assign(chance=chance)[more["change"] > (np.inf if margin is None else margin)]
             rows.append(
                 point
                 | _verdict(plateau, more, curve, margin)
@@ -96,10 +104,14 @@ def table(intervals: pd.DataFrame, checked: pd.DataFrame | None = None, margin: 
 
 
 def _verdict(plateau: dict[str, Any], more: pd.DataFrame, curve: Curve, margin: float | None) -> dict[str, Any]:
-    """Plateau, verdict, and what would decide it; `more` are the sizes at which twice the steps gain."""
+    """Plateau, verdict, and what would decide it; `more` are the sizes at which twice the steps gain.
+
+    Its column chance is what two runs that are alike but for their seeds may differ by (one-sided, 5 %).
+    """
     if len(more):
         best = more.loc[more["change"].idxmax()]
-        decides = f"more steps: twice as many gain {best['change']:.3f} at {best['percentage']:g} %"
+        decides = f"more steps: +{best['change']:.3f} at {best['percentage']:g} %"
+        decides += f"; seeds alone: {best['chance']:.3f}" if best["chance"] > best["change"] else ""
         return {"plateau": np.nan, "verdict": LIMITED, "decides": decides}
     decides = ""
     if plateau["verdict"] == UNDECIDED:

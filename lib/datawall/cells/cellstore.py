@@ -287,20 +287,25 @@ class _File:
     """What of a store is kept in memory, and how its counts are read; a sampler of annbatch's, for one request."""
 
     def __init__(self, path: Path) -> None:
-        import anndata as ad
         import zarr
-        from annbatch import Loader
 
         self.root = zarr.open_group(path, mode="r")
         self.indptr = self.root["X/indptr"][:].astype(np.int64)
         self.n_vars = self.root["X"].attrs["shape"][1]
-        self.loader = Loader(batch_sampler=self).add_dataset(ad.io.sparse_dataset(self.root["X"]))
         self.request: dict[str, Any] = {}
         self.one_at_a_time = threading.Lock()
 
     def sample(self, n_obs: int) -> Iterator[dict[str, Any]]:
         """What annbatch asks of its sampler."""
         yield self.request
+
+    @cached_property
+    def loader(self) -> Any:
+        """Made when counts are read: annbatch imports torch, and labels are asked for without counts."""
+        import anndata as ad
+        from annbatch import Loader
+
+        return Loader(batch_sampler=self).add_dataset(ad.io.sparse_dataset(self.root["X"]))
 
     @cached_property
     def obs(self) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 
@@ -16,7 +17,7 @@ from datawall.models.transformer import N_SPECIAL
 
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
-ENTRIES_PER_BLOCK = 1 << 16  # detected genes encoded at once: what is made of them stays in a core's cache
+CELLS_PER_BLOCK = 64  # encoded at once: what is made of them stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,14 @@ def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.n
     n_below = np.where(bin_of[0] > 0, n_until[np.arange(n_genes), bin_of[0] - 1], 0)
     del n_until
 
-    gathered, n_new = [(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))], 0
+    gathered: list[pd.DataFrame] = []
     for genes, value, bins in values():
         chosen = (bins == bin_of[0][genes]) | (bins == bin_of[1][genes])
-        gathered.append((genes[chosen], value[chosen], np.ones(chosen.sum(), np.int64)))
-        n_new += len(gathered[-1][0])
-        if n_new > max(N_GATHERED, len(gathered[0][0])):
-            gathered, n_new = [_tally(*gathered)], 0
-    genes, value, times = _tally(*gathered)
-    until = np.cumsum(times)
+        gathered.append(pd.DataFrame({"gene": genes[chosen], "value": value[chosen], "n": 1}))
+        if sum(map(len, gathered[1:])) > max(N_GATHERED, len(gathered[0])):
+            gathered = [_tally(gathered)]
+    genes, value, n = (column.to_numpy() for _, column in _tally(gathered).items())
+    until = np.cumsum(n)
     n_before = np.concatenate([[0], until])[np.searchsorted(genes, np.arange(n_genes))]
     seen = n_cells > 0
     low, high = (value[np.searchsorted(until, (n_before + rank - n_below)[seen], "right")] for rank in middle)
@@ -109,20 +109,15 @@ def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.n
     return medians.astype(np.float32)
 
 
-def _tally(*parts: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tally(parts: list[pd.DataFrame]) -> pd.DataFrame:
     """Different pairs of gene and value in order, and how often each occurs."""
-    genes, values, times = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    order = np.lexsort((values, genes))
-    genes, values = genes[order], values[order]
-    first = np.flatnonzero((np.diff(genes, prepend=-1) != 0) | (np.diff(values, prepend=-1) != 0))
-    return genes[first], values[first], np.add.reduceat(times[order], first) if len(first) else times
+    return pd.concat(parts).groupby(["gene", "value"], as_index=False)["n"].sum()
 
 
 class RankTokenizer:
-    """Encode cells as genes sorted by count over the gene's median, descending.
+    """Encode cells as genes sorted by count over the gene's median, descending; ties in the order of genes.
 
-    The sum of a cell's counts scales all of its values alike, so it does not enter. Ties are broken by gene
-    order: of two genes with equal value the one that comes first in the corpus comes first in the sequence.
+    The sum of a cell's counts scales all of its values alike, so it does not enter.
 
     Parameters
     ----------
@@ -134,8 +129,9 @@ class RankTokenizer:
 
     def __init__(self, medians: np.ndarray, max_length: int = 2048) -> None:
         self.medians = np.asarray(medians, dtype=np.float32)
-        if not (np.isfinite(self.medians) & (self.medians > 0)).all():
-            gene = int(np.flatnonzero(~(np.isfinite(self.medians) & (self.medians > 0)))[0])
+        sensible = np.isfinite(self.medians) & (self.medians > 0)
+        if not sensible.all():
+            gene = int(sensible.argmin())
             raise ValueError(f"median of gene {gene} is {self.medians[gene]}; medians must be positive and finite.")
         self.max_length = max_length
 
@@ -155,50 +151,28 @@ class RankTokenizer:
                 f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them first."
             )
         counts = sp.csr_matrix(counts)
-        begin = np.concatenate([[0], np.cumsum(np.minimum(np.diff(counts.indptr), self.max_length), dtype=np.int64)])
-        ids = np.zeros(begin[-1], dtype=np.int32)
-        cuts = np.searchsorted(counts.indptr, np.arange(0, counts.nnz, ENTRIES_PER_BLOCK))
-        blocks = pairwise(np.unique([0, *cuts, counts.shape[0]]).tolist())
+        if not (counts.has_sorted_indices and counts.data.all()):
+            counts = counts.sorted_indices()  # a copy
+            counts.eliminate_zeros()
+        offsets = np.concatenate([[0], np.cumsum(np.minimum(np.diff(counts.indptr), self.max_length))])
+        ids = np.empty(offsets[-1], dtype=np.int32)
 
-        def encode_block(block: tuple[int, int]) -> np.ndarray:
-            tokens, lengths = self._encode_block(counts, *block)
-            ids[begin[block[0]] : begin[block[0]] + len(tokens)] = tokens
-            return lengths
+        def encode_block(first: int) -> None:
+            bounds = counts.indptr[first : first + CELLS_PER_BLOCK + 1]
+            entries = slice(bounds[0], bounds[-1])
+            genes = counts.indices[entries].astype(np.int32, copy=False)
+            values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
+            # The bits of a positive float32, read as an integer, rise with its value, so their complement sorts it
+            # descending: 2.0 is 0x40000000 and 1.5 0x3FC00000, which become 0xBFFFFFFF and 0xC03FFFFF. numpy sorts
+            # integers of 16 bits by counting, and stably, which keeps ties in gene order; so the keys go in as their
+            # upper halves, 0xBFFF < 0xC03F, and their lower halves, 0xFFFF each, which count where the upper are equal.
+            keys = ~values.view(np.uint32)
+            tokens, upper, lower = genes + N_SPECIAL, (keys >> 16).astype(np.uint16), keys.astype(np.uint16)
+            for cell, (a, b) in enumerate(pairwise((bounds - bounds[0]).tolist()), first):
+                ranked = np.lexsort((lower[a:b], upper[a:b]))[: self.max_length]
+                tokens[a:b].take(ranked, out=ids[offsets[cell] : offsets[cell + 1]], mode="clip")
 
         # numpy sorts without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            offsets = np.cumsum(np.concatenate([[0], *pool.map(encode_block, blocks)]), dtype=np.int64)
-        return Tokens(ids if len(ids) == offsets[-1] else ids[ids > 0], offsets)  # stored zeros left gaps
-
-    def _encode_block(self, counts: sp.csr_matrix, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of cells `first` to `last`, end to end, and how many each got."""
-        bounds = counts.indptr[first : last + 1]
-        entries = slice(bounds[0], bounds[-1])
-        genes = counts.indices[entries].astype(np.int32, copy=False)
-        values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
-        bounds, expressed = bounds - bounds[0], values > 0
-        if not expressed.all():
-            genes, values = genes[expressed], values[expressed]
-            bounds = np.concatenate([[0], np.cumsum(expressed)])[bounds]
-        lengths = np.diff(bounds)
-        # The bits of a positive float32 grow with its value, so what they lack to the largest sorts it descending.
-        # The highest bits, which that leaves free, number the cells: one call sorts as many as they tell apart.
-        # Say cell 0 has values 1, 2 and cell 1 has 4. Their bits are 0x3F800000, 0x40000000, 0x40800000; they lack
-        # 0x01000000, 0x00800000, 0 to the largest. That takes 25 bits, and 7 are free: they number 128 cells. With the
-        # cell's number above them the keys are 0x01000000, 0x00800000, 0x02000000, whose order is the second gene and
-        # the first of cell 0, then that of cell 1.
-        keys = values.view(np.uint32)
-        keys = keys.max(initial=0) - keys
-        free = 32 - int(keys.max(initial=0)).bit_length()
-        keys |= np.repeat(np.arange(len(lengths), dtype=np.uint32) << np.uint32(32 - free), lengths)
-        # In two halves, because numpy sorts 16-bit integers by counting; stably, which keeps ties in gene order.
-        keys = [keys.astype(np.uint16), (keys >> 16).astype(np.uint16)]
-        if not counts.has_sorted_indices:
-            keys.insert(0, genes)
-        tokens = np.empty_like(genes)
-        for a, b in pairwise([*bounds[: -1 : 1 << free].tolist(), len(genes)]):
-            genes[a:b].take(np.lexsort([key[a:b] for key in keys]), out=tokens[a:b], mode="clip")
-        tokens += N_SPECIAL
-        if lengths.max(initial=0) > self.max_length:
-            tokens = tokens[np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths) < self.max_length]
-        return tokens, np.minimum(lengths, self.max_length)
+            list(pool.map(encode_block, range(0, counts.shape[0], CELLS_PER_BLOCK)))
+        return Tokens(ids, offsets)

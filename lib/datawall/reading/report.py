@@ -28,7 +28,7 @@ from datawall.engine import disk, paths, provenance
 from datawall.engine.provenance import Made
 from datawall.planning import plan as planning
 from datawall.reading import labels, notebooks
-from datawall.study import params
+from datawall.study import evaluation, params
 from datawall.study.study import Study, open_study
 
 TEMPLATES = paths.PACKAGE_DATA / "report"
@@ -107,7 +107,7 @@ class Site:
         budgets = self.study.folder / "budgets.parquet"
         checked = results.read_results(self.study.folder, "budgets") if budgets.is_file() else None
         margin = results.parameters(self.study.folder).get("margin")
-        return verdicts.table(self.intervals, checked, margin)
+        return verdicts.table(self.intervals, checked, margin, evaluation.right_cells(self.study))
 
     @cached_property
     def sentences(self) -> list[str]:

@@ -152,9 +152,9 @@ def panels(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
 
 
-def _predictions(study: Study, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Columns of each model and baseline of zero-shot classification, and the labels that it predicts, by split."""
-    for evaluation in evaluations(study, "zeroshot_classification"):
+def _predictions(study: Study, task: str, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Columns of each model and baseline, and the labels that it predicts of the tested cells, by split."""
+    for evaluation in evaluations(study, task):
         checked = isinstance(evaluation.source, Run) and evaluation.source.budget != 1
         if evaluation.dataset == dataset and not checked:
             with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
@@ -172,7 +172,7 @@ def second_opinion(study: Study) -> pd.DataFrame:
     theirs = curation.authors_labels(study, cells.index)
     rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
     table = []
-    for columns, predicted in _predictions(study, study.held_out_name) if judged else ():
+    for columns, predicted in _predictions(study, "zeroshot_classification", study.held_out_name) if judged else ():
         shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
         by_ours, by_theirs = np.mean(shares, axis=0)
         table.append(columns | {"ours": by_ours, "authors": by_theirs, "judged": judged})
@@ -180,19 +180,32 @@ def second_opinion(study: Study) -> pd.DataFrame:
 
 
 def right_cells(study: Study) -> pd.Series:
-    """Which cells zero-shot classification names right: a share of the splits by cell for each, (n_cells,) arrays.
+    """Which cells are named right, by neighbours or by a head: a share of the splits that test it for each tested cell.
 
-    By dataset, model, strategy, percentage and seed; for `results.against_baselines`.
+    Arrays, (n_tested_cells,), by task, dataset, model, strategy, percentage and seed; for `results.against_baselines`.
     """
     right, keys = {}, ["model", "strategy", "percentage", "seed"]
-    for dataset in study.joined("zeroshot_classification"):
-        labels = study.dataset(dataset).obs["cell_type"].to_numpy().astype(str)
-        for columns, predicted in _predictions(study, dataset):
-            splits = [split for split in predicted if not split.startswith(results.DONORS)] or list(predicted)
-            shares = np.mean([predicted[split] == labels for split in splits], axis=0)
-            right[dataset, *(columns[key] for key in keys)] = shares
-    index = pd.MultiIndex.from_tuples(right, names=["dataset", *keys])
+    for task in sorted({"zeroshot_classification", "finetuned_classification"} & set(study.params.tasks)):
+        for dataset in study.joined(task):
+            labels = study.dataset(dataset).obs["cell_type"].to_numpy().astype(str)
+            tested = _tested_cells(study, task, dataset)
+            tested = {split: tested[split] for split in tested if not split.startswith(results.DONORS)} or tested
+            n_tests = np.sum(list(tested.values()), axis=0)
+            for columns, predicted in _predictions(study, task, dataset):
+                n_right = np.zeros(len(labels))
+                for split, cells in tested.items():
+                    n_right[cells] += predicted[split] == labels[cells]
+                right[task, dataset, *(columns[key] for key in keys)] = (n_right / n_tests)[n_tests > 0]
+    index = pd.MultiIndex.from_tuples(right, names=["task", "dataset", *keys])
     return pd.Series(right, index=index, dtype=object).sort_index()
+
+
+def _tested_cells(study: Study, task: str, dataset: str) -> dict[str, np.ndarray]:
+    """Which cells each division of a classification tests: (n_cells,) bool, by the division's name."""
+    if task == "zeroshot_classification":
+        return {split: np.ones(len(half), bool) for split, half in scoring.halves(study, dataset)}
+    parts = scoring.three_parts(study, dataset)
+    return {split: (np.atleast_2d(part) == tasks.finetuning.TEST).any(axis=0) for split, part in parts}
 
 
 def summary(study: Study, *tasks_told: str) -> str:
