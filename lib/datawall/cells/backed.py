@@ -157,11 +157,10 @@ class CellFile(AbstractContextManager):
         """Names of the columns of obs, those that a writer has not listed last."""
         with reading(self.name):
             listed = [_text(name) for name in self._obs.attrs.get("column-order", ())]
-            arrays = (
-                name for name, node in self._obs.items() if hasattr(node, "dtype") or {"codes", "values"} & {*node}
-            )
+            obs, parts = self._obs, {"codes", "values"}
+            arrays = (name for name in obs if hasattr(obs[name], "dtype") or parts & set(obs[name]))
             none = {_index(self._obs), "__categories"}
-            return [name for name in dict.fromkeys([*listed, *arrays]) if name in self._obs and name not in none]
+            return [name for name in dict.fromkeys([*listed, *arrays]) if name in obs and name not in none]
 
     def embedding(self, key: str) -> np.ndarray:
         """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file."""
