@@ -79,7 +79,7 @@ def tiny(request, tmp_path_factory):
 def test_cells_come_back_in_any_order(tiny, data):
     cells, path = tiny
     with mock.patch.multiple(cellstore, **SMALL_FILES):
-        corpus = cellstore.open(path)
+        corpus = cellstore.Cells(path)
         kept = np.array(sorted(data.draw(st.sets(st.integers(0, 39), min_size=1))))
         subset = corpus.take(kept)
         rows = np.array(data.draw(st.lists(st.integers(0, len(kept) - 1), min_size=1)))
@@ -99,7 +99,7 @@ def test_cells_come_back_in_any_order(tiny, data):
 def test_blocks_are_all_cells_in_turn(tiny, size):
     cells, path = tiny
     kept = np.arange(1, 40, 2)
-    for corpus, X in ((cellstore.open(path), cells.X), (cellstore.open(path).take(kept), cells.X[kept])):
+    for corpus, X in ((cellstore.Cells(path), cells.X), (cellstore.Cells(path).take(kept), cells.X[kept])):
         rows, blocks = zip(*corpus.blocks(size), strict=True)
         np.testing.assert_array_equal(np.concatenate(rows), np.arange(X.shape[0]))
         np.testing.assert_array_equal(sp.vstack(blocks).toarray(), X.toarray())
@@ -117,7 +117,7 @@ def test_files_do_not_depend_on_blocks(tiny, tmp_path):
 
 def test_memory_is_foretold_exactly(real):
     _, path = real
-    for cells in (cellstore.open(path), cellstore.open(path).take(np.arange(3, 700, 7))):
+    for cells in (cellstore.Cells(path), cellstore.Cells(path).take(np.arange(3, 700, 7))):
         counts = cells.counts()
         assert cells.nbytes() == counts.data.nbytes + counts.indices.nbytes + counts.indptr.nbytes
         assert counts.dtype == np.float32

@@ -194,9 +194,6 @@ class Cells:
         """Some of these cells, of sorted rows."""
         return Cells(self.path, self._positions(rows))
 
-    def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
-        return self.counts(rows)
-
     def names(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Names of cells, str objects."""
         return self._file.root["obs/_index"].get_orthogonal_selection(self._positions(rows)).astype(object)
@@ -220,6 +217,8 @@ class Cells:
             some = slice(indptr[first], indptr[first] + block.nnz)
             data[some], indices[some] = block.data, block.indices
         return sp.csr_matrix((data, indices, indptr.astype(index)), shape=(len(positions), self.n_vars))
+
+    __getitem__ = counts
 
     def nbytes(self) -> int:
         """Memory that `counts` of all takes."""
@@ -278,11 +277,6 @@ def add_labels(folder: Path, name: str, labels: pd.Categorical) -> None:
     _opened.cache_clear()
 
 
-def open(path: Path) -> Cells:
-    """All cells of a store."""
-    return Cells(Path(path))
-
-
 class _File:
     """What of a store is kept in memory, and how its counts are read; a sampler of annbatch's, for one request."""
 
@@ -339,6 +333,4 @@ class _File:
             yield batch["X"]
 
 
-@lru_cache(4)
-def _opened(path: Path) -> _File:
-    return _File(path)
+_opened = lru_cache(4)(_File)

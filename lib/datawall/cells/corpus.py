@@ -279,16 +279,14 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
     check_shape(adata.shape, dataset)
     if fault := count_fault(adata.X):
         raise CorpusError(f"{dataset}: X {fault}; counts must be finite, non-negative integers.")
-    counts = sp.csr_matrix(adata.X, dtype=np.float32, copy=True)
-    counts.sum_duplicates()
-    weights = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
+    weights = np.asarray(adata.X.sum(axis=0, dtype=np.float64)).ravel()
     position, match = find_genes(adata.var, dataset, "X", weights)
     check_match(match, adata.var, min_matched)
     if adata.obs_names.has_duplicates:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise CorpusError(f"{dataset}: cell name {twice} occurs more than once; make obs_names unique.")
     var, (column,) = compacted([position])
-    moved = place_columns(counts, column, len(var))
+    moved = place_columns(sp.csr_matrix(adata.X, dtype=np.float32), column, len(var))
     full = np.flatnonzero(moved.getnnz(axis=1))
     if not len(full):
         raise CorpusError(f"{dataset}: no cell has a count in any matched gene; give it cells that were sequenced.")

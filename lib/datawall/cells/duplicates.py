@@ -60,11 +60,9 @@ class SeenCells:
     def add(self, hashes: np.ndarray, origin: int) -> np.ndarray:
         """Note new cells of one origin; what `find` gives for them, equal ones among themselves included."""
         found = self.find(hashes)
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-        again = order[1:][(hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)]
-        again = again[hashes[again].any(axis=1)]
-        found[again] = np.where(found[again] < 0, origin, found[again])
-        new = hashes[(found < 0) & hashes.any(axis=1)]
+        comparable = hashes.any(axis=1)
+        found[comparable & (found < 0) & pd.DataFrame(hashes).duplicated().to_numpy()] = origin
+        new = hashes[comparable & (found < 0)]
         if len(new):
             self._runs.append(_sorted(new, np.full(len(new), origin, np.int32)))
         while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):

@@ -62,7 +62,7 @@ def make_corpus(p: Params, folder: Path) -> None:
         disk.write_json(folder / f"{name}.json", reports.pop(name))
     for table, rows in reports.items():
         rows.to_parquet(folder / f"report_{table}.parquet", index=False)
-    cells = cellstore.open(folder / cellstore.NAME)
+    cells = cellstore.Cells(folder / cellstore.NAME)
     np.save(folder / "spike_in.npy", np.arange(n_cells, cells.n_obs))
     if p.clusters:
         cellstore.add_labels(folder, "cell_type", clusters(cells))

@@ -92,7 +92,7 @@ class Curated:
 
         def make(folder: Path) -> None:
             assembly.make_corpus(self.params, folder)
-            joining.check_contexts(self.params, cellstore.open(folder / cellstore.NAME).obs["cell_type"].unique())
+            joining.check_contexts(self.params, cellstore.Cells(folder / cellstore.NAME).obs["cell_type"].unique())
 
         return self.store.find_or_make(self.corpus_unit, make)
 
@@ -102,7 +102,7 @@ class Curated:
 
         Raises CorpusError if the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
         """
-        cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
+        cells = cellstore.Cells(self.corpus_artifact.folder / cellstore.NAME)
         joining.check_contexts(self.params, cells.obs["cell_type"].unique())
         return cells
 
