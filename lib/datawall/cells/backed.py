@@ -260,11 +260,8 @@ class Rows:
         self._demand(self._data.shape == self._indices.shape == (n_values,) and self._indptr[0] == 0)
         self._demand(self._indices.dtype.kind in "iu" and self._indptr.dtype.kind in "iu")
 
-    def rows(self, start: int, stop: int) -> sp.csr_matrix:
-        return self._stored(start, stop)
-
     def _stored(self, start: int, stop: int) -> sp.csr_matrix:
-        """Some rows (of CSC: columns), checked."""
+        """Some rows (of a CSC matrix: columns), checked."""
         indptr, length = self._indptr[start : stop + 1].astype(np.int64), self._shape[1 - self.major]
         n_values = np.diff(indptr)
         self._demand(indptr[0] >= 0 and n_values.min() >= 0 and indptr[-1] <= self._data.shape[0])
@@ -273,6 +270,8 @@ class Rows:
         self._demand(not len(indices) or (indices.min() >= 0 and indices.max() < length))
         values = _numbers(self._data[indptr[0] : indptr[-1]])
         return sp.csr_matrix((values, indices.astype(np.int32), indptr - indptr[0]), (stop - start, length))
+
+    rows = _stored
 
     def _demand(self, sound: bool) -> None:
         if not sound:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from tqdm import tqdm
 
@@ -26,7 +28,6 @@ from datawall.cells.datasets import DatasetError
 from datawall.engine import disk, paths, store
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from tiledbsoma import Experiment
 
 type Step = tuple[str, int, int | None]  # of the report: what is removed or left, its cells and its types
@@ -222,9 +223,6 @@ def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:
 
 def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame, list[Step]]:
     """Cells that pass the filters of rows, in the order of soma_joinid, and the first steps of the report."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     keep = {"is_primary_data": ["true"]} if recipe.primary else {}
     keep |= ({} if recipe.assay is None else {"assay": recipe.assay}) | recipe.where
     wanted = list(dict.fromkeys([CELL, TYPE, *SAMPLE, *recipe.columns]))
@@ -264,8 +262,6 @@ def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame,
 
 def _encoded(table: pa.Table) -> pa.Table:
     """Text as categories: old releases of the Census spell it out, new ones do not."""
-    import pyarrow as pa
-
     for number, field in enumerate(table.schema):
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             table = table.set_column(number, field.name, table[field.name].dictionary_encode())

@@ -92,8 +92,7 @@ class Contamination:
         return {name: value if isinstance(value, int) else len(value) for name, value in asdict(self).items()}
 
     def write(self, folder: Path) -> None:
-        donors = np.array(self.shared_donors, dtype=str)
-        np.savez_compressed(folder / "contamination.npz", **{**asdict(self), "shared_donors": donors})
+        np.savez_compressed(folder / "contamination.npz", **asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Self:
