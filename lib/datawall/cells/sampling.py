@@ -3,8 +3,8 @@
 `percentage` is of the cells given, above 0 and at most 100, and the subset has `subset_size` cells exactly; anything
 else, and no cells, raise ValueError.
 
-Subsets of one strategy and seed are nested: the smaller lies inside the larger. For independent ones, as in the original
-study, give each size a seed of its own: a seed may be several numbers, say `(seed, size)`.
+Subsets of one strategy and seed are nested: the smaller lies inside the larger. For independent ones, as in the
+original study, give each size a seed of its own: a seed may be several numbers, say `(seed, size)`.
 """
 
 from collections.abc import Callable, Sequence
