@@ -126,9 +126,9 @@ class CellFile(AbstractContextManager):
         """An element, which must be in this file itself, as its hash is that of this file."""
         node = self._root
         for part in key.split("/"):
-            link = node.get(part, getlink=True) if hasattr(node, "get") and hasattr(node, "visititems_links") else None
+            link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
             elsewhere = getattr(node[part], "is_virtual", False) or getattr(node[part], "external", None)
-            if elsewhere or type(link).__name__ == "ExternalLink":
+            if elsewhere or isinstance(link, h5py.ExternalLink):
                 raise CorpusError(
                     f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
                     "anndata and write it as one."
@@ -308,7 +308,7 @@ def _array(node: Any) -> Any:
     """The element, which must be an array, and compressed by what is there to read it."""
     if not hasattr(node, "dtype"):
         raise TypeError(f"{node.name} is a group where an array should be")
-    if hasattr(node, "is_virtual"):
+    if isinstance(node, h5py.Dataset):
         made = node.id.get_create_plist()
         for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
             if not h5py.h5z.filter_avail(code):
