@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
-    from datawall.engine import disk, paths, provenance
+    from datawall.engine import disk, paths
     from datawall.planning import plan as planning
     from datawall.study import params
     from datawall.study.study import Study
@@ -90,7 +90,7 @@ def _follow(options: argparse.Namespace) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    about = f"; about {provenance.duration(sum(left.values()))} of computing" if any(left.values()) else ""
+    about = f"; about {planning.duration(sum(left.values()))} of computing" if any(left.values()) else ""
     print(work, f"into {_shown(study.folder)}{about}", sep="\n")
     for differ, n in otherwise.items():
         print(f"of other versions: {n} models and evaluations, used as they are: made before {differ}.")
@@ -291,17 +291,17 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
 
-    from datawall.engine import kernels, paths, provenance
+    from datawall.engine import kernels, paths
+    from datawall.planning import plan as planning
 
     name = STAGES[number]
     source = paths.repository() / "notebooks" / f"{name}.ipynb"
     executed = study.folder / "notebooks" / f"{name}.ipynb"
-    executed.parent.mkdir(parents=True, exist_ok=True)
     values = {**study.params.model_dump(), "study": _shown(study.folder)}
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
     seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
-    line = f"{_stage(number)} …" + (f" about {provenance.duration(seconds)}" if seconds else "")
+    line = f"{_stage(number)} …" + (f" about {planning.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     with kernels.forked() as kernel:
         try:

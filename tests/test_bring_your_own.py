@@ -280,6 +280,8 @@ def test_a_new_file_of_embeddings_redoes_its_evaluations(here):
         (lambda names, X: (names, X, "X_b"), r"a\.h5ad: no 'X_a' in obsm; it has 'X_b'"),
         (lambda names, X: ([names[0], *names[:-1]], X, "X_a"), "occurs more than once"),
         (lambda names, X: (names, X / np.arange(-3, len(X) - 3)[:, None], "X_a"), r"obsm\['X_a'\] is NaN or infinite"),
+        (lambda names, X: (names, pd.DataFrame({"a": "x"}, names), "X_a"), r"obsm\['X_a'\] holds .* no numbers"),
+        (lambda names, X: (names, X[:, :0], "X_a"), r"obsm\['X_a'\] has the shape \(48, 0\)"),
     ],
 )
 @pytest.mark.filterwarnings(

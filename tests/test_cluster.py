@@ -19,7 +19,7 @@ from dask_cluster import DaskCluster
 from distributed.security import Security
 from units import Item, lines
 
-from datawall.engine import cluster, processes
+from datawall.engine import cluster, disk, processes
 from datawall.engine.cluster import Need, UnitsFailedError, run_units
 from datawall.study import params
 from datawall.study.study import Study
@@ -259,14 +259,11 @@ def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, mo
         with pytest.raises(UnitsFailedError, match=rf"other code or versions, .*: {name} \S+ in place of 0123; ins"):
             run_units(given, units.succeed, FIVE[:1], "test")
         monkeypatch.undo()
-    unmarked = cluster.contextmanager(lambda study: iter([study.folder / "nowhere"]))
-    monkeypatch.setattr(cluster, "_mark", unmarked)
+    unmarked = cluster.contextmanager(lambda folder: iter([folder / "nowhere"]))
+    monkeypatch.setattr(disk, "temporary_folder", unmarked)
     with pytest.raises(UnitsFailedError, match="storage that all workers share"):
         run_units(given, units.succeed, FIVE[:1], "test")
     assert not lines(tmp_path, FIVE[0])
-    monkeypatch.undo()
-    with cluster._mark(study(storage="s3://bucket/a?region=us-east-1")) as mark:
-        assert mark is None
 
 
 def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, monkeypatch, caplog):
@@ -317,7 +314,7 @@ def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog
 
 def test_what_a_unit_takes_of_dask_workers():
     def unit(gpus, memory_gib):
-        return processes.Job((), None, Item("a"), Need(gpus, memory_gib))
+        return processes.Job((), None, Item("a"), Need(gpus, memory_gib), None, 0)
 
     assert cluster._resources(unit(1, 2.0), [{}]) == {}
     assert cluster._resources(unit(1, 2.0), [{}, {"GPU": 1}]) == {"GPU": 1}

@@ -233,9 +233,9 @@ def test_stored_outputs_depend_on_what_notebooks_can_reach():
     for path in paths.repository().glob("notebooks/*.ipynb"):
         used = set(re.findall(r"\bdw\.(\w+)", path.read_text()))
         assert used <= set(dw.PLACES), path
-    assert {"study/params", "models/geneformer", "tasks/integration", "tasks/__init__", "reading/labels"} <= names
+    assert {"study/params", "models/geneformer", "tasks/integration", "tasks/__init__", "reading/titles"} <= names
     assert not [name for name in names if name.startswith("planning/")]
-    assert not names & {"reading/report", "reading/notebooks", "reading/verify", "engine/kernels", "engine/provenance"}
+    assert not names & {"reading/report", "reading/notebooks", "reading/verify", "engine/kernels"}
 
 
 def test_code_key_sees_code_and_not_comments(library, monkeypatch):

@@ -79,10 +79,12 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
 
 def test_what_is_in_use_or_finished_is_not_removed(tmp_path):
     with disk.temporary_folder(tmp_path) as scratch, disk.reserve(tmp_path):
-        assert disk.half_made(tmp_path) == [scratch]
+        assert scratch.exists()
     write_json(tmp_path / "a.json", {})
-    Store(tmp_path / "store").find_or_make(UNIT, write_two_files)
-    assert disk.half_made(tmp_path) == []
+    made = Store(tmp_path / "store").find_or_make(UNIT, write_two_files)
+    with disk.reserve(tmp_path):
+        assert (tmp_path / "a.json").exists()
+        assert made.folder.exists()
 
 
 @pytest.mark.parametrize(

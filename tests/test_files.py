@@ -451,17 +451,17 @@ def test_numbers_are_the_same_labels_whichever_way_they_are_stored(tmp_path):
 
 def test_spellings_are_told_and_joined(tmp_path):
     adata = clean()
-    spelled = ["B cell", "b cell ", "B\u00a0cell", "nai\u0308ve", "naïve", "1", "1.0", "nan"]
+    spelled = ["B cell", "bcell ", "B\u00a0\u200bcell", "nai\u0308ve", "naïve", "1", "1.0", "nan"]
     adata.obs["cell_type"] = np.resize(np.array(spelled, object), N_CELLS)
     path = written(adata, tmp_path / "cells")
     told, missing = read_labels(path, {})
-    for label in ("'B cell'", "'b cell '", r"'B\xa0cell'", r"'nai\u0308ve'", "'1.0'"):
+    for label in ("'B cell'", "'bcell '", r"'B\xa0\u200bcell'", r"'nai\u0308ve'", "'1.0'"):
         assert f"{label} (5)" in told
     assert "labels: {old: new}" in told
     assert "'nan' (5)" in missing
-    joined = {"b cell ": "B cell", "B\u00a0cell": "B cell", "nai\u0308ve": "naïve", "1.0": "1", "nan": "not annotated"}
+    joined = {"bcell ": "B cell", "B\u00a0\u200bcell": "B cell", "nai\u0308ve": "naïve", "1.0": "1", "nan": "unknown"}
     assert read_labels(path, joined) == []
-    assert set(read(path, labels=joined)[0].obs["cell_type"]) == {"B cell", "naïve", "1", "not annotated"}
+    assert set(read(path, labels=joined)[0].obs["cell_type"]) == {"B cell", "naïve", "1", "unknown"}
 
 
 def read_labels(path, labels):

@@ -26,7 +26,8 @@ def server():
 
 
 def fork(function, *arguments, descriptors=(), **environment):
-    return forkserver.Forked("some name", f"forked:{function}", arguments, descriptors, {**os.environ, **environment})
+    files = (1, 2, *descriptors)
+    return forkserver.Forked("some name", f"forked:{function}", arguments, {**os.environ, **environment}, files)
 
 
 def test_server_that_died_is_named(monkeypatch):
@@ -140,7 +141,7 @@ def test_fork_and_its_children_end_when_who_asked_is_killed(short_folder):
         from datawall.engine import forkserver, kernels
         with forkserver.server():
             with kernels.forked():
-                process = forkserver.Forked("some name", "forked:hang_with_child", [], [1], dict(os.environ))
+                process = forkserver.Forked("some name", "forked:hang_with_child", [], dict(os.environ), [1, 2, 1])
                 time.sleep(1000)
     """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TMPDIR": str(short_folder)}
@@ -160,7 +161,7 @@ def test_a_fork_has_all_of_the_library(server, tmp_path, monkeypatch):
     """So that none imports a module that was edited since the server began, whose version it has from then."""
     monkeypatch.syspath_prepend(str(TESTS))
     with (tmp_path / "printed").open("w+") as file:
-        process = forkserver.Forked("some name", "forked:print_modules", [], [], dict(os.environ), file.fileno())
+        process = forkserver.Forked("some name", "forked:print_modules", [], dict(os.environ), [file.fileno()] * 2)
         assert process.wait(60) == 0
         file.seek(0)
         assert set(code.MODULES) <= set(file.read().split())

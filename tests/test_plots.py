@@ -9,8 +9,8 @@ from datawall import tasks
 from datawall.analysis import effects, known_answer, published, saturation, scaling
 from datawall.analysis.results import select
 from datawall.models.hyperparameters import FAMILIES
-from datawall.reading import labels, plots, titles
-from datawall.reading.plots import dots, maps, style
+from datawall.reading import plots, titles
+from datawall.reading.plots import maps, style
 
 STRATEGIES = ("random", "celltype_reweighted", "geometric_sketching")
 SAME = {"study": "s", "n_cells": 1, "task": "zeroshot_classification", "metric": "micro_f1", "split": "cells 0"}
@@ -199,8 +199,8 @@ def test_a_study_without_random_subsets_says_so(runs):
 
 
 def test_models_of_ones_own_go_by_their_class():
-    assert labels.label("mymodel:SVD") == "SVD"
-    assert labels.label("scvi_2x") == "scvi_2x"
+    assert titles.label("mymodel:SVD") == "SVD"
+    assert titles.label("scvi_2x") == "scvi_2x"
 
 
 # Figures of a study of the published one's size
@@ -316,11 +316,11 @@ def test_pairs_of_the_known_answer_are_named_and_their_plateaus_ringed():
 def test_rules_and_costs_have_a_dot_for_each_rule(classification):
     points = pd.concat(
         saturation.saturation_points(classification, "micro_f1", rule=rule, n_resamples=20).assign(rule=rule)
-        for rule in dots.RULES
+        for rule in maps.RULES
     )
     figure = plots.rules(select(points, strategy="random"), "rules")
     assert len(panels(figure)) == 4
-    assert legend(figure) == list(dots.RULES)
+    assert legend(figure) == list(maps.RULES)
     drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
     expected = select(points, strategy="random", dataset="hematopoiesis", rule="error").set_index("model")["percentage"]
     np.testing.assert_array_equal(drawn["error"], expected[list(FAMILIES)])

@@ -15,7 +15,7 @@ import pytest
 
 from datawall import tasks
 from datawall.analysis import results, verdicts
-from datawall.engine import disk, paths, provenance
+from datawall.engine import disk, paths, store
 from datawall.engine.store import Store, Unit
 from datawall.reading import plots, report
 from datawall.study import params
@@ -186,7 +186,7 @@ def test_every_number_is_one_click_from_what_it_was_made_from(run):
     table = Page(run / "report" / "results_zeroshot_classification.html")
     ids = results.read_results(run)["run_id"].unique()
     assert {f"artifacts/{key[:2]}.html#{key}" for key in ids} <= set(table.links)
-    artifacts = provenance.read(run / "store")
+    artifacts = store.read_all(run / "store")
     for key in ids:
         page = Page(run / "report" / "artifacts" / f"{key[:2]}.html")
         text = "".join(page.text)
@@ -195,26 +195,27 @@ def test_every_number_is_one_click_from_what_it_was_made_from(run):
         manifest = json.loads((run / "store" / "evaluation" / key / "manifest.json").read_text())
         assert manifest["files"]["content.json"] in text
         assert manifest["made"]["versions"]["numpy"] in text
-        behind = {one.key for one in provenance.upstream(artifacts[key], artifacts)}
+        behind = {one.key for one in store.upstream([artifacts[key]], artifacts)}
         assert {f"../artifacts/{one[:2]}.html#{one}" for one in behind} <= set(page.links)
 
 
 def test_upstream_follows_records_to_the_corpus(run):
-    artifacts = provenance.read(run / "store")
+    artifacts = store.read_all(run / "store")
     one = next(one for one in artifacts.values() if one.kind == "evaluation" and "model" in one.record)
-    assert [each.kind for each in provenance.upstream(one, artifacts)] == ["split", "model", "corpus", "subset"]
-    assert provenance.upstream(next(one for one in artifacts.values() if one.kind == "corpus"), artifacts) == []
+    assert [each.kind for each in store.upstream([one], artifacts)] == ["split", "model", "corpus", "subset"]
+    assert store.upstream([next(one for one in artifacts.values() if one.kind == "corpus")], artifacts) == []
 
 
 def test_costs_add_up_to_the_manifests_and_the_disk(run):
-    artifacts = provenance.read(run / "store").values()
-    table = provenance.costs(artifacts).set_index("what")
+    artifacts = store.read_all(run / "store").values()
+    table = report.costs(artifacts).set_index("made")
     manifests = [json.loads(path.read_text()) for path in run.glob("store/*/*/manifest.json")]
-    assert table["n"].sum() == len(manifests) == 1 + 1 + 6 + 12 + 14
-    assert table["seconds"].sum() == pytest.approx(sum(each["made"]["seconds"] for each in manifests))
-    assert table["n_bytes"].sum() == sum(path.stat().st_size for path in run.glob("store/*/*/*"))
-    assert table.loc["model: SSL", "n"] == 6
-    assert table["memory_mib"].max() == max(each["made"]["peak_memory_mib"] for each in manifests)
+    assert table["artifacts"].sum() == len(manifests) == 1 + 1 + 6 + 12 + 14
+    assert table["time, all"].sum() == pytest.approx(sum(each["made"]["seconds"] for each in manifests))
+    n_bytes = sum(path.stat().st_size for path in run.glob("store/*/*/*"))
+    assert table["disk (MB)"].sum() == pytest.approx(n_bytes / 1e6)
+    assert table.loc["model: SSL", "artifacts"] == 6
+    assert table["peak memory (MiB)"].max() == max(each["made"]["peak_memory_mib"] for each in manifests)
 
 
 def test_damaged_manifest_is_left_out(run, tmp_path):
@@ -222,7 +223,7 @@ def test_damaged_manifest_is_left_out(run, tmp_path):
     folder.mkdir(parents=True)
     for damage in ("", "[]", '{"key": "0123456789abcdef"}'):
         (folder / "manifest.json").write_text(damage)
-        assert provenance.read(tmp_path / "store") == {}
+        assert store.read_all(tmp_path / "store") == {}
 
 
 def test_verdicts_are_those_of_the_numbers(run):

@@ -319,10 +319,11 @@ def test_manifest_that_names_files_elsewhere(tmp_path):
     artifact = store.Store(tmp_path).find_or_make(unit, lambda folder: disk.write_json(folder / "a", 1))
     outside = tmp_path / "outside"
     outside.write_text("secret")
-    manifest = store.read_manifest(artifact.folder)
+    manifest = json.loads((artifact.folder / disk.MANIFEST).read_text())
+    del manifest["sha256"]
     manifest["files"]["../../outside"] = disk.file_sha256(outside)
     disk.write_json(artifact.folder / disk.MANIFEST, {**manifest, "sha256": code.json_sha256(manifest)})
-    assert store.damage(artifact.folder) == ["../../outside is missing"]
+    assert store.check(artifact.folder)[1] == ["../../outside is missing"]
 
 
 # What the code may do at all

@@ -195,7 +195,7 @@ def test_artifact_under_the_name_of_another_is_not_used(url, tmp_path, caplog):
     one = Store(tmp_path / "one", url)
     one.shared.put(f"{other.kind}/{other.key}", one.find_or_make(UNIT, write_files).folder)
     assert Store(tmp_path / "other", url).find(other) is None
-    assert f"{other.key} is damaged (it is another)" in caplog.text
+    assert f"{other.key} of {url} is damaged (it is subset {UNIT.key}, in the place of another)" in caplog.text
 
 
 def test_a_study_goes_on_where_there_is_only_its_storage(url, tmp_path, monkeypatch):

@@ -96,7 +96,8 @@ def test_control_is_told_by_its_name(values, control):
 
 def test_column_with_gaps_or_one_value_is_not_proposed(tmp_path):
     gaps = ["B", None]
-    looked = inspection.look(cells(tmp_path / "cells.h5ad", cell_type=gaps, batch=["one"], louvain=["0", "1"]))
+    looked = inspection.look(cells(tmp_path / "cells.h5ad", cell_type=gaps, batch=["o\n"], louvain=["0", "1"]))
+    assert starter.describe(looked, "batch") == r"1 values: 'o\n' (600)"
     assert starter.propose(looked) == {
         "cell_type": "louvain",
         **dict.fromkeys(["batch", "donor", "perturbation", "control"]),
@@ -262,6 +263,8 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert "work: 2 subsets, 2 models, 2 experiments, 4 baselines" in found.facts
     assert [line for line in found.warnings if "under 50 cells to pretrain on at 10 %" in line]
     assert [line for line in found.warnings if "1 of 3 cell types" in line and "rare" in line]
+    found = preflight.check(study(compendium, labels={"rare": "T cell", "Rare": "T cell"}))
+    assert "labels: no cell is of the types ['Rare']; correct them, or leave them out." in found.warnings
 
 
 def test_check_takes_the_columns_that_a_run_takes(compendium):

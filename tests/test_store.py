@@ -159,7 +159,7 @@ def test_what_another_has_just_mended_is_not_removed(tmp_path, monkeypatch):
     """One process has found an artifact damaged, and another mends it before the first can put its own in place."""
     folder = Store(tmp_path).find_or_make(UNIT, write_two_files).folder
     flip_a_byte(folder)
-    damage, mended = store.damage, []
+    check, mended = store.check, []
 
     def mend():
         Store(tmp_path).find_or_make(UNIT, write_two_files)
@@ -167,19 +167,19 @@ def test_what_another_has_just_mended_is_not_removed(tmp_path, monkeypatch):
 
     other = threading.Thread(target=mend)
 
-    def look(path):
-        found = damage(path)
-        if found and made and other.ident is None:
+    def look(*place):
+        found = check(*place)
+        if found[1] and made and other.ident is None:
             other.start()
             other.join(0.5)
         return found
 
     made = []
-    monkeypatch.setattr(store, "damage", look)
+    monkeypatch.setattr(store, "check", look)
     Store(tmp_path).find_or_make(UNIT, lambda scratch: made.append(write_two_files(scratch)))
     other.join()
     assert [folder.stat().st_ino] == mended
-    assert not damage(folder)
+    assert not check(folder)[1]
 
 
 def test_a_folder_of_another_process_half_way_is_not_an_artifact(tmp_path):

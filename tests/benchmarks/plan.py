@@ -16,8 +16,9 @@ from datetime import datetime
 from pathlib import Path
 
 import datawall as dw
-from datawall.engine import provenance
+from datawall.engine import store
 from datawall.planning import plan as planning
+from datawall.reading import report
 from datawall.study import costs
 from datawall.study.units import Run
 
@@ -26,12 +27,12 @@ MARGIN = 0.3
 
 study = dw.open_study(sys.argv[1])
 known = costs.calibration_of(study.params.study)
-made = provenance.read(Path(sys.argv[1]) / "store").values()
+made = store.read_all(Path(sys.argv[1]) / "store").values()
 n_workers = planning.workers(study)
 print(f"calibrated for {known['study']} on {known['machine']}; {n_workers} workers")
 
 
-def stage_of(one: provenance.Made) -> str | None:
+def stage_of(one: dw.store.Artifact) -> str | None:
     """The stage in which an artifact is made, if it is a unit of one."""
     if one.kind == "evaluation":
         return one.record["task"]
@@ -69,9 +70,10 @@ for task in study.params.tasks:
     for one in dw.evaluation.evaluations(study, task):
         which = one.source, one.dataset
         seconds = study.costs.evaluation(one, embedded=which in embedded).seconds
-        predicted[f"evaluation: {task}"] = predicted.get(f"evaluation: {task}", 0.0) + seconds
+        label = f"evaluation: {dw.titles.label(task)}"
+        predicted[label] = predicted.get(label, 0.0) + seconds
         if isinstance(one.source, Run) and task != "reconstruction":
             embedded.add(which)
-measured = provenance.costs(made).set_index("what")["seconds"]
+measured = report.costs(made).set_index("made")["time, all"]
 for label, seconds in predicted.items():
     line(label, seconds, measured[label])

@@ -177,7 +177,7 @@ class CellFile(AbstractContextManager):
             else:
                 shape = _shape(node)
                 values = _matrix(node, shape, f"{self.name}: obsm[{key!r}]").rows(0, shape[0]).toarray()
-            if values.ndim != 2 or len(values) != self.n_cells:
+            if values.ndim != 2 or len(values) != self.n_cells or not values.size:
                 raise CorpusError(f"{self.name}: obsm[{key!r}] has the shape {values.shape} for {self.n_cells} cells.")
             return values
 

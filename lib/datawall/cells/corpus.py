@@ -311,7 +311,8 @@ def label_notes(n_cells: Mapping[str, int], where: str, role: str) -> list[str]:
     """What is odd about labels: several spellings of one, and labels that spell "missing"."""
     alike: dict[str, list[str]] = {}
     for label in sorted(n_cells):
-        folded = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        letters = unicodedata.normalize("NFKC", label).casefold()
+        folded = "".join(c for c in letters if not c.isspace() and unicodedata.category(c) != "Cf")
         alike.setdefault(re.sub(r"^(\d+)\.0+$", r"\1", folded), []).append(label)
     # A label is spelled letter by letter where it looks like another.
     told = {

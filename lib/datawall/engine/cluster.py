@@ -3,10 +3,9 @@
 `executor` of the study file says where: `local` (a process per GPU, or per core), `tcp://scheduler:8786` (any Dask
 cluster that runs already; `tls://` where others share the network) or `slurm` (jobs of one's own, by dask-jobqueue).
 
-Nothing is unpickled from a file. Functions and records travel as pickles between processes of one user: on this
-machine through a pair of sockets that nobody else holds; to a cluster by Dask's own protocol, by which whoever can
-reach the scheduler can run code as its user. Keep it on loopback or a private network, or use TLS (README, "On a
-cluster"). Not covered: a run whose Dask scheduler is lost ends, and the same command goes on from there.
+Functions and records travel as pickles between processes of one user: here through sockets that nobody else holds, to
+a cluster by Dask's own protocol, by which whoever can reach the scheduler can run code (params/CLUSTER.md). Not
+covered: a run whose Dask scheduler is lost ends, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from concurrent.futures import CancelledError
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from datawall.engine import code, disk, paths
-from datawall.engine.processes import Ended, Job, Need, Work, Worker, describe, on_this_machine, visible_gpus
+from datawall.engine.processes import Ended, Job, Need, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
     from dask.distributed import Client
@@ -36,7 +34,7 @@ log = logging.getLogger(__name__)
 SHOWN = 20  # failed units that a message names
 WAIT = 300.0  # seconds for the first worker of a Dask cluster
 LOOK = 1.0  # seconds between looks for workers, and for whether a unit is still wanted
-SOON = 0.05  # seconds between looks for units that are done
+NONE_LEFT = "no worker is left; waiting for one, what is done is kept"
 SLURM_JOBS = 8  # of a Slurm cluster, where the study does not say
 
 
@@ -44,7 +42,7 @@ class UnitsFailedError(RuntimeError):
     """Some units failed and the others are done; the message has the last line of each one's traceback."""
 
 
-def run_units[Item, Study: Work](
+def run_units[Item, Study](
     study: Study,
     make: Callable[[Study, Item], object],
     items: list[Item],
@@ -53,8 +51,9 @@ def run_units[Item, Study: Work](
 ) -> None:
     """Call `make(study, item)` for every item, with a progress bar of that name, which leaves nothing behind.
 
-    Each runs in a process apart from this one, which opens the study again and has one thread: small models gain little
-    from threads, and numbers depend neither on how many processes there are nor on what else the cores do. What `make`
+    Each runs in a process apart from this one, which opens the study again (as its `opening` says) and has one thread:
+    small models gain little from threads, and numbers depend neither on how many processes there are nor on what else
+    the cores do. `study.params` has `executor`, `workers`, `retries`, `time_limit` and `storage`. What `make`
     returns is dropped, what it stores stays. The longest begin first. A unit that raises, whose process dies (for want
     of memory, say) or that takes longer than the study's `time_limit` is begun again as often as its `retries` say,
     while the others go on. Raises UnitsFailedError at the end if units failed every time, and ConnectionError if there
@@ -62,9 +61,10 @@ def run_units[Item, Study: Work](
     """
     if not items:
         return
-    jobs = [Job(study.opening, make, item, need_of(study, item)) for item in items]
+    p = study.params
+    jobs = [Job(study.opening, make, item, need_of(study, item), p.time_limit, p.retries) for item in items]
     jobs.sort(key=lambda job: -job.need.seconds)
-    run = on_this_machine if study.params.executor == "local" else _on_dask
+    run = on_this_machine if p.executor == "local" else _on_dask
     failed = []
     with tqdm(total=len(items), desc=name, leave=False) as bar, closing(run(study, jobs)) as ended:
         for job, error in ended:
@@ -72,7 +72,7 @@ def run_units[Item, Study: Work](
             if error is not None:
                 failed.append(f"  {describe(job.item)}: {error}")
     if failed:
-        times = f" {n} times each" if (n := 1 + study.params.retries) > 1 else ""
+        times = f" {n} times each" if (n := 1 + p.retries) > 1 else ""
         lines = failed[:SHOWN] + [f"  … and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
         raise UnitsFailedError(
             f"{len(failed)} of {len(items)} units of {name} failed{times}. The others are done; "
@@ -80,20 +80,29 @@ def run_units[Item, Study: Work](
         )
 
 
-def _on_dask(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+def _on_dask(study: Any, jobs: list[Job]) -> Iterator[Ended]:
     """Do jobs on a Dask cluster, each in a process beside one of its workers' threads."""
+    from dask.distributed import wait
+
     p = study.params
-    with _client(study, len(jobs)) as client, client.as_current(), _mark(study) as mark:
+    # A folder in that of the run, by which workers tell that they see the same one.
+    marked = nullcontext() if p.storage else disk.temporary_folder(study.folder)
+    with _client(study, len(jobs)) as client, client.as_current(), marked as mark:
         _await_workers(client, p.executor)
-        workers = client.scheduler_info(n_workers=-1)["workers"].values()
-        declared = [worker["resources"] for worker in workers]
+        declared = [worker["resources"] for worker in _workers(client)]
         have_gpus, futures = any("GPU" in worker for worker in declared), {}
         for job, resources in [(job, _resources(job, declared)) for job in jobs]:
-            options = {"resources": resources, "retries": p.retries, "priority": job.need.seconds, "pure": False}
+            options = {"resources": resources, "retries": job.retries, "priority": job.need.seconds, "pure": False}
             n_gpus = resources.get("GPU", 0) if have_gpus else None
-            futures[client.submit(_beside, job, p.time_limit, mark, _software(), n_gpus, **options)] = job
-        there, looked = True, time.monotonic()
+            futures[client.submit(_beside, job, mark, _software(), n_gpus, **options)] = job
+        there = True
         while futures:
+            with suppress(TimeoutError, CancelledError):
+                wait(list(futures), LOOK, "FIRST_COMPLETED")
+            with suppress(OSError, RuntimeError):  # of a scheduler that has gone, as its futures will say
+                if there != bool(_workers(client)):
+                    there = not there
+                    log.warning("%s: %s.", p.executor, "a worker is there again" if there else NONE_LEFT)
             for future in [future for future in futures if future.done()]:
                 if future.status not in ("finished", "error"):
                     raise ConnectionError(
@@ -101,24 +110,16 @@ def _on_dask(study: Work, jobs: list[Job]) -> Iterator[Ended]:
                     )
                 raised = future.exception()
                 yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
-            time.sleep(SOON)
-            if time.monotonic() > looked + LOOK:
-                there, looked = _tell_of_workers(client, p.executor, there), time.monotonic()
 
 
-def _tell_of_workers(client: Client, executor: str, there: bool) -> bool:
-    """Say that the last worker has gone, or that one is there again; Dask waits in silence. Whether one is there."""
-    with suppress(OSError, RuntimeError):  # of a scheduler that has gone, as its futures will say
-        if there != bool(client.scheduler_info()["workers"]):
-            there = not there
-            lost = "no worker is left; waiting for one, what is done is kept"
-            log.warning("%s: %s.", executor, "a worker is there again" if there else lost)
-    return there
+def _workers(client: Client) -> list[dict[str, Any]]:
+    """What is known of each worker; not by `client.scheduler_info`, which another thread empties now and then."""
+    return list(client.sync(client.scheduler.identity, n_workers=-1)["workers"].values())
 
 
 def _await_workers(client: Client, executor: str) -> None:
     """Wait until there is a worker, of Slurm for as long as its queue takes; a cluster may start one only for work."""
-    if client.scheduler_info()["workers"]:
+    if _workers(client):
         return
     patience = None if executor == "slurm" else WAIT
     until = "until Slurm starts the first job" if patience is None else f"{patience:g} seconds at most"
@@ -145,7 +146,7 @@ def _resources(job: Job, declared: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _client(study: Work, n_jobs: int) -> Iterator[Client]:
+def _client(study: Any, n_jobs: int) -> Iterator[Client]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 
@@ -168,30 +169,12 @@ def _client(study: Work, n_jobs: int) -> Iterator[Client]:
         yield client
 
 
-@contextmanager
-def _mark(study: Work) -> Iterator[Path | None]:
-    """A file in the run folder, by which workers tell that they see the same one; None if they need not."""
-    if study.params.storage:
-        yield None
-        return
-    mark = study.folder / f".shared.{uuid.uuid4().hex}"
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    try:
-        with disk.mark_in_use(mark):
-            yield mark
-    finally:
-        mark.unlink(missing_ok=True)
-
-
 _resting: list[Worker] = []  # of a Dask worker
 _taken: set[str] = set()  # GPUs of its jobs
 _dealing = Lock()
 
 
-def _beside(
-    job: Job, time_limit: float | None, mark: Path | None, software: dict[str, str], n_gpus: int | None
-) -> None:
+def _beside(job: Job, mark: Path | None, software: dict[str, str], n_gpus: int | None) -> None:
     """Do a job in a process beside this Dask worker, which then outlives a job that hangs or dies.
 
     It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
@@ -205,49 +188,41 @@ def _beside(
         raise RuntimeError(f"{here} does not see {mark.parent}; keep run folders on storage that all workers share.")
     if other := code.differing(software, _software()):
         raise RuntimeError(f"{here} has other code or versions, in {paths.LIBRARY}: {other}; install the same.")
-    with _devices(n_gpus) as devices:
-        worker = _resting_worker(devices) or Worker(devices)
-        worker.begin(job, time_limit)
-        while not (ended := worker.wait(LOOK)) and task.state != "cancelled":
+    with _worker(n_gpus) as worker:
+        worker.begin(job)
+        while not (ended := worker.connection.poll(LOOK)) and task.state != "cancelled":
             pass
         error = worker.outcome() if ended else "nobody waits for it any more"
-        if ended and worker.usable:
-            _resting.append(worker)
-        else:
-            worker.stop()
     if error is not None:
         raise RuntimeError(error)
 
 
 @contextmanager
-def _devices(n_gpus: int | None) -> Iterator[str | None]:
-    """So many GPUs of this Dask worker, as CUDA_VISIBLE_DEVICES names them, that no other of its jobs has."""
-    if n_gpus is None:
-        yield None
-        return
+def _worker(n_gpus: int | None) -> Iterator[Worker]:
+    """A process, one that rests if there is, with so many GPUs of this Dask worker that no other of its jobs has."""
     with _dealing:
         seen = visible_gpus()
-        given = [gpu for gpu in seen if gpu not in _taken][:n_gpus]
-        if n_gpus > len(given):
+        given = [gpu for gpu in seen if gpu not in _taken][: n_gpus or 0]
+        if n_gpus and n_gpus > len(given):
             raise RuntimeError(f"a worker on {socket.gethostname()} declares more GPUs than it sees ({len(seen)}).")
         _taken.update(given)
-    try:
-        yield ",".join(given)
-    finally:
-        _taken.difference_update(given)
-
-
-def _resting_worker(devices: str | None) -> Worker | None:
-    """A process that has done jobs on these GPUs; those on some of them leave their memory to it."""
-    mine = set((devices or "").split(",")) - {""}
-    with _dealing:
-        same = [worker for worker in _resting if worker.devices == devices]
-        others = [worker for worker in _resting if worker not in same and mine & set((worker.devices or "").split(","))]
-        for worker in [*same[:1], *others]:
+        devices = None if n_gpus is None else ",".join(given)
+        same = [worker for worker in _resting if worker.devices == devices][:1]
+        apart = [worker for worker in _resting if worker.devices not in (None, devices)]
+        others = [worker for worker in apart if {*worker.devices.split(",")} & {*given}]
+        for worker in [*same, *others]:
             _resting.remove(worker)
-    for worker in others:
+    for worker in others:  # which leaves the memory of its GPUs
         worker.stop()
-    return same[0] if same else None
+    worker = same[0] if same else Worker(devices)
+    try:
+        yield worker
+    finally:
+        if worker.usable:
+            _resting.append(worker)
+        else:
+            worker.stop()
+        _taken.difference_update(given)
 
 
 @cache

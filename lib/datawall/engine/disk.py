@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # of each artifact, in `store/<kind>/<key>/`
 LOCK = ".lock"
-# Names of what `temporary_folder` and `write_atomically` have not finished, and where in a run folder these are used.
+# Names of what `temporary_folder`, and `models.training` for a checkpoint, have not finished, and where these may be.
 HALF_MADE = re.compile(r"\.making-[0-9a-f]{32}(-damaged)?|\..+\.[0-9a-f]{32}")
 PLACES = (".", "notebooks", "figures", "checkpoints", "store/*")
 
@@ -38,16 +38,10 @@ FULL = 2**20  # bytes free of a disk that counts as full when a unit fails
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file in the same folder, then move it to `path`: all of it, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        scratch.touch()
-        with name_disk_errors(path), mark_in_use(scratch):
-            write(scratch)
-            os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    """Let `write` fill a temporary file on the same disk, then move it to `path`: all of it, or nothing."""
+    with temporary_folder(path.parent) as folder, name_disk_errors(path):
+        write(folder / path.name)
+        os.replace(folder / path.name, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,13 +74,19 @@ def changed_files(path: Path) -> list[str]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder in another (same file system, so that it can be moved into place there); removed if it stays."""
+    """A folder in another, so that what is in it can be moved into place there, until the block or this process ends.
+
+    A lock tells `reserve` that it is in use.
+    """
     scratch = parent / f".making-{uuid.uuid4().hex}"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
+    descriptor = os.open(scratch, os.O_RDONLY)
     try:
-        with mark_in_use(scratch):
-            yield scratch
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield scratch
     finally:
+        os.close(descriptor)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -110,18 +110,6 @@ def name_disk_errors(path: Path) -> Iterator[None]:
         elif "No space left" in str(error) or shutil.disk_usage(path.parent).free < FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
-
-
-@contextmanager
-def mark_in_use(path: Path) -> Iterator[None]:
-    """Keep a half-made file or folder from removal until the block, or this process, ends."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -172,15 +160,9 @@ def reserve(folder: Path) -> Iterator[None]:
             _remove_half_made(folder)  # of workers that died and whose jobs others did
 
 
-def half_made(folder: Path) -> list[Path]:
-    """Files and folders that killed processes left in a run folder, or living ones have not finished: none but ours."""
-    hidden = (path for place in PLACES for path in folder.glob(f"{place}/.*"))
-    return [path for path in hidden if HALF_MADE.fullmatch(path.name)]
-
-
 def _remove_half_made(folder: Path) -> None:
-    """Remove what is half made and no process has in use."""
-    for path in half_made(folder):
+    """Remove files and folders that killed processes left half-made in a run folder, and none that are in use."""
+    for path in (path for place in PLACES for path in folder.glob(f"{place}/.*") if HALF_MADE.fullmatch(path.name)):
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:

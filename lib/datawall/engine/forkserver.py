@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -117,7 +117,7 @@ def _guard(connection: socket.socket) -> NoReturn:
         process = os.pidfd_open(pid)
         ready, _, _ = select.select([connection, process], [], [])
         if process not in ready:
-            end(pid, lambda seconds: bool(select.select([process], [], [], seconds)[0]))
+            end(pid, process)
         _, status = os.waitpid(pid, 0)
         with suppress(OSError):  # nobody is there any more
             connection.send(str(os.waitstatus_to_exitcode(status)).encode())
@@ -158,8 +158,8 @@ class Forked:
     """A process that the fork server started, with the methods of `subprocess.Popen`; it ends when this process does.
 
     It has a session of its own, a name of at most 15 characters for `ps` and `top`, and calls `package.module:function`
-    with these arguments, as JSON carries them, and the numbers that open files have over there. Standard output and
-    error are the file `output`, or those of this process. Raises ConnectionError if the fork server has died.
+    with these arguments, as JSON carries them, and the numbers that open files have over there. The first two of these
+    are standard output and error. Raises ConnectionError if the fork server has died.
     """
 
     stdin = stdout = stderr = None
@@ -169,21 +169,19 @@ class Forked:
         name: str,
         function: str,
         arguments: Sequence[Any],
-        descriptors: Sequence[int],
         environment: dict[str, str],
-        output: int | None = None,
+        descriptors: Sequence[int] = (1, 2),
     ) -> None:
         self.returncode: int | None = None
         self._guard = _socket()
         request = {"name": name, "function": function, "arguments": arguments, "environment": environment}
         request |= {"folder": os.getcwd(), "path": search_path().split(os.pathsep)}
-        printing = (1, 2) if output is None else (output, output)
         try:
             self._guard.connect(os.environ[ADDRESS])
             with tempfile.TemporaryFile() as file:  # an environment may be larger than a message
                 file.write(json.dumps(request).encode())
                 file.seek(0)
-                socket.send_fds(self._guard, [b"."], [file.fileno(), *printing, *descriptors])
+                socket.send_fds(self._guard, [b"."], [file.fileno(), *descriptors])
             self.pid = int(self._guard.recv(64))
         except (OSError, ValueError) as error:
             self._guard.close()
@@ -213,13 +211,12 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def end(pid: int, ended: Callable[[float], bool]) -> None:
-    """End the group that a process leads: told to first, and then made to; `ended` waits for it so many seconds."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(pid, how)
-        if ended(GRACE):
-            return
+def end(pid: int, open_file: Any) -> None:
+    """End the group that a process leads: told to first, and made to when a file of its is closed, or soon after."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGTERM)
+        select.select([open_file], [], [], GRACE)
+        os.killpg(pid, signal.SIGKILL)
 
 
 def search_path() -> str:

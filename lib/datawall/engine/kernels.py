@@ -24,8 +24,8 @@ class Provisioner(LocalProvisioner):
             return await super().launch_kernel(cmd, **options)
         arguments = [*cmd[cmd.index("ipykernel_launcher") + 1 :], f"--IPKernelApp.parent_handle={os.getpid()}"]
         function = "ipykernel.kernelapp:launch_new_instance"
-        output = options["stdout"].fileno()
-        self.process = forkserver.Forked("datawall kernel", function, [arguments], [], dict(options["env"]), output)
+        output = [options["stdout"].fileno()] * 2
+        self.process = forkserver.Forked("datawall kernel", function, [arguments], dict(options["env"]), output)
         self.pid = self.pgid = self.process.pid
         return self.connection_info
 

@@ -17,18 +17,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from datawall.engine import forkserver
 
@@ -47,22 +46,16 @@ class Need:
     seconds: float = 0.0  # about
 
 
-class Work(Protocol):
-    """What jobs belong to, a study, as far as it matters to where they run."""
-
-    params: Any  # `executor`, `workers`, `retries`, `time_limit` and `storage`: see `params.Params`
-    folder: Path
-    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # by which another process opens it: a function, its arguments
-
-
 @dataclass(frozen=True)
 class Job:
     """A unit of work to be made: a call of a function of the library, in a process that opens the study for itself."""
 
-    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # see `Work`
+    opening: tuple[Callable[..., Any], *tuple[str, ...]]  # by which it does: a function, and its arguments
     make: Callable[[Any, Any], object]
     item: Any
     need: Need
+    time_limit: float | None  # seconds
+    retries: int
 
 
 type Ended = tuple[Job, str | None]  # a job, and what went wrong with it for good
@@ -75,7 +68,7 @@ def describe(item: Any) -> str:
     return f"{item:g}" if isinstance(item, float) else str(item)
 
 
-def on_this_machine(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+def on_this_machine(study: Any, jobs: list[Job]) -> Iterator[Ended]:
     """Do jobs in a process per core or, where there are GPUs, per as many of them as the jobs want each.
 
     One worker asked for is this process itself, which spares the seconds that another takes to start.
@@ -87,56 +80,47 @@ def on_this_machine(study: Work, jobs: list[Job]) -> Iterator[Ended]:
         yield from _in_this_process(study, jobs)
         return
     if not gpus:
-        yield from _in_processes(p, jobs, [None] * (p.workers or CPU_COUNT))
+        yield from _in_processes(jobs, [None] * (p.workers or CPU_COUNT))
         return
     for together in sorted({max(1, job.need.gpus) for job in jobs}, reverse=True):
         devices = [",".join(gpus[i : i + together]) for i in range(0, len(gpus) - together + 1, together)]
         if not devices:
             raise ValueError(f"units ask for {together} GPUs each, and this machine has {len(gpus)}; ask for fewer.")
         slots = [devices[i % len(devices)] for i in range(p.workers or len(devices))]
-        yield from _in_processes(p, [job for job in jobs if max(1, job.need.gpus) == together], slots)
+        yield from _in_processes([job for job in jobs if max(1, job.need.gpus) == together], slots)
 
 
-def _in_processes(p: Any, jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
+def _in_processes(jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
     """Do jobs in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
-    waiting, begun = deque(jobs), Counter()
-    empty, idle, busy = slots[: len(jobs)], [], {}
-    memory = memory_gib()
+    waiting, busy, memory = deque(jobs), {}, memory_gib()
+    idle = [Worker(devices) for devices in slots[: len(jobs)]]
     try:
         while waiting or busy:
-            while (empty or idle) and (job := _take_next(waiting, busy.values(), memory)):
-                worker = idle.pop() if idle else Worker(empty.pop())
-                worker.begin(job, p.time_limit)
-                begun[id(job)] += 1
+            while idle and (job := _take_next(waiting, busy.values(), memory)):
+                worker = idle.pop()
+                worker.begin(job)
                 busy[worker.connection] = worker
-            soonest = min(worker.seconds_left for worker in busy.values())
-            ready = wait(list(busy), None if soonest == float("inf") else soonest)
-            for connection, worker in list(busy.items()):
-                if connection not in ready and worker.seconds_left > 0:
-                    continue
-                del busy[connection]
+            for worker in map(busy.pop, wait(list(busy))):
                 job, error = worker.job, worker.outcome()
-                if worker.usable:
-                    idle.append(worker)
-                else:
+                if not worker.usable:
                     worker.stop()
-                    empty.append(worker.devices)
-                if error is None or begun[id(job)] > p.retries:
+                idle.append(worker if worker.usable else Worker(worker.devices))
+                if error is None or not job.retries:
                     yield job, error
                 else:
                     log.warning("%s: %s; it is begun again.", describe(job.item), error)
-                    waiting.append(job)
+                    waiting.append(replace(job, retries=job.retries - 1))
     finally:
         for worker in [*idle, *busy.values()]:
             worker.stop()
 
 
-def _in_this_process(study: Work, jobs: list[Job]) -> Iterator[Ended]:
+def _in_this_process(study: Any, jobs: list[Job]) -> Iterator[Ended]:
     """Do jobs here, one after the other."""
     use_one_thread()
     for job in jobs:
-        for _ in range(1 + study.params.retries):
-            with _time_limit(study.params.time_limit):
+        for _ in range(1 + job.retries):
+            with _time_limit(job.time_limit):
                 error = _attempt(lambda job=job: job.make(study, job.item))
             if error is None:
                 break
@@ -160,11 +144,11 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(OUT_OF_TIME.format(seconds))
 
-    if seconds is None or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
         yield
     finally:
@@ -185,65 +169,48 @@ class Worker:
     """A process that does jobs, one at a time; it ends, with all that it started, when the one that made it does."""
 
     def __init__(self, devices: str | None = None) -> None:
-        self.devices = devices
+        self.devices = devices  # GPUs, as CUDA_VISIBLE_DEVICES names them; those of this process if None
         ours, theirs = socket.socketpair()
         environment = dict(os.environ) if devices is None else {**os.environ, "CUDA_VISIBLE_DEVICES": devices}
         with theirs:
-            self.process = _start(theirs.fileno(), environment)
+            number = theirs.fileno()
+            if forkserver.at_hand():
+                files = 1, 2, number
+                self.process = forkserver.Forked("datawall worker", f"{__name__}:serve", [], environment, files)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", f"from datawall.engine import processes; processes.serve({number})"],
+                    pass_fds=[number],
+                    env={**environment, "PYTHONPATH": forkserver.search_path()},
+                    start_new_session=True,  # out of reach of Ctrl-C, which is for the notebook; a group to end at once
+                )
         self.connection = Connection(ours.detach())
 
-    def begin(self, job: Job, time_limit: float | None) -> None:
-        """Start a job, which may take so many seconds."""
-        self.job, self.time_limit, self.usable = job, time_limit, True
-        self.deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
+    def begin(self, job: Job) -> None:
+        """Start a job."""
+        self.job, self.usable = job, False
         with suppress(BrokenPipeError):  # from a process that died, as `outcome` will say
             self.connection.send(job)
 
-    @property
-    def seconds_left(self) -> float:
-        """Until the job's time is up."""
-        return max(0.0, self.deadline - time.monotonic())
-
-    def wait(self, seconds: float) -> bool:
-        """Wait so long for the job to end; says whether it did, or its time is up."""
-        return bool(wait([self.connection], min(seconds, self.seconds_left))) or not self.seconds_left
-
     def outcome(self) -> str | None:
         """What went wrong with the job, if anything; waits until it ends or its time is up."""
-        self.usable = False
-        if not wait([self.connection], None if self.time_limit is None else self.seconds_left):
-            return OUT_OF_TIME.format(self.time_limit)
         try:
             error = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            code = self.process.wait()
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-            return f"its process died ({how})" + "; perhaps memory ran out" * (code == -signal.SIGKILL)
+            number = -self.process.wait()
+            if number == signal.SIGALRM:
+                return OUT_OF_TIME.format(self.job.time_limit)
+            how = f"signal {signal.Signals(number).name}" if number > 0 else f"status {-number}"
+            return f"its process died ({how})" + "; perhaps memory ran out" * (number == signal.SIGKILL)
         self.usable = error is None or self.devices is None  # a GPU may be left in a state that fails all that follow
         return error
 
     def stop(self) -> None:
         """End the process, whatever it is at, and those that it started."""
+        forkserver.end(self.process.pid, self.connection)
         self.connection.close()
-        forkserver.end(self.process.pid, self._ends)
-
-    def _ends(self, seconds: float) -> bool:
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-            return True
-        return False
-
-
-def _start(descriptor: int, environment: dict[str, str]) -> forkserver.Forked | subprocess.Popen:
-    """Start a process that serves a socket: a fork in a run, elsewhere one from scratch."""
-    if forkserver.at_hand():
-        return forkserver.Forked("datawall worker", "datawall.engine.processes:serve", [], [descriptor], environment)
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", f"from datawall.engine import processes; processes.serve({descriptor})"],
-        pass_fds=[descriptor],
-        env={**environment, "PYTHONPATH": forkserver.search_path()},
-        start_new_session=True,  # out of reach of Ctrl-C, which is for the notebook; a group to end at once
-    )
+            self.process.wait(forkserver.GRACE)
 
 
 def serve(descriptor: int) -> None:
@@ -258,8 +225,13 @@ def serve(descriptor: int) -> None:
 
     def do_next() -> None:
         job = pickle.loads(waiting.get())  # noqa: S301 - of the process that started this one: nobody else can write here
-        job.make(_opened(*job.opening), job.item)
+        signal.setitimer(signal.ITIMER_REAL, job.time_limit or 0)
+        try:
+            job.make(_opened(*job.opening), job.item)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a time limit ends this process, whatever it is at
     threading.Thread(target=listen, daemon=True).start()
     with suppress(OSError):  # not on Linux
         Path("/proc/self/oom_score_adj").write_text("500")  # should memory run out, this process goes, no notebook

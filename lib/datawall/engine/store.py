@@ -13,8 +13,9 @@ import os
 import resource
 import shutil
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from datawall.engine.disk import LOCK, MANIFEST
 from datawall.engine.shared import Shared
 
 log = logging.getLogger(__name__)
+
+PEAK = 2**10 if sys.platform == "linux" else 2**20  # by which a process's peak memory, as it is told, is MiB
 
 type Record = dict[str, Any]
 
@@ -52,11 +55,20 @@ class Unit:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished piece of work: a folder of files, and what it was made from."""
+    """A finished piece of work: a folder of files and, from its manifest, what they were made from."""
 
-    key: str
     folder: Path
-    made: Record  # provenance: versions, seconds, peak memory, device
+    kind: str
+    key: str
+    record: Record  # of its unit
+    code: dict[str, str]  # versions of the code that made it
+    files: dict[str, str]  # sha256 by name
+    made: Record  # and how: versions, seconds, peak memory, device
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Its size on the disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
 class Store:
@@ -78,12 +90,12 @@ class Store:
         made_here = folder.is_dir()
         if not made_here and not self._fetch(unit, folder):
             return None
-        if wrong := damage(folder):
-            log.warning("%s %s is damaged (%s) and will be made again.", unit.kind, unit.key, "; ".join(wrong))
+        if (artifact := _sound(folder, folder)) is None:
             return None
         if self.shared and made_here:
             self.shared.put_if_missing(f"{unit.kind}/{unit.key}", folder)
-        return self._read(unit)
+        self._checked[unit.key] = artifact
+        return artifact
 
     def find_or_make(self, unit: Unit, make: Callable[[Path], Record | None]) -> Artifact:
         """Find a unit's artifact, or make it: `make` writes files into an empty folder that is then moved into place.
@@ -95,11 +107,18 @@ class Store:
         if artifact := self.find(unit):
             return artifact
         folder = self._folder(unit)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
             begin = time.perf_counter()
             more = make(scratch) or {}
-            made = {"seconds": round(time.perf_counter() - begin, 3), "device": "cpu", **_circumstances(), **more}
+            made = {
+                "seconds": round(time.perf_counter() - begin, 3),
+                "device": "cpu",
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // PEAK,
+                "host": socket.gethostname(),
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": code.versions(),
+            }
+            made |= more
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: disk.file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             disk.write_json(scratch / MANIFEST, {**manifest, "sha256": code.json_sha256(manifest)})
@@ -108,61 +127,92 @@ class Store:
             disk.move_unless_there(scratch, folder)
         if self.shared:
             self.shared.put(f"{unit.kind}/{unit.key}", folder)
-        return self._read(unit)
+        self._checked[unit.key] = read(folder)
+        return self._checked[unit.key]
 
     def _fetch(self, unit: Unit, folder: Path) -> bool:
         """Put a unit's artifact into its place, if the object store has it; says whether it has."""
         if not self.shared:
             return False
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
-            if not self.shared.take(f"{unit.kind}/{unit.key}", scratch):
-                return False
-            wrong = damage(scratch)
-            if not wrong and read_manifest(scratch)["key"] != unit.key:
-                wrong = ["it is another"]
-            if wrong:
-                at = f"{self.shared.url}: {unit.kind} {unit.key}"
-                log.warning("%s is damaged (%s) and will be made again.", at, "; ".join(wrong))
+            taken = self.shared.take(f"{unit.kind}/{unit.key}", scratch)
+            if not taken or not _sound(scratch, folder, f" of {self.shared.url}"):
                 return False
             disk.move_unless_there(scratch, folder)
         return True
-
-    def _read(self, unit: Unit) -> Artifact:
-        """An artifact that has been checked, or that was made just now."""
-        folder = self._folder(unit)
-        self._checked[unit.key] = Artifact(unit.key, folder, read_manifest(folder)["made"])
-        return self._checked[unit.key]
 
     def _folder(self, unit: Unit) -> Path:
         return self.folder / unit.kind / unit.key
 
 
-def read_manifest(folder: Path) -> Record:
-    """What an artifact was made from, and its files; raises OSError or ValueError if that is missing or was changed."""
+def read(folder: Path) -> Artifact:
+    """An artifact as its manifest tells; raises OSError or ValueError if that is missing or was changed."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != code.json_sha256(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")
-    return manifest
+    return Artifact(folder, **manifest)
 
 
-def damage(folder: Path) -> list[str]:
-    """What is wrong with an artifact: files that are missing, changed or of no one; nothing if it is sound."""
+def read_all(folder: Path) -> dict[str, Artifact]:
+    """The artifacts of a store, by key; those whose manifest is missing or damaged are left out."""
+    artifacts = {}
+    for path in sorted(folder.glob(f"*/[!.]*/{MANIFEST}")):
+        with suppress(OSError, ValueError):
+            artifacts[path.parent.name] = read(path.parent)
+    return artifacts
+
+
+def upstream(made: Iterable[Artifact], artifacts: dict[str, Artifact]) -> list[Artifact]:
+    """All that artifacts were made from, nearest first."""
+    sources, nearest = {}, made
+    while nearest:
+        keys = dict.fromkeys(key for artifact in nearest for key in texts(artifact.record))
+        nearest = [artifacts[key] for key in keys if key in artifacts and key not in sources]
+        sources |= {artifact.key: artifact for artifact in nearest}
+    return list(sources.values())
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text in nested JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts(inner)
+
+
+def check(folder: Path, place: Path | None = None) -> tuple[Artifact | None, list[str]]:
+    """An artifact, if its manifest can be read, and all that is wrong with it and its files.
+
+    `place` is where it belongs, `kind/key`; by default, where it is.
+    """
     try:
-        files = read_manifest(folder)["files"]
+        artifact = read(folder)
     except (OSError, ValueError) as error:
-        return [f"{type(error).__name__}: {error}"]
-    there = _files(folder)
+        return None, [f"{type(error).__name__}: {error}"]
+    files, there, (kind, key) = artifact.files, _files(folder), (place or folder).parts[-2:]
     wrong = [name for name in there if name in files and disk.file_sha256(folder / name) != files[name]]
-    missing = [f"{name} is missing" for name in files if name not in there]
-    return wrong + missing + [f"{name} does not belong there" for name in there if name not in files]
+    wrong += [f"{name} is missing" for name in files if name not in there]
+    wrong += [f"{name} does not belong there" for name in there if name not in files]
+    if (artifact.kind, artifact.key) != (kind, key):
+        wrong.append(f"it is {artifact.kind} {artifact.key}, in the place of another")
+    elif code.key_of(kind, artifact.record, artifact.code) != key:
+        wrong.append("its key is not that of its record")
+    return artifact, wrong
+
+
+def _sound(folder: Path, place: Path, where: str = "") -> Artifact | None:
+    """The artifact in a folder, unless it is damaged, as a warning then says."""
+    artifact, wrong = check(folder, place)
+    if wrong:
+        log.warning("%s %s%s is damaged (%s) and will be made again.", *place.parts[-2:], where, "; ".join(wrong))
+    return None if wrong else artifact
 
 
 def _files(folder: Path) -> list[str]:
     """Names of the files of an artifact, but for its manifest, in order."""
-    root = os.path.join(folder, "")
-    names = (os.path.join(at, name).removeprefix(root) for at, _, inside in os.walk(folder) for name in inside)
-    return sorted(name for name in names if name != MANIFEST)
+    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in there if name != MANIFEST)
 
 
 def _remove_damaged(folder: Path, aside: Path) -> None:
@@ -170,13 +220,6 @@ def _remove_damaged(folder: Path, aside: Path) -> None:
     with (folder.parent / LOCK).open("a", encoding="utf-8") as lock:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists() and damage(folder):
+        if folder.exists() and check(folder)[1]:
             os.replace(folder, aside)
             shutil.rmtree(aside)
-
-
-def _circumstances() -> Record:
-    """Versions, peak memory and when and where, for the provenance of an artifact; for people alone, but versions."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    ended = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"peak_memory_mib": peak, "host": socket.gethostname(), "ended": ended, "versions": code.versions()}

@@ -154,7 +154,10 @@ def read_embedding(name: str, key: str, cells: pd.Index, dataset: str) -> np.nda
             f"{name}: lacks {(rows < 0).sum()} of the {len(cells)} cells of {dataset} (first: {cells[rows < 0][0]}); "
             "cells are matched by obs_names: embed every cell of the data set under its own name."
         )
-    embedding = np.asarray(embedding[rows], dtype=np.float32)
+    try:
+        embedding = np.asarray(embedding[rows], dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: obsm[{key!r}] holds values that are no numbers; store it as numbers.") from None
     if not np.isfinite(embedding).all():
         raise ValueError(f"{name}: obsm[{key!r}] is NaN or infinite for cells of {dataset}; leave none without values.")
     return embedding

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from datawall.cells import datasets, simulate
 from datawall.engine import disk, processes
-from datawall.engine.store import Artifact, Record
+from datawall.engine.store import Record
 from datawall.models import training
 from datawall.study import curation, evaluation, scoring
 from datawall.study.costs import calibration_file, size_of, work
@@ -142,12 +142,8 @@ def _data(first: Study, few: Study, many: Study) -> Record:
     rows = np.random.default_rng(0).permutation(CELLS[1])
     lines["read"] = [0.0, _seconds(lambda: many.corpus.counts(rows)) / CELLS[1]]
     dataset = many.dataset_artifact(str(EVALUATED[1]))
-    size = {"corpus": _bytes(many.corpus_artifact) / CELLS[1], "dataset": _bytes(dataset) / EVALUATED[1]}
+    size = {"corpus": many.corpus_artifact.n_bytes / CELLS[1], "dataset": dataset.n_bytes / EVALUATED[1]}
     return {**lines, "bytes": size}
-
-
-def _bytes(artifact: Artifact) -> int:
-    return sum(path.stat().st_size for path in artifact.folder.rglob("*") if path.is_file())
 
 
 def _model(study: Study, name: str, millions: float) -> Record:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from dask.system import CPU_COUNT
 
 from datawall.analysis import power
-from datawall.engine import code, processes, provenance
+from datawall.engine import code, processes, store
 from datawall.engine.processes import Need
 from datawall.study import evaluation
 from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
@@ -177,7 +177,7 @@ def _task(
 
 def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
     """Seconds that each stage with units left to make will compute, and how many units other versions have made."""
-    made, otherwise = provenance.read(study.store.folder), Counter()
+    made, otherwise = store.read_all(study.store.folder), Counter()
 
     def missing(item: Run | Evaluation) -> bool:
         unit = study.model_unit(item) if isinstance(item, Run) else evaluation.evaluation_unit(study, item)
@@ -191,9 +191,17 @@ def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
     return {stage.name: stage.computing_seconds(workers(study)) for stage in begun}, otherwise
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{seconds < 10 * unit:d}f}\u00a0{name}"
+    return f"{seconds / 86_400:,.0f}\u00a0days"
+
+
 def table(study: Study, costs: Costs) -> str:
     """A study's stages and their costs, as text."""
-    n_workers, known, duration, rows = workers(study), costs.known, provenance.duration, []
+    n_workers, known, rows = workers(study), costs.known, []
     for stage in stages(study, costs):
         seconds = stage.wall_seconds(n_workers), stage.wall_seconds(1) / 3600, stage.gpu_seconds / 3600
         rows.append((stage.name, len(stage.needs), *seconds, stage.memory_gib, stage.n_bytes / 2**30))

@@ -76,38 +76,35 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
 
 def _look(p: Params, findings: Findings) -> None:
     """Look into every data set and its columns, and collect what is wrong."""
-    tables = []
-    for name in p.sources():
-        keys = {role: p.key(role, name) for role in p.columns()}
-        if looked := _look_into(p, name, keys, "corpus", findings):
-            sound = {role: looked.obs[key].astype(object) for role, key in keys.items() if not looked.faults([key])}
-            tables.append(pd.DataFrame(sound, index=range(looked.n_cells)))
-    if len(tables) == len(p.sources()):
-        obs = pd.concat(tables, join="inner", ignore_index=True)
-        if "perturbation_response" in p.tasks and "perturbation" in obs:
-            try:
-                joining.check_treatments(sorted(obs["perturbation"].astype(str).unique()), p.control, p.treatments)
-                if "cell_type" in obs:
-                    joining.check_contexts(p, obs["cell_type"].replace(p.labels).unique())
-            except CorpusError as error:
-                findings.errors.append(f"{p.perturbation_key}: {error}")
+    keys = {name: {role: p.key(role, name) for role in p.columns()} for name in p.sources()}
+    found = [_look_into(p, name, keys[name], "corpus", findings) for name in keys]
+    of_all = {role: set().union(*(labels[role] for labels in found)) for role in set(found[0]).intersection(*found)}
+    if "perturbation_response" in p.tasks and "perturbation" in of_all:
+        try:
+            joining.check_treatments(sorted(of_all["perturbation"]), p.control, p.treatments)
+            if "cell_type" in of_all:
+                joining.check_contexts(p, {p.labels.get(name, name) for name in of_all["cell_type"]})
+        except CorpusError as error:
+            findings.errors.append(f"{p.perturbation_key}: {error}")
     for dataset in p.evaluation:
-        keys = assembly.dataset_columns(p, dataset.dataset, there=())
-        _look_into(p, dataset.file, keys, f"evaluation set {dataset.dataset}", findings)
+        columns = assembly.dataset_columns(p, dataset.dataset, there=())
+        found.append(_look_into(p, dataset.file, columns, f"evaluation set {dataset.dataset}", findings))
     if p.spike_in is not None:
         _look_into(p, p.spike_in, {}, "cells to spike in", findings)
+    elif unused := sorted(set(p.labels).difference(*(labels.get("cell_type", ()) for labels in found))):
+        findings.warnings.append(f"labels: no cell is of the types {unused}; correct them, or leave them out.")
 
 
-def _look_into(p: Params, name: str, keys: dict[str, str], what: str, findings: Findings) -> inspection.Looked | None:
-    """Look into a data set; None if it cannot be used at all."""
+def _look_into(p: Params, name: str, keys: dict[str, str], what: str, findings: Findings) -> dict[str, set[str]]:
+    """Look into a data set; the labels of its sound columns by role."""
     try:
         looked = inspection.look(name, keys.values(), others=False, min_matched=p.min_matched_genes)
     except (CorpusError, DatasetError) as error:
         findings.errors.append(str(error))
-        return None
+        return {}
     findings.facts.append(f"{what}: {looked}")
     findings.errors += looked.faults(dict.fromkeys(keys.values()))
-    return looked
+    return {role: set(map(str, looked.obs[key].unique())) for role, key in keys.items() if not looked.faults([key])}
 
 
 def _read(p: Params, findings: Findings) -> None:
@@ -151,8 +148,7 @@ def _read(p: Params, findings: Findings) -> None:
 def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findings) -> None:
     """What the labels of the corpus are, and who is held out."""
     for role in (role for role in obs if role in p.columns()):
-        counts = obs[role].value_counts()
-        counts = counts[counts > 0]
+        counts = obs[role].value_counts().loc[lambda n_cells: n_cells > 0]
         rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
         findings.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
         if role == "cell_type" and len(counts) > inspection.MANY:

@@ -166,7 +166,8 @@ def describe(looked: Looked, key: str) -> str:
     if key not in looked.obs:
         return ""
     counts = looked.obs[key].value_counts()
-    most = ", ".join(f"{value} ({n:,})" for value, n in counts.head(3).items())
+    names = [value if value.isprintable() else repr(value) for value in counts.index[:3]]
+    most = ", ".join(f"{name} ({n:,})" for name, n in zip(names, counts, strict=False))
     return f"{len(counts)} values: {most}{', …' if len(counts) > 3 else ''}"
 
 

@@ -12,22 +12,25 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import date
 from functools import cache, cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from datawall import tasks
 from datawall.analysis import results, verdicts
 from datawall.analysis.results import select
-from datawall.engine import disk, paths, provenance
-from datawall.engine.provenance import Made
+from datawall.cells.datasets import DatasetError
+from datawall.engine import disk, paths, store
+from datawall.engine.store import Artifact
 from datawall.planning import plan as planning
-from datawall.reading import labels, notebooks
+from datawall.reading import notebooks
+from datawall.reading.titles import label
 from datawall.study import evaluation, params
 from datawall.study.study import Study, open_study
 
@@ -43,21 +46,12 @@ IN_NO_NUMBER = {"study", "executor", "storage", "workers", "gpus", "retries", "t
 KINDS = ("corpus", "dataset", "split", "contamination", "sketch", "subset", "model", "embedding", "evaluation")
 
 
-class Cell(NamedTuple):
-    """A table's cell; `sort` is what it is sorted by, if not its text."""
-
-    text: str
-    href: str | None = None
-    sort: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as a page shows it."""
-
-    title: str
-    head: list[str]
-    rows: list[list[Cell]]
+# Heads of columns, and how their numbers are written, where not as a score is.
+RUN = {"model": "model", "strategy": "strategy", "percentage": "% of corpus", "seed": "seed", "n_cells": "cells"}
+RUN |= {"dataset": "data set"}
+WRITTEN = dict.fromkeys(("time", "time, all", "time, longest"), planning.duration)
+WRITTEN |= dict.fromkeys(("% of corpus", "seed"), "{:g}".format) | {"disk (MB)": "{:,.2f}".format}
+WRITTEN |= dict.fromkeys(("artifacts", "cells", "peak memory (MiB)"), "{:,.0f}".format)
 
 
 def write(run_dir: str | Path) -> Path:
@@ -81,16 +75,11 @@ class Site:
             for table in ("results", "intervals")
         )
         own = self.results[self.results["model"] != results.CHANCE]  # rows of chance carry another's `run_id`
-        self._runs = own.drop_duplicates("run_id").set_index("run_id")
-        self._values: dict[str, dict[str, dict[str, float]]] = {}  # of a run by metric and split
-        columns = (own[name] for name in ("run_id", "metric", "split", "value"))
-        for run_id, metric, split, value in zip(*columns, strict=True):
-            self._values.setdefault(run_id, {}).setdefault(metric, {})[split] = value
+        self.rows = dict(iter(own.groupby("run_id")))  # results by evaluation
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
-        self.artifacts = provenance.read(study.folder / "store")
+        self.artifacts = store.read_all(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
-        sources = {made.key: made for each in scored for made in provenance.upstream(each, self.artifacts)}
-        self.made = _in_order([*sources.values(), *scored])  # all that the results are made from
+        self.made = [*self.sources(*scored), *scored]  # all that the results are made from
         self.notebooks = [notebooks.Notebook(path) for path in sorted((study.folder / "notebooks").glob("*.ipynb"))]
         self.changes = changes(params.read(paths.repository() / "params" / f"{DEFAULT}.yaml"), study.params)
         figures = study.folder / "figures"
@@ -107,7 +96,10 @@ class Site:
         budgets = self.study.folder / "budgets.parquet"
         checked = results.read_results(self.study.folder, "budgets") if budgets.is_file() else None
         margin = results.parameters(self.study.folder).get("margin")
-        return verdicts.table(self.intervals, checked, margin, evaluation.right_cells(self.study))
+        right = None
+        with suppress(DatasetError):  # of a corpus that has gone: models and baselines are compared by their intervals
+            right = evaluation.right_cells(self.study)
+        return verdicts.table(self.intervals, checked, margin, right)
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -144,17 +136,12 @@ class Site:
         for task in self.tasks:
             yield f"results_{task}.html", self._page("results", "Results", task=task, table=self._results(task))
         yield "figures.html", self._page("figures", "Figures")
-        neighbours = zip([None, *self.notebooks], [*self.notebooks[1:], None], strict=False)
-        for notebook, (before, after) in zip(self.notebooks, neighbours, strict=False):
-            content = {"changes": self.changes, "notebook": notebook, "body": notebook.html()}
-            page = self._page("notebook", notebook.opening[0], "../", **content, before=before, after=after)
+        for place, notebook in enumerate(self.notebooks):
+            page = self._page("notebook", notebook.opening[0], "../", place=place, notebook=notebook)
             yield f"notebooks/{notebook.name}.html", page
         yield "provenance.html", self._page("provenance", "Provenance", tables=self._provenance())
-        pages: dict[str, list[dict[str, Any]]] = {}
-        for made in self.made:
-            pages.setdefault(_link(made.key).partition("#")[0], []).append(self._artifact(made))
-        for name, artifacts in pages.items():
-            yield name, self._page("artifacts", "Artifacts", "../", artifacts=artifacts)
+        for name, artifacts in groupby(sorted(self.made, key=_page_of), _page_of):
+            yield name, self._page("artifacts", "Artifacts", "../", artifacts=list(artifacts))
 
     def _page(self, template: str, title: str, root: str = "", **content: Any) -> str:
         page = _environment().get_template(f"{template}.html.j2")
@@ -162,95 +149,54 @@ class Site:
 
     def _summary(self) -> dict[str, Any]:
         cells = {(row["model"], row["task"], row["dataset"]): row for row in self.verdicts.to_dict("records")}
+        versions = pd.DataFrame([made.made["versions"] for made in self.made])
         return {
             "plan": sum((Counter(counts) for _, counts in planning.counts(self.study)), Counter()),
-            "sentences": self.sentences,
             "columns": self.verdicts.drop_duplicates(["task", "dataset"]).to_dict("records") if cells else [],
             "models": [model for model in self.study.params.models if model in {key[0] for key in cells}],
             "cells": cells,
             "figures": [name for name in SHOWN if name in self.figures][:3],
-            "costs": self._costs(),
-            "totals": provenance.costs(self.made)[["seconds", "n_bytes"]].sum(),
-            "versions": provenance.versions(self.made),
-            "devices": sorted({str(made.made.get("device", "unknown")) for made in self.made}),
-            "changes": self.changes,
+            "costs": costs(self.made),
+            "versions": {package: sorted({*by_artifact.dropna()}) for package, by_artifact in versions.items()},
+            "devices": sorted({made.made["device"] for made in self.made}),
             "of": date.fromtimestamp((self.study.folder / "study.yaml").stat().st_mtime).isoformat(),
         }
 
-    def _costs(self) -> Table:
-        rows = [
-            [
-                Cell(_label_parts(row.what)),
-                _number(row.n, "{:,.0f}".format),
-                _number(row.seconds, provenance.duration),
-                _number(row.longest, provenance.duration),
-                _number(row.memory_mib, "{:,.0f}".format),
-                _number(row.n_bytes / 1e6, "{:,.1f}".format),
-                Cell(row.device),
-            ]
-            for row in provenance.costs(self.made).itertuples()
-        ]
-        head = ["made", "artifacts", "time, all", "time, longest", "peak memory (MiB)", "disk (MB)", "on"]
-        return Table("Costs", head, rows)
-
-    def _results(self, task: str) -> Table:
-        """A row per evaluation of a task, a column per metric; means over splits."""
+    def _results(self, task: str) -> pd.DataFrame:
+        """A row per evaluation of a task, by its key, a column per metric; means over splits."""
         shown = select(self.results, task=task)
-        run = results.RUN[:-1]
-        ids = shown.drop_duplicates(run).set_index(run)["run_id"]
+        ids = shown.drop_duplicates(list(RUN)).set_index(list(RUN))["run_id"]
         means = results.mean_over_splits(shown)
         metrics = sorted(means["metric"].unique(), key=lambda metric: (metric != tasks.HEADLINE.get(task), metric))
-        wide = means.pivot_table(index=run, columns="metric", values="value")[metrics]
+        table = means.pivot_table("value", list(RUN), "metric")[metrics].join(ids).reset_index().set_index("run_id")
+        table["seed"] = table["seed"].where(table["seed"] >= 0)
+        table[["strategy", "dataset"]] = table[["strategy", "dataset"]].map(label)
+        return table.rename(columns=RUN | {metric: label(metric).replace("_", " ") for metric in metrics})
+
+    def _provenance(self) -> dict[str, pd.DataFrame]:
+        """A table for each kind of artifact, a row for each by its key."""
+        columns = ["kind", "key", "made from", "time", "peak memory (MiB)", "disk (MB)"]
         rows = [
-            [
-                Cell(row["model"], href=_link(row["run_id"]) if row["run_id"] in self.artifacts else None),
-                Cell(labels.label(row["strategy"])),
-                _number(row["percentage"], "{:g}".format),
-                _number(row["seed"], "{:g}".format) if row["seed"] >= 0 else Cell("", sort=-1),
-                _number(row["n_cells"], "{:,.0f}".format),
-                Cell(labels.label(row["dataset"])),
-                *(_number(row[metric], "{:.3f}".format) for metric in metrics),
-            ]
-            for row in wide.join(ids).reset_index().to_dict("records")
+            (made.kind, made.key, about(made), made.made["seconds"], made.made["peak_memory_mib"], made.n_bytes / 1e6)
+            for made in self.made
         ]
-        names = [labels.label(metric).replace("_", " ") for metric in metrics]
-        head = ["model", "strategy", "% of corpus", "seed", "cells", "data set", *names]
-        return Table(labels.label(task), head, rows)
+        table = pd.DataFrame(rows, [made.key for made in self.made], columns)
+        return {kind: part.drop(columns="kind") for kind, part in table.groupby("kind", sort=False)}
 
-    def _provenance(self) -> list[Table]:
-        """A table per kind of artifact."""
-        rows = {}
-        for made in self.made:
-            row = [
-                Cell(made.key, href=_link(made.key)),
-                Cell(about(made)),
-                _number(made.made.get("seconds"), provenance.duration),
-                _number(made.made.get("peak_memory_mib"), "{:,.0f}".format),
-                _number(made.n_bytes / 1e6, "{:,.2f}".format),
-            ]
-            rows.setdefault(made.kind, []).append(row)
-        head = ["key", "made from", "time", "peak memory (MiB)", "disk (MB)"]
-        return [Table(kind, head, rows_of_kind) for kind, rows_of_kind in rows.items()]
+    def sources(self, *artifacts: Artifact) -> list[Artifact]:
+        """All that artifacts were made from, by kind, as they are made in a study."""
+        order = {kind: place for place, kind in enumerate(KINDS)}
+        sources = store.upstream(artifacts, self.artifacts)
+        return sorted(sources, key=lambda made: order.get(made.kind, 0))
 
-    def _artifact(self, artifact: Made) -> dict[str, Any]:
-        """What an artifact was made from, and the metrics of an evaluation, a column per split."""
-        sources = _in_order(provenance.upstream(artifact, self.artifacts))
-        content = {"one": artifact, "sources": sources, "keys_behind": {source.key for source in sources}, "run": None}
-        if artifact.key not in self._values:
-            return content
-        values = self._values[artifact.key]
-        splits = list(dict.fromkeys(split for by_split in values.values() for split in by_split))
-        rows = [
-            [Cell(labels.label(metric)), *(_number(by_split.get(split), "{:.4f}".format) for split in splits)]
-            for metric, by_split in sorted(values.items())
-        ]
-        table = Table("Metrics by split", ["metric", *splits], rows)
-        return content | {"run": self._runs.loc[artifact.key], "table": table}
+    def metrics(self, key: str) -> pd.DataFrame:
+        """The metrics of an evaluation, a column for each split."""
+        return self.rows[key].pivot_table("value", "metric", "split").rename(label).reset_index()
 
 
-def _link(key: str) -> str:
-    """Page and place of an artifact: some share a page, since files by the thousand are slow."""
-    return f"artifacts/{key[:2]}.html#{key}"
+def _page_of(artifact: Artifact) -> str:
+    """The page that an artifact is on: some share one, since files by the thousand are slow."""
+    return f"artifacts/{artifact.key[:2]}.html"
 
 
 def changes(default: params.Params, other: params.Params) -> list[tuple[str, str, str]]:
@@ -260,26 +206,38 @@ def changes(default: params.Params, other: params.Params) -> list[tuple[str, str
     return [(key, _text(before.get(key)), _text(after.get(key))) for key in keys if before.get(key) != after.get(key)]
 
 
-def _in_order(artifacts: list[Made]) -> list[Made]:
-    """Artifacts by kind, as they are made in a study."""
-    order = {kind: place for place, kind in enumerate(KINDS)}
-    return sorted(artifacts, key=lambda made: order.get(made.kind, 0))
-
-
-def about(artifact: Made) -> str:
+def about(artifact: Artifact) -> str:
     """The plain values of an artifact's record in a line."""
     plain = [value for value in _flat(artifact.record).items() if not re.fullmatch("[0-9a-f]{16}", str(value[1]))]
     return ", ".join(f"{name} {_text(value)}" for name, value in plain if value not in (None, [], {}))
 
 
-def _label_parts(label: str) -> str:
-    """The label of an artifact as a reader should see it."""
-    return ": ".join(labels.label(part) for part in label.split(": "))
+def what(artifact: Artifact) -> str:
+    """What an artifact is, among others of its kind: the family of a model, the task of an evaluation."""
+    name = {"model": "model", "evaluation": "task"}.get(artifact.kind)
+    return f"{artifact.kind}: {label(artifact.record[name])}" if name in artifact.record else artifact.kind
 
 
-def _number(value: float | None, text: Callable[[float], str]) -> Cell:
-    """A number to show and sort by; an empty cell if there is none."""
-    return Cell("") if value is None or pd.isna(value) else Cell(text(value), sort=float(value))
+def costs(artifacts: Iterable[Artifact]) -> pd.DataFrame:
+    """What artifacts took, a row per kind, model family and task, in the order given; each in a process of its own."""
+    rows = [{"made": what(artifact), "mb": artifact.n_bytes / 1e6, **artifact.made} for artifact in artifacts]
+    table = pd.DataFrame(rows, columns=["made", "seconds", "peak_memory_mib", "mb", "device"])
+    columns = {
+        "artifacts": ("seconds", "size"),
+        "time, all": ("seconds", "sum"),
+        "time, longest": ("seconds", "max"),
+        "peak memory (MiB)": ("peak_memory_mib", "max"),
+        "disk (MB)": ("mb", "sum"),
+        "on": ("device", lambda devices: ", ".join(sorted(set(devices)))),
+    }
+    return table.groupby("made", sort=False).agg(**columns).reset_index()
+
+
+def _cell(value: Any, column: str, digits: int) -> str:
+    """A value as a table shows it: a number as its column wants it, or else as a score; nothing if there is none."""
+    if isinstance(value, str) or pd.isna(value):
+        return value if isinstance(value, str) else ""
+    return WRITTEN[column](value) if column in WRITTEN else f"{value:.{digits}f}"
 
 
 def _text(value: Any) -> str:
@@ -308,8 +266,9 @@ def _environment() -> Any:
     # All that comes from data is escaped.
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
-    environment.filters |= {"label": labels.label, "duration": provenance.duration}
-    environment.filters |= {"text": _text, "about": about, "what": _label_parts, "link": _link}
+    environment.filters |= {"label": label, "duration": planning.duration}
+    environment.filters |= {"text": _text, "about": about, "what": what, "cell": _cell}
+    environment.filters["link"] = lambda artifact: f"{_page_of(artifact)}#{artifact.key}"
     return environment
 
 

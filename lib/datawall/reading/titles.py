@@ -1,6 +1,6 @@
-"""What figures say: sentences made of the numbers of a table, so that they hold in any study.
+"""Names as a reader should see them, and what figures say: sentences made of the numbers of a table.
 
-Short ones stand with their figure in `plots`.
+Names are those of `data/labels.csv`, any other as it is. Short sentences stand with their figure in `plots`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,26 @@ from collections.abc import Iterable
 import pandas as pd
 
 from datawall.analysis.results import CHANCE, ORACLE, headline, lower_is_better
-from datawall.reading.labels import label
+from datawall.engine import paths
 
+LABELS = pd.read_csv(paths.PACKAGE_DATA / "labels.csv", index_col="name", keep_default_na=False)["label"].to_dict()
 MARGIN = 0.02  # points of score below which two scores are called level
+
+
+def label(name: str) -> str:
+    """A name as a reader should see it; of a model named `module:Class`, the class."""
+    return LABELS.get(name, name.rpartition(":")[2])
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib draws letter by letter: no part of it is a formula, and no legend hides it."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def drawn(name: str) -> str:
+    """A name as a reader should see it in a figure."""
+    return plain(label(name))
 
 
 def learning_curves(results: pd.DataFrame, metric: str) -> str:

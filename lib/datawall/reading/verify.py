@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datawall.analysis import results
-from datawall.engine import code, provenance, store
-from datawall.engine.provenance import Made
+from datawall.engine import code, store
+from datawall.engine.store import Artifact
 
 
 def problems(folder: Path) -> list[str]:
@@ -18,7 +18,8 @@ def problems(folder: Path) -> list[str]:
     Every file of every artifact is read and hashed again.
     """
     places = _places(folder)
-    damaged = [f"store/{place.parent.name}/{key}: {what}" for key, place in places.items() for what in _wrong(place)]
+    wrong = {place.relative_to(folder): store.check(place)[1] for place in places.values()}
+    damaged = [f"{place}: {what}" for place, said in wrong.items() for what in said]
     if tables := results.damage(folder):
         return damaged + tables
     lost = sorted(key for key in results.run_ids(folder) if key not in places)
@@ -28,9 +29,9 @@ def problems(folder: Path) -> list[str]:
 def absent(folder: Path) -> list[str]:
     """What others were made from and is not there, a line each: no damage, as what was made from it is whole."""
     places, needed = _places(folder), {}
-    for made in provenance.read(folder / "store").values():
+    for made in store.read_all(folder / "store").values():
         for name, given in made.record.items():
-            for key in provenance.texts(given):  # of a split, `drop` is a list
+            for key in store.texts(given):  # of a split, `drop` is a list
                 if re.fullmatch("[0-9a-f]{16}", key) and key not in places:
                     needed.setdefault((name, key), []).append(made)
     return [
@@ -50,18 +51,6 @@ def _places(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((folder / "store").glob("*/[!.]*")) if path.is_dir()}
 
 
-def _wrong(place: Path) -> list[str]:
-    """What is wrong with an artifact, or with where it is."""
-    if damaged := store.damage(place):
-        return damaged
-    made = store.read_manifest(place)
-    if (place.parent.name, place.name) != (made["kind"], made["key"]):
-        return [f"it is {made['kind']} {made['key']}, in the place of another"]
-    if code.key_of(made["kind"], made["record"], made["code"]) != made["key"]:
-        return ["its key is not that of its record"]
-    return []
-
-
 def why(folder: Path, key: str) -> str:
     """What made an artifact of a run folder, what has changed since, and what else would be made again with it.
 
@@ -75,30 +64,33 @@ def why(folder: Path, key: str) -> str:
             "folder names under store/, or a run_id of the results."
         )
     (key,) = matching
-    if wrong := _wrong(places[key]):
+    if wrong := store.check(places[key])[1]:
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
-    artifacts = provenance.read(folder / "store")
-    return "\n".join([*_origin(artifacts[key], artifacts), *_fate(artifacts[key], artifacts)])
-
-
-def _origin(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
-    """Who made an artifact, and from what."""
+    artifacts = store.read_all(folder / "store")
+    artifact = artifacts[key]
     how = artifact.made
     cost = f"{how['seconds']:g} s, {how['peak_memory_mib']} MiB"
-    return [
-        f"{artifact.kind} {artifact.key}",
+    lines = [
+        f"{artifact.kind} {key}",
         f"made    {how['ended']} on {how['host']} ({how['device']}), {cost}",
         f"with    {', '.join(f'{name} {version}' for name, version in how['versions'].items())}",
         f"files   {', '.join(artifact.files)}",
         "from",
         *_tree(artifact, artifacts, "  "),
     ]
+    changed = list(_changes([artifact, *store.upstream([artifact], artifacts)]))
+    if changed:
+        lines += ["changed since, so that a run makes it again, under another key:", *changed]
+    else:
+        lines += ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
+    dependent = [other for other in artifacts.values() if artifact in store.upstream([other], artifacts)]
+    return "\n".join([*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."])
 
 
-def _tree(artifact: Made, artifacts: dict[str, Made], indent: str) -> Iterator[str]:
+def _tree(artifact: Artifact, artifacts: dict[str, Artifact], indent: str) -> Iterator[str]:
     """The record of an artifact and, below it, those of what it was made from."""
     for name, value in artifact.record.items():
-        sources = [artifacts[text] for text in provenance.texts(value) if text in artifacts]
+        sources = [artifacts[text] for text in store.texts(value) if text in artifacts]
         for source in sources:
             yield f"{indent}{name}: {source.kind} {source.key}"
             yield from _tree(source, artifacts, indent + "  ")
@@ -106,26 +98,14 @@ def _tree(artifact: Made, artifacts: dict[str, Made], indent: str) -> Iterator[s
             yield f"{indent}{name}: {value}"
 
 
-def _fate(artifact: Made, artifacts: dict[str, Made]) -> list[str]:
-    """What has changed since, and what depends on an artifact."""
-    lines = [
-        f"  the code of {', '.join(changed)}, which made {made.kind} {made.key}"
-        for made in [artifact, *provenance.upstream(artifact, artifacts)]
-        if (changed := [name for name, before in made.code.items() if _differs(name, before)])
-    ]
-    if lines:
-        lines.insert(0, "changed since, so that a run makes it again, under another key:")
-    else:
-        lines = ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
-    dependent = [other for other in artifacts.values() if artifact in provenance.upstream(other, artifacts)]
-    return [*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."]
+def _changes(artifacts: list[Artifact]) -> Iterator[str]:
+    """Which code of those that made artifacts is no longer what it was, a line for each."""
+    for made in artifacts:
+        now = {name: code.code_version(name) for name in made.code if name.partition(":")[0] in code.SOURCES}
+        if changed := [name for name, before in made.code.items() if now.get(name) != before]:
+            yield f"  the code of {', '.join(changed)}, which made {made.kind} {made.key}"
 
 
-def _differs(name: str, before: str) -> bool:
-    """Whether the code of a module is no longer what it was."""
-    return name.partition(":")[0] not in code.SOURCES or code.code_version(name) != before
-
-
-def _counted(made: list[Made]) -> str:
+def _counted(made: list[Artifact]) -> str:
     """How many artifacts of which kinds, in words."""
     return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(artifact.kind for artifact in made).items()))

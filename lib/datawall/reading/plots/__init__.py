@@ -1,7 +1,6 @@
 """Every figure, a function each: takes a table, returns a matplotlib figure whose title says what the table shows.
 
-Colour-blind safe, units on axes. Curves, maps of cells of a table, and dots beside names are a file each; `style` has
-what they share.
+Colour-blind safe, units on axes. Curves are a file, all else another; `style` has what they share.
 """
 
 from datawall.engine import lazy
@@ -11,8 +10,10 @@ _NAMES = {
         *("beside_published", "budgets", "diversity", "known_answer", "learning_curves", "loss_and_score"),
         *("loss_curves", "per_class_curves", "scaling", "spike_ins", "variants"),
     ),
-    "maps": ("composition", "embeddings", "markers", "realism", "saturation_map", "verdict_map"),
-    "dots": ("cells_saved", "effects", "embedding_seconds", "rules", "untrained"),
+    "maps": (
+        *("cells_saved", "composition", "effects", "embedding_seconds", "embeddings", "markers", "realism", "rules"),
+        *("saturation_map", "untrained", "verdict_map"),
+    ),
     "style": ("STRATEGIES", "plt", "save"),
 }
 __getattr__, __dir__ = lazy.attach(

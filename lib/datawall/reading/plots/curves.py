@@ -24,17 +24,10 @@ from datawall.analysis.results import (
 from datawall.analysis.saturation import as_error, curves_of
 from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve
 from datawall.reading import titles
-from datawall.reading.labels import drawn, label, plain
 from datawall.reading.plots import style
 from datawall.reading.plots.style import SPIKED, STRATEGIES, WIDTH, by_size, finish, panels, size_axis
+from datawall.reading.titles import drawn, label, plain
 
-# The unit of each family's training loss.
-LOSSES = {
-    "scVI": "negative ELBO (nats per cell)",
-    "SSL": "squared error of hidden genes\n(log counts², mean over all genes)",
-    "Geneformer": "cross-entropy\n(nats per masked gene)",
-    "SCimilarity": "squared error and triplet loss\n(weighted sum)",
-}
 LAST_STEPS = 50  # optimiser steps over which the loss at the end of training is the mean
 SMOOTH = 25  # steps that a line of the training loss averages
 
@@ -44,8 +37,7 @@ def diversity(table: pd.DataFrame) -> Figure:
     measures = ["shannon", "inverse_simpson", "vendi"]
     figure, axes = panels(1, len(measures), 3.3)
     for axis, measure in zip(axes[0], measures, strict=True):
-        for strategy in STRATEGIES | SPIKED:
-            style.curve(axis, select(table, strategy=strategy).dropna(subset=measure), measure, strategy)
+        style.curves(axis, table.dropna(subset=measure), measure)
         size_axis(axis, table)
         axis.set(ylabel=drawn(measure))
     smallest = table["percentage"].min()
@@ -66,7 +58,7 @@ def loss_curves(histories: pd.DataFrame) -> Figure:
         for percentage, run in select(shown, model=model).groupby("percentage"):
             loss = run["loss"].rolling(SMOOTH, min_periods=1).mean()
             axis.plot(run["step"], loss, color=colours[percentage], label=f"{percentage:g} % of the corpus")
-        unit = LOSSES.get(resolve(model).family, "training loss")
+        unit = titles.LABELS.get(f"loss of {resolve(model).family}", "training loss")
         axis.set(title=drawn(model), xlabel="optimiser step", ylabel=unit)
     for axis in axes.flat[len(models) :]:
         axis.set_axis_off()
@@ -100,30 +92,26 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     figure, axes = panels(len(datasets), len(models), 2.4 * len(datasets) + 0.9, sharey=shared)
     contenders = sorted(set(runs.loc[reference, "model"]) - {ORACLE})
     dashes = zip(contenders, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))))
-    lines = {name: {"color": "black", "linestyle": dash} for name, dash in dashes}
-    lines |= {ORACLE: {"color": "0.6", "linestyle": "-"}}
-    for row, dataset in zip(axes, datasets, strict=True):
-        for axis, model in zip(row, models, strict=True):
-            shown = select(runs, dataset=dataset, model=model)
-            for strategy in STRATEGIES:
-                style.curve(axis, select(shown, strategy=strategy), "value", strategy)
-            untrained = select(shown, strategy="untrained")
-            place = np.full(len(untrained), style.untrained_place(runs["percentage"]))
-            axis.plot(place, untrained["value"], "x", color="0.35", label="untrained")
-            references = runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"]
-            # The number of components makes a band of principal component analyses.
-            band = references[[name == "PCA" or name.startswith("PCA-") for name in references.index]]
-            band = band if len(band) > 1 else band[:0]
-            if len(band):
-                axis.axhspan(band.min(), band.max() + 1e-3, color="0.8", label="PCA of the evaluated cells")
-            for name, value in references.drop(band.index).items():
-                axis.axhline(value, linewidth=1, label=drawn(name), **lines[name])
-            size_axis(axis, select(runs, dataset=dataset), untrained=len(untrained) > 0)
-            if row is not axes[-1]:
-                axis.set(xlabel="")
+    lines = {name: ("black", dash) for name, dash in dashes} | {ORACLE: ("0.6", "-")}
+    for axis, (dataset, model) in zip(axes.flat, itertools.product(datasets, models), strict=True):
+        shown = select(runs, dataset=dataset, model=model)
+        style.curves(axis, shown, strategies=STRATEGIES)
+        untrained = select(shown, strategy="untrained")["value"]
+        place = [style.untrained_place(runs["percentage"])] * len(untrained)
+        axis.plot(place, untrained, "x", color="0.35", label="untrained")
+        references = runs[reference & (runs["dataset"] == dataset)].set_index("model")["value"]
+        # The number of components makes a band of principal component analyses.
+        band = references.filter(regex="^PCA(-|$)")
+        if len(band) > 1:
+            axis.axhspan(band.min(), band.max() + 1e-3, color="0.8", label="PCA of the evaluated cells")
+            references = references.drop(band.index)
+        for name, value in references.items():
+            colour, dash = lines[name]
+            axis.axhline(value, linewidth=1, label=drawn(name), color=colour, linestyle=dash)
+        size_axis(axis, select(runs, dataset=dataset), untrained=len(untrained) > 0)
     by_chance = {dataset: f" (chance {value:.2f})" for dataset, value in chance.items()}
     rows = [f"{drawn(dataset)}\n{drawn(metric)}{by_chance.get(dataset, '')}" for dataset in datasets]
-    style.name_panels(axes, columns=map(drawn, models), rows=rows)
+    style.name_panels(axes, map(drawn, models), rows)
     return finish(figure, titles.learning_curves(results, metric), *axes[:, 0])
 
 
@@ -134,14 +122,10 @@ def spike_ins(results: pd.DataFrame, metric: str) -> Figure:
     spiked = runs[runs["strategy"] != "random"]
     models, datasets = spiked["model"].unique(), spiked["dataset"].unique()
     figure, axes = panels(len(datasets), len(models), 1.9 * len(datasets) + 0.8, sharey="row", sharex=True)
-    for row, dataset in zip(axes, datasets, strict=True):
-        for axis, model in zip(row, models, strict=True):
-            for strategy in ("random", *SPIKED):
-                style.curve(axis, select(runs, dataset=dataset, model=model, strategy=strategy), "value", strategy)
-            size_axis(axis, runs[["percentage"]])
-            if row is not axes[-1]:
-                axis.set(xlabel="")
-    style.name_panels(axes, columns=models, rows=[f"{drawn(dataset)}\n{drawn(metric)}" for dataset in datasets])
+    for axis, (dataset, model) in zip(axes.flat, itertools.product(datasets, models), strict=True):
+        style.curves(axis, select(runs, dataset=dataset, model=model))
+        size_axis(axis, runs[["percentage"]])
+    style.name_panels(axes, models, [f"{drawn(dataset)}\n{drawn(metric)}" for dataset in datasets])
     means = runs.pivot_table("value", ["dataset", "model", "percentage"], "strategy")
     changes = means.drop(columns="random").sub(means["random"], axis=0).mean()
     says = f"Mean change of {label(metric)} where other cells give way: {titles.listed(changes, '{:+.3f}')}"
@@ -176,7 +160,7 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
                 axis.plot(places, mean, label=plain(f"{name} ({support[name]:.0f})"), **marks)
             size_axis(axis, shown, untrained=(shown["percentage"] == 0).any())
             axis.set(title=drawn(model), ylim=(-0.03, 1.03))
-        style.name_panels(axes, rows=[f"{drawn(dataset)}\nF1 of a cell type"])
+        axes[0, 0].set_ylabel(f"{drawn(dataset)}\nF1 of a cell type")
         style.legend(part, axes[0, 0])
     return finish(figure, titles.per_class_curves(shown, ends))
 
@@ -196,10 +180,7 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
     figure, axes = panels(1, len(datasets), 3.4)
     for axis, dataset in zip(axes[0], datasets, strict=True):
         for model in models:
-            shown = select(runs, dataset=dataset, model=model)
-            mean = shown.groupby("percentage")["value"].mean()
-            axis.plot(shown["percentage"], shown["value"], "o", color=colours[model], markersize=3.5, alpha=0.6)
-            axis.plot(mean.index, mean, "-o", color=colours[model], markersize=5, label=plain(model))
+            style.curve(axis, select(runs, dataset=dataset, model=model), "value", model, colours[model])
         size_axis(axis, runs)
         axis.set(title=drawn(dataset), ylabel=drawn(metric))
     end, sign = runs["percentage"].max(), -1 if lower_is_better(metric) else 1
@@ -215,18 +196,17 @@ def budgets(table: pd.DataFrame) -> Figure:
     rows = list(dict.fromkeys(zip(table["task"], table["dataset"], strict=True)))
     models, colours = list(table["model"].unique()), by_size(table["percentage"])
     figure, axes = panels(len(rows), len(models), 1.7 * len(rows) + 1.6, sharey="row", sharex=True)
-    for (task, dataset), row in zip(rows, axes, strict=True):
-        for model, axis in zip(models, row, strict=True):
-            for check in select(table, task=task, dataset=dataset, model=model).to_dict("records"):
-                scores, size = [check["half"], check["once"], check["twice"]], check["percentage"]
-                line = {"color": colours[size], "label": f"{size:g} % of the corpus"}
-                axis.plot([0.5, 1, 2], scores, "-o", markersize=4, **line)
-            axis.set_xscale("log")
-            axis.set_xticks([0.5, 1, 2], ["half", "once", "twice"])
-            axis.minorticks_off()
-            axis.set(xlabel="steps" if row is axes[-1] else "")
-        row[0].set_ylabel(f"{drawn(task)}\n{drawn(dataset)}", fontsize=7)
-    style.name_panels(axes, columns=map(drawn, models))
+    for axis, ((task, dataset), model) in zip(axes.flat, itertools.product(rows, models), strict=True):
+        for check in select(table, task=task, dataset=dataset, model=model).to_dict("records"):
+            scores, size = [check["half"], check["once"], check["twice"]], check["percentage"]
+            line = {"color": colours[size], "label": f"{size:g} % of the corpus"}
+            axis.plot([0.5, 1, 2], scores, "-o", markersize=4, **line)
+        axis.set_xscale("log")
+        axis.set_xticks([0.5, 1, 2], ["half", "once", "twice"])
+        axis.minorticks_off()
+        axis.set_xlabel("steps")
+        axis.yaxis.label.set_size(7)
+    style.name_panels(axes, map(drawn, models), [f"{drawn(task)}\n{drawn(dataset)}" for task, dataset in rows])
     changes = titles.listed(table.groupby("model", sort=False)["change"].max(), "{:+.3f}")
     return finish(figure, f"What twice the steps gain at most, over tasks and sizes: {changes}", axes[0, 0])
 
@@ -241,7 +221,7 @@ def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
         for size, runs in select(table, model=model).groupby("percentage"):
             axis.plot(runs["explained"], runs["score"], "o", color=colours[size], markersize=4, label=f"{size:g} %")
         axis.set(title=drawn(model), xlabel=drawn("explained").replace(" loss", "\nloss"))
-    style.name_panels(axes, rows=[drawn(metric)])
+    axes[0, 0].set_ylabel(drawn(metric))
     correlations = titles.listed(rank_correlations(table), "{:+.2f}")
     says = f"Rank correlation over runs of {label('explained')} and {label(metric)}: {correlations}"
     return finish(figure, says, axes[0, 0])
@@ -266,7 +246,7 @@ def beside_published(table: pd.DataFrame) -> Figure:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="both", which="both", labelsize=7)
-    style.name_panels(axes, rows=["share of cells named wrong"])
+    axes[0, 0].set_ylabel("share of cells named wrong")
     cells = table.groupby("study", sort=False)["n_cells"].agg(["min", "max"])
     spans = cells.apply(lambda ends: f"{ends['min']:,.0f} to {ends['max']:,.0f} cells", axis=1)
     return finish(figure, f"Errors against cells, log axes: {titles.listed(spans)}", axes[0, 0])
@@ -282,24 +262,23 @@ def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Fi
     datasets = sorted({dataset for dataset, _ in by_key})
     models = [name for name in FAMILIES if any(name == model for _, model in by_key)]
     figure, axes = panels(len(datasets), len(models), 2.0 * len(datasets) + 0.6, sharex=True, sharey="row")
-    for row, dataset in zip(axes, datasets, strict=True):
-        for axis, model in zip(row, models, strict=True):
-            curve = by_key[dataset, model]
-            for n_cells, runs in zip(curve.n_cells, curve.runs, strict=True):
-                marks = np.full(len(runs), n_cells)
-                axis.plot(marks, runs, "o", color=STRATEGIES["random"][0], markersize=3.5, alpha=0.6, label="a run")
-            fitted = select(predictions, strategy="random", dataset=dataset, model=model).set_index("n_cells")
-            error, corpus = fitted["error"], curve.n_cells[-1]
-            band = {"color": "0.75", "alpha": 0.7, "linewidth": 0, "label": "interval"}
-            axis.fill_between(fitted.index, fitted["low"], fitted["high"], **band)
-            axis.plot(error[error.index <= corpus], color="black", linewidth=1.3, label="fitted curve")
-            axis.plot(error[error.index >= corpus], "--", color="black", linewidth=1.3, label="beyond the corpus")
-            axis.set(xscale="log", yscale="log", xlabel="pretraining cells" if row is axes[-1] else "")
-            axis.text(0.97, 0.95, fitted["curve"].iloc[0], transform=axis.transAxes, ha="right", va="top", fontsize=7.5)
-        row[0].yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
-        row[0].yaxis.set_major_formatter("{x:g}")
-        row[0].yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    style.name_panels(axes, columns=models, rows=[f"{drawn(dataset)}\n1 - {drawn(metric)}" for dataset in datasets])
+    for axis, (dataset, model) in zip(axes.flat, itertools.product(datasets, models), strict=True):
+        curve = by_key[dataset, model]
+        for n_cells, runs in zip(curve.n_cells, curve.runs, strict=True):
+            marks = {"color": STRATEGIES["random"][0], "markersize": 3.5, "alpha": 0.6, "label": "a run"}
+            axis.plot([n_cells] * len(runs), runs, "o", **marks)
+        fitted = select(predictions, strategy="random", dataset=dataset, model=model).set_index("n_cells")
+        error, corpus = fitted["error"], curve.n_cells[-1]
+        band = {"color": "0.75", "alpha": 0.7, "linewidth": 0, "label": "interval"}
+        axis.fill_between(fitted.index, fitted["low"], fitted["high"], **band)
+        axis.plot(error[error.index <= corpus], color="black", linewidth=1.3, label="fitted curve")
+        axis.plot(error[error.index >= corpus], "--", color="black", linewidth=1.3, label="beyond the corpus")
+        axis.set(xscale="log", yscale="log", xlabel="pretraining cells")
+        axis.text(0.97, 0.95, fitted["curve"].iloc[0], transform=axis.transAxes, ha="right", va="top", fontsize=7.5)
+        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    style.name_panels(axes, models, [f"{drawn(dataset)}\n1 - {drawn(metric)}" for dataset in datasets])
     chosen = select(predictions, strategy="random").groupby(["dataset", "model"])["curve"].first().value_counts()
     return finish(figure, f"The best curve of the error, of {chosen.sum()}: {titles.listed(chosen)}", axes[0, 0])
 

@@ -15,9 +15,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure, SubFigure
 
+from datawall.analysis.results import select
 from datawall.engine import disk
 from datawall.models.hyperparameters import FAMILIES
-from datawall.reading.labels import drawn, plain
+from datawall.reading.titles import drawn, plain
 
 WIDTH = 9.0  # inches: a page of text
 TITLE = 120  # letters in a line of it
@@ -62,12 +63,14 @@ def panels(n_rows: int, n_columns: int, height: float, **options: Any) -> tuple[
     return plt.subplots(n_rows, n_columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options)
 
 
-def name_panels(axes: np.ndarray, *, columns: Iterable[str] = (), rows: Iterable[str] = ()) -> None:
-    """Titles above the columns of panels, and labels beside the rows."""
-    for axis, name in zip(axes[0], columns, strict=False):
+def name_panels(axes: np.ndarray, columns: Iterable[str], rows: Iterable[str] = ()) -> None:
+    """Titles above the columns of panels, labels beside the rows, and labels of the x-axes below the last row alone."""
+    for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name)
     for axis, name in zip(axes[:, 0], rows, strict=False):
         axis.set_ylabel(name)
+    for axis in axes[:-1].flat:
+        axis.set_xlabel("")
 
 
 def finish(figure: Figure, title: str, *legend_of: plt.Axes, left: bool = True) -> Figure:
@@ -103,14 +106,21 @@ def legend(figure: Figure | SubFigure, *axes: plt.Axes) -> None:
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
 
 
-def curve(axis: plt.Axes, rows: pd.DataFrame, value: str, strategy: str) -> None:
-    """Seeds as marks and their mean as a line, for one strategy."""
-    if rows.empty:
-        return
-    colour, marker = (STRATEGIES | SPIKED)[strategy]
+def curves(
+    axis: plt.Axes, rows: pd.DataFrame, value: str = "value", strategies: dict[str, Any] = STRATEGIES | SPIKED
+) -> None:
+    """The curve of each strategy that there are rows of."""
+    for strategy, (colour, marker) in strategies.items():
+        shown = select(rows, strategy=strategy)
+        if len(shown):
+            curve(axis, shown, value, strategy, colour, marker)
+
+
+def curve(axis: plt.Axes, rows: pd.DataFrame, value: str, name: str, colour: Any, marker: str = "o") -> None:
+    """Seeds as marks and their mean as a line."""
     mean = rows.groupby("percentage")[value].mean()
     axis.plot(rows["percentage"], rows[value], marker, color=colour, markersize=3.5, alpha=0.6)
-    axis.plot(mean.index, mean, "-", marker=marker, color=colour, markersize=5, label=drawn(strategy))
+    axis.plot(mean.index, mean, "-", marker=marker, color=colour, markersize=5, label=drawn(name))
 
 
 def untrained_place(percentages: pd.Series) -> float:
