@@ -83,7 +83,7 @@ def _follow(options: argparse.Namespace) -> int:
             return 0
         work = f"{parameters.study}: " + "\n  ".join(planning.counts_in_words(study))
         if options.plan:
-            print(work, planning.table(study, study.costs), sep="\n")
+            print(work, planning.table(study), sep="\n")
             return 0
         disk.check_run_folder(study.folder)
         left, otherwise = ({}, {}) if parameters.census else planning.seconds_left(study)

@@ -18,9 +18,8 @@ from datawall.cells import datasets, simulate
 from datawall.engine import disk
 from datawall.models import external
 from datawall.study import curated, evaluation, params, scoring
-from datawall.study.params import Embedding, EvaluationSet
 from datawall.study.study import Study
-from datawall.study.units import Evaluation
+from datawall.study.units import Embedding, Evaluation, EvaluationSet
 
 README = (Path(__file__).resolve().parents[1] / "params" / "README.md").read_text()
 SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]

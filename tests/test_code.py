@@ -224,7 +224,7 @@ def test_an_untrained_control_is_what_training_begins_with(tmp_path, monkeypatch
         monkeypatch.setattr(family, "save", lambda model, folder: None)
     monkeypatch.setattr(study.Study, "corpus", SimpleNamespace(n_vars=10))
     for run in [run for run in of.pretraining_runs() if run.subset.strategy == "untrained"]:
-        of._make_model(run, tmp_path, tmp_path)
+        of.make_model(run, tmp_path)
     assert seeds == {"scVI": 7, "PretrainedPCA": 3}
 
 

@@ -23,7 +23,7 @@ from datawall.planning import plan as planning
 from datawall.reading import plots
 from datawall.study import assembly, evaluation, joining, params, scoring
 from datawall.study.study import Study
-from datawall.study.units import Evaluation
+from datawall.study.units import Evaluation, EvaluationSet
 
 TASKS = (
     "zeroshot_classification",
@@ -304,7 +304,7 @@ def labels(**columns):
 
 def unfit(task, obs, **values):
     p = params.check({**VALUES, "control": "ctrl", **values}, "mine")
-    return joining.unfit(task, obs, params.EvaluationSet(file="x", control="ctrl", treatments=5), p)
+    return joining.unfit(task, obs, EvaluationSet(file="x", control="ctrl", treatments=5), p)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_treatments_are_judged_one_by_one_by_name_or_those_with_the_most_cells()
     obs.columns = ["cell_type", "perturbation"]
 
     def judged(chosen, named=None):
-        one = params.EvaluationSet(file="x", control="ctrl", treatments=chosen, held_out_contexts=named)
+        one = EvaluationSet(file="x", control="ctrl", treatments=chosen, held_out_contexts=named)
         return joining.treatments(obs, one)
 
     assert judged(5) == {"a": ["B", "T"], "b": ["B", "T"], "c": ["B"]}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from datawall.cells import corpus, datasets, sources
 from datawall.models import external
-from datawall.planning import inspection
+from datawall.planning import starter
 
 TABLE = corpus.gene_table()
 N_CELLS = 40
@@ -392,7 +392,7 @@ def test_what_is_made_of_a_file(tmp_path, kind):
     make, expected = KINDS[kind]
     path = make(tmp_path / "cells")
     if isinstance(expected, str):
-        for reader in (lambda: read(path), lambda: inspection.look(str(path), ["cell_type"]).faults(["cell_type"])):
+        for reader in (lambda: read(path), lambda: [starter.look([str(path)], ["cell_type"]).fault("cell_type")]):
             try:
                 [message] = [found for found in reader() if isinstance(found, str)]
             except (corpus.CorpusError, datasets.DatasetError) as error:
@@ -405,7 +405,7 @@ def test_what_is_made_of_a_file(tmp_path, kind):
     cells, source = read(path)
     if values is None:
         assert_twin(cells)
-    assert inspection.look(str(path), ["cell_type"]).match.matched == 60
+    assert starter.look([str(path)], ["cell_type"]).matches[0].matched == 60
     assert bool(note) == bool(source.notes), source.notes
     assert note is None or re.search(note, source.notes[0]), source.notes
 

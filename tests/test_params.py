@@ -53,9 +53,9 @@ def test_minimal_study_is_filled_with_defaults():
     [
         ({"also": [{"name": "more", "sedes": [1]}]}, ["also.0.sedes", "no such key", "did you mean 'seeds'?"]),
         ({"also": [{"seeds": [1]}]}, ["also.0.name", "missing"]),
-        ({"also": [{"name": "more", "models": ["GPT"]}]}, ["also: 'GPT'", "PretrainedPCA"]),
+        ({"also": [{"name": "more", "models": ["GPT"]}]}, ["also.0.models.0: 'GPT'", "PretrainedPCA"]),
         ({"also": [{"name": "more", "strategies": ["spikein_10"]}]}, ["spike_in", "leave the strategy out"]),
-        ({"steps_by_model": {"GPT": 5}}, ["steps_by_model: 'GPT'", "PretrainedPCA"]),
+        ({"steps_by_model": {"GPT": 5}}, ["steps_by_model.GPT: 'GPT'", "PretrainedPCA"]),
         ({"steps_by_model": {"SSL": 0}}, ["steps_by_model.SSL: 0 ", "greater than or equal to 1"]),
         ({"evaluation": ["simulated:9-12"]}, ["simulated:9-12", "simulated corpus"]),
         (  # values of several forms, without names of the code
@@ -78,7 +78,7 @@ def test_minimal_study_is_filled_with_defaults():
         ({"percentages": [1, 1.0]}, ["percentages: [1, 1.0] ", "listed twice"]),
         ({"strategies": ["randon"]}, ["strategies.0: 'randon' ", "'random'", "'geometric_sketching'"]),
         ({"tasks": ["clustering"]}, ["tasks.0: 'clustering' ", "'zeroshot_classification'"]),
-        ({"models": ["Geneforma"]}, ["models: 'Geneforma' is no model", "PretrainedPCA, scVI"]),
+        ({"models": ["Geneforma"]}, ["models.0: 'Geneforma' ", "PretrainedPCA, scVI"]),
         (
             {"hyperparameters": {"Geneformer": {"n_layer": 2}}},
             ["hyperparameters: Geneformer: n_layer 2", "not permitted"],

@@ -27,7 +27,7 @@ import datawall as dw
 import run_all
 from datawall.engine import code, disk, forkserver, kernels, store
 from datawall.models import training
-from datawall.planning import inspection
+from datawall.planning import starter
 from datawall.study import params
 from datawall.study.study import Study
 from datawall.study.units import Run, Subset
@@ -191,7 +191,7 @@ def read_all(path):
     """Every reader of files of cells; what each gives, or how it refuses."""
     outcomes = []
     for read in (
-        lambda: inspection.look(str(path)).obs["cell_type"].astype(str).tolist(),
+        lambda: starter.look([str(path)]).obs["cell_type"].astype(str).tolist(),
         lambda: next(dw.sources.open_source([path], {"cell_type": "cell_type"}).blocks()).obs["cell_type"].tolist(),
     ):
         try:

@@ -49,7 +49,7 @@ def line(what: str, predicted: float, measured: float) -> None:
 
 print(f"\n{'stage, by the clock':40}{'predicted':>12}{'measured':>12}")
 totals = [0.0, 0.0]
-for stage in planning.stages(study, study.costs):
+for stage in planning.stages(study):
     ends = {
         one.key: datetime.fromisoformat(one.made["ended"]).timestamp() for one in made if stage_of(one) == stage.name
     }

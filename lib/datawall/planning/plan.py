@@ -1,10 +1,7 @@
 """What a study will cost: units, time, memory and disk of every stage, before anything is done and without a network.
 
-`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, the longest first; a run
-imports the library once, each notebook draws its tables and figures, and each unit's result is read.
+`costs` says what a unit costs. A stage takes as long as its units, dealt out to the workers, and its notebook.
 """
-
-from __future__ import annotations
 
 import heapq
 from collections import Counter
@@ -17,10 +14,10 @@ from datawall.analysis import power
 from datawall.engine import code, processes, store
 from datawall.engine.processes import Need
 from datawall.study import evaluation
-from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
+from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, calibration_file
 from datawall.study.params import Params
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run
+from datawall.study.units import Embedding, Evaluation, Run
 from datawall.tasks import TASKS
 
 NOTEBOOK = 0.5  # of the time that a process takes to import all: a notebook's tables and figures
@@ -38,14 +35,14 @@ class Stage:
     around: float  # seconds before and after its units
     needs: list[Need] = field(default_factory=list)  # of each unit
     in_turn: float = 0.0  # seconds of units that the notebook makes itself
-    gpu_seconds: float = 0.0
+    assumed: float = 0.0  # seconds of a GPU of `costs.FLOPS`
     memory_gib: float = BASE_GIB  # of a process at most
     n_bytes: float = 0.0  # stored
 
-    def add(self, need: Need, gpu_seconds: float, n_bytes: float) -> None:
+    def add(self, need: Need, assumed: float, n_bytes: float) -> None:
         """Count a unit."""
         self.needs.append(need)
-        self.gpu_seconds += gpu_seconds
+        self.assumed += assumed
         self.memory_gib = max(self.memory_gib, need.memory_gib)
         self.n_bytes += n_bytes
 
@@ -72,25 +69,20 @@ def workers(study: Study) -> int:
 
 
 def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
-    """Subsets, models and experiments (model x task x data set) of the study's grid, then of each grid in `also`.
-
-    The study's name and counts come first, with embeddings of others among the experiments, and the baselines.
-    """
+    """Subsets, models and experiments (model x task x data set), by name: of the study, then of what it has besides."""
     p, counted, subsets, runs = study.params, [], set(), set()
     evaluated = Counter(item.source for task in p.tasks for item in evaluation.evaluations(study, task))
-    for name, grid in [(p.study, p), *((grid.name, grid) for grid in p.also)]:
-        new = (set(p.runs_of(grid)) - runs) & set(study.pretraining_runs())
+    grids = [(p.study, p.runs_of(p)), *((grid.name, p.runs_of(grid)) for grid in p.also)]
+    if checked := study.budget_runs():
+        grids.append(("half and twice the steps", checked))
+    for name, of_grid in grids:
+        new = set(of_grid).intersection(study.all_runs()) - runs
         drawn = {run.subset for run in new if not run.subset.untrained} - subsets
         experiments = sum(evaluated[run] for run in new)
         counted.append((name, {"subsets": len(drawn), "models": len(new), "experiments": experiments}))
         runs, subsets = runs | new, subsets | drawn
-    if checked := study.budget_runs():
-        experiments = sum(evaluated[run] for run in checked)
-        counted.append(("half and twice the steps", {"models": len(checked), "experiments": experiments}))
-    baselines = sum(n for source, n in evaluated.items() if isinstance(source, str))
-    told = sum(numbers["experiments"] for _, numbers in counted)
-    counted[0][1]["experiments"] += evaluated.total() - baselines - told
-    counted[0][1]["baselines"] = baselines
+    counted[0][1]["experiments"] += sum(n for source, n in evaluated.items() if isinstance(source, Embedding))
+    counted[0][1]["baselines"] = sum(n for source, n in evaluated.items() if isinstance(source, str))
     return counted
 
 
@@ -101,10 +93,7 @@ def counts_in_words(study: Study) -> list[str]:
 
 
 def verdicts_to_expect(p: Params) -> tuple[str, bool]:
-    """In words, how often a curve that is flat in truth would be shown flat, and whether in four of five studies.
-
-    At a spread over seeds of `SPREAD`; a data set's own is known only once it has been judged.
-    """
+    """In words, how often a flat curve would be shown flat, at `SPREAD`, and whether in four of five studies."""
     n_seeds, sizes = len(p.seeds), sorted(p.percentages)
     if "random" not in p.strategies or sizes[-1] != 100 or len(sizes) < 2 or n_seeds < 2:
         return "no verdict can be reached: one takes random subsets, the full corpus (100 %) and two seeds", False
@@ -117,51 +106,41 @@ def verdicts_to_expect(p: Params) -> tuple[str, bool]:
     return f"{shown} within {p.margin:g} with {n_seeds} seeds, at a spread of {SPREAD:g} over seeds{more}", enough
 
 
-def passes(study: Study) -> dict[str, float]:
-    """How often each model that takes batches draws a cell of the full corpus, on average."""
-    p, costs = study.params, study.costs
-    sizes = {name: costs.batch_size(name) for name in p.models}
-    return {name: p.steps_of(name) * size / costs.n_pretraining for name, size in sizes.items() if size}
-
-
-def stages(study: Study, costs: Costs, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
-    """Every stage of the study with its cost, of the units that are missing; without one, all are."""
+def stages(study: Study, missing: Callable[[Run | Evaluation], bool] = lambda item: True) -> list[Stage]:
+    """Every stage of the study with its cost, of the units that are missing; by default, all are."""
     embedded: set[tuple[Run, str]] = set()
-    judged = [_task(study, costs, task, missing, embedded) for task in study.params.tasks]
-    figures = Stage("figures", NOTEBOOK * costs.known["start"])
-    return [_curation(study, costs), _pretraining(study, costs, missing), *judged, figures]
+    judged = [_task(study, task, missing, embedded) for task in study.params.tasks]
+    figures = Stage("figures", NOTEBOOK * study.costs.known["start"])
+    return [_curation(study), _pretraining(study, missing), *judged, figures]
 
 
-def _curation(study: Study, costs: Costs) -> Stage:
-    p, n_cells, known = study.params, costs.n_cells, costs.known["data"]
+def _curation(study: Study) -> Stage:
+    p, costs = study.params, study.costs
     around = (1 + NOTEBOOK) * costs.known["start"]  # that of the run among it, whose other processes are forks
-    stage = Stage("curation", around, memory_gib=BASE_GIB + 0.5 + 100 * n_cells / 2**30)
+    stage = Stage("curation", around, memory_gib=BASE_GIB + 0.5 + 100 * costs.n_cells / 2**30)
     sets = [costs.cells_of_set[dataset.dataset] for dataset in p.evaluation]
-    drawn = Counter(subset.strategy for subset in study.subsets())
     stage.in_turn = sum(costs.known["named"].get(name, 0.0) for name in p.sources())
-    stage.in_turn += sum(costs.line(what, n_cells) for what in ("corpus", "split", "sketch", "tables"))
-    stage.in_turn += drawn["geometric_sketching"] * costs.line("geometric_sketching", n_cells)
-    stage.in_turn += sum(costs.line("dataset", n) for n in sets)
+    stage.in_turn += costs.line("corpus", costs.n_cells) + sum(costs.line("dataset", n) for n in sets)
     rows = sum(subset.percentage / 100 * costs.n_pretraining for subset in study.subsets())
-    n_bytes = n_cells * known["bytes"]["corpus"] + sum(sets) * known["bytes"]["dataset"]
-    stage.n_bytes = costs.density * n_bytes + BYTES_PER_ROW * costs.n_pretraining + 8 * rows
+    sizes = costs.known["data"]["bytes"]
+    stage.n_bytes = costs.density * (costs.n_cells * sizes["corpus"] + sum(sets) * sizes["dataset"])
+    stage.n_bytes += BYTES_PER_ROW * costs.n_pretraining + 8 * rows
     return stage
 
 
-def _pretraining(study: Study, costs: Costs, missing: Callable[[Run], bool]) -> Stage:
+def _pretraining(study: Study, missing: Callable[[Run], bool]) -> Stage:
+    costs = study.costs
     stage = Stage("pretraining", NOTEBOOK * costs.known["start"])
     for run in filter(missing, study.all_runs()):
-        need, steps = costs.run(run), costs.steps(run)
-        assumed = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)  # there and back
-        n_bytes = costs.model_bytes(run.model) + BYTES_PER_STEP * steps
-        stage.add(need, need.gpus * need.seconds if costs.on_gpu else assumed, n_bytes)
+        steps = costs.steps(run)
+        there_and_back = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)
+        stage.add(costs.run(run), there_and_back, costs.model_bytes(run.model) + BYTES_PER_STEP * steps)
     return stage
 
 
-def _task(
-    study: Study, costs: Costs, task: str, missing: Callable[[Evaluation], bool], embedded: set[tuple[Run, str]]
-) -> Stage:
+def _task(study: Study, task: str, missing: Callable[[Evaluation], bool], embedded: set[tuple[Run, str]]) -> Stage:
     """A task, with the embeddings that no task before it needed."""
+    costs = study.costs
     stage = Stage(task, NOTEBOOK * costs.known["start"])
     for item in filter(missing, evaluation.evaluations(study, task)):
         embedding = item.source, item.dataset
@@ -171,7 +150,7 @@ def _task(
             n_cells = costs.cells_of_set[item.dataset]
             n_bytes += 4 * n_cells * costs.model(item.source.model)[0]["n_latent"]
             assumed = n_cells * costs.gpu_seconds_per_cell(item.source.model)
-        stage.add(need, need.gpus * need.seconds if costs.on_gpu else assumed, n_bytes)
+        stage.add(need, assumed, n_bytes)
     return stage
 
 
@@ -187,7 +166,7 @@ def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
         return unit.key not in made
 
     here = code.versions()
-    begun = [stage for stage in stages(study, study.costs, missing) if stage.needs]
+    begun = [stage for stage in stages(study, missing) if stage.needs]
     return {stage.name: stage.computing_seconds(workers(study)) for stage in begun}, otherwise
 
 
@@ -199,11 +178,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:,.0f}\u00a0days"
 
 
-def table(study: Study, costs: Costs) -> str:
+def table(study: Study) -> str:
     """A study's stages and their costs, as text."""
-    n_workers, known, rows = workers(study), costs.known, []
-    for stage in stages(study, costs):
-        seconds = stage.wall_seconds(n_workers), stage.wall_seconds(1) / 3600, stage.gpu_seconds / 3600
+    n_workers, known, rows = workers(study), study.costs.known, []
+    for stage in stages(study):
+        gpu_seconds = sum(need.gpus * need.seconds for need in stage.needs) if study.costs.on_gpu else stage.assumed
+        seconds = stage.wall_seconds(n_workers), stage.wall_seconds(1) / 3600, gpu_seconds / 3600
         rows.append((stage.name, len(stage.needs), *seconds, stage.memory_gib, stage.n_bytes / 2**30))
     _, units, wall, cores, gpus, memory, disk = zip(*rows, strict=True)
     rows.append(("all", sum(units), sum(wall), sum(cores), sum(gpus), max(memory), sum(disk)))
@@ -215,7 +195,7 @@ def table(study: Study, costs: Costs) -> str:
     notes = [f"time: {n_workers} side by side; costs as calibrated for {known['study']} on {known['machine']}"]
     if not calibration_file(study.params.study).exists():
         notes.append("that came along; --calibrate in place of --plan measures this study's costs on this machine")
-    if not costs.on_gpu:
+    if not study.costs.on_gpu:
         notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
     notes.append("memory: of one process at most; what comes over a network is not counted")
     notes.append(f"verdicts: {verdicts_to_expect(study.params)[0]}")

@@ -1,7 +1,7 @@
 """What a study will do and what would stop it, found out before hours are spent: `run_all.py --check`."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datawall.cells import sampling
+from datawall.cells import corpus, sampling
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
 from datawall.models import external
-from datawall.planning import inspection
 from datawall.planning import plan as planning
-from datawall.planning.starter import FEW
-from datawall.study import assembly, joining, params
+from datawall.planning.starter import FEW, MANY, look
+from datawall.study import assembly, curation, joining, params
 from datawall.study.params import Params
 from datawall.study.study import Study
-from datawall.study.units import EvaluationSet
 from datawall.tasks import TASKS
 
 CONTEXTS = 3  # of perturbation response; when one is held out, two are too few to learn from
@@ -34,13 +32,20 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # what would stop the study
 
+    @contextmanager
+    def errors_within(self) -> Iterator[None]:
+        """Take down what a block raises of wrong data."""
+        try:
+            yield
+        except (DatasetError, ValueError) as error:
+            self.errors.append(str(error))
+
 
 def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     """Read every data set that a study file names, as the run would, and say what the study will do.
 
-    A first look, in which counts are sampled, collects mistakes. If there are none, all cells are read by the code
-    that a run reads them with, counted as it counts them, and split as it splits them. A simulated corpus is not
-    made, a Census not opened, and clusters that stand in for types are not sought.
+    What would stop it is named, the first mistake of each data set. A simulated corpus is not made, a Census not
+    opened, and clusters that stand in for types are not sought.
     """
     try:
         p = params.read(path, overrides)
@@ -53,9 +58,7 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         findings.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
         _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), findings)
     else:
-        _look(p, findings)
-        if not findings.errors:
-            _read(p, findings)
+        _read(p, findings)
     findings.facts.append(f"tasks: {', '.join(p.tasks)}")
     for task in (task for name, task in TASKS.items() if name not in p.tasks):
         lacking = [key for key in task.needs if getattr(p, key) is None]
@@ -65,7 +68,8 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     if not findings.errors:
         said, enough = planning.verdicts_to_expect(p)
         (findings.facts if enough else findings.warnings).append(f"verdicts: {said}")
-        passes = planning.passes(study)
+        seen = {name: p.steps_of(name) * study.costs.batch_size(name) for name in p.models}  # cells, again and again
+        passes = {name: n / study.costs.n_pretraining for name, n in seen.items() if n}
         if few := ", ".join(f"{name} {n:.2g}" for name, n in passes.items() if n < 1):
             what = f"a cell of the full corpus is drawn less than once on average ({few} times)"
             findings.warnings.append(f"{what}: raise steps, or verdicts will be the budget's.")
@@ -74,73 +78,46 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     return findings
 
 
-def _look(p: Params, findings: Findings) -> None:
-    """Look into every data set and its columns, and collect what is wrong."""
-    keys = {name: {role: p.key(role, name) for role in p.columns()} for name in p.sources()}
-    found = [_look_into(p, name, keys[name], "corpus", findings) for name in keys]
-    of_all = {role: set().union(*(labels[role] for labels in found)) for role in set(found[0]).intersection(*found)}
-    if "perturbation_response" in p.tasks and "perturbation" in of_all:
-        try:
-            joining.check_treatments(sorted(of_all["perturbation"]), p.control, p.treatments)
-            if "cell_type" in of_all:
-                joining.check_contexts(p, {p.labels.get(name, name) for name in of_all["cell_type"]})
-        except CorpusError as error:
-            findings.errors.append(f"{p.perturbation_key}: {error}")
-    for dataset in p.evaluation:
-        columns = assembly.dataset_columns(p, dataset.dataset, there=())
-        found.append(_look_into(p, dataset.file, columns, f"evaluation set {dataset.dataset}", findings))
-    if p.spike_in is not None:
-        _look_into(p, p.spike_in, {}, "cells to spike in", findings)
-    elif unused := sorted(set(p.labels).difference(*(labels.get("cell_type", ()) for labels in found))):
-        findings.warnings.append(f"labels: no cell is of the types {unused}; correct them, or leave them out.")
-
-
-def _look_into(p: Params, name: str, keys: dict[str, str], what: str, findings: Findings) -> dict[str, set[str]]:
-    """Look into a data set; the labels of its sound columns by role."""
-    try:
-        looked = inspection.look(name, keys.values(), others=False, min_matched=p.min_matched_genes)
-    except (CorpusError, DatasetError) as error:
-        findings.errors.append(str(error))
-        return {}
-    findings.facts.append(f"{what}: {looked}")
-    findings.errors += looked.faults(dict.fromkeys(keys.values()))
-    return {role: set(map(str, looked.obs[key].unique())) for role, key in keys.items() if not looked.faults([key])}
-
-
 def _read(p: Params, findings: Findings) -> None:
     """Read all cells as the run does; what it has of them, and what it can be judged by."""
-    reports: dict[str, Any] = {}
-    try:
-        labels, n_spike_in = [], 0
+    reports, sets, var = {}, {}, corpus.gene_table()
+    with findings.errors_within():
+        labels = []
         for block in assembly.read_corpus(p, reports):
             labels.append(block.obs)
-        obs = pd.concat(labels)
-        if p.spike_in is not None:
-            n_spike_in = sum(perturbed.n_obs for perturbed in assembly.read_spike_in(p, block, reports))
+        obs, var = pd.concat(labels), block.var
+        obs = obs.iloc[: len(obs) - reports["n_spiked"]]
+        findings.facts += map(curation.match_in_words, reports["genes"])
         findings.warnings += reports["notes"]
         became = reports["cells"].drop(columns="dataset").sum()
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
         findings.facts.append(f"cells of the corpus: {told}")
         held_out = assembly.held_out(p, obs)
         if held_out.all():
-            findings.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
-            return
+            raise CorpusError(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
+        if "cell_type" in obs:
+            joining.check_contexts(p, obs["cell_type"].unique())
         _labels(p, obs, held_out, findings)
-        _subsets(p, int((~held_out).sum()), findings, n_spike_in)
-        sets = {p.held_out_name: obs[held_out]}
-        for name in [dataset.dataset for dataset in p.evaluation]:
-            aligned, _, notes = assembly.read_dataset(p, name, block.var)
+        _subsets(p, int((~held_out).sum()), findings, reports["n_spiked"])
+        sets[p.held_out_name] = obs[held_out]
+    for name in [dataset.dataset for dataset in p.evaluation]:
+        with findings.errors_within():
+            aligned, _, genes, notes = assembly.read_dataset(p, name, var)
+            findings.facts.append(curation.match_in_words(genes))
             findings.warnings += notes
             sets[name] = aligned.obs
-    except (CorpusError, DatasetError, ValueError) as error:
-        findings.errors.append(str(error))
+    if findings.errors:
         return
+    if p.labels and p.spike_in is None:
+        keys = {name: p.key("cell_type", name) for name in p.sources()}
+        keys |= {each.file: assembly.dataset_columns(p, each.dataset)["cell_type"] for each in p.evaluation}
+        types = [look([name], [key], min_matched=p.min_matched_genes).obs.get(key, ()) for name, key in keys.items()]
+        if unused := sorted(set(p.labels).difference(*(map(str, labels) for labels in types))):
+            findings.warnings.append(f"labels: no cell is of the types {unused}; correct them, or leave them out.")
     _tasks(p, sets, findings)
     for given in p.embeddings:
-        try:
+        with findings.errors_within():
             external.read_embedding(given.file, given.obsm_key, sets[given.dataset].index, given.dataset)
-        except ValueError as error:
-            findings.errors.append(str(error))
     if p.drop_contaminated:
         findings.facts.append("pretraining leaves out cells and donors of evaluation sets: sizes will be smaller")
 
@@ -151,7 +128,7 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findin
         counts = obs[role].value_counts().loc[lambda n_cells: n_cells > 0]
         rarest = f"; the rarest is {counts.index[-1]!r} with {counts.iloc[-1]:,} cells" if len(counts) > 1 else ""
         findings.facts.append(f"{role.removesuffix('_id').replace('_', ' ')}: {len(counts)} values{rarest}")
-        if role == "cell_type" and len(counts) > inspection.MANY:
+        if role == "cell_type" and len(counts) > MANY:
             key = p.key(role, p.sources()[0])
             findings.warnings.append(f"{key!r} has {len(counts):,} cell types; is it the column?")
     whose = ""
@@ -187,23 +164,19 @@ def _tasks(p: Params, sets: dict[str, pd.DataFrame], findings: Findings) -> None
             findings.facts.append(f"left out: {task} on {name}: {why}")
             continue
         judged += 1
-        if task == "perturbation_response" and "cell_type" in obs:
-            _contexts(name, dataset, obs, findings)
+        if task != "perturbation_response" or "cell_type" not in obs:
+            continue
+        cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
+        both = int(((cells[dataset.control] > 0) & (cells.drop(columns=dataset.control) > 0).any(axis=1)).sum())
+        if both <= CONTEXTS:
+            learns = f"perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time"
+            enough = f"data of {CONTEXTS + 1} contexts or more can"
+            findings.warnings.append(f"{name}: {learns}, from which it cannot tell an embedding from noise; {enough}.")
+        for treatment, contexts in joining.treatments(obs, dataset).items():
+            few = cells.loc[contexts, [treatment, dataset.control]].min(axis=1)
+            _few(few, f"contexts of {treatment!r} in {name}", findings)
     if not judged:
         findings.errors.append("no task is left to judge by; give more cells, types or columns.")
-
-
-def _contexts(name: str, dataset: EvaluationSet, obs: pd.DataFrame, findings: Findings) -> None:
-    """Warn of few contexts to learn from, and of contexts with few cells."""
-    cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
-    both = int(((cells[dataset.control] > 0) & (cells.drop(columns=dataset.control) > 0).any(axis=1)).sum())
-    if both <= CONTEXTS:
-        learns = f"perturbation response learns from {both - 1} context{'s' * (both > 2)} at a time"
-        enough = f"data of {CONTEXTS + 1} contexts or more can"
-        findings.warnings.append(f"{name}: {learns}, from which it cannot tell an embedding from noise; {enough}.")
-    for treatment, contexts in joining.treatments(obs, dataset).items():
-        few = cells.loc[contexts, [treatment, dataset.control]].min(axis=1)
-        _few(few, f"contexts of {treatment!r} in {name}", findings)
 
 
 def _few(n_held_out: pd.Series, what: str, findings: Findings) -> None:

@@ -1,18 +1,17 @@
 """A study file for data of one's own, proposed from a look into them: `run_all.py --new`."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from datawall.cells import datasets, sampling
+from datawall.cells import corpus, datasets, sampling, sources
+from datawall.cells.backed import CellFile
+from datawall.cells.corpus import CorpusError, GeneMatch
 from datawall.engine import disk, paths
-from datawall.planning import inspection
-from datawall.planning.inspection import Looked
 from datawall.study import params
 from datawall.tasks import TASKS
 
@@ -42,17 +41,86 @@ CONTROL = (
     r"ctrl|control|untreated|unstim|vehicle|dmso|mock|pbs|naive|baseline|normal|healthy|wild.?type|non.?target|scrambl|"
     r"^(wt|none|ntc?)$"
 )
-KEYS = {"label": "cell_type_key", "batch": "batch_key", "donor": "donor_key", "perturbation": "perturbation_key"}
-KEYS["control"] = "control"  # of the study file, by option of the command
+KEYS = {role: role if role == "control" else f"{role}_key" for role in QUESTIONS}  # of the study file
 NONE = "none"  # the answer that leaves a role out
+MANY = 1000  # distinct values; a column with more labels no cells
 MOST_TYPES = 500
 FEW = 50  # cells; a subset with fewer teaches little
 DEFAULT_CELLS = 9_799  # that the default study pretrains on
 STARTS = (1, 2, 3, 5, 10, 20, 50)  # smallest percentages to choose from
-TEMPLATE = "study.yaml.j2"
 
 type Roles = dict[str, str | None]  # columns, and the control
 type Ask = Callable[[str, str], str]  # a question and the proposal; the answer
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is in a corpus."""
+
+    name: str
+    n_cells: int
+    matches: list[GeneMatch]  # of its files
+    notes: list[str]  # what a reader should know of counts and genes
+    columns: list[str]  # of obs, those that all files have
+    obs: pd.DataFrame  # columns asked for, and those likely to label cells; categorical, NaN where missing
+    unreadable: dict[str, str]  # columns that cannot be read, and why
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.n_cells:,} cells, {'; '.join(map(str, self.matches))}"
+
+    def fault(self, key: str) -> str | None:
+        """What is wrong with a column that a study names."""
+        if key not in self.columns:
+            return corpus.no_column(self.name, key, self.columns)
+        if key in self.obs and (missing := int(self.obs[key].isna().sum())):
+            return f"{self.name}: column {key!r} is missing for {missing:,} cells; label or drop them."
+        return self.unreadable.get(key)
+
+
+def look(corpora: Sequence[str], keys: Iterable[str] = (), *, min_matched: float = 0.5) -> Looked:
+    """Look into a named data set, which is loaded, or files, of which counts are sampled and labels read.
+
+    Columns named by `keys` are looked at if they are there, whatever is in them; others if they are likely to label
+    cells, with few values and no fractions. For `min_matched` see `corpus.check_match`. Raises CorpusError or
+    DatasetError if a data set breaks a rule, columns apart.
+    """
+    name = ", ".join(corpora)
+    if name in datasets.DATASETS:
+        adata, match = corpus.align(datasets.load(name), name, min_matched=min_matched)
+        obs = adata.obs.astype("category").reset_index(drop=True)
+        return Looked(name, adata.n_obs, [match], list(match.notes), list(adata.obs), obs, unreadable={})
+    files = [datasets.file(file) for file in corpora]
+    source = sources.open_source(files, {}, sources.Options(min_matched=min_matched))
+    columns, tables, unreadable = [], [], {}
+    for path in files:
+        read = {}
+        with CellFile(path) as cells:
+            columns.append(cells.columns())
+            for key in columns[-1]:
+                try:
+                    read[key] = _labels(cells, key, None if key in keys else MANY)
+                except CorpusError as error:
+                    unreadable[key] = str(error)
+        tables.append(pd.DataFrame({key: labels for key, labels in read.items() if labels is not None}))
+    shared = [key for key in columns[0] if all(key in of_file for of_file in columns)]
+    joined = [table.astype(object) for table in tables]
+    obs = pd.concat(joined, join="inner", ignore_index=True).astype("category") if len(files) > 1 else tables[0]
+    return Looked(name, source.n_cells, source.matches, source.notes, shared, obs, unreadable)
+
+
+def _labels(cells: CellFile, key: str, most: int | None) -> pd.Categorical | None:
+    """A column as labels; None if there is a limit, and it has more values, or fractions."""
+    parts, seen = [], set()
+    for start in range(0, cells.n_cells, sources.SCAN):
+        values = cells.column(key, "label", start, start + sources.SCAN)
+        if most and values.dtype.kind == "f" and (values % 1 != 0).any():
+            return None
+        codes, labels = corpus.label_codes(values)
+        seen.update(labels)
+        if most and len(seen) > most:
+            return None
+        parts.append(pd.Categorical.from_codes(codes, labels))
+    return pd.api.types.union_categoricals(parts)
 
 
 def new(
@@ -68,25 +136,30 @@ def new(
 
     What is `given`, columns by role and the control (keys of `QUESTIONS`) or `none`, is taken as it is; what is absent
     or None is asked for, or else proposed. `say` tells what is found; `settings` are more keys of the study file.
-    Raises FileExistsError if there is such a study file, and ValueError (as are ParamsError and CorpusError) or
-    DatasetError if the name is none, a file breaks a rule or what was given is not there.
+    Raises FileExistsError, ValueError (as are ParamsError and CorpusError) or DatasetError.
     """
     path, settings = paths.repository() / "params" / f"{name}.yaml", settings or {}
-    if taken := [option for option, key in KEYS.items() if key in settings]:
-        raise ValueError(f"--set {KEYS[taken[0]]}: with --new, name it as --{taken[0]}.")
+    if taken := [role for role, key in KEYS.items() if key in settings]:
+        option = "label" if taken[0] == "cell_type" else taken[0]
+        raise ValueError(f"--set {KEYS[taken[0]]}: with --new, name it as --{option}.")
     plain = {key: value for key, value in settings.items() if key in ("min_matched_genes", "held_out", "percentages")}
     default = params.read(paths.repository() / "params" / "quick.yaml", {"study": name, **plain})
     if path.exists():
         raise FileExistsError(f"{path}: there is such a study file; choose another name, or remove it.")
     named = [key for role, key in given.items() if role != "control" and key]
-    looks = [inspection.look(corpus, named, min_matched=default.min_matched_genes) for corpus in corpora]
-    for looked in looks:
-        say(str(looked))
-    looked = _joined(looks)
+    looked = look(corpora, named, min_matched=default.min_matched_genes)
+    say(str(looked))
     roles = _choose(looked, given, ask, say)
-    for note in (note for part in looks for note in part.notes(roles)):
+    notes = list(looked.notes)
+    for role, key in roles.items():
+        if key in looked.obs:
+            notes += corpus.label_notes(looked.obs[key].value_counts().to_dict(), f"{looked.name}: {key!r}", role)
+    for note in notes:
         say(f"warning: {note}")
-    text = _with(study_file(name, [_portable(corpus) for corpus in corpora], looked, roles, default), settings)
+    # Files that are not found from the repository have their whole path.
+    known = [file in datasets.DATASETS or (paths.repository() / file).exists() for file in corpora]
+    portable = [file if here else str(Path(file).resolve()) for file, here in zip(corpora, known, strict=True)]
+    text = _with(study_file(name, portable, looked, roles, default), settings)
     params.check(params.from_yaml(text), path.name)
     disk.write_text(path, text)
     return path
@@ -124,7 +197,7 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     """The text of a study file, with comments that say what was found; the rest is as in the default study."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    named = {KEYS["label" if role == "cell_type" else role] for role, value in roles.items() if value}
+    named = {KEYS[role] for role, value in roles.items() if value}
     labels, contexts = looked.obs.get(roles["cell_type"]), None
     if labels is not None and roles["perturbation"]:  # the types with the most cells both with and without treatment
         untreated = looked.obs[roles["perturbation"]] == roles["control"]
@@ -137,7 +210,7 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     longer = min(10.0, max(1.0, n_pretraining / DEFAULT_CELLS))
     steps = {name: round(longer * n, -2) for name, n in {"": default.steps, **default.steps_by_model}.items()}
     environment.filters |= {"yaml": _yaml, "comment": lambda text: " ".join(str(text).split())}
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template("study.yaml.j2").render(
         name=name,
         corpus=corpora[0] if len(corpora) == 1 else corpora,
         looked=looked,
@@ -171,18 +244,18 @@ def describe(looked: Looked, key: str) -> str:
     return f"{len(counts)} values: {most}{', …' if len(counts) > 3 else ''}"
 
 
-def _choose(looked: Looked, given: dict[str, str | None], ask: Ask | None, say: Callable[[str], None]) -> Roles:
+def _choose(looked: Looked, given: Roles, ask: Ask | None, say: Callable[[str], None]) -> Roles:
     """The column of each role, and the control: given, asked for, or proposed."""
     roles, proposed = {}, propose(looked)
     for role, question in QUESTIONS.items():
-        if role == "control" and roles["perturbation"] is None:
-            roles[role] = None
-            continue
-        if role == "control" and roles["perturbation"] != proposed["perturbation"]:
-            proposed[role] = control_of(looked.obs[roles["perturbation"]])
+        labels = looked.obs[roles["perturbation"]] if role == "control" and roles["perturbation"] else None
+        if role == "control":
+            if labels is None:
+                return roles | {role: None}
+            proposed[role] = control_of(labels)
         likely, asked = proposed[role] or NONE, ask is not None and not given.get(role)
         answer = ask(question, likely) if asked else given.get(role) or likely
-        while fault := _fault(looked, roles, role, answer):
+        while fault := _fault(looked, labels, role, answer):
             if not asked:
                 raise ValueError(fault)
             say(fault)
@@ -193,47 +266,24 @@ def _choose(looked: Looked, given: dict[str, str | None], ask: Ask | None, say: 
     return roles
 
 
-def _fault(looked: Looked, roles: Roles, role: str, answer: str) -> str | None:
+def _fault(looked: Looked, treatments: pd.Series | None, role: str, answer: str) -> str | None:
     """Why an answer will not do."""
-    if role == "control":
-        values = looked.obs[roles["perturbation"]].unique().tolist()
-        return None if answer in values else f"{answer!r} is no value of {roles['perturbation']!r}; they are {values}."
+    if treatments is not None:
+        values = treatments.unique().tolist()
+        return None if answer in values else f"{answer!r} is no value of {treatments.name!r}; they are {values}."
     if answer == NONE or (role == "cell_type" and answer == params.CLUSTERS):
         return None
-    return next(iter(looked.faults([answer])), None)
-
-
-def _joined(looks: list[Looked]) -> Looked:
-    """Several files as one, with the columns that all have."""
-    if len(looks) == 1:
-        return looks[0]
-    shared = [key for key in looks[0].columns if all(key in looked.columns for looked in looks)]
-    labels = [key for key in shared if all(key in looked.obs for looked in looks)]
-    obs = pd.concat([looked.obs[labels].astype(object) for looked in looks], ignore_index=True).astype("category")
-    names = ", ".join(looked.name for looked in looks)
-    unreadable = {key: why for looked in looks for key, why in looked.unreadable.items()}
-    return Looked(names, sum(looked.n_cells for looked in looks), looks[0].match, shared, obs, unreadable)
+    return looked.fault(answer)
 
 
 def _with(text: str, settings: dict[str, Any]) -> str:
     """A study file with more keys; one that it has already gets another value, in its place."""
-    lines = text.rstrip().split("\n")
+    text = text.rstrip() + "\n"
     for key, value in settings.items():
-        line = f"{key}: {_yaml(value)}"
-        at = next((i for i, old in enumerate(lines) if old.startswith(f"{key}:")), None)
-        if at is None:
-            lines += [*(["", "# As given with --set."] * ("# As given with --set." not in lines)), line]
-            continue
-        end = next((i for i in range(at + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
-        lines[at:end] = [line]
-    return "\n".join(lines) + "\n"
-
-
-def _portable(name: str) -> str:
-    """A corpus as the study file names it, so that it is found from the repository and from elsewhere."""
-    if name in datasets.DATASETS or (paths.repository() / name).exists():
-        return name
-    return str(Path(name).resolve())
+        line = f"{key}: {_yaml(value)}\n"
+        text, n_replaced = re.subn(rf"^{key}:.*\n(?: .*\n)*", lambda _, line=line: line, text, flags=re.MULTILINE)
+        text += "" if n_replaced else line
+    return text
 
 
 def _yaml(value: Any) -> str:

@@ -1,10 +1,9 @@
 """From what a study names to its corpus and evaluation sets: read in blocks, labelled, and with genes in one order."""
 
-from __future__ import annotations
-
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from tqdm import tqdm
 from datawall.cells import backed, cellstore, census, corpus, datasets, expression, sampling, simulate, sources
 from datawall.cells.cellstore import Cells
 from datawall.engine import disk, store
-from datawall.study.params import Params
+from datawall.study import joining
+from datawall.study.params import CLUSTERS, Params
 
 SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
 CLUSTERED = 20_000  # cells that clusters are found among; the others join that of their nearest neighbours
@@ -32,83 +32,107 @@ def identity(p: Params) -> store.Record:
     else:
         source = [datasets.identity(name) for name in p.sources()]
     spike_in = None if p.spike_in is None else datasets.identity(p.spike_in)
-    filters = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito"})
-    named = {"columns": p.columns(), "clusters": p.clusters, "labels": p.labels}
-    return {"corpus": source, "spike_in": spike_in, **named, **filters}
+    given = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito", "labels"})
+    given |= {"columns": p.columns(), "clusters": p.cell_type_key == CLUSTERS}
+    return {"corpus": source, "spike_in": spike_in, **given}
 
 
 def make_corpus(p: Params, folder: Path) -> None:
     """Write the corpus into a folder, at constant memory.
 
     `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
-    genes were matched (`spike_in_genes.json` of those cells), `notes.json` what a reader should know of the sources,
-    and `report_<table>.parquet` what else became of the cells on the way. Raises CorpusError or DatasetError if a
-    source breaks a rule.
+    genes were matched, `notes.json` what a reader should know of the sources, and `report_<table>.parquet` what became
+    of the cells on the way. Raises CorpusError or DatasetError if a source, or a context to hold out, breaks a rule.
     """
-    n_cells, reports = 0, {}
-
-    def blocks() -> Iterator[ad.AnnData]:
-        nonlocal n_cells
-        for block in read_corpus(p, reports):
-            n_cells += block.n_obs
-            yield block
-        if p.spike_in is not None:
-            yield from read_spike_in(p, block, reports)
-
-    cellstore.write(folder, tqdm(blocks(), desc="corpus", unit="block", leave=False, delay=5))
+    reports = {}
+    cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
+    cells = cellstore.Cells(folder / cellstore.NAME)
+    np.save(folder / "spike_in.npy", np.arange(cells.n_obs - reports.pop("n_spiked"), cells.n_obs))
     if p.simulation is not None:
         simulate.truth(p.simulation).write(folder)
-    for name in reports.keys() & {"genes", "spike_in_genes", "notes"}:
-        disk.write_json(folder / f"{name}.json", reports.pop(name))
-    for table, rows in reports.items():
-        rows.to_parquet(folder / f"report_{table}.parquet", index=False)
-    cells = cellstore.Cells(folder / cellstore.NAME)
-    np.save(folder / "spike_in.npy", np.arange(n_cells, cells.n_obs))
-    if p.clusters:
+    for name, content in reports.items():
+        if isinstance(content, pd.DataFrame):
+            content.to_parquet(folder / f"report_{name}.parquet", index=False)
+        else:
+            disk.write_json(folder / f"{name}.json", content)
+    if p.cell_type_key == CLUSTERS:
         cellstore.add_labels(folder, "cell_type", clusters(cells))
+    joining.check_contexts(p, cellstore.Cells(folder / cellstore.NAME).obs["cell_type"].unique())
 
 
 def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
-    """The cells of the corpus in blocks, without those to spike in.
+    """The cells of the corpus in blocks, those to spike in last.
 
     `reports` is filled in the end: `genes`, how they were matched, a row a source; `notes`, what a reader should know;
-    and tables of what became of the cells.
+    `n_spiked`, how many cells are to be spiked in; and tables of what became of the others.
     """
     name, tables = p.sources()[0], {}
-    if p.simulation is None and p.census is None and name not in datasets.DATASETS:
+    columns = {role: p.key(role, name) for role in p.columns()}
+    if p.simulation is not None:
+        source = Loaded(p, name, simulate.blocks(p.simulation), columns)
+    elif p.census is not None:
+        selection = census.select(p.census)
+        tables = {"census": selection.report, "types": selection.types.reset_index()}
+        source = Loaded(p, name, census.blocks(p.census, selection), columns)
+    elif name in datasets.DATASETS:
+        source = Loaded(p, name, [datasets.load(name)], columns)
+    else:
         filters = p.model_dump(include={"min_genes", "min_counts", "max_mito"})
         source = _files(p, p.sources(), p.columns(), drop_duplicates=True, **filters)
-        for block in source.blocks():
-            block.obs = block.obs.drop(columns=list(sources.QUALITY))
-            yield block
-        matches, notes = source.matches, source.notes
-        tables = {table: getattr(source.report, table) for table in ("cells", "duplicates")}
-    else:
-        if p.simulation is not None:
-            blocks = simulate.blocks(p.simulation)
-        elif p.census is not None:
-            selection = census.select(p.census)
-            tables = {"census": selection.report, "types": selection.types.reset_index()}
-            blocks = census.blocks(p.census, selection)
-        else:
-            blocks = [datasets.load(name)]
-        n_read = n_kept = 0
-        columns = {role: p.key(role, name) for role in p.columns()}
-        n_cells = {role: Counter() for role in columns}
-        for block in blocks:
-            aligned, match = corpus.align(block, name, min_matched=p.min_matched_genes)
-            n_read, n_kept = n_read + block.n_obs, n_kept + aligned.n_obs
-            aligned.obs = _roles(p, aligned, columns, name)
+    for block in source.blocks():
+        block.obs = block.obs.drop(columns=list(sources.QUALITY), errors="ignore")
+        yield block
+    tables = tables or {name: table for name, table in source.report._asdict().items() if table is not None}
+    genes = [{**match.row(), "in_corpus": match.matched} for match in source.matches]
+    reports.update({"genes": genes, "notes": source.notes, "n_spiked": 0, **tables})
+    if p.spike_in is not None:
+        yield from _spike_in(p, block, reports)
+
+
+def _spike_in(p: Params, like: ad.AnnData, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
+    """Cells to spike in, with the genes and columns of a block of the corpus."""
+    keys = {role: p.key(role, p.spike_in) for role in like.obs}
+    source = _beside(p, p.spike_in, lambda there: {role: key for role, key in keys.items() if key in there})
+    for block in source.blocks():
+        known = [role for role, key in keys.items() if key is not None and role in block.obs]
+        obs = {role: block.obs[role].astype(str).to_numpy() if role in known else SPIKE_IN for role in keys}
+        names = [f"{SPIKE_IN}_{name}" for name in block.obs_names]
+        counts, genes = corpus.to_genes(block, like.var_names), block.var_names
+        yield ad.AnnData(counts, obs=pd.DataFrame(obs, index=names), var=like.var)
+        reports["n_spiked"] += block.n_obs
+    (match,) = source.matches
+    reports["genes"].append({**match.row(), "in_corpus": int(like.var_names.isin(genes).sum())})
+    reports["notes"] += [f"{p.spike_in}: {note}" for note in match.notes]
+
+
+class Loaded:
+    """Cells in memory, of one data set, read as a file's are: like `sources.Source`, once `blocks` has ended."""
+
+    def __init__(self, p: Params, name: str, cells: Iterable[ad.AnnData], columns: dict[str, str]) -> None:
+        self.p, self.name, self.cells, self.columns = p, name, cells, columns
+
+    def blocks(self) -> Iterator[ad.AnnData]:
+        """Aligned cells, with a column for each role, and `dataset_id`."""
+        n_read, n_kept, n_cells = 0, 0, {role: Counter() for role in self.columns}
+        for cells in self.cells:
+            aligned, match = corpus.align(cells, self.name, min_matched=self.p.min_matched_genes)
+            columns = self.columns | ({"dataset_id": "dataset_id"} if "dataset_id" in cells.obs else {})
+            obs = {role: self._labels(aligned, role, key) for role, key in columns.items()}
+            obs.setdefault("dataset_id", pd.Categorical([self.name] * aligned.n_obs))
+            aligned.obs = pd.DataFrame(obs, index=aligned.obs_names)
+            n_read, n_kept = n_read + cells.n_obs, n_kept + aligned.n_obs
             for role, counted in n_cells.items():
                 counted.update(aligned.obs[role].value_counts().to_dict())
-            yield from _in_blocks(aligned)
-        matches = [match]
-        notes = [f"{name}: {note}" for note in match.notes]
+            for first in range(0, aligned.n_obs, cellstore.CELLS_AT_ONCE):
+                yield aligned[first : first + cellstore.CELLS_AT_ONCE].copy()
+        self.matches, self.notes = [match], [f"{self.name}: {note}" for note in match.notes]
         for role, counted in n_cells.items():
-            notes += corpus.label_notes(counted, f"{name}: {role!r}", role)
-        became = {"dataset": [name], "read": [n_read], "empty": [n_read - n_kept], "kept": [n_kept]}
-        tables = tables or {"cells": pd.DataFrame(became)}
-    reports.update({"genes": [match.row() for match in matches], "notes": notes, **tables})
+            self.notes += corpus.label_notes(counted, f"{self.name}: {role!r}", role)
+        became = {"dataset": [self.name], "read": [n_read], "empty": [n_read - n_kept], "kept": [n_kept]}
+        self.report = sources.Report(cells=pd.DataFrame(became), duplicates=None)
+
+    def _labels(self, cells: ad.AnnData, role: str, key: str) -> pd.Categorical:
+        return corpus.column(cells, self.name, key, role, self.p.labels if role == "cell_type" else None)
 
 
 def _files(p: Params, names: list[str], columns: sources.Columns, **options: Any) -> sources.Source:
@@ -117,50 +141,25 @@ def _files(p: Params, names: list[str], columns: sources.Columns, **options: Any
     return sources.open_source([datasets.file(name) for name in names], columns, asked)
 
 
-def _roles(p: Params, cells: ad.AnnData, columns: dict[str, str], dataset: str) -> pd.DataFrame:
-    """The columns that a study names, by role, and the data set of each cell."""
-    renamed = {"cell_type": p.labels}
-    obs = {role: corpus.column(cells, dataset, key, role, renamed.get(role)) for role, key in columns.items()}
-    if "dataset_id" in cells.obs:
-        obs["dataset_id"] = corpus.column(cells, dataset, "dataset_id", "data set")
+def _beside(
+    p: Params, name: str, columns_of: Callable[[Iterable[str]], dict[str, str]], origin: str | None = None
+) -> sources.Source | Loaded:
+    """A data set beside the corpus; `columns_of` tells, by role, which of its columns are wanted."""
+    if simulated := simulate.cells_named(name):
+        cells = simulate.Cells(simulate.truth(p.simulation)).block(simulated.start, simulated.stop)
+    elif name in datasets.DATASETS:
+        cells = datasets.load(name)
     else:
-        obs["dataset_id"] = pd.Categorical([dataset] * cells.n_obs)
-    return pd.DataFrame(obs, index=cells.obs_names)
-
-
-def _in_blocks(cells: ad.AnnData) -> Iterator[ad.AnnData]:
-    for first in range(0, cells.n_obs, cellstore.CELLS_AT_ONCE):
-        yield cells[first : first + cellstore.CELLS_AT_ONCE].copy()
-
-
-def read_spike_in(p: Params, like: ad.AnnData, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
-    """Cells to spike in, with the genes and columns of a block of the corpus; fills `reports` as `read_corpus` does."""
-    keys = {role: p.key(role, p.spike_in) for role in like.obs}
-    if p.spike_in not in datasets.DATASETS:
-        with backed.CellFile(datasets.file(p.spike_in)) as file:
-            there = {role: key for role, key in keys.items() if key in file.columns()}
-        source = _files(p, [p.spike_in], there, drop_duplicates=False)
-        match, blocks = source.matches[0], source.blocks()
-    else:
-        aligned, match = corpus.align(datasets.load(p.spike_in), p.spike_in, min_matched=p.min_matched_genes)
-        there = {role: key for role, key in keys.items() if key in aligned.obs}
-        aligned.obs = pd.DataFrame({role: aligned.obs[key] for role, key in there.items()}, aligned.obs_names)
-        blocks = _in_blocks(aligned)
-    for block in blocks:
-        obs = {role: block.obs[role].astype(str).to_numpy() if role in there else SPIKE_IN for role in keys}
-        names = [f"{SPIKE_IN}_{name}" for name in block.obs_names]
-        counts, genes = corpus.to_genes(block, like.var_names), block.var_names
-        yield ad.AnnData(counts, obs=pd.DataFrame(obs, index=names), var=like.var)
-    in_corpus = int(like.var_names.isin(genes).sum())
-    reports["spike_in_genes"] = {**match.row(), "in_corpus": in_corpus}
-    reports["notes"] += [f"{p.spike_in}: {note}" for note in match.notes]
+        with backed.CellFile(datasets.file(name, origin)) as file:
+            columns = columns_of(file.columns())
+        return _files(p, [name], columns, drop_duplicates=False)
+    return Loaded(p, name, [cells], columns_of(cells.obs))
 
 
 def clusters(cells: Cells) -> pd.Categorical:
-    """Leiden clusters, for a corpus without labels: found among some cells, and carried to all by their neighbours.
+    """Leiden clusters, for a corpus without labels, as in scanpy (resolution 1) on 50 principal components.
 
-    As in scanpy (resolution 1, 15 neighbours) on 50 principal components. Neighbours of a cell among the `CLUSTERED`
-    cells, drawn by a fixed seed, vote on its cluster.
+    They are found among `CLUSTERED` cells, drawn by a fixed seed, of which 15 neighbours vote on the cluster of others.
     """
     import scanpy as sc
     from sklearn.neighbors import KNeighborsClassifier
@@ -191,7 +190,7 @@ def held_out(p: Params, obs: pd.DataFrame) -> np.ndarray:
 def dataset_columns(p: Params, name: str, there: Iterable[str] | None = None) -> dict[str, str]:
     """Columns of an evaluation set by role: those that it names itself, or else the study's for types and donors.
 
-    Of the columns that are `there`, if given: without the study's column of donors, which not every data set has.
+    The study's column of donors is left out where it is not among the columns that are `there`.
     """
     dataset = p.evaluation_sets()[name]
     keys = {
@@ -206,47 +205,35 @@ def dataset_columns(p: Params, name: str, there: Iterable[str] | None = None) ->
 
 
 def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
-    """Write an evaluation set, its genes those of the corpus, into a folder.
+    """Write an evaluation set (see `read_dataset`) into a folder.
 
     `cells.h5ad` has the cells; `genes.json` how their genes were matched, and how many the corpus has too, which are
     marked in `measured.npy`; `notes.json` what a reader should know.
     """
-    aligned, genes, notes = read_dataset(p, name, var)
+    aligned, measured, genes, notes = read_dataset(p, name, var)
     aligned.write_h5ad(folder / "cells.h5ad", compression="lzf")
-    np.save(folder / "measured.npy", var.index.isin(genes.pop("measured")))
-    disk.write_json(folder / "genes.json", genes)
+    np.save(folder / "measured.npy", measured)
+    disk.write_json(folder / "genes.json", [genes])
     disk.write_json(folder / "notes.json", notes)
 
 
-def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, dict[str, Any], list[str]]:
-    """An evaluation set with the genes of the corpus, how its genes were matched, and what a reader should know.
+def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, np.ndarray, dict[str, Any], list[str]]:
+    """An evaluation set with the genes of the corpus, which of them it measures, how they were matched, and notes.
 
     Raises CorpusError or DatasetError if it breaks a rule, or shares no gene with the corpus.
     """
     dataset = p.evaluation_sets()[name]
-    simulated = simulate.cells_named(dataset.file)
-    if not simulated and dataset.file not in datasets.DATASETS:
-        with backed.CellFile(datasets.file(dataset.file, dataset.source)) as file:
-            columns = dataset_columns(p, name, file.columns())
-        source = _files(p, [dataset.file], columns, drop_duplicates=False)
-        blocks = list(source.blocks())
-        aligned = ad.concat(blocks, merge="same") if len(blocks) > 1 else blocks[0]
-        aligned.obs = aligned.obs.drop(columns=list(sources.QUALITY))
-        for role in aligned.obs:
-            aligned.obs[role] = aligned.obs[role].cat.remove_unused_categories()
-        match, notes = source.matches[0], source.notes
-        if n_empty := int(source.report.cells["empty"].sum()):
-            notes = [*notes, f"{name}: {n_empty:,} cells have no count in any known gene and are left out"]
-    else:
-        if simulated:
-            cells = simulate.Cells(simulate.truth(p.simulation)).block(simulated.start, simulated.stop)
-        else:
-            cells = datasets.load(dataset.file)
-        aligned, match = corpus.align(cells, dataset.file, min_matched=p.min_matched_genes)
-        aligned.obs = _roles(p, aligned, dataset_columns(p, name, cells.obs), dataset.file)
-        notes = [f"{name}: {note}" for note in match.notes]
-    measured = aligned.var_names.intersection(var.index)
-    if not len(measured):
+    source = _beside(p, dataset.file, partial(dataset_columns, p, name), dataset.source)
+    blocks = list(source.blocks())
+    aligned = ad.concat(blocks, merge="same") if len(blocks) > 1 else blocks[0]
+    aligned.obs = aligned.obs.drop(columns=list(sources.QUALITY), errors="ignore")
+    for role in aligned.obs:
+        aligned.obs[role] = aligned.obs[role].cat.remove_unused_categories()
+    notes = list(source.notes)
+    if n_empty := int(source.report.cells["empty"].sum()):
+        notes.append(f"{name}: {n_empty:,} cells have no count in any known gene and are left out")
+    measured = var.index.isin(aligned.var_names)
+    if not measured.any():
         raise corpus.CorpusError(f"{dataset.file}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
-    genes = {**match.row(), "dataset": name, "in_corpus": len(measured), "measured": measured}
-    return ad.AnnData(corpus.to_genes(aligned, var.index), obs=aligned.obs, var=var), genes, notes
+    genes = {**source.matches[0].row(), "dataset": name, "in_corpus": int(measured.sum())}
+    return ad.AnnData(corpus.to_genes(aligned, var.index), obs=aligned.obs, var=var), measured, genes, notes

@@ -1,13 +1,10 @@
 """What a unit of work costs: seconds, memory and disk, predicted from a calibration (see `calibration`).
 
-Costs grow as follows. A pretraining run: once, for each cell of its subset, for each step and for each cell of a step,
-the last two in proportion to the multiplications of the model (`work`); a subset streamed from the disk is read too.
-An embedding: a line in cells, in proportion to multiplications. A task: a power of the cells of the data set, times its
-splits, or its treatments and contexts. Curation: lines in the corpus's cells. What reads counts grows with the genes
-that a cell has.
+A pretraining run costs once, for each cell of its subset, for each step and for each cell of a step, the last two in
+proportion to the multiplications of the model (`work`); an embedding, a line in cells, in that proportion; a task, a
+power of the cells of the data set, times its splits, or its treatments and contexts; curation, a line in the corpus's
+cells. What reads counts grows with the genes that a cell has.
 """
-
-from __future__ import annotations
 
 import json
 from functools import cache, cached_property
@@ -20,10 +17,10 @@ from datawall.cells import backed, corpus, datasets, simulate
 from datawall.engine import paths
 from datawall.engine.processes import Need
 from datawall.engine.store import Record
-from datawall.models.hyperparameters import Hyperparameters, ModelSpec
+from datawall.models.hyperparameters import ModelSpec
 from datawall.study import joining
 from datawall.study.params import Params
-from datawall.study.units import Evaluation, Run
+from datawall.study.units import Evaluation, Run, Source
 
 SHIPPED = paths.PACKAGE_DATA / "calibration"  # measured elsewhere, each names its machine
 DEFAULT = "quick"  # the study whose calibration stands in for others
@@ -33,6 +30,7 @@ VARIABLE_GENES = 2000  # that baselines hold dense
 BYTES_PER_STEP = 12  # of a history
 SCTAB_CELLS = 22_190_622  # of the default recipe of the Census,
 GENES_PER_CELL = 1_660.0  # and genes of which such a cell has counts
+RECONSTRUCTION = 5  # times an embedding of the same cells
 CONTEXTS = 4  # of perturbation response, where the study does not name those to hold out
 FLOPS = 20e12  # of a GPU, sustained: assumed where none was calibrated
 
@@ -59,39 +57,17 @@ def size_of(p: Params) -> tuple[int, float]:
 
 def work(spec: ModelSpec, n_genes: int, genes_per_cell: float) -> float:
     """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
-    h = _described(spec)
-    if not hasattr(h, "n_genes"):
+    h = spec.hyperparameters
+    if spec.is_external or not hasattr(h, "n_genes"):
         return genes_per_cell / 1e6
     share = min(h.n_genes or n_genes, n_genes) / n_genes  # of the corpus's genes, those in the panel
     if hasattr(h, "max_length"):  # a transformer; it predicts the 15 % of genes that are masked
         length = min(h.max_length, genes_per_cell * share)
         per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + 0.15 * n_genes * share * h.n_embd
         return length * per_token / 1e6
-    first, others = _encoder(h)
-    return (first * share * (genes_per_cell + n_genes) + 2 * others) / 1e6  # there and back
-
-
-def n_weights(spec: ModelSpec, n_genes: int) -> int:
-    """Weights of a model, about; none of one of the user's own."""
-    h = _described(spec)
-    panel = min(getattr(h, "n_genes", None) or n_genes, n_genes)
-    if hasattr(h, "max_length"):
-        return (8 * h.n_layers + 1) * h.n_embd**2 + (panel + h.max_length) * h.n_embd
-    if hasattr(h, "n_hidden"):
-        first, others = _encoder(h)
-        return 2 * (first * panel + others)
-    return getattr(h, "n_components", 0) * n_genes
-
-
-def _described(spec: ModelSpec) -> Hyperparameters:
-    """Hyper-parameters that tell what a model looks like: those of one of the user's own may mean anything."""
-    return Hyperparameters() if spec.is_external else spec.hyperparameters
-
-
-def _encoder(h: Hyperparameters) -> tuple[int, int]:
-    """Width of an encoder's first layer, and weights of the others."""
     widths = h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
-    return widths[0], sum(a * b for a, b in zip(widths, [*widths[1:], h.n_latent], strict=True))
+    others = sum(a * b for a, b in zip(widths, [*widths[1:], h.n_latent], strict=True))  # but for an encoder's first
+    return (widths[0] * share * (genes_per_cell + n_genes) + 2 * others) / 1e6  # there and back
 
 
 class Costs:
@@ -122,8 +98,6 @@ class Costs:
         cells = {dataset.dataset: dataset.n_cells or _cells_in(dataset.file) for dataset in self.p.evaluation}
         return cells | {self.p.held_out_name: round(self.n_cells * self.p.held_out)}
 
-    # Units
-
     def run(self, run: Run) -> Need:
         """Pretraining a model."""
         cost, scale = self.model(run.model)
@@ -140,20 +114,24 @@ class Costs:
     def evaluation(self, evaluation: Evaluation, *, embedded: bool = False) -> Need:
         """A task, and the embedding that it is of, unless that is there already."""
         n_cells, source = self.cells_of_set[evaluation.dataset], evaluation.source
-        seconds = self._scoring_seconds(evaluation, n_cells)
-        if isinstance(source, Run) and not embedded and tasks.TASKS[evaluation.task].judges == "embeddings":
-            cost, scale = self.model(source.model)
-            seconds += cost["embedding"][0] + cost["embedding"][1] * scale * n_cells
+        if tasks.TASKS[evaluation.task].judges == "models":
+            seconds = RECONSTRUCTION * self._embedding_seconds(source, min(joining.RECONSTRUCTED, n_cells))
+        else:
+            seconds = self._scoring_seconds(evaluation, n_cells)
+            seconds += 0 if embedded else self._embedding_seconds(source, n_cells)
         per_cell = 2 * self.size[1] * BYTES_PER_COUNT + 8 * VARIABLE_GENES
         per_cell += 4 * self.p.perturbation_genes * (evaluation.task == "perturbation_response")
         gpus = 1 if isinstance(source, Run) and self.batch_size(source.model) else 0
         return Need(gpus, BASE_GIB + n_cells * per_cell / 2**30, seconds)
 
+    def _embedding_seconds(self, source: Source, n_cells: int) -> float:
+        if not isinstance(source, Run):
+            return 0.0
+        cost, scale = self.model(source.model)
+        return cost["embedding"][0] + cost["embedding"][1] * scale * n_cells
+
     def _scoring_seconds(self, evaluation: Evaluation, n_cells: int) -> float:
         task, source = tasks.TASKS[evaluation.task], evaluation.source
-        if task.judges == "models":
-            (cost, scale), n_cells = self.model(source.model), min(joining.RECONSTRUCTED, n_cells)
-            return cost["reconstruction"][0] + cost["reconstruction"][1] * scale * n_cells
         if task.name == "zeroshot_integration":
             n_cells = min(n_cells, self.p.integration_cells or n_cells)
         costs = self.known["tasks"].get(task.name, {"model": [0.0, 1.0]})
@@ -175,14 +153,12 @@ class Costs:
         if not isinstance(dataset.treatments, int):
             return len(dataset.treatments)
         held_out = name == self.p.held_out_name
-        for file in self.p.sources() if held_out else [dataset.file]:
-            if backed.names_file(file) and dataset.n_cells is None:
+        for file in filter(backed.names_file, self.p.sources() if held_out else [dataset.file]):
+            if dataset.n_cells is None:
+                key = self.p.key("perturbation", file) if held_out else dataset.perturbation_key
                 with backed.CellFile(datasets.file(file)) as cells:
-                    key = self.p.key("perturbation", file) if held_out else dataset.perturbation_key
                     values.update(cells.column(key, "perturbation", 0, cells.n_cells))
         return min(dataset.treatments, max(1, len(values) - 1))
-
-    # Parts of them
 
     def line(self, what: str, n: float) -> float:
         """Seconds of a part of curation, of so many cells."""
@@ -194,15 +170,16 @@ class Costs:
         """The calibrated model of the family that is most alike, and how many times its work this one is."""
         spec = self.p.specs[name]
         if not (alike := [model for model in self.known["models"] if model["family"] == spec.family]):
-            costs = dict.fromkeys(("once", "cell", "step", "step_cell", "n_latent"), 0)
-            return {**costs, "embedding": [0, 0], "reconstruction": [0, 0]}, 1.0  # of the user's own
+            nothing = dict.fromkeys(("once", "cell", "step", "step_cell", "n_latent", "bytes"), 0)
+            return {**nothing, "embedding": [0, 0]}, 1.0  # of the user's own
         millions = work(spec, *self.size)
         nearest = min(alike, key=lambda model: abs(np.log(model["work"] / millions)))
         return nearest, millions / nearest["work"]
 
     def model_bytes(self, name: str) -> int:
-        """A model on disk."""
-        return 4 * n_weights(self.p.specs[name], self.size[0])
+        """A model on disk, and its weights in memory."""
+        cost, scale = self.model(name)
+        return round(cost.get("bytes", 0) * scale)  # calibrations of version 0.2 have none
 
     def steps(self, run: Run) -> int:
         """Optimiser steps of a run: none of an untrained model, or of one that takes no batches."""
@@ -211,7 +188,8 @@ class Costs:
 
     def batch_size(self, model: str) -> int:
         """Cells a step; 0 for a model that takes no steps."""
-        return getattr(_described(self.p.specs[model]), "batch_size", 0)
+        spec = self.p.specs[model]
+        return 0 if spec.is_external else getattr(spec.hyperparameters, "batch_size", 0)
 
     @cache  # noqa: B019
     def gpu_seconds_per_cell(self, model: str) -> float:

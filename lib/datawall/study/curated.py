@@ -1,12 +1,10 @@
 """The curated data of a study: its corpus, split, evaluation sets and subsets, each made once and found again."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import anndata as ad
@@ -18,13 +16,12 @@ from datawall.cells import cellstore, datasets, duplicates, expression, sampling
 from datawall.cells.cellstore import Cells
 from datawall.cells.corpus import CorpusError
 from datawall.cells.duplicates import Contamination
-from datawall.engine import code, store
+from datawall.engine import store
 from datawall.engine.store import Artifact, Unit
 from datawall.study import assembly, joining
 from datawall.study.params import Params
 from datawall.study.units import Subset
 
-HERE, ASSEMBLY = map(code.module_name, (__name__, assembly.__name__))
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
 
 
@@ -55,10 +52,8 @@ class Curated:
 
     def joined(self, task: str) -> list[str]:
         """Data sets that a task is judged on; until they have been read, all whose columns allow it."""
-        apart = self.not_judged(task)
-        return [
-            name for name, dataset in self.params.evaluation_sets().items() if dataset.joins(task) and name not in apart
-        ]
+        sets, apart = self.params.evaluation_sets(), self.not_judged(task)
+        return [name for name, dataset in sets.items() if dataset.joins(task) and name not in apart]
 
     def not_judged(self, task: str) -> dict[str, str]:
         """Data sets, read before, whose columns allow a task and whose cells do not, and why."""
@@ -84,23 +79,18 @@ class Curated:
     @cached_property
     def corpus_unit(self) -> Unit:
         """The aligned corpus, with its labels."""
-        return Unit("corpus", assembly.identity(self.params), (f"{HERE}:corpus_artifact", ASSEMBLY))
+        return Unit("corpus", assembly.identity(self.params), ("study/curated:corpus_artifact", "study/assembly"))
 
     @cached_property
     def corpus_artifact(self) -> Artifact:
         """The corpus on disk (see `assembly.make_corpus`)."""
-
-        def make(folder: Path) -> None:
-            assembly.make_corpus(self.params, folder)
-            joining.check_contexts(self.params, cellstore.Cells(folder / cellstore.NAME).obs["cell_type"].unique())
-
-        return self.store.find_or_make(self.corpus_unit, make)
+        return self.store.find_or_make(self.corpus_unit, partial(assembly.make_corpus, self.params))
 
     @cached_property
     def corpus(self) -> Cells:
         """The corpus, on disk: counts by row, genes by Ensembl id, `obs` with cell_type and what else is known.
 
-        Raises CorpusError if the data set breaks a rule of `corpus.align`, or lacks a column that the study names.
+        Raises CorpusError if a source breaks a rule, or lacks a column that the study names.
         """
         cells = cellstore.Cells(self.corpus_artifact.folder / cellstore.NAME)
         joining.check_contexts(self.params, cells.obs["cell_type"].unique())
@@ -110,28 +100,20 @@ class Curated:
     def split_unit(self) -> Unit:
         """Which cells of the corpus are pretrained on, and which are held out."""
         p = self.params
-        drop = [self.contamination_unit(name).key for name in self._dropped_for]
-        drawn = {"held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
-        record = {"corpus": self.corpus_unit.key, **drawn, "drop": drop}
-        return Unit("split", record, (f"{HERE}:_make_split", ASSEMBLY))
-
-    @property
-    def _dropped_for(self) -> list[str]:
-        """Evaluation data sets whose cells and donors are left out of pretraining."""
-        return [dataset.dataset for dataset in self.params.evaluation] if self.params.drop_contaminated else []
+        record = {"corpus": self.corpus_unit.key, "held_out": p.held_out, "by": p.split_by, "seed": p.split_seed}
+        record["drop"] = [self.contamination_unit(each.dataset).key for each in p.evaluation if p.drop_contaminated]
+        return Unit("split", record, ("study/curated:_make_split", "study/assembly"))
 
     def _make_split(self, folder: Path) -> None:
         """Write the sorted rows of the corpus that may be pretrained on and those held out, spiked-in cells apart."""
-        rows = np.setdiff1d(np.arange(self.corpus.n_obs), self.split_rows("spike_in"), assume_unique=True)
-        held_out = assembly.held_out(self.params, self.corpus.obs.iloc[rows])
-        dropped = [self.contamination(name).rows_to_drop() for name in self._dropped_for]
-        dropped = np.unique(np.concatenate([np.empty(0, np.int64), *dropped]))
-        pretraining = np.setdiff1d(rows[~held_out], dropped, assume_unique=True)
+        p, rows = self.params, np.setdiff1d(np.arange(self.corpus.n_obs), self.split_rows("spike_in"))
+        held_out = assembly.held_out(p, self.corpus.obs.iloc[rows])
+        pretraining = rows[~held_out]
+        for dataset in p.evaluation if p.drop_contaminated else ():
+            pretraining = np.setdiff1d(pretraining, self.contamination(dataset.dataset).rows_to_drop())
         if not len(pretraining):
-            raise CorpusError(
-                f"{self.params.study}: no cell of the corpus is left to pretrain on; hold out less, or keep "
-                "contaminated cells."
-            )
+            remedy = "hold out less, or keep contaminated cells"
+            raise CorpusError(f"{p.study}: no cell of the corpus is left to pretrain on; {remedy}.")
         np.save(folder / "pretraining.npy", pretraining)
         np.save(folder / "held_out.npy", rows[held_out])
 
@@ -163,28 +145,20 @@ class Curated:
         if name == self.held_out_name:
             return self.split_unit
         p, dataset = self.params, self.params.evaluation_sets()[name]
-        record = {
-            "dataset": datasets.identity(dataset.file, dataset.source),
-            "corpus": self.corpus_unit.key,
-            "min_matched_genes": p.min_matched_genes,
-            "columns": assembly.dataset_columns(p, name),
-            "labels": p.labels,
-        }
-        return Unit("dataset", record, (f"{HERE}:dataset_artifact", ASSEMBLY))
+        record = p.model_dump(include={"min_matched_genes", "labels"}) | {"corpus": self.corpus_unit.key}
+        record |= {"dataset": datasets.identity(dataset.file, dataset.source)}
+        record |= {"columns": assembly.dataset_columns(p, name)}
+        return Unit("dataset", record, ("study/curated:dataset_artifact", "study/assembly"))
 
     def dataset_artifact(self, name: str) -> Artifact:
         """An evaluation data set on disk (see `assembly.make_dataset`); of held-out cells, the split."""
         if name == self.held_out_name:
             return self.store.find_or_make(self.split_unit, self._make_split)
-        return self.store.find_or_make(
-            self.dataset_unit(name), lambda folder: assembly.make_dataset(self.params, name, self.corpus.var, folder)
-        )
+        make = partial(assembly.make_dataset, self.params, name)
+        return self.store.find_or_make(self.dataset_unit(name), lambda folder: make(self.corpus.var, folder))
 
     def dataset(self, name: str) -> ad.AnnData:
-        """An evaluation data set: counts in the corpus's gene order, `obs["cell_type"]` and what else is known.
-
-        Those asked for before stay in memory, the latest first, as far as `KEPT` goes.
-        """
+        """An evaluation data set: counts in the corpus's gene order, `obs` with cell_type and what else is known."""
         if (adata := self._in_memory.pop(name, None)) is None:
             while sum(map(sys.getsizeof, self._in_memory.values())) > KEPT:
                 del self._in_memory[next(iter(self._in_memory))]
@@ -199,13 +173,12 @@ class Curated:
         """What an evaluation data set shares with the corpus; held-out cells, with those that are pretrained on."""
         within = self.split_unit if name == self.held_out_name else self.corpus_unit
         record = {"dataset": self.dataset_unit(name).key, "cells": within.key}
-        return Unit("contamination", record, (f"{HERE}:contamination",))
+        return Unit("contamination", record, ("study/curated:contamination",))
 
     def contamination(self, name: str) -> Contamination:
-        """What an evaluation data set shares with the corpus: equal cells, and donors of the same name.
+        """What an evaluation data set shares with the corpus, whose rows count: equal cells, and donors of one name.
 
-        Rows count in the corpus. Cells are compared by the genes that the data set has; what lies on disk is read in
-        blocks, and in memory are 36 bytes for each cell of the evaluation set.
+        Cells are compared by the genes that the data set has, in blocks, at 36 bytes a cell of the evaluation set.
         """
 
         def make(folder: Path) -> None:
@@ -230,14 +203,11 @@ class Curated:
     @cached_property
     def sketch_unit(self) -> Unit:
         """Principal components of the pretraining cells, for geometric sketching and for diversity."""
-        return Unit("sketch", {"split": self.split_unit.key}, (f"{HERE}:X_pca",))
+        return Unit("sketch", {"split": self.split_unit.key}, ("study/curated:X_pca",))
 
     @cached_property
     def X_pca(self) -> np.ndarray:  # noqa: N802 - AnnData's name for it
-        """Principal component scores, (n_cells, 50), a memory map: of pretraining cells, then of those to spike in.
-
-        Variable genes and components are those of the pretraining cells.
-        """
+        """Principal component scores, (n_cells, 50), a memory map: of pretraining cells, then of those to spike in."""
 
         def make(folder: Path) -> None:
             spike_in = self.corpus.take(self.split_rows("spike_in"))
@@ -255,7 +225,7 @@ class Curated:
         """Rows of a subset."""
         sketch = {"sketch": self.sketch_unit.key} if sampling.STRATEGIES[subset.strategy].by == "X_pca" else {}
         record = {**asdict(subset), "nested": self.params.nested, "split": self.split_unit.key, **sketch}
-        return Unit("subset", record, (f"{HERE}:_make_subset",))
+        return Unit("subset", record, ("study/curated:_make_subset",))
 
     @cache  # noqa: B019
     def rows(self, subset: Subset) -> np.ndarray:

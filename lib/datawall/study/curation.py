@@ -1,9 +1,8 @@
 """Tables that describe a study's data and subsets, for the curation notebook."""
 
-from __future__ import annotations
-
+import itertools
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +25,28 @@ def gene_matches(study: Study) -> pd.DataFrame:
 
     `in_corpus` counts the genes that the corpus has too, which are all that a model can see of a data set.
     """
-    corpus_folder, *others = _folders(study)
-    rows = [{**match, "in_corpus": match["matched"]} for match in _read(corpus_folder / "genes.json")]
-    if study.params.spike_in is not None:
-        rows.append(_read(corpus_folder / "spike_in_genes.json"))
-    rows += [_read(folder / "genes.json") for folder in others]
-    return pd.DataFrame(rows).set_index("dataset")
+    return pd.DataFrame(_told(study, "genes")).set_index("dataset")
 
 
 def remarks(study: Study) -> list[str]:
     """What a reader should know of the data sets, a line each: where counts and genes were found, then what is odd."""
-    corpus_folder, *others = folders = _folders(study)
-    matches = _read(corpus_folder / "genes.json") + [_read(folder / "genes.json") for folder in others]
-    known = [field.name for field in fields(corpus.GeneMatch) if field.name != "notes"]
-    told = [f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in known})}" for row in matches]
-    return told + [note for folder in folders for note in _read(folder / "notes.json")]
+    return [match_in_words(row) for row in _told(study, "genes")] + _told(study, "notes")
 
 
-def _folders(study: Study) -> list[Path]:
-    """Folders of the corpus and of every other evaluation data set, which have `genes.json` and `notes.json`."""
+def match_in_words(row: dict[str, Any]) -> str:
+    """A row of `gene_matches` as a line."""
+    return f"{row['dataset']}: {corpus.GeneMatch(**{name: row[name] for name in row if name != 'in_corpus'})}"
+
+
+def _told(study: Study, what: str) -> list[Any]:
+    """What was written of `genes`, or as `notes`, when the corpus and the other evaluation data sets were made."""
     datasets = [study.dataset_artifact(dataset.dataset) for dataset in study.params.evaluation]
-    return [artifact.folder for artifact in (study.corpus_artifact, *datasets)]
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    texts = [(each.folder / f"{what}.json").read_text("utf-8") for each in (study.corpus_artifact, *datasets)]
+    return [row for text in texts for row in json.loads(text)]
 
 
 def reports(study: Study) -> dict[str, pd.DataFrame]:
-    """What became of the corpus's cells on the way to it, by name of the table: see its source, in `cells`.
-
-    `cells` has, for each file or data set, how many were read, empty, filtered, duplicate and kept.
-    """
+    """What became of the corpus's cells, by table: `cells` has how many were read, empty, filtered, duplicate, kept."""
     folder = study.corpus_artifact.folder
     return {path.stem.removeprefix("report_"): pd.read_parquet(path) for path in sorted(folder.glob("report_*"))}
 
@@ -119,8 +108,8 @@ def composition(study: Study) -> pd.DataFrame:
 def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
     """Write the names of the cells of every subset, to publish them: a text file each, a cell a line.
 
-    Names are those of the sources, after the file's name where there are several; of the Census, `soma_joinid`. Files
-    are replaced. The table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
+    Names are those of the sources, after the file's name where there are several; of the Census, `soma_joinid`. The
+    table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = []
@@ -180,17 +169,13 @@ def both_labels(study: Study) -> pd.DataFrame:
 
 
 def marker_expression(study: Study) -> pd.DataFrame:
-    """Mean expression of the marker genes in each cell type of the corpus: types by genes, z-scores over types.
-
-    Genes that are the same in all types are left out: there are no others where there is one type.
-    """
+    """Mean expression of marker genes that differ by type in the corpus: types by genes, z-scores over types."""
     marker_genes = markers(study)
     symbols = pd.Index(study.corpus.var["feature_name"])
     types = pd.Categorical(study.corpus.obs["cell_type"]).remove_unused_categories()
     named = [name for name in marker_genes if name in types.categories]
     order = named + sorted(set(types.categories) - set(named))
-    given = dict.fromkeys(gene for genes in marker_genes.values() for gene in genes)
-    genes = [gene for gene in given if gene in symbols]
+    genes = [gene for gene in dict.fromkeys(itertools.chain(*marker_genes.values())) if gene in symbols]
     columns = symbols.get_indexer(genes)
     sums = np.zeros((len(types.categories), len(genes)))
     for rows, counts in study.corpus.blocks():

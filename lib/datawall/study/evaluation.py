@@ -1,7 +1,5 @@
 """Evaluations of a study: every task on every model and baseline, and the tables they make."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,12 +12,11 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
-from datawall.engine import cluster, code, disk
+from datawall.engine import cluster, disk
 from datawall.engine.store import Artifact, Unit
-from datawall.models.hyperparameters import ModelSpec
-from datawall.study import curated, curation, joining, scoring
-from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run, Source
+from datawall.study import curation, scoring
+from datawall.study.study import CHOSEN, Study
+from datawall.study.units import Evaluation, Run
 from datawall.tasks import baselines
 
 LEFT_OUT = {
@@ -31,8 +28,7 @@ LEFT_OUT = {
 def evaluations(study: Study, task: str) -> list[Evaluation]:
     """Every evaluation of a task: baselines, pretraining runs, embeddings from files; none if the study leaves it out.
 
-    A data set joins the tasks that its columns allow. Reconstruction is of the corpus's held-out cells, by models that
-    say how well they do it.
+    Reconstruction is of the corpus's held-out cells, by families and by those models of the user's own that can tell.
     """
     p = study.params
     if task not in p.tasks:
@@ -41,15 +37,11 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     given = [embedding for embedding in p.embeddings if embedding.dataset in names]
     if tasks.TASKS[task].judges == "models":
         names, given = [name for name in names if name == study.held_out_name], []
-        runs = [run for run in runs if reconstructs(p.specs[run.model])]
+        families = {name for name, spec in p.specs.items() if not spec.is_external}
+        runs = [run for run in runs if run.model in families or hasattr(p.specs[run.model].model_class, "heldout_loss")]
     sources = [*tasks.TASKS[task].baselines, *runs]
     by_dataset = [Evaluation(task, name, source) for source in sources for name in names]
     return by_dataset + [Evaluation(task, embedding.dataset, embedding) for embedding in given]
-
-
-def reconstructs(spec: ModelSpec) -> bool:
-    """Whether a model can tell its loss on held-out cells: every family, and those of the user's own that say so."""
-    return not spec.is_external or hasattr(spec.model_class, "heldout_loss")
 
 
 def evaluate(study: Study, task: str) -> pd.DataFrame:
@@ -69,10 +61,7 @@ def evaluate(study: Study, task: str) -> pd.DataFrame:
 
 
 def _tabulate(study: Study) -> pd.DataFrame:
-    """Write the tables of every evaluation of the study, as it is now, that has been made; returns the results.
-
-    What this process has written already is not written again: a notebook may ask for every task in turn.
-    """
+    """Write the tables of all evaluations that have been made, unless this process has; returns the results."""
     wanted = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
     made = [(item, artifact) for item in wanted if (artifact := study.store.find(evaluation_unit(study, item)))]
     keys = [artifact.key for _, artifact in made]
@@ -89,9 +78,8 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
 
     Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
     over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
-    and seed, and judged by all tasks; all models' wishes of a round are made side by side. A second call finds all of
-    it, and chooses the same. Columns: model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs
-    (that the verdict took) and share (of the full grid's).
+    and seed, and judged by all tasks. A second call finds all of it, and chooses the same. Columns: model, task,
+    verdict, percentage (where the plateau begins, or NaN), reason, runs (that it took) and share (of the full grid's).
     """
     p = study.params
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
@@ -105,7 +93,7 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
     while wanted:
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
-        disk.write_json(study.chosen_path, chosen)
+        disk.write_json(study.folder / CHOSEN, chosen)
         study.pretrain()
         scores = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
         for key, runs in list(wanted.items()):
@@ -115,25 +103,21 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
             except StopIteration as settled:
                 outcomes[key] = settled.value
                 del wanted[key]
-    rows = [
-        {"model": model, "task": task, "verdict": end.verdict, "percentage": end.percentage, "reason": end.reason}
-        | {"runs": len(end.runs), "share": end.share}
-        for (model, task), end in sorted(outcomes.items())
-    ]
-    return pd.DataFrame(rows)
+    columns = ["model", "task", "verdict", "percentage", "reason", "runs", "share"]
+    rows = ((*key, end.verdict, end.percentage, end.reason, len(end.runs), end.share) for key, end in outcomes.items())
+    return pd.DataFrame(sorted(rows, key=lambda row: row[:2]), columns=columns)
 
 
 def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], float]:
-    """Mean over data sets of the metric of every run on a random subset, by model, percentage and seed."""
+    """Mean over data sets of runs on random subsets, by model, percentage and seed."""
     runs = results.mean_over_splits(results.select(of_task, metric=metric, strategy="random"))
     return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
 
 
 def panels(study: Study) -> pd.DataFrame:
-    """How many genes the panels of random subsets have, by percentage: means over seeds.
+    """How many genes the panels of random subsets have, by percentage: means over seeds; the first network is asked.
 
-    The panel is the same for every network of the study with that many genes; the first is asked. Returns a table with
-    the columns genes, in_largest (how many the panel of the largest subset of the same seed has too), and of each
+    Columns: genes, in_largest (how many the panel of the largest subset of the same seed has too), and for each
     evaluation data set how many it measures; empty if no network of the study has a panel.
     """
     specs = (study.params.specs[name] for name in study.params.models)
@@ -141,9 +125,9 @@ def panels(study: Study) -> pd.DataFrame:
         return pd.DataFrame()
     runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (model, "random")]
     largest, rows = {}, []
+    folders = {each.dataset: study.dataset_artifact(each.dataset).folder for each in study.params.evaluation}
     measured = {study.held_out_name: np.ones(study.corpus.n_vars, bool)}
-    for dataset in study.params.evaluation:
-        measured[dataset.dataset] = np.load(study.dataset_artifact(dataset.dataset).folder / "measured.npy")
+    measured |= {name: np.load(folder / "measured.npy") for name, folder in folders.items()}
     for run in sorted(runs, key=lambda run: -run.subset.percentage):
         panel = study.model(run).genes
         shared = np.intersect1d(panel, largest.setdefault(run.subset.seed, panel))
@@ -155,18 +139,16 @@ def panels(study: Study) -> pd.DataFrame:
 def _predictions(study: Study, task: str, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """Columns of each model and baseline, and the labels that it predicts of the tested cells, by split."""
     for evaluation in evaluations(study, task):
-        checked = isinstance(evaluation.source, Run) and evaluation.source.budget != 1
-        if evaluation.dataset == dataset and not checked:
+        if evaluation.dataset == dataset and getattr(evaluation.source, "budget", 1) == 1:
             with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
-                yield _source_columns(study, evaluation.source), dict(predicted)
+                yield study.columns_of(evaluation.source), dict(predicted)
 
 
 def second_opinion(study: Study) -> pd.DataFrame:
-    """Zero-shot predictions on held-out cells held against the authors' labels, of the cells that have one.
+    """Zero-shot predictions on held-out cells, by our labels, held against the authors', of the cells that have one.
 
-    Neighbours are of our labels all the same, so that it is the same predictions that are judged twice. Returns table
-    with the columns model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the cells
-    with the predicted type by either label) and judged (number of those cells); empty if none has labels.
+    Columns: model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the cells with the
+    predicted type by either label) and judged (number of those cells); empty if none has labels.
     """
     cells = study.dataset(study.held_out_name).obs["cell_type"].astype(str)
     theirs = curation.authors_labels(study, cells.index)
@@ -209,10 +191,7 @@ def _tested_cells(study: Study, task: str, dataset: str) -> dict[str, np.ndarray
 
 
 def summary(study: Study, *tasks_told: str) -> str:
-    """How many models of how many subsets a study has and, a line each, what a notebook leaves out of it.
-
-    `tasks_told` are those that the notebook tells of beside its own.
-    """
+    """How many models of how many subsets a study has, and what a notebook that tells of these tasks too leaves out."""
     strategies = {run.subset.strategy for run in study.pretraining_runs()}
     among = ", untrained ones among them," if "untrained" in strategies else ""
     lines = [f"{len(study.pretraining_runs())} models{among} of {len(study.subsets())} subsets"]
@@ -224,8 +203,7 @@ def summary(study: Study, *tasks_told: str) -> str:
 def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
 
-    They are by title, for pictures of their embeddings; there are none if the study pretrains no model. `table` has the
-    results of one task; of several seeds' runs each stands for itself.
+    They are by title, for pictures of their embeddings; none if no model is pretrained. `table` is of one task.
     """
     first = study.first_dataset(table["task"].iloc[0])
     means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
@@ -234,9 +212,8 @@ def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     scores = scores[scores.index.isin([key for key, run in runs.items() if not run.subset.untrained])]
     if scores.empty:
         return {}
-    if results.lower_is_better(metric):
-        scores = -scores
-    best, worst = runs[scores.idxmax()], runs[scores.idxmin()]
+    ends = scores.idxmax(), scores.idxmin()
+    best, worst = (runs[key] for key in (reversed(ends) if results.lower_is_better(metric) else ends))
     titled = {"best": best, "worst": worst}
     chosen = {f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in titled.items()}
     controls = [run for run in runs.values() if run.model == best.model and run.subset.untrained]
@@ -270,16 +247,12 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
 
 def makers(task: str) -> tuple[str, ...]:
     """What makes the metrics of a task: what feeds it, and its own module."""
-    genes = (f"{code.module_name(curated.__name__)}:response_genes",) if task == "perturbation_response" else ()
-    feeding = map(code.module_name, (scoring.__name__, joining.__name__))
-    return f"{code.module_name(__name__)}:make", *feeding, f"tasks/{tasks.TASKS[task].module}", *genes
+    genes = ("study/curated:response_genes",) if task == "perturbation_response" else ()
+    return "study/evaluation:make", "study/scoring", "study/joining", f"tasks/{tasks.TASKS[task].module}", *genes
 
 
 def make(study: Study, evaluation: Evaluation) -> Artifact:
-    """Make, or find, one evaluation: its metrics by split, each with its interval, chance and ceiling if known.
-
-    Of classification, the predicted labels of the test cells too, by split.
-    """
+    """Make, or find, an evaluation: its metrics by split and, of classification, the labels predicted of test cells."""
 
     def write(folder: Path) -> None:
         splits = dict(scoring.score(study, evaluation))
@@ -292,24 +265,9 @@ def make(study: Study, evaluation: Evaluation) -> Artifact:
 
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:
-    """Rows of all tables, of one evaluation."""
-    columns = {
-        **_source_columns(study, evaluation.source),
-        "budget": evaluation.source.budget if isinstance(evaluation.source, Run) else 1.0,
-        "study": study.params.study,
-        "task": evaluation.task,
-        "dataset": evaluation.dataset,
-        "run_id": artifact.key,
-    }
+    columns = {"study": study.params.study, "task": evaluation.task, "dataset": evaluation.dataset}
+    columns |= {"run_id": artifact.key, "budget": getattr(evaluation.source, "budget", 1.0)}
+    columns |= study.columns_of(evaluation.source)
     for split, metrics in json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8")).items():
         for row in metrics:
             yield {**columns, "split": split, **row}
-
-
-def _source_columns(study: Study, source: Source) -> dict[str, Any]:
-    """Model, strategy, percentage, seed and n_cells of a source."""
-    if isinstance(source, Run) or (not isinstance(source, str) and source.subset):
-        return {"model": source.model, **asdict(source.subset), "n_cells": len(study.rows(source.subset))}
-    baseline = isinstance(source, str)
-    name, strategy = (source, results.BASELINE) if baseline else (source.model, results.CHECKPOINT)
-    return {"model": name, "strategy": strategy, "percentage": 0.0, "seed": -1, "n_cells": 0}

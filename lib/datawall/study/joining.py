@@ -1,19 +1,19 @@
 """Which tasks a data set joins, told by its cells and their labels, and how often: known before anything is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pandas as pd
 
 from datawall.cells.corpus import CorpusError
-from datawall.study.params import EvaluationSet, Params
+from datawall.study.params import Params
+from datawall.study.units import EvaluationSet
 
 FEWEST = 20  # cells of a data set to judge on
 FEWEST_OF_TYPE = 5  # cells of a type: with fewer, one of three folds may have none to train on
 HELD_OUT_CELLS = 10  # of each treatment, at least, in a context that is held out unless contexts are named
 SMALL = 5_000  # cells; of a data set with fewer, one division would leave the score to chance
 RECONSTRUCTED = 1_000  # cells at most
+# By labels: reconstruction needs none, and what a task of the user's own needs nobody knows.
 JUDGED = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
 
 
@@ -24,10 +24,7 @@ def n_splits(p: Params, task: str, n_cells: int) -> int:
 
 
 def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> str | None:
-    """Why a task cannot be judged on a data set that has its columns, told by the labels of its cells; None if it can.
-
-    Reconstruction needs no labels, and what a task of the user's own needs nobody knows.
-    """
+    """Why a task cannot be judged on a data set that has its columns, by the labels of its cells; None if it can."""
     if obs.empty or task not in JUDGED:
         return "it has no cells" if obs.empty else None
     fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
@@ -54,12 +51,17 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
 def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]]:
     """Treatments that perturbation response judges, each against the control, and the contexts held out in turn.
 
-    Raises CorpusError if there is no control or nothing else; a treatment that is named has no cells, or no contexts to
-    hold out (see `contexts_held_out`); or, where none are named, no treatment has.
+    Raises CorpusError if there is no control or nothing else, or no cells or contexts (see `contexts_held_out`) of a
+    treatment that is named or, where none are, of any.
     """
     n_cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
-    wanted = dataset.treatments
-    check_treatments(list(n_cells), dataset.control, wanted)
+    wanted, values = dataset.treatments, list(n_cells)
+    told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
+    if dataset.control not in values or len(values) < 2:
+        needs = f"perturbation response needs the control {dataset.control!r} and another"
+        raise CorpusError(f"the treatments are {told}; {needs}. Name the control.")
+    if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
+        raise CorpusError(f"treatments: {absent} are none; they are {told}.")
     pairs = n_cells.drop(columns=dataset.control).clip(upper=n_cells[dataset.control], axis=0)
     named = not isinstance(wanted, int)
     judged, why = {}, None
@@ -77,33 +79,18 @@ def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]
     return judged
 
 
-def check_treatments(values: list[str], control: str, wanted: int | list[str]) -> None:
-    """Raise a CorpusError if treatments lack the control, another, or one that is named."""
-    told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
-    if control not in values or len(values) < 2:
-        raise CorpusError(
-            f"the treatments are {told}; perturbation response needs the control {control!r} and another. Name the "
-            "control."
-        )
-    if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
-        raise CorpusError(f"treatments: {absent} are none; they are {told}.")
-
-
 def check_contexts(p: Params, types: Iterable[str]) -> None:
     """Raise a CorpusError if contexts to hold out of the corpus are no cell types."""
     if "perturbation_response" in p.tasks and (unknown := set(p.held_out_contexts or ()).difference(types)):
-        raise CorpusError(
-            f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but the types in {p.cell_type_key!r} are "
-            f"{sorted(types)}; name some of these."
-        )
+        there = f"the types in {p.cell_type_key!r} are {sorted(types)}"
+        raise CorpusError(f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but {there}; name some of these.")
 
 
 def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
-    """Contexts to hold out of perturbation response in turn: those named, or all with cells enough.
+    """Contexts to hold out in turn: those named, or all with `HELD_OUT_CELLS` of either treatment.
 
-    `n_cells` are, by context, those of the treatment that has fewer. Raises CorpusError if fewer than two contexts
-    have both treatments, or none has `HELD_OUT_CELLS`, or a named one has fewer than two, which have no spread to
-    tell the ceiling from.
+    `n_cells` are, by context, those of the treatment that has fewer. Raises CorpusError if fewer than two contexts have
+    any, there is none to hold out, or one that is named has fewer than two, which tell no ceiling.
     """
     usable = sorted(n_cells.index[n_cells > 0])
     if len(usable) < 2:
@@ -112,8 +99,6 @@ def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
         raise CorpusError(f"held_out_contexts: {few} have fewer than two control or treated cells; leave them out.")
     contexts = named or sorted(n_cells.index[n_cells >= HELD_OUT_CELLS])
     if not contexts:
-        raise CorpusError(
-            f"no cell type has {HELD_OUT_CELLS} control and {HELD_OUT_CELLS} treated cells to hold out; name some in "
-            "held_out_contexts, or leave perturbation_response out."
-        )
+        remedy = "name some in held_out_contexts, or leave perturbation_response out"
+        raise CorpusError(f"no cell type has {HELD_OUT_CELLS} control and treated cells each to hold out; {remedy}.")
     return contexts

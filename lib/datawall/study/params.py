@@ -1,14 +1,13 @@
 """The study file: what a study is, checked before anything is done, with one clear message per mistake."""
 
-from __future__ import annotations
-
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,23 +18,10 @@ from datawall.cells.backed import names_file
 from datawall.cells.census import Recipe
 from datawall.cells.sampling import STRATEGIES
 from datawall.cells.simulate import Atlas
-from datawall.models import external, hyperparameters
+from datawall.models import hyperparameters
 from datawall.models.hyperparameters import ModelSpec, Schedule
-from datawall.study.units import (
-    UNTRAINED,
-    BudgetCheck,
-    Column,
-    Embedding,
-    EvaluationSet,
-    Grid,
-    Percentage,
-    Run,
-    Seed,
-    StrategyName,
-    Subset,
-    TaskName,
-    Treatments,
-)
+from datawall.study import units
+from datawall.study.units import UNTRAINED, ModelName, Name, Percentage, Seed, Some, StrategyName, TaskName, Treatments
 
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
 BUDGETS = (0.5, 2.0)  # shares of a model's steps that `budget_check` trains for
@@ -44,10 +30,10 @@ ROLES = {"cell_type": "cell_type_key", "batch": "batch_key"}
 ROLES |= {"perturbation": "perturbation_key", "donor_id": "donor_key"}
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 MADE = {"simulated": "simulation", "census": "census"}  # corpora made by settings, and the keys of these
-RECORDS = {"simulation": Atlas, "census": Recipe, "also": Grid}  # keys whose values are records
-RECORDS |= {"evaluation": EvaluationSet, "embeddings": Embedding, "budget_check": BudgetCheck}
+RECORDS = {"simulation": Atlas, "census": Recipe, "also": units.Grid}  # keys whose values are records
+RECORDS |= {"evaluation": units.EvaluationSet, "embeddings": units.Embedding, "budget_check": units.BudgetCheck}
 
-Key = Column | dict[str, str]  # a column of obs; where files differ, by name of the file
+Key = Name | dict[str, str]  # a column of obs; where files differ, by name of the file
 Steps = Annotated[int, Field(ge=1)]
 
 
@@ -62,7 +48,7 @@ class Params(BaseModel):
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names the run folder
     # A named data set, paths of .h5ad or .zarr files (one, or a list), `simulated` or `census`
-    corpus: str | Annotated[list[str], Field(min_length=1)] = "kang2018"
+    corpus: str | Some[str] = "kang2018"
     simulation: Atlas | None = None  # of the corpus `simulated`; what is not given is as in `simulate.Atlas`
     census: Recipe | None = None  # of the corpus `census`; what is not given is as in `census.Recipe`
     cell_type_key: Key = "cell_type"  # columns of obs: the label of a cell, or `leiden` for clusters in its place,
@@ -78,33 +64,33 @@ class Params(BaseModel):
     max_mito: Annotated[float, Field(ge=0, le=1)] = 1.0  # and their greatest share in mitochondrial genes
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.3  # share of the corpus kept for evaluation
     # What is held out: cells (`cell`), or whole donors (`donor_id`), data sets (`dataset_id`), groups of any column
-    split_by: Column = "cell"
+    split_by: Name = "cell"
     split_seed: Seed = 0  # of the cells or groups held out
     held_out_tasks: list[TaskName] | None = None  # of the cells held out; by default all that their columns allow
-    evaluation: list[EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
+    evaluation: list[units.EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
 
-    strategies: Annotated[list[StrategyName], Field(min_length=1)]
-    percentages: Annotated[list[Percentage], Field(min_length=1)]  # of the pretraining cells
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    strategies: Some[StrategyName]
+    percentages: Some[Percentage]  # of the pretraining cells
+    seeds: Some[Seed]
     adaptive: bool = False  # random subsets only until each verdict is settled: see `evaluation.pretrain_adaptively`
     margin: Annotated[float, Field(gt=0)] = 0.02  # difference in a score that does not matter
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
-    models: Annotated[list[str], Field(min_length=1)]
+    models: Some[ModelName]
     steps: Steps  # optimiser steps of every pretraining run, whatever its subset's size,
-    steps_by_model: dict[str, Steps] = {}  # but for these models or families
+    steps_by_model: dict[ModelName, Steps] = {}  # but for these models or families
     # How schedules are counted; "epochs" is the original's confounded way, for scVI's KL warm-up and SSL's decay of the
     # rate. Its early stopping, in epochs as well (patience 45 and 30), is not reproduced: all steps are taken.
     budget: Schedule = "steps"
     init_seed: Seed | None = None  # of initial weights, untrained controls' too; by default the subset's seed
-    budget_check: BudgetCheck | None = None  # some runs with other budgets, of models that take steps
-    hyperparameters: dict[str, dict[str, Any]] = {}  # by model; what is not given is as in the original study
-    also: list[Grid] = []  # more runs, which the plan counts apart
-    embeddings: list[Embedding] = []  # models that enter by their embeddings of the evaluation data sets
+    budget_check: units.BudgetCheck | None = None  # some runs with other budgets, of models that take steps
+    hyperparameters: dict[ModelName, dict[str, Any]] = {}  # by model; what is not given is as in the original study
+    also: list[units.Grid] = []  # more runs, which the plan counts apart
+    embeddings: list[units.Embedding] = []  # models that enter by their embeddings of the evaluation data sets
 
-    tasks: Annotated[list[TaskName], Field(min_length=1)] = list(tasks.TASKS)
+    tasks: Some[TaskName] = list(tasks.TASKS)
     splits: Annotated[int, Field(ge=1)] = 5  # times that a data set of under 5,000 cells is divided; larger ones, once
     finetuned_splits: Annotated[int, Field(ge=1)] | None = None  # the same of fine-tuning; by default as many
     integration_cells: Annotated[int, Field(ge=100)] | None = None  # of a data set, at most; by default all
@@ -121,109 +107,92 @@ class Params(BaseModel):
     executor: Annotated[str, Field(pattern=r"^(local|slurm|(tcp|tls)://\S+)$")] = "local"  # see `cluster`
     storage: Annotated[str, Field(pattern=r"^(s3|gs|hdfs)://\S+$")] | None = None  # artifacts too: `shared.py`
     workers: Annotated[int, Field(ge=1)] | None = None  # processes side by side, or Slurm jobs; one per core, or GPU
-    gpus: dict[str, Annotated[int, Field(ge=1)]] = {}  # by model: how many GPUs pretrain one together, if not one
+    gpus: dict[ModelName, Annotated[int, Field(ge=1)]] = {}  # by model: how many GPUs pretrain one together, if not one
     retries: Annotated[int, Field(ge=0)] = 1  # how often a unit that fails is begun again
     time_limit: Annotated[float, Field(gt=0)] | None = 86_400.0  # seconds after which a unit is taken to hang
 
     @field_validator("strategies", "percentages", "seeds", "models", "tasks")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
-        for value in values:
-            if values.count(value) > 1:
-                raise ValueError(f"{value!r} is listed twice; list it once")
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{twice[0]!r} is listed twice; list it once")
         return values
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Give a corpus made by settings all of its defaults."""
-        for corpus, key in MADE.items():
-            if values.get("corpus") == corpus and values.get(key) is None:
-                values = {**values, key: {}}
-        return values
+        key = MADE.get(str(values.get("corpus")))
+        return {**values, key: {}} if key and values.get(key) is None else values
 
     @model_validator(mode="after")
-    def _agree(self) -> Params:
-        named = {key: list(getattr(self, key)) for key in ("models", "hyperparameters", "steps_by_model", "gpus")}
-        named["also"] = [name for grid in self.also for name in grid.models or ()]
-        for key, names in named.items():
-            try:
-                for name in names:
-                    if hyperparameters.resolve(name).is_external:
-                        external.source_file(name)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
+    def _agree(self) -> Self:
+        """Refuse values that do not go together."""
         try:
             _ = self.specs
         except ValueError as error:
             raise ValueError(f"hyperparameters: {error}") from None
-        self._check_sources()
-        if all(subset.untrained for subset in self.subsets()):
-            raise ValueError(
-                "no subset: `untrained` draws none, at 100 % only `random` does; add `random` or a smaller percentage"
-            )
-        if self.adaptive and ("random" not in self.strategies or min(len(self.percentages), len(self.seeds)) < 2):
-            raise ValueError("adaptive needs the strategy random, two percentages and two seeds at least; add them")
-        self._check_evaluation()
-        self._check_embeddings()
+        for mistake in (*self._mistakes_of_cells(), *self._mistakes_of_tasks(), *self._mistakes_of_embeddings()):
+            raise ValueError(mistake)
         return self
 
-    def _check_sources(self) -> None:
-        """Refuse settings of a corpus that the study does not have."""
+    def _mistakes_of_cells(self) -> Iterator[str]:
+        """Settings of a corpus that the study does not have, and subsets that cannot be drawn."""
         for corpus, key in MADE.items():
             if getattr(self, key) is not None and self.corpus != corpus:
-                raise ValueError(f"{key}: the corpus is {self.corpus!r}; set `corpus: {corpus}`, or leave {key} out")
+                yield f"{key}: the corpus is {self.corpus!r}; set `corpus: {corpus}`, or leave {key} out"
             if corpus in (*(dataset.file for dataset in self.evaluation), self.spike_in):
-                raise ValueError(f"{corpus!r} can be the corpus only; evaluate on, or spike in, data sets or files")
+                yield f"{corpus!r} can be the corpus only; evaluate on, or spike in, data sets or files"
         files = all(map(names_file, self.sources()))
         if len(self.sources()) > 1 and not files:
-            raise ValueError(f"corpus: {self.corpus} names several; only .h5ad and .zarr files can be joined")
+            yield f"corpus: {self.corpus} names several; only .h5ad and .zarr files can be joined"
         if not files and (self.min_genes > 0 or self.min_counts > 0 or self.max_mito < 1):
-            raise ValueError("min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus")
+            yield "min_genes, min_counts and max_mito filter cells of files; leave them out for this corpus"
         if self.split_by in ROLES and self.split_by not in self.columns():
-            raise ValueError(f"split_by: {self.split_by} needs {ROLES[self.split_by]}: name it, or split by cell")
-        spiked = any(not subset.untrained and STRATEGIES[subset.strategy].spiked for subset in self.subsets())
-        if self.spike_in is None and spiked:
-            raise ValueError("a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out")
+            yield f"split_by: {self.split_by} needs {ROLES[self.split_by]}: name it, or split by cell"
+        drawn = [subset for subset in self.subsets() if not subset.untrained]
+        if self.spike_in is None and any(STRATEGIES[subset.strategy].spiked for subset in drawn):
+            yield "a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out"
+        if not drawn:
+            yield "no subset: `untrained` draws none, at 100 % only `random` does; add `random` or a smaller percentage"
+        if self.adaptive and ("random" not in self.strategies or min(len(self.percentages), len(self.seeds)) < 2):
+            yield "adaptive needs the strategy random, two percentages and two seeds at least; add them"
 
-    def _check_evaluation(self) -> None:
-        """Refuse evaluation data sets of one name, and tasks that none of them can join."""
+    def _mistakes_of_tasks(self) -> Iterator[str]:
+        """Evaluation data sets of one name or of the corpus's own cells, and tasks that none of them can join."""
         for file in (dataset.file for dataset in self.evaluation):
-            cells = simulate.cells_named(file)
+            cells, told = simulate.cells_named(file), "these are cells of a simulated corpus, counted beyond its own"
             if cells is not None and (self.simulation is None or cells.start < self.simulation.n_cells):
-                raise ValueError(
-                    f"evaluation: {file}: these are cells of a simulated corpus, counted beyond its own; set "
-                    "`corpus: simulated`, and begin at its n_cells or above"
-                )
+                yield f"evaluation: {file}: {told}; set `corpus: simulated`, and begin at its n_cells or above"
         sets = self.evaluation_sets()
         if len(sets) <= len(self.evaluation):
             names = [self.held_out_name, *(dataset.dataset for dataset in self.evaluation)]
-            raise ValueError(f"evaluation: the data sets are named {names}; give those that are alike a `name` each")
+            yield f"evaluation: the data sets are named {names}; give those that are alike a `name` each"
         for name, dataset in sets.items():
             for task in dataset.tasks or ():
                 if lacking := dataset.lacks(task):
-                    raise ValueError(f"evaluation: {name}: {task} needs {' and '.join(lacking)}; name the column")
+                    yield f"evaluation: {name}: {task} needs {' and '.join(lacking)}; name the column"
         for task in self.tasks:
             if not any(dataset.joins(task) for dataset in sets.values()):
                 needed = " and ".join(tasks.TASKS[task].needs)
-                raise ValueError(f"{task} needs {needed}: name the column, or leave the task out of tasks")
+                yield f"{task} needs {needed}: name the column, or leave the task out of tasks"
 
-    def _check_embeddings(self) -> None:
-        """Refuse embeddings of data sets, or from subsets, that the study does not have."""
-        entries = [(given.model, given.dataset, given.subset) for given in self.embeddings]
+    def _mistakes_of_embeddings(self) -> Iterator[str]:
+        """Embeddings of data sets, or from subsets, that the study does not have."""
+        entries, sets = (
+            [(given.model, given.dataset, given.subset) for given in self.embeddings],
+            self.evaluation_sets(),
+        )
         for model, dataset, subset in entries:
-            wrong = None
-            if dataset not in (sets := self.evaluation_sets()):
-                wrong = f": {dataset!r} is no evaluation data set; there are {', '.join(sets)}"
-            elif model in self.models:
-                wrong = ": the study has a model of that name; call it otherwise"
-            elif subset and subset not in self.subsets():
-                told = f"{subset.strategy} at {subset.percentage:g} %, seed {subset.seed}"
-                wrong = f": {told}, is no subset of this study; leave strategy, percentage and seed out, or give others"
-            elif entries.count((model, dataset, subset)) > 1:
-                wrong = f" on {dataset} is listed twice; list each subset once"
-            if wrong:
-                raise ValueError(f"embeddings: {model}{wrong}")
+            if dataset not in sets:
+                yield f"embeddings: {model}: {dataset!r} is no evaluation data set; there are {', '.join(sets)}"
+            if model in self.models:
+                yield f"embeddings: {model}: the study has a model of that name; call it otherwise"
+            if subset and subset not in self.subsets():
+                told = f"{subset.strategy} at {subset.percentage:g} %, seed {subset.seed}, is no subset of this study"
+                yield f"embeddings: {model}: {told}; leave strategy, percentage and seed out, or give others"
+            if entries.count((model, dataset, subset)) > 1:
+                yield f"embeddings: {model} on {dataset} is listed twice; list each subset once"
 
     # The corpus, and what is held out of it
 
@@ -232,31 +201,24 @@ class Params(BaseModel):
         """Name of the evaluation data set made of the corpus's held-out cells."""
         return f"{Path(self.sources()[0]).stem}_held_out"
 
-    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+    def evaluation_sets(self) -> dict[str, units.EvaluationSet]:
         """Every evaluation data set by name, the corpus's held-out cells first."""
-        held_out = EvaluationSet(
+        held_out = units.EvaluationSet(
             file=self.held_out_name,
             name=self.held_out_name,
-            # The corpus's columns are named by role.
-            batch_key=None if self.batch_key is None else "batch",
-            perturbation_key=None if self.perturbation_key is None else "perturbation",
+            batch_key=self.batch_key and "batch",  # the corpus's columns are named by role
+            perturbation_key=self.perturbation_key and "perturbation",
             control=self.control,
             held_out_contexts=self.held_out_contexts,
             tasks=self.held_out_tasks,
         )
-        return {
-            dataset.dataset: dataset.model_copy(update={"treatments": dataset.treatments or self.treatments})
-            for dataset in (held_out, *self.evaluation)
-        }
+        sets = {each.dataset: each for each in (held_out, *self.evaluation)}
+        treated = {"treatments": self.treatments}
+        return {name: each if each.treatments else each.model_copy(update=treated) for name, each in sets.items()}
 
     def sources(self) -> list[str]:
         """Names of what the corpus is made of."""
         return [self.corpus] if isinstance(self.corpus, str) else self.corpus
-
-    @property
-    def clusters(self) -> bool:
-        """Whether clusters stand in for labels."""
-        return self.cell_type_key == CLUSTERS
 
     def key(self, role: str, dataset: str) -> str | None:
         """Column of a data set for a role of `columns`; None where the study names none, but for the cell type."""
@@ -266,7 +228,7 @@ class Params(BaseModel):
     def columns(self) -> dict[str, Key]:
         """Columns of the corpus by role."""
         named = {role: getattr(self, key) for role, key in ROLES.items()}
-        if self.clusters:
+        if self.cell_type_key == CLUSTERS:
             del named["cell_type"]
         if self.split_by not in ("cell", "dataset_id", *ROLES):
             named["split"] = self.split_by
@@ -290,32 +252,32 @@ class Params(BaseModel):
         steps = self.steps_by_model.get(model, self.steps_by_model.get(self.specs[model].family, self.steps))
         return max(1, round(steps * budget))
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[units.Run]:
         """Every pretraining run, once each: those of the study's grid, then those of `also`."""
         return list(dict.fromkeys(run for grid in (self, *self.also) for run in self.runs_of(grid)))
 
-    def runs_of(self, grid: Params | Grid) -> list[Run]:
+    def runs_of(self, grid: Self | units.Grid) -> list[units.Run]:
         """Every run of a grid; of the whole corpus only `random` and spike-ins make a choice."""
         strategies, percentages = grid.strategies or self.strategies, grid.percentages or self.percentages
         subsets = [
-            Subset(strategy, percentage, seed)
+            units.Subset(strategy, percentage, seed)
             for strategy in strategies
             for percentage in ([0.0] if strategy == UNTRAINED else sorted(percentages))
             for seed in grid.seeds or self.seeds
             if percentage < 100 or STRATEGIES[strategy].of_all
         ]
-        return [Run(model, subset) for model in grid.models or self.models for subset in subsets]
+        return [units.Run(model, subset) for model in grid.models or self.models for subset in subsets]
 
-    def budget_runs(self) -> list[Run]:
+    def budget_runs(self) -> list[units.Run]:
         """Every run of `budget_check`: by models that take steps, of the study's own runs."""
         if (check := self.budget_check) is None:
             return []
-        subsets = [Subset("random", percentage, seed) for percentage in check.percentages for seed in check.seeds]
+        subsets = [units.Subset("random", percentage, seed) for percentage in check.percentages for seed in check.seeds]
         models, runs = [model for model in self.models if self.specs[model].takes_steps], self.runs()
-        checked = [run for model in models for subset in subsets if (run := Run(model, subset)) in runs]
-        return [Run(run.model, run.subset, share) for run in checked for share in BUDGETS]
+        checked = [run for model in models for subset in subsets if (run := units.Run(model, subset)) in runs]
+        return [units.Run(run.model, run.subset, share) for run in checked for share in BUDGETS]
 
-    def subsets(self) -> list[Subset]:
+    def subsets(self) -> list[units.Subset]:
         """Every subset that a run takes."""
         return list(dict.fromkeys(run.subset for run in self.runs()))
 
@@ -374,9 +336,9 @@ def check(values: dict[str, Any], source: str) -> Params:
 
 def _lines(source: str, values: dict[str, Any], mistakes: list[dict[str, Any]]) -> Iterator[str]:
     """One line for each bad value, whichever of the forms that it may have it fails."""
-    by_key: dict[str, list[dict[str, Any]]] = {}
+    by_key = defaultdict(list)
     for mistake in mistakes:
-        by_key.setdefault(_key(values, mistake), []).append(mistake)
+        by_key[_key(values, mistake)].append(mistake)
     for key, forms in by_key.items():
         if key and any(other.startswith(f"{key}.") for other in by_key):
             continue  # one of its forms was right, but for a value within

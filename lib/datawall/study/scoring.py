@@ -1,12 +1,9 @@
 """How each task is fed from a study: its splits, its labels, its baselines; the metrics come from `tasks`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 
 from datawall import tasks
 from datawall.cells import corpus, expression, sampling
@@ -21,14 +18,13 @@ FOLDS = 3  # of fine-tuning on a small data set, so that every cell is tested
 
 def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """Metrics of an evaluation, by split."""
-    return SCORES.get(evaluation.task, own_task)(study, evaluation)
+    return {feed.__name__: feed for feed in FED}.get(evaluation.task, own_task)(study, evaluation)
 
 
 def halves(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """Divisions in two, the same for every model: by cell in proportion to types, and by donor where there are two.
 
-    Returns the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1; each tests the
-    other.
+    Yields the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1.
     """
     p, obs = study.params, study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
@@ -43,9 +39,8 @@ def three_parts(study: Study, dataset: str) -> Iterator[tuple[str, np.ndarray]]:
     """Divisions into training, validation and test cells, the same for every model.
 
     Of a small data set every cell is tested: each third in turn, with a tenth of the others to stop by. A larger one
-    has 80 % training, 10 % validation and 10 % test cells. By donor, the test cells are whole donors', a fifth of the
-    cells or so, and the validation cells come from the donors that are trained on. Returns the name of each division,
-    and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
+    has 80, 10 and 10 %. By donor, about a fifth of the cells are tested, those of whole donors. Yields the name of each
+    division, and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
     """
     obs = study.dataset(dataset).obs
     labels = obs["cell_type"].to_numpy().astype(str)
@@ -130,7 +125,11 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
 
 
 def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
-    """One context held out at a time."""
+    """One context held out at a time, by genes that are chosen without a look at treated cells.
+
+    Of the corpus's held-out cells they are the most variable among the pretraining cells; of another data set, which
+    may measure few of those, the most variable among its own control cells.
+    """
     data, dataset = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
     treatment, context = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
     try:
@@ -138,7 +137,10 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
     except corpus.CorpusError as error:
         raise corpus.CorpusError(f"{evaluation.dataset}: {error}") from None
     X = expression.lognormalise(data.X)
-    X = X[:, response_genes(study, evaluation.dataset, X[treatment == dataset.control])]
+    if evaluation.dataset == study.held_out_name:
+        X = X[:, study.response_genes]
+    else:
+        X = X[:, expression.variable_genes(X[treatment == dataset.control], study.params.perturbation_genes)]
     for name, contexts in judged.items():
         rows = np.flatnonzero(np.isin(treatment, [name, dataset.control]))
         cells = X[rows].toarray(), treatment[rows] == name, context[rows]
@@ -151,17 +153,6 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
                 metrics = tasks.perturbation_response(embedding, *cells, held_out, **options)
             of_treatment = f"{name}, " if data.obs["perturbation"].nunique() > 2 else ""
             yield f"{of_treatment}{held_out} held out", metrics
-
-
-def response_genes(study: Study, dataset: str, control: sp.csr_matrix) -> np.ndarray:
-    """(n_genes,) bool: the genes whose response is predicted, chosen without a look at treated cells.
-
-    For the corpus's held-out cells they are the most variable among the pretraining cells; for another data set, which
-    may measure few of those, the most variable among its own control cells.
-    """
-    if dataset == study.held_out_name:
-        return study.response_genes
-    return expression.variable_genes(control, study.params.perturbation_genes)
 
 
 def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str) -> Metrics:
@@ -194,14 +185,7 @@ def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metric
     """A task that this page does not know, a line in `tasks.TASKS`: it gets the embedding and the table of cells."""
     obs = study.dataset(evaluation.dataset).obs
     embedding = study.embedding(evaluation.source, evaluation.dataset)
-    metrics = tasks.TASKS[evaluation.task].function(embedding, obs, seed=evaluation.seed)
-    yield "all cells", Metrics(metrics)
+    yield "all cells", Metrics(tasks.TASKS[evaluation.task].function(embedding, obs, seed=evaluation.seed))
 
 
-SCORES = {
-    "zeroshot_classification": zeroshot_classification,
-    "zeroshot_integration": zeroshot_integration,
-    "finetuned_classification": finetuned_classification,
-    "perturbation_response": perturbation_response,
-    "reconstruction": reconstruction,
-}
+FED = zeroshot_classification, zeroshot_integration, finetuned_classification, perturbation_response, reconstruction

@@ -1,9 +1,8 @@
 """One model of a study in several processes, one per GPU: what `torchrun` starts in each of them."""
 
-from __future__ import annotations
-
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,20 +12,18 @@ from datawall.study.study import Study, open_study
 from datawall.study.units import Run, Subset
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Pretrain one model of a study in several processes; `run_all.py` then finds it made."""
     parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node 2 -m datawall.study.together", description=main.__doc__.splitlines()[0]
+        prog="torchrun --nproc-per-node 2 -m datawall.study.together", description=main.__doc__
     )
     parser.add_argument("study", help="study file, or the name of one in params/")
-    parser.add_argument("model")
-    parser.add_argument("strategy")
-    parser.add_argument("percentage", type=float)
-    parser.add_argument("seed", type=int)
+    for name, kind in {"model": str, "strategy": str, "percentage": float, "seed": int}.items():
+        parser.add_argument(name, type=kind)
     parser.add_argument("--budget", type=float, default=1.0, help="share of the model's steps")
     parser.add_argument("--out", type=Path, help="run folder; the study's own by default")
-    options = parser.parse_args(arguments)
-    if "RANK" in os.environ:
+    options = parser.parse_args()
+    if together := "RANK" in os.environ:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -35,8 +32,19 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(options.model, Subset(options.strategy, options.percentage, options.seed), options.budget)
     if run not in study.all_runs():
         raise SystemExit(f"{options.study} has no such run: {run}")
-    study.pretrain_together(run)
-    if dist.is_initialized():
+    first = not together or dist.get_rank() == 0
+    if not first:
+        dist.barrier()  # the first process makes the corpus and the subset, and stores the model
+    study.rows(run.subset)
+    made = study.store.find(study.model_unit(run))
+    if first and together:
+        dist.barrier()
+    if first:
+        study.model_artifact(run, together=False)
+    elif not made:
+        with tempfile.TemporaryDirectory() as folder:
+            study.make_model(run, Path(folder))
+    if together:
         dist.destroy_process_group()
 
 

@@ -1,40 +1,32 @@
 """The records that a study is made of: data sets, subsets, pretraining runs, embeddings and evaluations."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from datawall import tasks
 from datawall.cells.sampling import STRATEGIES
-from datawall.models import external
+from datawall.models import external, hyperparameters
 
 UNTRAINED = "untrained"  # the strategy that draws no cell
 
 
-def _known_task(name: str) -> str:
-    if name not in tasks.TASKS:
-        raise ValueError(f"there are the tasks {', '.join(map(repr, tasks.TASKS))}")
+def _known_model(name: str) -> str:
+    if hyperparameters.resolve(name).is_external:
+        external.source_file(name)
     return name
 
 
 StrategyName = Literal[*STRATEGIES, UNTRAINED]
-TaskName = Annotated[str, AfterValidator(_known_task)]
-Column = Annotated[str, Field(min_length=1)]  # of obs
+TaskName = Literal[*tasks.TASKS]
+Name = Annotated[str, Field(min_length=1)]
+type Some[T] = Annotated[list[T], Field(min_length=1)]
+ModelName = Annotated[str, AfterValidator(_known_model)]
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Treatments = Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)]
+Treatments = Annotated[int, Field(ge=1)] | Some[str]
 
 
 class Part(BaseModel):
@@ -46,21 +38,18 @@ class Part(BaseModel):
 class Grid(Part):
     """Runs besides those of the study's grid: a grid of their own, in which what is not given is as in the study."""
 
-    name: Annotated[str, Field(min_length=1)]  # in the plan
-    strategies: Annotated[list[StrategyName], Field(min_length=1)] | None = None
-    percentages: Annotated[list[Percentage], Field(min_length=1)] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    models: Annotated[list[str], Field(min_length=1)] | None = None
+    name: Name  # in the plan
+    strategies: Some[StrategyName] | None = None
+    percentages: Some[Percentage] | None = None
+    seeds: Some[Seed] | None = None
+    models: Some[ModelName] | None = None
 
 
 class BudgetCheck(Part):
-    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them.
+    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them."""
 
-    What the study does not have, of these sizes and seeds, is left out.
-    """
-
-    percentages: Annotated[list[Percentage], Field(min_length=1)]  # of random subsets
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    percentages: Some[Percentage]  # of random subsets
+    seeds: Some[Seed]
 
 
 class EvaluationSet(Part):
@@ -68,11 +57,11 @@ class EvaluationSet(Part):
 
     # Path of an .h5ad or .zarr file, a named data set, or cells of the simulated atlas beyond the corpus: simulated:6-9
     file: str
-    name: Annotated[str, Field(min_length=1)] | None = None  # in results; by default that of the file
-    cell_type_key: Column | None = None  # by default the study's
-    donor_key: Column | None = None  # by default the study's, if the data set has it
-    batch_key: Column | None = None  # for integration
-    perturbation_key: Column | None = None  # for perturbation response, together with
+    name: Name | None = None  # in results; by default that of the file
+    cell_type_key: Name | None = None  # by default the study's
+    donor_key: Name | None = None  # by default the study's, if the data set has it
+    batch_key: Name | None = None  # for integration
+    perturbation_key: Name | None = None  # for perturbation response, together with
     control: str | None = None  # its value that means untreated
     treatments: Treatments | None = None  # as in the study, by default the study's
     held_out_contexts: list[str] | None = None  # as in the study
@@ -85,9 +74,9 @@ class EvaluationSet(Part):
     def _from_name(cls, given: Any) -> Any:
         return {"file": given} if isinstance(given, str) else given
 
-    @model_serializer(mode="wrap")
-    def _as_given(self, complete: SerializerFunctionWrapHandler) -> str | dict[str, Any]:
-        given = {key: value for key, value in complete(self).items() if value is not None}
+    @model_serializer
+    def _as_given(self) -> str | dict[str, Any]:
+        given = {key: value for key, value in self if value is not None}
         return self.file if list(given) == ["file"] else given
 
     @property
@@ -130,7 +119,7 @@ class Run:
 class Embedding(Part):
     """An embedding of an evaluation data set that was made elsewhere: by a published checkpoint, or on a subset."""
 
-    model: Annotated[str, Field(min_length=1)]  # in results
+    model: Name  # in results
     dataset: str  # name of the evaluation data set
     file: str  # an .h5ad file with its cells, matched by name,
     key: str | None = None  # and the embedding in obsm; by default "X_" and the model
@@ -139,7 +128,7 @@ class Embedding(Part):
     seed: Seed | None = None
 
     @model_validator(mode="after")
-    def _complete_subset(self) -> Embedding:
+    def _complete_subset(self) -> Self:
         if 0 < [self.strategy, self.percentage, self.seed].count(None) < 3:
             raise ValueError("strategy, percentage and seed name a subset together; give all three, or none")
         external.embeddings_file(self.file)
@@ -165,7 +154,6 @@ class Layout:
 
     source: Source
     dataset: str
-    n_cells: int
 
 
 @dataclass(frozen=True)
