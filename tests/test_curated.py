@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from datawall.cells import cellstore, corpus, datasets, simulate
+from datawall.planning import preflight
 from datawall.study import curation, params
 from datawall.study.curated import Curated
 from datawall.study.units import Subset
@@ -37,6 +38,13 @@ def study_of(adata, tmp_path, **values):
         "tasks": ["zeroshot_classification"],
     }
     return Curated(params.check({**minimal, **values}, "mine.yaml"), tmp_path / "run")
+
+
+def checked(study):
+    """What `--check` says of a study."""
+    path = study.folder.with_suffix(".yaml")
+    path.write_text(params.to_yaml(study.params.model_dump()))
+    return preflight.check(path)
 
 
 def test_own_corpus_is_aligned_and_split(own_cells, tmp_path):
@@ -157,12 +165,17 @@ def test_contamination_is_found_and_dropped(own_cells, tmp_path):
         *range(0, 100, 5),
     }
     assert np.array_equal(dropping.split_rows("held_out"), study.split_rows("held_out"))
+    n_left = len(dropping.split_rows("pretraining"))
+    facts = "\n".join(checked(dropping).facts)
+    assert f"left out of pretraining: {70 - n_left} cells" in facts
+    assert f"subsets of {n_left} cells" in facts
 
 
 def test_contamination_that_leaves_no_cell_is_an_error(own_cells, tmp_path):
     study = study_of(own_cells, tmp_path, evaluation=[str(tmp_path / "mine.h5ad")], drop_contaminated=True)
     with pytest.raises(corpus.CorpusError, match="no cell of the corpus is left to pretrain on"):
         study.split_rows("pretraining")
+    assert "no cell of the corpus is left to pretrain on" in checked(study).errors[0]
 
 
 def test_counts_of_an_evaluation_set_may_lie_in_a_layer(own_cells, tmp_path):

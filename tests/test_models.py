@@ -158,7 +158,7 @@ def test_a_saved_model_embeds_the_same_bits(name, tmp_path):
 @every_model
 def test_loading_from_a_folder_without_a_model_is_refused(name, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no saved model"):
-        models.resolve(name).load(tmp_path)
+        models.resolve(name).model_class.load(tmp_path)
 
 
 @every_model

@@ -253,6 +253,8 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert "work: 2 subsets, 2 models, 2 experiments, 4 baselines" in found.facts
     assert [line for line in found.warnings if "under 50 cells to pretrain on at 10 %" in line]
     assert [line for line in found.warnings if "1 of 3 cell types" in line and "rare" in line]
+    found = preflight.check(study(compendium, percentages=[0.1, 100]))
+    assert found.errors == ["percentages: 0.1 % is one cell, of which no model learns; give more."]
     found = preflight.check(study(compendium, labels={"rare": "T cell", "Rare": "T cell"}))
     assert "labels: no cell is of the types ['Rare']; correct them, or leave them out." in found.warnings
 

@@ -4,7 +4,9 @@
 them detected in a cell; one thread, as in a study (see cluster.py). The peer is handed its batch dense and on the
 device; ours starts from rows of the sparse matrix. Both end with the same clipping and fused AdamW. Floor: the three
 matrix products of the output layer, 2 x 1,024 x 512 x 19,331 operations each, which no exact step can do without; the
-peer has two more in its first layer.
+peer has two more in its first layer. On a core of an EPYC they take 0.82 s, our step 1.04 and the peer's 2.24: ours is
+at 1.3 times the floor, and nothing can be more than 2.7 times as fast as the peer. Half of the rest of ours is the
+sparse first layer.
 """
 
 from itertools import pairwise

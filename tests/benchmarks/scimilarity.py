@@ -4,7 +4,9 @@
 thread, as in a study (see cluster.py). The peer is handed its batch dense and on the device, and mines triplets label
 by label over `itertools.combinations`, one pair after the other, in numpy; ours starts from rows of the sparse matrix.
 Both end with the same fused AdamW. Floor: the three matrix products of the output layer, 2 x 1,000 x 1,024 x 19,331
-operations each, which no exact step can do without; the peer has two more in its first layer. Needs 4 GB of memory.
+operations each, which no exact step can do without; the peer has two more in its first layer. On a core of an EPYC
+they take 1.54 s, our step 2.44 and the peer's 3.94: ours is at 1.6 times the floor, and nothing can be more than 2.6
+times as fast as the peer. Half of the rest of ours is the sparse first layer. Needs 4 GB of memory.
 """
 
 from itertools import combinations, pairwise

@@ -18,8 +18,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -92,11 +91,16 @@ def on_this_machine(study: Any, jobs: list[Job]) -> Iterator[Ended]:
 
 def _in_processes(jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
     """Do jobs in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
-    waiting, busy, memory = deque(jobs), {}, memory_gib()
+    waiting, busy, memory = [*jobs], {}, memory_gib()
     idle = [Worker(devices) for devices in slots[: len(jobs)]]
     try:
         while waiting or busy:
-            while idle and (job := _take_next(waiting, busy.values(), memory)):
+            while idle:
+                taken = sum(worker.job.need.memory_gib for worker in busy.values())
+                fitting = (job for job in waiting if not busy or taken + job.need.memory_gib <= memory)
+                if (job := next(fitting, None)) is None:
+                    break
+                waiting.remove(job)
                 worker = idle.pop()
                 worker.begin(job)
                 busy[worker.connection] = worker
@@ -154,15 +158,6 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _take_next(waiting: deque[Job], busy: Iterable[Worker], memory_gib: float) -> Job | None:
-    """Take from the waiting the first job for which there is memory beside those that run."""
-    taken = [worker.job.need.memory_gib for worker in busy]
-    fitting = (job for job in waiting if not taken or sum(taken) + job.need.memory_gib <= memory_gib)
-    if job := next(fitting, None):
-        waiting.remove(job)
-    return job
 
 
 class Worker:

@@ -33,19 +33,10 @@ def __dir__() -> list[str]:
 
 
 def create(name: str, **hyperparameters: Any) -> Model:
-    """A new model, not yet fitted.
+    """A new model, not yet fitted; ValueError if there is no such model or hyper-parameter, or not such a value.
 
-    Parameters
-    ----------
-    name
-        A family, a variant of one (`hyperparameters.VARIANTS`, say `scvi_2x`), or the user's own (`module:Class`).
-    hyperparameters
-        Those that differ from the family's or variant's own.
-
-    Raises
-    ------
-    ValueError
-        If there is no such model, or a hyper-parameter or its value is not allowed.
+    `name` is a family, a variant of one (`hyperparameters.VARIANTS`, say `scvi_2x`), or the user's own, `module:Class`;
+    the hyper-parameters are those that differ from the family's or variant's own.
     """
     from datawall.models.hyperparameters import resolve
 
@@ -53,8 +44,8 @@ def create(name: str, **hyperparameters: Any) -> Model:
 
 
 def load(folder: str | Path) -> Model:
-    """Read a model of a family that `save` wrote, whichever it is; `ModelSpec.load` reads one of the user's own too."""
+    """Read a model that `save` wrote, of any family; one of the user's own is read by its class."""
     from datawall.models.base import read_config
     from datawall.models.hyperparameters import resolve
 
-    return resolve(read_config(Path(folder))["family"]).load(Path(folder))
+    return resolve(read_config(Path(folder))["family"]).model_class.load(Path(folder))

@@ -38,25 +38,11 @@ class Model(Protocol):
         init_seed: int | None = None,
         checkpoint: Path | None = None,
     ) -> training.History | None:
-        """Pretrain on a subset; the history is None for a model that takes no optimiser steps.
+        """Pretrain on a subset, in memory or on disk; the history is None if the model takes no optimiser steps.
 
-        Parameters
-        ----------
-        counts, obs
-            The subset's cells, in memory or on disk; of `obs`, a family says which columns it reads.
-        steps
-            Optimiser steps: the budget.
-        seed, init_seed
-            Seeds of the training and of the initial weights; by default one and the same.
-        checkpoint
-            See `training.train`.
-
-        Raises
-        ------
-        ValueError
-            If there are no cells that the family can learn from.
-        training.NonFiniteLossError
-            If training diverges.
+        Of `obs`, a family says which columns it reads. `seed` is that of the training, and of the initial weights too
+        unless these have `init_seed`; for `checkpoint` see `training.train`. Raises ValueError if the family can learn
+        from no cell, `training.NonFiniteLossError` if training diverges.
         """
 
     def untrained(self, n_genes: int, *, seed: int) -> Self:
@@ -80,15 +66,10 @@ class Model(Protocol):
 
 
 class Network:
-    """A family whose weights are one torch module over a panel of genes.
+    """A family whose weights are one torch module over a panel of genes, and whose hyper-parameters are a record.
 
     The panel is the `n_genes` most variable genes of the subset itself, or all genes. A subclass names itself, makes
     its module (`network`), and says what this reads (`prepare`) and how it learns (`objective`, `course`).
-
-    Parameters
-    ----------
-    hyperparameters
-        See the family's record in `hyperparameters`; its defaults are used for those not given.
     """
 
     family: ClassVar[str]
@@ -113,7 +94,7 @@ class Network:
         raise NotImplementedError
 
     def course(self, steps: int, n_cells: int) -> dict[str, Any]:
-        """What the family's `training.Recipe` has beside its budget, batches, learning rate and weight decay."""
+        """What the family's `training.Recipe` has beside its budget and what are hyper-parameters by the same name."""
         return {}
 
     def learn_statistics(self, counts: sp.csr_matrix | Cells) -> np.ndarray:
@@ -140,7 +121,7 @@ class Network:
         recipe = training.Recipe(
             steps=steps,
             validate_every=max(1, steps // LOOKS),
-            **h.model_dump(include={"batch_size", "learning_rate", "weight_decay"}),
+            **h.model_dump(include={"batch_size", "learning_rate", "warmup", "weight_decay", "clip_norm"}),
             **self.course(steps, len(learned)),
         )
         return training.train(
@@ -210,13 +191,10 @@ def choose_panel(counts: sp.csr_matrix | Cells, n_genes: int | None) -> np.ndarr
 def hold_out(
     model: Any, counts: sp.csr_matrix | Cells, obs: pd.DataFrame | None, rows: np.ndarray, *, seed: int
 ) -> tuple[np.ndarray, Callable[[], float] | None]:
-    """Divide rows of a subset into those to train on and, with `keep="best"`, those that choose the weights to keep.
+    """Rows of a subset to train on, and the loss, in evaluation mode, of the others, by which weights are kept.
 
-    The latter are a tenth, at least one cell and at most 250, drawn by the seed; a subset of one cell serves as both.
-
-    Returns
-    -------
-    rows to train on, and the loss of the others in evaluation mode; None with `keep="last"`, which trains on all.
+    The others are a tenth, at least one cell and at most 250, drawn by the seed; a subset of one cell serves as both.
+    With `keep="last"` there are none, and no loss.
     """
     if model.hyperparameters.keep == "last" or not len(rows):
         return rows, None

@@ -21,15 +21,10 @@ from datawall.engine import disk, paths
 METHODS = ("fit", "untrained", "embed", "save", "load")  # of `models.base.Model`
 
 
-def is_external(model: str) -> bool:
-    """Whether a model is named by its class, `module:Class`."""
-    return ":" in model
-
-
 def source_file(model: str) -> Path:
-    """File of a model named `module:Class`, of which nothing runs, nor of the packages that it is in.
+    """File of a model named `module:Class`: from the working directory, the repository, or an installed package.
 
-    Looked for, like data files, from the working directory and then the repository; else among installed packages.
+    Nothing of it runs, nor of the packages that it is in.
     """
     module = model.partition(":")[0]
     relative = Path(*module.split("."))
@@ -84,13 +79,11 @@ def _sources(model: str) -> tuple[Path, set[Path], bool]:
 def _imported(file: Path, root: Path, known: set[Path]) -> set[Path]:
     """A file, with the modules and packages in a folder that it imports, beside those that are known already."""
     known.add(file)
-    names: list[str] = []
+    names: set[str] = set()
     with suppress(SyntaxError):  # will be said when it is imported
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Import):
-                names += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.append(node.module)
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
     for top in {name.partition(".")[0] for name in names}:
         for path in (root / f"{top}.py", *(root / top).rglob("*.py")):
             if path not in known and path.is_file():
@@ -136,12 +129,8 @@ def embeddings_file(name: str) -> Path:
 def read_embedding(name: str, key: str, cells: pd.Index, dataset: str) -> np.ndarray:
     """Embedding of a data set's cells, (len(cells), n_latent) float32: those of `obsm[key]` of a file by cell name.
 
-    Other cells of the file do not matter.
-
-    Raises
-    ------
-    ValueError
-        If the file has no such key, names a cell twice, or lacks one; or if the embedding of one is not finite.
+    Raises ValueError if the file has no such key, names a cell twice, or lacks one of these, and if the embedding of
+    one of them is not finite. Other cells of the file do not matter.
     """
     with CellFile(embeddings_file(name)) as file:
         names, embedding = pd.Index(file.cell_names(0, file.n_cells)), file.embedding(key)

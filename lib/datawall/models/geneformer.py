@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from datawall.cells.cellstore import Cells
-from datawall.models import base, streaming, training
+from datawall.models import base, training
 from datawall.models.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
 from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send, to_predict
 
@@ -46,15 +46,12 @@ class Geneformer(base.Network):
         streamed = isinstance(counts, Cells)
         medians = streamed_gene_medians(counts.count_blocks) if streamed else gene_medians(counts)
         self.medians = medians[self.genes]
+        blocks = counts.count_blocks() if streamed else [counts]
         # A cell without a token teaches nothing.
-        lengths = [(self.select_panel(block) > 0).getnnz(axis=1) for block in streaming.blocks(counts)]
-        rows = np.flatnonzero(np.concatenate(lengths))
+        rows = np.flatnonzero(np.concatenate([(self.select_panel(block) > 0).getnnz(axis=1) for block in blocks]))
         if not len(rows):
             raise ValueError("Geneformer: no cell of the subset expresses a gene of the vocabulary.")
         return rows
-
-    def course(self, steps: int, n_cells: int) -> dict[str, Any]:
-        return {"warmup": self.hyperparameters.warmup}
 
     def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
         def loss_of(forward: training.Forward, cells: tuple[np.ndarray, Tokens], step: int) -> tuple[Tensor, int]:
@@ -76,7 +73,7 @@ class Geneformer(base.Network):
         if n_empty := int((np.diff(tokens.offsets) == 0).sum()):
             log.warning("%d cells express no gene of the vocabulary; they embed as zero.", n_empty)
         for cells in _of_like_length(tokens):
-            embedding[cells] = module.embed(*_packed(tokens[cells], self._device)).cpu().numpy()
+            embedding[cells] = module.embed(*_packed(tokens[cells], training.device())).cpu().numpy()
         return embedding
 
     def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
@@ -86,9 +83,9 @@ class Geneformer(base.Network):
         def encode(counts: sp.csr_matrix) -> Tensor:
             tokens = self.prepare(counts)
             expressing = np.flatnonzero(np.diff(tokens.offsets))
-            ids, layout = _packed(tokens[expressing], self._device)
+            ids, layout = _packed(tokens[expressing], training.device())
             means = layout.mean(encoder.hidden(ids, layout, n_layers).float())  # (n_expressing, n_embd)
-            rows = torch.from_numpy(expressing).to(self._device)
+            rows = torch.from_numpy(expressing).to(training.device())
             return means.new_zeros(counts.shape[0], means.shape[1]).index_copy(0, rows, means)
 
         return encoder, encode
@@ -110,15 +107,11 @@ class Geneformer(base.Network):
         share = share[share > 0] / share.sum()
         return float(-(share * np.log(share)).sum())
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
     def _masked(self, tokens: Tokens) -> tuple[Tensor, Layout, Tensor, Tensor]:
         """What the encoder learns from, on its device: ids with some tokens hidden, their layout, what is hidden."""
         ids, targets = mask_tokens(torch.from_numpy(tokens.ids).long(), len(self.medians) + N_SPECIAL)
-        hidden = (send(part, self._device) for part in to_predict(targets))
-        return send(ids, self._device), Layout(torch.from_numpy(tokens.offsets), self._device), *hidden
+        hidden = (send(part, training.device()) for part in to_predict(targets))
+        return send(ids, training.device()), Layout(torch.from_numpy(tokens.offsets), training.device()), *hidden
 
 
 def _of_like_length(tokens: Tokens) -> list[np.ndarray]:

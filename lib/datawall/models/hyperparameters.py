@@ -7,20 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from datawall.models import external
 
@@ -71,11 +61,9 @@ class Geneformer(Network):
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.027  # share of the steps; theirs was 10,000 of about 370,000
     weight_decay: NonNegativeFloat = 1e-3
 
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Geneformer:
+    def model_post_init(self, context: Any) -> None:
         if self.n_embd % self.n_heads:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_heads {self.n_heads}")
-        return self
 
 
 class ScVI(Network):
@@ -148,17 +136,9 @@ FAMILIES: dict[str, type[Hyperparameters]] = {
 # Models of the original's side experiments by name: a family, and what differs from it. How scVI's sizes were made
 # is not on record; here hidden and latent width grow together.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "scvi_0.5x": ("scVI", {"n_hidden": 64, "n_latent": 5}),
-    "scvi_1x": ("scVI", {"n_hidden": 128, "n_latent": 10}),
-    "scvi_2x": ("scVI", {"n_hidden": 256, "n_latent": 20}),
-    "scvi_4x": ("scVI", {"n_hidden": 512, "n_latent": 40}),
-    "geneformer_32": ("Geneformer", {"n_embd": 32}),
-    "geneformer_64": ("Geneformer", {"n_embd": 64}),
-    "geneformer_128": ("Geneformer", {"n_embd": 128}),
-    "geneformer_256": ("Geneformer", {"n_embd": 256}),
-    "geneformer_wd_1e-4": ("Geneformer", {"weight_decay": 1e-4}),
-    "geneformer_wd_1e-3": ("Geneformer", {"weight_decay": 1e-3}),
-    "geneformer_wd_1e-2": ("Geneformer", {"weight_decay": 1e-2}),
+    **{f"scvi_{x}x": ("scVI", {"n_hidden": int(128 * x), "n_latent": int(10 * x)}) for x in (0.5, 1, 2, 4)},
+    **{f"geneformer_{n}": ("Geneformer", {"n_embd": n}) for n in (32, 64, 128, 256)},
+    **{f"geneformer_wd_{x}": ("Geneformer", {"weight_decay": float(x)}) for x in ("1e-4", "1e-3", "1e-2")},
     "ssl_vae": ("SSL", {"loss": "vae"}),
 }
 
@@ -174,7 +154,7 @@ class ModelSpec:
     @property
     def is_external(self) -> bool:
         """Whether it is the user's own."""
-        return external.is_external(self.name)
+        return ":" in self.name
 
     @property
     def takes_steps(self) -> bool:
@@ -182,58 +162,33 @@ class ModelSpec:
         return self.hyperparameters.takes_steps
 
     @property
+    def place(self) -> str:
+        """Its class, as `module:Class`."""
+        return self.name if self.is_external else f"datawall.models.{self.hyperparameters.place}"
+
+    @property
     def module(self) -> str:
         """The module of its class: `datawall.models.scvi`, or the user's own."""
-        return self._place[0]
+        return self.place.partition(":")[0]
 
     @property
     def model_class(self) -> type[Any]:
-        """Its class (see `base.Model`), which needs torch as a rule.
-
-        Raises
-        ------
-        ValueError
-            If the user's module has no such class, or the class lacks a method of `models.Model`.
-        """
-        module, name = self._place
-        return external.model_class(self.name) if self.is_external else getattr(import_module(module), name)
-
-    @property
-    def _place(self) -> tuple[str, str]:
-        place = self.name if self.is_external else f"datawall.models.{self.hyperparameters.place}"
-        module, _, name = place.partition(":")
-        return module, name
+        """Its class (see `base.Model`); raises ValueError if a module of the user's has none that is a model."""
+        return external.model_class(self.name) if self.is_external else resolve_name(self.place)
 
     def create(self) -> Any:
-        """A new model, not yet fitted."""
         return self.model_class(**self.hyperparameters.model_dump())
-
-    def load(self, folder: Path) -> Any:
-        """Read one that was saved."""
-        return self.model_class.load(folder)
 
 
 def resolve(
     name: str, given: Mapping[str, Mapping[str, Any]] | None = None, *, schedule: Schedule | None = None
 ) -> ModelSpec:
-    """What a name stands for.
+    """What a model's name stands for; ValueError if there is no such model or hyper-parameter, or not such a value.
 
-    Parameters
-    ----------
-    name
-        Of the model.
-    given
-        Hyper-parameters by family and by model, as in a study file. Those of the family yield to those of a variant,
-        and these to those of the model.
-    schedule
-        For a family that has one and is given none.
-
-    Raises
-    ------
-    ValueError
-        If there is no such model, or a hyper-parameter or its value is not allowed; in one line.
+    `given` has hyper-parameters by family and by model, as a study file has them: those of the family yield to those of
+    a variant, and these to those of the model. `schedule` is for a family that has one and is given none.
     """
-    if name not in FAMILIES and name not in VARIANTS and not external.is_external(name):
+    if name not in FAMILIES and name not in VARIANTS and ":" not in name:
         raise ValueError(
             f"{name!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"
         )

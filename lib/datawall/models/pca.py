@@ -18,9 +18,9 @@ from datawall.models.hyperparameters import check
 class PretrainedPCA:
     """Principal component analysis as a pretrained model (DenAdel et al. 2026).
 
-    Counts are normalised to 10,000 a cell and log-transformed; genes variable among the pretraining cells
-    (scanpy's default cut-offs) are centred and decomposed. The embedding is the product with the axes, not
-    centred: a constant shift that no distance sees. `fit` is exact: steps and seeds change nothing.
+    Counts are normalised to 10,000 a cell and log-transformed; genes variable among the pretraining cells (scanpy's
+    default cut-offs) are centred and decomposed. The embedding is the product with the axes, not centred, which no
+    distance sees. `fit` is exact: steps and seeds change nothing.
     """
 
     def __init__(self, **hyperparameters: Any) -> None:
@@ -65,7 +65,6 @@ class PretrainedPCA:
         return base.variance(X) - float(explained) / np.prod(X.shape)
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
-        """That of the mean cell."""
         return base.variance(expression.lognormalise(counts))
 
     def save(self, folder: Path) -> None:

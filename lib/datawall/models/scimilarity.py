@@ -82,18 +82,10 @@ def semihard_triplets(
     """For each pair one random negative n with d²(anchor, positive) < d²(anchor, n) < d²(anchor, positive) + margin.
 
     Distances from a cell are sorted once, and the negatives that suit one of its pairs are then a range of them: so
-    memory grows with the square of the cells, not with pairs times negatives.
-
-    Parameters
-    ----------
-    distance
-        (n_cells, n_cells) squared distances d².
-    pairs, negatives
-        (n_cells, n_cells) bool: whether the row is an anchor and the column its positive, or a negative of it.
-
-    Returns
-    -------
-    anchors, positives and negatives, (n_triplets,) int64 each; a pair without such a negative is left out.
+    memory grows with the square of the cells, not with pairs times negatives. `distance` has d²; `pairs` and
+    `negatives` are bool, whether the row is an anchor and the column its positive, or a negative of it; all are
+    (n_cells, n_cells). Gives anchors, positives and negatives, (n_triplets,) int64 each; a pair without such a negative
+    is left out.
     """
     ranked, order = distance.masked_fill(~negatives, torch.inf).sort(dim=1)
     first = torch.searchsorted(ranked, distance, right=True)
@@ -106,9 +98,8 @@ def semihard_triplets(
 def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
     """Whether of two cell types, names of terms in an OBO file, one is the other or its ancestor, (n, n) bool.
 
-    Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original. The path of
-    the file is from the working directory, or else from the repository. A name without a term, or with an obsolete one
-    alone, is refused.
+    Ancestors are reached by any relation (is_a, part_of, develops_from and the rest), as in the original. A name
+    without a term, or with an obsolete one alone, is refused. The file is from the working directory or the repository.
     """
     terms = read_ontology(paths.located(ontology))
     if unknown := [str(label) for label in labels if label not in terms.identifiers]:
@@ -153,10 +144,9 @@ class SCimilarity(SparseNetwork):
     Every two cells of a batch that share their type and come from different studies are an anchor and a positive.
     Their negative is a cell whose type is another, and with `ontology` neither ancestor nor descendant of theirs; see
     `semihard_triplets`. Studies are told apart by `obs["dataset_id"]`, or by `obs["batch"]` where all cells are of
-    one data set; where they are of one batch too, pairs lie within it. Types of one study alone are kept, as
-    negatives. Under `torchrun`, pairs and batch statistics are of a process's own share of the batch.
-
-    Cells are drawn by `sampling_weights`, with replacement; the learning rate falls as a cosine over the budget.
+    one data set; where they are of one batch too, pairs lie within it. Types of one study alone are kept, as negatives.
+    Cells are drawn by `sampling_weights`, with replacement; the learning rate falls as a cosine over the budget. Under
+    `torchrun`, pairs and batch statistics are of a process's own share of the batch.
     """
 
     family = "SCimilarity"

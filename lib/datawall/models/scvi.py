@@ -152,7 +152,7 @@ class _Rates(torch.autograd.Function):
         for first in range(0, n_cells, block):
             cells = slice(first, first + block)
             h, library = hidden[cells], libraries[cells]
-            # Genes by cells: the shape in which matrix products are fastest.
+            # Each (n_genes, block): the shape in which matrix products are fastest.
             x, u, one_and_u, log_one_and_u, lost = buffers[:, : n_genes * len(h)].view(5, n_genes, len(h))
             some = counts[cells]
             cell_of = np.repeat(np.arange(len(h)), np.diff(some.indptr))

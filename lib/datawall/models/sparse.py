@@ -102,16 +102,10 @@ class Reconstruction(nn.Linear):
     def forward(self, inputs: Tensor, cells: Cells, hidden: Tensor | None = None, mask: float = 1.0) -> Tensor:
         """Squared error averaged over all cells and genes, in float32; an entry that is not hidden counts as 0.
 
-        By definition that is ((output - x)² * is_hidden).mean(), of (n_cells, n_genes) that are never whole.
-
-        Parameters
-        ----------
-        inputs
-            (n_cells, n_inputs).
-        hidden
-            (n_values,) uint8: which of the non-zero values were hidden. Without it, every entry counts.
-        mask
-            Share of the zeros that were hidden. They are drawn here: no layer before could see which.
+        By definition that is ((output - x)² * is_hidden).mean(), of (n_cells, n_genes) that are never whole. `inputs`
+        are (n_cells, n_inputs); `hidden`, (n_values,) uint8, says which of the non-zero values were hidden, and without
+        it every entry counts; `mask` is the share of the zeros that were. These are drawn here: no layer before could
+        see which.
         """
         learning = torch.is_grad_enabled()
         return _SquaredError.apply(inputs, self.weight, self.bias, cells, hidden, mask, self.sigmoid, learning)

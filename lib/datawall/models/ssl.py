@@ -77,9 +77,8 @@ class SSL(sparse.SparseNetwork):
 
     def course(self, steps: int, n_cells: int) -> dict[str, Any]:
         h = self.hyperparameters
-        steps_a_pass = max(1.0, n_cells / h.batch_size)
-        every = steps / h.n_decays if h.schedule == "steps" else 2 * steps_a_pass
-        return {"decay": "stepwise", "decay_every": every, "decay_vectors": True, "clip_norm": h.clip_norm}
+        every = steps / h.n_decays if h.schedule == "steps" else 2 * max(1.0, n_cells / h.batch_size)  # two passes
+        return {"decay": "stepwise", "decay_every": every, "decay_vectors": True}
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
@@ -87,6 +86,5 @@ class SSL(sparse.SparseNetwork):
         return self.ready(counts)(Cells.of(self.prepare(counts))).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
-        """That of the mean cell."""
         h = self.hyperparameters
         return (0.5 if h.loss == "vae" else h.mask) * base.variance(self.prepare(counts))

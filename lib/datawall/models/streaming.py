@@ -13,41 +13,30 @@ import scipy.sparse as sp
 from datawall.cells.cellstore import Cells, floats
 from datawall.models import training
 
-type Numbered = Iterator[tuple[int, np.ndarray]]
-
 END = object()
 PREPARED = 4  # batches, at most, that wait for training
 
 
 def loader[Prepared](
-    counts: sp.csr_matrix | Cells,
-    prepare: Callable[[sp.csr_matrix], Prepared],
-    batch_size: int,
+    counts: sp.csr_matrix | Cells, prepare: Callable[[sp.csr_matrix], Prepared], batch_size: int
 ) -> training.Load:
-    """What gives `training.train` its batches, as pairs of rows and prepared cells.
+    """What gives `training.train` its batches, as pairs of rows and what a model prepares of their counts.
 
     Cells in memory are prepared all at once, before training. Those on disk are read by a thread, batches that share
     blocks of cells together (see `training.minibatches`), up to so many batches ahead, so that up to 66,000 cells are
     in memory, in the store's integers. Another thread prepares them, one batch after the other.
-
-    Parameters
-    ----------
-    prepare
-        What a model makes of counts, each cell on its own; indexed by cell.
-    batch_size
-        Cells a step, over all processes.
     """
     if not isinstance(counts, Cells):
         prepared = prepare(counts)
         return lambda shares: ((rows, prepared[rows]) for _, rows in shares)
     together = training.batches_together(batch_size)
 
-    def read(shares: Numbered) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
+    def read(shares: training.Shares) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
         for _, group in itertools.groupby(shares, key=lambda share: share[0] // together):
             batches = [rows for _, rows in group]
             yield from zip(batches, counts.read(batches), strict=True)
 
-    def load(shares: Numbered) -> Iterator[tuple[np.ndarray, Prepared]]:
+    def load(shares: training.Shares) -> Iterator[tuple[np.ndarray, Prepared]]:
         return ((rows, prepare(floats(some))) for rows, some in read_ahead(read(shares), together))
 
     return lambda shares: read_ahead(load(shares), PREPARED)
@@ -63,8 +52,3 @@ def read_ahead[Item](items: Iterator[Item], n: int) -> Iterator[Item]:
             yield item
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def blocks(counts: sp.csr_matrix | Cells) -> Iterator[sp.csr_matrix]:
-    """Raw counts of all cells block by block; of those in memory, one block."""
-    return counts.count_blocks() if isinstance(counts, Cells) else iter([counts])

@@ -22,13 +22,12 @@ CELLS_PER_BLOCK = 64  # encoded at once: what is made of them stays in a core's 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Packed token sequences: those of cell i are `ids[offsets[i]:offsets[i + 1]]`."""
+    """Packed token sequences: those of cell i are `ids[offsets[i]:offsets[i + 1]]`. Also `ids, offsets = tokens`."""
 
     ids: np.ndarray  # (n_tokens,) int32, gene position plus the number of special tokens
     offsets: np.ndarray  # (n_cells + 1,) int64
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """As `ids, offsets = tokens`."""
         return iter((self.ids, self.offsets))
 
     def __getitem__(self, cells: np.ndarray) -> Tokens:
@@ -49,16 +48,8 @@ def gene_medians(counts: sp.csr_matrix) -> np.ndarray:
     # A copy, since the caller's matrix is not ours to prune: stored zeros would count as expressed.
     genes = sp.csc_matrix(counts, copy=True)
     genes.eliminate_zeros()
-    values = genes.data / totals[genes.indices] * TARGET_SUM
-    for first, last in pairwise(genes.indptr.tolist()):
-        values[first:last].sort()
-    begin, n_cells = genes.indptr[:-1], np.diff(genes.indptr)
-    seen = n_cells > 0
-    low = values[(begin + (n_cells - 1) // 2)[seen]]
-    high = values[(begin + n_cells // 2)[seen]]
-    medians = np.ones(counts.shape[1])
-    medians[seen] = (low + high) / 2
-    return medians.astype(np.float32)
+    values = np.split(genes.data / totals[genes.indices] * TARGET_SUM, genes.indptr[1:-1])
+    return np.array([np.median(of_gene) if len(of_gene) else 1 for of_gene in values], dtype=np.float32)
 
 
 def streamed_gene_medians(blocks: Callable[[], Iterable[sp.csr_matrix]]) -> np.ndarray:
@@ -117,14 +108,8 @@ def _tally(parts: list[pd.DataFrame]) -> pd.DataFrame:
 class RankTokenizer:
     """Encode cells as genes sorted by count over the gene's median, descending; ties in the order of genes.
 
-    The sum of a cell's counts scales all of its values alike, so it does not enter.
-
-    Parameters
-    ----------
-    medians
-        (n_genes,) positive and finite (`gene_medians`).
-    max_length
-        Tokens kept per cell, the highest ranked ones.
+    The sum of a cell's counts scales all of its values alike, so it does not enter. `medians`, (n_genes,), must be
+    positive and finite (see `gene_medians`); of a cell, the `max_length` highest ranked genes are kept.
     """
 
     def __init__(self, medians: np.ndarray, max_length: int = 2048) -> None:

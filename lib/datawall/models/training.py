@@ -3,8 +3,7 @@
 Counting in steps, never in passes over the data, is what makes a subset of 1 % and the full corpus differ in data
 alone. All randomness of a step (dropout, masks, latent noise) follows from the seed and the step's number, and so
 do its cells: a run that is killed and resumed ends with the same bits as one that never was.
-
-Imports torch and numpy only (and tqdm for the bar), so that it runs on a machine that has little else.
+Needs torch, numpy and tqdm only, so that it runs on a machine that has little else.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import os
 import time
-import uuid
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from datawall.engine import disk
+
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints
@@ -38,7 +37,8 @@ MIXED = 32_768  # cells whose order is fully random
 
 type Forward = Callable[..., Any]
 type LossOf = Callable[[Forward, Any, int], Tensor | tuple[Tensor, int]]
-type Load = Callable[[Iterator[tuple[int, np.ndarray]]], Iterator[Any]]
+type Shares = Iterator[tuple[int, np.ndarray]]  # steps, and the rows of this process
+type Load = Callable[[Shares], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,8 @@ def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: i
 
     No cell is dropped at the end of a pass, and a batch larger than the data holds repeats. A pass over more than
     32,768 cells is shuffled so that it can be read from a disk: blocks of 64 neighbours in random order, and cells
-    within the 32,768 that come one after the other, which are those of `batches_together` batches.
-
-    Parameters
-    ----------
-    cells
-        Their rows, or the number of them.
-
-    Raises
-    ------
-    ValueError
-        If there are no cells.
+    within the 32,768 that come one after the other, which are those of `batches_together` batches. `cells` are their
+    rows, or the number of them; ValueError if there are none.
     """
     cells = np.arange(cells) if isinstance(cells, int) else cells
     if not len(cells):
@@ -153,11 +144,13 @@ def train(
     validation_loss: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
 ) -> History:
-    """Train a module in place; where stderr is a terminal, a bar shows steps, their rate and the loss.
+    """Train a module in place, with a bar where stderr is a terminal.
 
     Under `torchrun` each process takes its share of every batch, and gradients are averaged with the weight of what
     each process's loss is a mean of. So the result is that of one process with the same recipe, up to rounding, but
     for what a process draws for itself (masks, noise, dropout) and the batch statistics of batch normalisation.
+
+    Raises NonFiniteLossError at the first loss that is NaN or infinite, ValueError if the checkpoint is of another run.
 
     Parameters
     ----------
@@ -169,8 +162,6 @@ def train(
         pair of it and of the number of other things that it is the mean of. Random by torch's global generator alone.
     n_cells
         Cells that rows are drawn from.
-    seed
-        Seed of the order of cells and of the randomness of each step.
     batches
         Rows of each step's batch; `minibatches` by default.
     load
@@ -180,13 +171,6 @@ def train(
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
         File written about once a minute, and resumed from where it exists.
-
-    Raises
-    ------
-    NonFiniteLossError
-        At the first loss that is NaN or infinite.
-    ValueError
-        If the checkpoint is of another run.
     """
     where = next(module.parameters()).device
     rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -205,7 +189,7 @@ def train(
         drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
         drawn[rows] = True
 
-    def shares() -> Iterator[tuple[int, np.ndarray]]:
+    def shares() -> Shares:
         numbered = enumerate(itertools.islice(batches, recipe.steps))
         for _, rows in itertools.islice(numbered, len(state.losses)):  # steps of before a run was resumed
             note(rows)
@@ -234,8 +218,10 @@ def train(
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 loss = loss_of(forward, cells, step)
             loss, n_averaged = loss if isinstance(loss, tuple) else (loss, len(rows[rank::n_processes]))
-            if n_processes > 1:
-                loss = loss * _relative_weight(n_averaged, where)
+            if n_processes > 1:  # a process weighs as much as what its loss is a mean of; 1 on average
+                total = torch.tensor(float(n_averaged), device=where)
+                dist.all_reduce(total)
+                loss = loss * (n_averaged * n_processes / total)
             pending.append((step, rows, loss.detach()))
             last = step + 1 == recipe.steps
             look = validation_loss and (last or (step + 1) % recipe.validate_every == 0)
@@ -282,13 +268,6 @@ def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
 
 
-def _relative_weight(n: int, where: torch.device) -> Tensor:
-    """What a process's mean of n things weighs in the mean over all processes' things, where 1 is the average."""
-    total = torch.tensor(float(n), device=where)
-    dist.all_reduce(total)
-    return n * dist.get_world_size() / total
-
-
 def _settle(
     pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, module: nn.Module, n_processes: int
 ) -> None:
@@ -316,10 +295,7 @@ def _settle(
 
 
 class _State:
-    """What a run must remember to be resumed: weights, optimiser, losses and looks; all else follows from the step.
-
-    It lies on disk as one `.npz` file without pickles.
-    """
+    """What a run must remember to be resumed, in one `.npz` without pickles; all else follows from the step."""
 
     def __init__(self, module: nn.Module, optimiser: torch.optim.Optimizer, identity: str) -> None:
         self.module, self.optimiser, self.identity = module, optimiser, identity
@@ -343,25 +319,20 @@ class _State:
         """Write the state atomically."""
         parts = {"weight": self.module.state_dict(), "best": self.best_weights or {}}
         parts |= {f"optimiser/{i}": moments for i, moments in self.optimiser.state_dict()["state"].items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
+        arrays = {f"{part}/{name}": x.cpu().numpy() for part, values in parts.items() for name, x in values.items()}
+        looks = np.array(self.looks, dtype=np.float64).reshape(-1, 2)
+        arrays |= {
+            "identity": self.identity,
+            "losses": self.losses,
+            "looks": looks,
+            "best": [self.best, self.best_look],
+        }
+
+        def write(scratch: Path) -> None:
             with scratch.open("wb") as file:
-                np.savez(
-                    file,
-                    identity=np.array(self.identity),
-                    losses=np.array(self.losses),
-                    looks=np.array(self.looks, dtype=np.float64).reshape(-1, 2),
-                    best=np.array([self.best, self.best_look]),
-                    **{
-                        f"{part}/{name}": x.cpu().numpy()
-                        for part, values in parts.items()
-                        for name, x in values.items()
-                    },
-                )
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+                np.savez(file, **arrays)
+
+        disk.write_atomically(path, write)
 
     def resume(self, path: Path) -> None:
         """Take up the state of a checkpoint, if there is a sound one; one of another run is refused."""
@@ -376,9 +347,9 @@ class _State:
         if str(arrays["identity"]) != self.identity:
             raise ValueError(f"{path} is a checkpoint of another run ({arrays['identity']}); remove it to start again.")
         parts: dict[str, dict[str, Tensor]] = {"weight": {}, "best": {}}
-        for path_of_tensor in (name for name in arrays if "/" in name):
-            part, _, name = path_of_tensor.rpartition("/")
-            parts.setdefault(part, {})[name] = torch.from_numpy(arrays[path_of_tensor])
+        for part, slash, name in (key.rpartition("/") for key in arrays):
+            if slash:
+                parts.setdefault(part, {})[name] = torch.from_numpy(arrays[f"{part}/{name}"])
         where = next(self.module.parameters()).device
         self.module.load_state_dict(parts.pop("weight"))
         self.best_weights = {name: weight.to(where) for name, weight in parts.pop("best").items()} or None
@@ -397,7 +368,7 @@ class Head(nn.Sequential):
 
 
 def seeded[Module: nn.Module](build: Callable[[], Module], seed: int) -> Module:
-    """A module with initial weights drawn from a seed, on the device; the global random state is left as it was."""
+    """A module with initial weights drawn from a seed, on the device; the global random state stays as it is."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return build().to(device())

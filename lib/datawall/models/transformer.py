@@ -1,11 +1,9 @@
 """The encoder: a BERT over packed token sequences, with a masked-token objective.
 
-Sequences of different lengths lie end to end in one row of token ids; `offsets` says where each begins.
-No layer ever sees padding, and the prediction head runs at masked positions alone: at 15 % masking and a vocabulary
-of 25,000 genes the head would otherwise cost more than the encoder. What a step must know of its batch (lengths,
-masked positions) is worked out on the CPU and sent with it, so that a GPU is never waited for.
-
-Nothing here knows about single cells; only torch is imported.
+Sequences of different lengths lie end to end in one row of token ids; `offsets` says where each begins. No layer ever
+sees padding, and the prediction head, which at a vocabulary of 25,000 genes would cost more than the encoder, runs at
+masked positions alone. What a step must know of its batch (lengths, masked positions) is worked out on the CPU and sent
+with it, so that a GPU is never waited for. Nothing here knows about single cells; only torch is imported.
 """
 
 from __future__ import annotations
@@ -50,9 +48,8 @@ class EncoderConfig:
 class Attention(nn.Module):
     """Multi-head self-attention within each packed sequence (Vaswani et al. 2017, post-norm as in BERT).
 
-    Dropout takes a token from a head's view: the attention weights on it become zero for all queries of the sequence
-    alike, where BERT draws anew for each query. Each weight is dropped as often, and attention stays in the fast
-    kernels, none of which knows dropout on a CPU.
+    Dropout takes a token from a head's view, for all queries of the sequence alike, where BERT draws anew for each. A
+    weight is dropped as often, and attention stays in the fast kernels, none of which knows dropout on a CPU.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -136,12 +133,8 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, l
 class Layout:
     """Where the sequences of a packed batch lie; none may be empty, as attention over no keys is undefined.
 
-    Parameters
-    ----------
-    offsets
-        (B + 1,) int64 on the CPU, first token of each sequence and the total at the end.
-    where
-        Device of the batch.
+    `offsets`, (B + 1,) int64 on the CPU, are the first token of each sequence and the total at the end; `where` is the
+    device of the batch.
     """
 
     def __init__(self, offsets: Tensor, where: torch.device | str = "cpu") -> None:
@@ -169,8 +162,8 @@ def send(tensor: Tensor, where: torch.device | str) -> Tensor:
 class Encoder(nn.Module):
     """BERT for masked tokens (Devlin et al. 2019), with tied input and output embeddings.
 
-    Gives the same logits as `transformers.BertForMaskedLM` with the same weights (a test proves it). BERT's
-    token-type embedding is left out: with one type it is a constant that the position embedding absorbs.
+    Gives the logits of `transformers.BertForMaskedLM` with the same weights. BERT's token-type embedding is left out:
+    with one type it is a constant that the position embedding absorbs.
     """
 
     attend: Attend | None = None  # set it to attend in another way than `attention` chooses
@@ -209,12 +202,8 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, layout: Layout, chosen: Tensor, originals: Tensor) -> Tensor:
         """Mean cross-entropy, in nats, of the tokens at some positions.
 
-        Parameters
-        ----------
-        ids
-            (T,) int64 token ids of the packed sequences, masked ones replaced.
-        chosen, originals
-            (N,) int64 positions to predict, and the token ids that belong there; see `to_predict`.
+        `ids`, (T,), are the token ids of the packed sequences, masked ones replaced; `chosen` and `originals`, (N,),
+        the positions to predict and the token ids that belong there, as of `to_predict`. All are int64.
         """
         hidden = self.hidden(ids, layout).index_select(0, chosen)  # (T, C) to (N, C)
         hidden = self.head_norm(F.relu(self.head(hidden)))
@@ -264,11 +253,8 @@ def mask_tokens(
 
     Each token is chosen with probability `share`; a chosen one becomes the mask token in 80 % of cases, a random
     token, never a special one, in 10 % and stays itself in 10 %. At least one token is chosen. Random by the
-    generator, or by torch's global one.
-
-    Returns
-    -------
-    masked ids and targets, both (T,) int64 as the ids; targets are `IGNORED` where nothing is to be predicted.
+    generator, or by torch's global one. Gives masked ids and targets, both (T,) int64 as the ids; targets are
+    `IGNORED` where nothing is to be predicted.
     """
     draw = torch.rand(ids.shape, generator=generator, device=ids.device)
     draw[draw.argmin()] = 0.0

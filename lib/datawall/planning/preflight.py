@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 
-from datawall.cells import corpus, sampling
-from datawall.cells.corpus import CorpusError
+from datawall.cells import corpus, duplicates, sampling
 from datawall.cells.datasets import DatasetError
 from datawall.models import external
 from datawall.planning import plan as planning
@@ -56,7 +56,8 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         findings.facts.append("corpus: selected from the CELLxGENE Census when the study runs")
     elif p.simulation is not None:
         findings.facts.append(f"corpus: {p.simulation.n_cells:,} simulated cells")
-        _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), findings)
+        with findings.errors_within():
+            _subsets(p, round(p.simulation.n_cells * (1 - p.held_out)), findings)
     else:
         _read(p, findings)
     findings.facts.append(f"tasks: {', '.join(p.tasks)}")
@@ -93,21 +94,29 @@ def _read(p: Params, findings: Findings) -> None:
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
         findings.facts.append(f"cells of the corpus: {told}")
         held_out = assembly.held_out(p, obs)
-        if held_out.all():
-            raise CorpusError(f"{p.study}: no cell of the corpus is left to pretrain on; hold out less.")
         if "cell_type" in obs:
             joining.check_contexts(p, obs["cell_type"].unique())
         _labels(p, obs, held_out, findings)
-        _subsets(p, int((~held_out).sum()), findings, reports["n_spiked"])
-        sets[p.held_out_name] = obs[held_out]
+        sets[p.held_out_name], pretraining = obs[held_out], np.flatnonzero(~held_out)
     for name in [dataset.dataset for dataset in p.evaluation]:
         with findings.errors_within():
-            aligned, _, genes, notes = assembly.read_dataset(p, name, var)
+            aligned, measured, genes, notes = assembly.read_dataset(p, name, var)
             findings.facts.append(curation.match_in_words(genes))
             findings.warnings += notes
             sets[name] = aligned.obs
+            if p.drop_contaminated and not findings.errors:
+                pretraining = np.setdiff1d(pretraining, _contaminated(p, obs, aligned, var.index[measured]))
     if findings.errors:
         return
+    if p.drop_contaminated:
+        n_dropped = len(obs) - len(sets[p.held_out_name]) - len(pretraining)
+        findings.facts.append(f"left out of pretraining: {n_dropped:,} cells of evaluation sets, or of their donors")
+    if not len(pretraining):
+        remedy = "hold out less, or keep contaminated cells"
+        findings.errors.append(f"{p.study}: no cell of the corpus is left to pretrain on; {remedy}.")
+        return
+    with findings.errors_within():
+        _subsets(p, len(pretraining), findings, reports["n_spiked"])
     if p.labels and p.spike_in is None:
         keys = {name: p.key("cell_type", name) for name in p.sources()}
         keys |= {each.file: assembly.dataset_columns(p, each.dataset)["cell_type"] for each in p.evaluation}
@@ -118,8 +127,14 @@ def _read(p: Params, findings: Findings) -> None:
     for given in p.embeddings:
         with findings.errors_within():
             external.read_embedding(given.file, given.obsm_key, sets[given.dataset].index, given.dataset)
-    if p.drop_contaminated:
-        findings.facts.append("pretraining leaves out cells and donors of evaluation sets: sizes will be smaller")
+
+
+def _contaminated(p: Params, obs: pd.DataFrame, cells: ad.AnnData, genes: pd.Index) -> np.ndarray:
+    """Rows of the corpus with cells, or from donors, of an evaluation set; `genes` are those that both have."""
+    hashes = (duplicates.cell_hashes(block.X, block.var_names, genes) for block in assembly.read_corpus(p, {}))
+    donors = (each["donor_id"].array if "donor_id" in each else None for each in (cells.obs, obs))
+    evaluated = duplicates.cell_hashes(cells.X, cells.var_names, genes)
+    return duplicates.contamination(evaluated, hashes, *donors).rows_to_drop()
 
 
 def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findings) -> None:
@@ -143,15 +158,17 @@ def _labels(p: Params, obs: pd.DataFrame, held_out: np.ndarray, findings: Findin
 
 
 def _subsets(p: Params, n_pretraining: int, findings: Findings, n_spike_in: int | None = None) -> None:
-    """Sizes of the subsets; raises ValueError if there are too few cells to spike in."""
+    """Sizes of the subsets; raises ValueError if one is a single cell, or there are too few cells to spike in."""
     sizes = {percentage: sampling.subset_size(n_pretraining, percentage) for percentage in sorted(p.percentages)}
     listed = ", ".join(f"{percentage:g} % is {size:,}" for percentage, size in sizes.items())
     findings.facts.append(f"subsets of {n_pretraining:,} cells: {listed}")
     if small := ", ".join(f"{percentage:g} %" for percentage, size in sizes.items() if size < FEW):
         findings.warnings.append(f"under {FEW} cells to pretrain on at {small}; larger percentages teach more.")
-    for subset in (subset for subset in p.subsets() if not subset.untrained and n_spike_in is not None):
-        if spiked := sampling.STRATEGIES[subset.strategy].spiked:
-            size = sampling.subset_size(n_pretraining, subset.percentage)
+    for subset in (subset for subset in p.subsets() if not subset.untrained):
+        size = sampling.subset_size(n_pretraining, subset.percentage)
+        if size < 2:
+            raise ValueError(f"percentages: {subset.percentage:g} % is one cell, of which no model learns; give more.")
+        if n_spike_in is not None and (spiked := sampling.STRATEGIES[subset.strategy].spiked):
             sampling.spike_in(size, n_spike_in, spiked, seed=subset.seed)
 
 

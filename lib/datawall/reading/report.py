@@ -68,14 +68,10 @@ class Site:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.results, self.intervals = (
-            results.read_results(study.folder, table)
-            if (study.folder / f"{table}.parquet").is_file()
-            else pd.DataFrame(columns=results.ALL_COLUMNS)
-            for table in ("results", "intervals")
-        )
+        self.results, self.intervals, self.budgets = map(self._table, ("results", "intervals", "budgets"))
         own = self.results[self.results["model"] != results.CHANCE]  # rows of chance carry another's `run_id`
-        self.rows = dict(iter(own.groupby("run_id")))  # results by evaluation
+        self.runs = own.drop_duplicates("run_id").set_index("run_id")
+        self._values = own.pivot_table("value", ["run_id", "metric"], "split")
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
         self.artifacts = store.read_all(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
@@ -90,16 +86,18 @@ class Site:
             *sorted(study.folder.glob("study.yaml")),
         ]
 
+    def _table(self, name: str) -> pd.DataFrame:
+        there = (self.study.folder / f"{name}.parquet").is_file()
+        return results.read_results(self.study.folder, name) if there else pd.DataFrame(columns=results.ALL_COLUMNS)
+
     @cached_property
     def verdicts(self) -> pd.DataFrame:
         """What the results say (`verdicts.table`)."""
-        budgets = self.study.folder / "budgets.parquet"
-        checked = results.read_results(self.study.folder, "budgets") if budgets.is_file() else None
         margin = results.parameters(self.study.folder).get("margin")
         right = None
         with suppress(DatasetError):  # of a corpus that has gone: models and baselines are compared by their intervals
             right = evaluation.right_cells(self.study)
-        return verdicts.table(self.intervals, checked, margin, right)
+        return verdicts.table(self.intervals, self.budgets, margin, right)
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -191,7 +189,7 @@ class Site:
 
     def metrics(self, key: str) -> pd.DataFrame:
         """The metrics of an evaluation, a column for each split."""
-        return self.rows[key].pivot_table("value", "metric", "split").rename(label).reset_index()
+        return self._values.loc[key].dropna(axis="columns", how="all").rename(label).reset_index()
 
 
 def _page_of(artifact: Artifact) -> str:

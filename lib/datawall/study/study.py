@@ -141,7 +141,7 @@ class Study(Curated):
 
     def model(self, run: Run) -> Any:
         """A pretrained model (see `models.Model`)."""
-        return self.params.specs[run.model].load(self.model_artifact(run).folder)
+        return self.params.specs[run.model].model_class.load(self.model_artifact(run).folder)
 
     def pretrain(self) -> pd.DataFrame:
         """Pretrain, or find, every model: a row for each of `pretraining_runs`, with its budget as spent.
