@@ -43,7 +43,8 @@ def celltype_reweighted(cell_type: np.ndarray | pd.Categorical, percentage: floa
     (water-filling), as in the original study's cell-type re-weighting. Unlike there, the budget is met exactly: a
     remainder of fewer cells than types goes to types drawn by the seed. Raises ValueError if a cell has no type.
     """
-    return _evenly(_codes(cell_type, "cell type"), subset_size(len(cell_type), percentage), seed)
+    size = subset_size(len(cell_type), percentage)
+    return _evenly(_codes(cell_type, "cell type"), size, seed)
 
 
 def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_boxes: int | None = None) -> np.ndarray:
@@ -56,8 +57,8 @@ def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_b
     the lowest score, and its sketches of one seed are not nested. Scores are read in blocks, five to ten times, and all
     else takes about 45 bytes a cell: a memory map will do. Raises ValueError if scores are not finite.
     """
-    boxes = _occupied_boxes(X_pca, n_boxes or max(1, len(X_pca) // 100))
-    return _evenly(boxes, subset_size(len(X_pca), percentage), seed)
+    size = subset_size(len(X_pca), percentage)
+    return _evenly(_occupied_boxes(X_pca, n_boxes or max(1, len(X_pca) // 100)), size, seed)
 
 
 def spike_in(n_train: int, n_perturbed: int, percentage: float, *, seed: Seed) -> tuple[np.ndarray, np.ndarray]:
