@@ -43,9 +43,8 @@ def annotate(
     reduced to principal components. 2. Coarse Leiden clusters of the exact neighbour graph get the type whose markers
     (symbols among `genes`, the columns), as mean z-scores within batches, are highest. 3. Between siblings (say CD4 and
     CD8 T cells), which share a cluster, a cell gets the type whose marker score is higher on average over itself and
-    its neighbours. In double precision and on an exact, unweighted graph, labels come out the same on another machine
-    with the same package versions (with approximate neighbours they do not; scanpy#2956). Raises ValueError if a type
-    has no marker among the genes.
+    its neighbours. On an exact, unweighted graph, labels come out the same on another machine with the same package
+    versions (on an approximate one they do not; scanpy#2956). Raises ValueError if a type has no known marker.
     """
     import scanpy as sc
     from sklearn.neighbors import kneighbors_graph

@@ -1,8 +1,7 @@
 """`.h5ad` and `.zarr` files read in blocks of rows, and checked as they are read.
 
-Only the counts, the names of genes and cells, and the columns asked for are read: never `uns`, and nothing is ever
-unpickled (h5py cannot, and zarr refuses to). HDF5 and zarr files look alike from here: groups with attributes, and
-arrays that slice.
+Only the counts, the names of genes and cells, and the columns asked for are read, and nothing is ever unpickled (h5py
+cannot, and zarr refuses to). Both look alike from here: groups with attributes, and arrays that slice.
 """
 
 import logging
@@ -182,7 +181,6 @@ class CellFile(AbstractContextManager):
             return values
 
     def cell_names(self, start: int, stop: int) -> np.ndarray:
-        """Names of the cells of some rows."""
         with reading(self.name):
             return self._values(self._obs_names, slice(start, stop)).astype(str).astype(object)
 

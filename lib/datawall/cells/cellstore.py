@@ -40,10 +40,10 @@ PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times 
 def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     """Write cells to `<folder>/cells.zarr`, in a folder that holds no store yet.
 
-    Blocks have raw counts, sorted and without stored zeros, as `corpus.place_columns` makes them; what is written does
-    not depend on how they are cut. Of the columns of `obs`, all that are not numbers become categorical. In memory are
-    two blocks, two files' worth of counts and, for each cell, twelve bytes and the codes of its labels. Raises
-    ValueError if there are no cells, or blocks differ in genes or columns.
+    Blocks have raw counts as `corpus.place_columns` makes them; what is written does not depend on how they are cut. Of
+    the columns of `obs`, all that are not numbers become categorical. In memory are two blocks, two files' worth of
+    counts and, for each cell, twelve bytes and the codes of its labels. Raises ValueError if there are no cells, or
+    blocks differ in genes or columns.
     """
     import anndata as ad
     import zarr
@@ -166,17 +166,14 @@ class Cells:
 
     @property
     def n_obs(self) -> int:
-        """Number of cells."""
         return len(self._file.indptr) - 1 if self.rows is None else len(self.rows)
 
     @property
     def n_vars(self) -> int:
-        """Number of genes."""
         return self._file.n_vars
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of cells and of genes."""
         return self.n_obs, self.n_vars
 
     @cached_property
@@ -187,7 +184,6 @@ class Cells:
 
     @property
     def var(self) -> pd.DataFrame:
-        """The genes."""
         return self._file.var
 
     def take(self, rows: np.ndarray) -> Cells:

@@ -1,7 +1,6 @@
 """Named data sets of real cells: where they come from, their hashes, licences and columns.
 
-Every loader returns an AnnData with raw counts in `X`, as its source has them; `corpus.py` aligns and checks it.
-`python -m datawall.cells.datasets` fetches all that need fetching, and lists them.
+Loaders return raw counts in `X`, as their source has them. `python -m datawall.cells.datasets` fetches and lists them.
 """
 
 import hashlib
@@ -86,9 +85,8 @@ def fetch_kang2018() -> Path:
 def load_kang2018(condition: str | None = None) -> ad.AnnData:
     """PBMC of eight lupus patients, with and without interferon-beta: 13,999 cells x 14,053 genes (symbols).
 
-    `obs["condition"]` is ctrl or stim, of which one may be asked for alone. Cells carry no labels of the authors in
-    this source: `obs["cell_type"]` is annotated from clusters and canonical markers of all cells
-    (`annotation.annotate`), once in a process.
+    `obs["condition"]` is ctrl or stim, of which one may be asked for alone. This source has no labels of the authors:
+    `obs["cell_type"]` is annotated from clusters and markers of all cells (`annotation.annotate`), once in a process.
     """
     cells = _kang2018()
     return cells.copy() if condition is None else cells[cells.obs["condition"] == condition].copy()

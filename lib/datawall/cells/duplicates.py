@@ -114,8 +114,7 @@ def contamination(
     """Find the cells and donors that an evaluation set shares with the corpus.
 
     Hashes are from `cell_hashes`, among the genes that the two have in common; those of the corpus come in blocks.
-    Donors are compared by name as they are: put the data set's before those that say nothing outside it, such as "1" or
-    "patient A".
+    Donors are compared by name: put the data set's before a name that says nothing outside it, such as "1".
     """
     evaluated, pretrained = SeenCells(), SeenCells()
     evaluated.add(evaluation_hashes, 0)

@@ -95,9 +95,8 @@ def _standardised_dispersion(moments: np.ndarray, n_cells: int) -> tuple[np.ndar
 def principal_axes(X: sp.csr_matrix | np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:
     """Principal axes of the centred matrix, (n_components, n_genes), and its mean, (n_genes,), both float64.
 
-    Through the covariance in double precision and with a fixed sign (the largest loading of each axis is positive),
-    which keep neighbours of cells the same from machine to machine. The matrix is made dense, so choose genes first;
-    there are fewer axes where it has fewer cells or genes.
+    Double precision and a fixed sign (the largest loading of each axis is positive) keep neighbours of cells the same
+    from machine to machine. The matrix is made dense; fewer cells or genes have fewer axes.
     """
     from sklearn.decomposition import PCA
 
@@ -124,10 +123,10 @@ def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = COMPONENTS) ->
 def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks = lambda: ()) -> np.ndarray:
     """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file atomically.
 
-    They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over blocks
-    in double precision. As everywhere here, genes are centred and not scaled; the original study scales them to unit
-    variance and clips at 10, which gives rare, noisy genes the same weight. Cells of `then` are scored after those of
-    `blocks`, on the components of these. Returns a read-only memory map of the file, (n_cells, 50 or fewer) float32.
+    They are `pca_scores` of all cells at once, up to rounding: the covariance of variable genes adds up over blocks. As
+    everywhere here, genes are centred and not scaled, where the original study scales them and clips at 10, which gives
+    noisy genes the same weight. Cells of `then` are scored after those of `blocks`, on the components of these. Returns
+    a read-only memory map of the file, (n_cells, 50 or fewer) float32.
     """
     genes = streamed_variable_genes(blocks)
     axes, mean, n_cells = streamed_axes(blocks, genes, COMPONENTS)

@@ -91,9 +91,8 @@ class Source:
         """The cells, file by file in order, as blocks that share `var` and the categories of `obs`.
 
         Cells without a count in any gene of `var` are dropped, then those that a filter refuses, then those whose
-        counts in `shared_genes` equal an earlier cell's (see `duplicates.cell_hashes`). `obs` has a column for each
-        role, and `n_genes`, `n_counts` and `mito_share`, all of the genes in `var`. Raises CorpusError if a file is
-        damaged or holds what is no count, wherever in it that is; or if no cell is left.
+        counts in `shared_genes` equal an earlier cell's. `obs` has a column for each role, and `QUALITY` by the genes
+        in `var`. Raises CorpusError if a file is damaged or holds what is no count, or if no cell is left.
         """
         outcomes = ["read", "empty", "filtered", "duplicate", "kept"]
         names = [file.name for file in self.files]
@@ -163,7 +162,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
 
     All is checked here but the counts, which are sampled: of `X`, `raw.X` and the layers whose beginning, middle and
     end hold counts the one with the most genes is taken, one that looks scaled or binary only if there is no other.
-    `Source.blocks` checks every value of it. Nothing else is read, so that what else is in a file does no harm.
+    `Source.blocks` checks every value of it. What else is in a file is not read and does no harm.
 
     `columns` names the column of `obs` for each role (`cell_type`, `donor_id`, `batch`, …); where files differ, a
     mapping from the file's name to its column. A file is called by its stem, and by its folder too where stems are the
