@@ -229,7 +229,6 @@ class Cells:
             yield rows, floats(next(self._file.read([self._positions(rows)])))
 
     def count_blocks(self) -> Iterator[sp.csr_matrix]:
-        """The counts of `blocks`."""
         return (counts for _, counts in self.blocks())
 
     def to_memory(self) -> ad.AnnData:

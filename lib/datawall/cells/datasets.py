@@ -165,10 +165,7 @@ def load(name: str) -> ad.AnnData:
 
 
 def identity(name: str, source: str | None = None) -> str:
-    """What fixes the content of a data set: the name of a named one, the hash of a file or of a folder's files.
-
-    `source` says where to get a file that is missing, of which DatasetError tells, as of an unknown name.
-    """
+    """What fixes a data set's content: its name, or the hash of a file or of a folder's files; raises as `file`."""
     if name in DATASETS or simulate.cells_named(name):
         return name
     path = file(name, source)
@@ -191,7 +188,7 @@ def _hashed(path: Path, *_: int) -> str:
 
 
 def file(name: str, source: str | None = None) -> Path:
-    """Path of a data set of the user's own, from the working directory or else the repository."""
+    """Path of a user's data set, from the working directory or the repository; else DatasetError, with its `source`."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -44,8 +44,7 @@ class SeenCells:
     """The hashes of cells seen so far and where each came from: 20 bytes a cell."""
 
     def __init__(self) -> None:
-        # Hashes sorted by their first half, and origins; runs that have grown alike are merged, so that a cell is
-        # looked up in a logarithmic number of runs and moved a logarithmic number of times.
+        # Hashes sorted by their first half, and origins; runs that have grown alike are merged, so that there are few.
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def find(self, hashes: np.ndarray) -> np.ndarray:

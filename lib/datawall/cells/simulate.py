@@ -254,8 +254,7 @@ def _donors(atlas: Atlas, n_types: int, rng: np.random.Generator) -> tuple[pd.Da
 def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
     """All cells of an atlas, a block at a time, the same however they are cut; memory does not grow with their number.
 
-    Counts are int32; `obs` has cell_type, donor_id, dataset_id, assay and condition (ctrl or treated), and `var` is one
-    for all blocks: `feature_name` by Ensembl id.
+    Counts are int32; `obs` has cell_type, donor_id, dataset_id, assay and condition; genes have Ensembl ids.
     """
     cells = Cells(truth(atlas))
     for begin in range(0, atlas.n_cells, block_size):
