@@ -56,15 +56,6 @@ def test_logistic_regression_beats_the_majority(kang):
     assert (before != kang.X).nnz == 0
 
 
-def test_contexts_weigh_alike_in_the_mean_shift():
-    # Context a shifts by (4, 0) and has one treated cell, b by (0, 2) and has three; c was never treated.
-    train_control = np.array([[1.0, 1], [1, 3], [5, 5], [100, 100]])
-    train_treated = np.array([[5.0, 2], [5, 6], [5, 7], [5, 8]])
-    contexts = np.array(["a", "a", "b", "c"]), np.array(["a", "b", "b", "b"])
-    predicted = baselines.mean_shift(np.array([[10.0, 20], [20, 20]]), train_control, train_treated, contexts)
-    np.testing.assert_allclose(predicted, [[10 + 2, 20 + 1], [20 + 2, 20 + 1]])
-
-
 def test_contexts_weigh_alike_in_the_treated_mean():
     treated = np.array([[5.0, 2], [1, 6], [2, 6], [3, 6]])
     np.testing.assert_allclose(baselines.treated_mean(treated, np.array(["a", "b", "b", "b"])), [[3.5, 4]])

@@ -3,9 +3,10 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+from benchmarks.known_answer import SEEDS, learn, rates
 
 from datawall.analysis import known_answer
-from datawall.analysis.known_answer import CORPUS, MARGIN, PAIRS, PERCENTAGES, SEEDS
+from datawall.analysis.known_answer import CORPUS, MARGIN, PAIRS, PERCENTAGES
 from datawall.cells import simulate
 
 
@@ -17,7 +18,7 @@ def results():
 def test_the_packaged_table_is_what_the_pipeline_finds(results, caplog):
     seed = 1
     with caplog.at_level(logging.WARNING):
-        learned = known_answer.learn([seed])
+        learned = learn([seed])
     assert not caplog.records  # cells with hardly a molecule may coincide
     key = ["percentage", "seed", "dataset"]
     packaged = results[results["seed"] == seed].set_index(key)["value"]
@@ -74,7 +75,7 @@ def test_rules_that_ask_for_evidence_find_what_is_planted_and_the_published_one_
     packaged = pd.read_csv(known_answer.RATES)
     keys = ["pair", "seeds", "rule"]
     plateau = packaged.set_index(keys)["plateau"]
-    again = known_answer.rates(results, (5,), n_draws=10).set_index(keys)["plateau"]
+    again = rates(results, (5,), n_draws=10).set_index(keys)["plateau"]
     share = plateau.reindex(again.index)
     assert ((again - share).abs() < 0.1 + 4 * np.sqrt(share * (1 - share) / 10)).all()
     honest = [f"equivalence, margin {MARGIN:g}", "predicted gain"]

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from benchmarks import power as simulation
 from result_tables import curve, table
 from scipy import stats
 
@@ -9,27 +10,27 @@ from datawall.analysis.saturation import Curve
 
 
 def test_simulated_curves_have_their_truth_and_the_published_spread():
-    for truth, (error, begins) in power.TRUTHS.items():
-        scores = power.simulated(truth, 400, 5)
-        expected = error(power.SIZES)
+    for truth, (error, begins) in simulation.TRUTHS.items():
+        scores = simulation.simulated(truth, 400, 5)
+        expected = error(simulation.SIZES)
         assert 1 - scores.mean(axis=(0, 2)) == pytest.approx(expected, abs=0.005), truth
-        later = expected[begins <= power.SIZES]
-        assert np.ptp(later) == 0 if len(later) else expected[3] - expected[5] > power.MARGIN, truth
+        later = expected[begins <= simulation.SIZES]
+        assert np.ptp(later) == 0 if len(later) else expected[3] - expected[5] > simulation.MARGIN, truth
     for truth in ("improves, .25 to .125", "improves, .7 to .35", "late, from 50 %"):
-        first, last = power.TRUTHS[truth][0](power.SIZES)[[0, -1]]
+        first, last = simulation.TRUTHS[truth][0](simulation.SIZES)[[0, -1]]
         assert last == pytest.approx(first / 2)
     spread = scores.std(axis=2)
     assert spread.min() < 0.002  # PretrainedPCA's
     assert spread.max() > 0.05  # SSL's
-    fixed = power.simulated("plateau at 1 %", 400, 5, noise=0.01)
+    fixed = simulation.simulated("plateau at 1 %", 400, 5, noise=0.01)
     assert fixed.std(axis=2, ddof=1).mean() == pytest.approx(0.01, rel=0.1)
 
 
 def test_what_rules_say_is_what_they_say_of_one_curve():
     for truth in ("plateau at 10 %", "late, from 50 %", "improves, .25 to .125"):
-        scores = power.simulated(truth, 5, 4, noise=0.006)
-        found = power.judged(scores, power.SIZES, 10.0, 0.01, gain=0.0).set_index("rule")
-        tables = [table(*curve(dict(zip(power.SIZES, of, strict=True)))) for of in scores]
+        scores = simulation.simulated(truth, 5, 4, noise=0.006)
+        found = simulation.judged(scores, simulation.SIZES, 10.0, 0.01, gain=0.0).set_index("rule")
+        tables = [table(*curve(dict(zip(simulation.SIZES, of, strict=True)))) for of in scores]
         tables = [of.assign(n_cells=of["percentage"] * 100) for of in tables]
         for rule, margin in (("published", None), ("mean", None), ("error", None), ("equivalence", 0.01)):
             points = [
@@ -54,9 +55,9 @@ def test_the_packaged_table_is_what_the_simulation_finds():
     packaged = pd.read_csv(power.TABLE)
     keys = ["truth", "noise", "seeds", "rule"]
     assert not packaged.duplicated(keys).any()
-    assert len(packaged) == len(power.TRUTHS) * len(power.DESIGNS) * 7
-    again = power.rates(12, [("published", 5)]).merge(packaged, on=keys, suffixes=("", "_packaged"))
-    assert len(again) == len(power.TRUTHS) * 7
+    assert len(packaged) == len(simulation.TRUTHS) * len(simulation.DESIGNS) * 7
+    again = simulation.rates(12, [("published", 5)]).merge(packaged, on=keys, suffixes=("", "_packaged"))
+    assert len(again) == len(simulation.TRUTHS) * 7
     apart = (again["plateau"] - again["plateau_packaged"]).abs()
     share = again["plateau_packaged"].clip(0.05, 0.95)
     assert (apart < 4.5 * np.sqrt(share * (1 - share) / 12)).all()
@@ -68,7 +69,7 @@ def test_the_table_shows_what_each_rule_is_worth():
     published = plateau.xs("published", level="rule")
     assert published["improves, .25 to .125"].min() > 0.95
     assert published["improves, .7 to .35"].max() < 0.9
-    wrong = [truth for truth, (_, begins) in power.TRUTHS.items() if np.isinf(begins)]
+    wrong = [truth for truth, (_, begins) in simulation.TRUTHS.items() if np.isinf(begins)]
     assert plateau.xs("equivalence, margin 0.01", level="rule")[wrong].max(axis=None) <= 0.08
     late = [truth for truth in wrong if truth.startswith("late")]
     assert plateau.xs("adaptive", level="rule")[late].max(axis=None) <= 0.05
@@ -80,12 +81,11 @@ def test_verdicts_of_designs_are_those_of_saturation_draw_by_draw():
     sizes = np.array([1.0, 10, 50, 100])
     errors = np.array([[0.0] * 4, [0.06, 0.03, 0.01, 0]])[:, :, None, None]
     runs = errors + 0.004 * rng.standard_normal((2, 4, 60, 3))
-    shape = Curve(("",) * 4, sizes, sizes, [np.zeros(1)] * 4, borrowed=False)
-    found = saturation.verdicts([shape] * 2, 0.01, 0.95, list(runs))[1]
-    one_by_one = [
-        saturation.verdicts([Curve(("",) * 4, sizes, sizes, list(of[:, draw]), False) for of in runs], 0.01, 0.95)[1]
-        for draw in range(60)
-    ]
+
+    def verdicts(runs):
+        return saturation.verdicts([Curve(("",) * 4, sizes, sizes, list(of)) for of in runs], 0.01, 0.95)[1]
+
+    found, one_by_one = verdicts(runs), [verdicts(runs[:, :, draw]) for draw in range(60)]
     assert (np.array(one_by_one) == found.T).all()
     assert set(np.unique(found)) == {"plateau", "still improving", "undecided"}
 

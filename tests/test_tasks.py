@@ -127,7 +127,7 @@ def test_heads_side_by_side_are_each_as_alone():
 
     def fitted(part):
         folds = finetuning._Folds(y, part, None)
-        scaled = torch.stack([finetuning._scaled(X, rows) for rows in folds.rows[0]])
+        scaled = torch.stack([finetuning._scaling(X[rows])(torch.from_numpy(X)) for rows in folds.rows[0]])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "Head", lambda *_: copy.deepcopy(begin))
             patch.setattr(training, "minibatches", lambda n, *_, **__: iter([np.arange(n)] * 300))
@@ -348,10 +348,10 @@ def test_matching_pairs_cells_of_one_context():
     embedding, treated = rng.normal(size=(30, 3)), np.arange(30) % 3 == 0
     control, other = (np.flatnonzero(each) for each in (~treated, treated))
     distance = cdist(embedding[control], embedding[other])
-    pairs = perturbation._matched(embedding, treated, np.full(30, True), perturbation.MATCHINGS["nearest"], rng)
+    pairs = perturbation._matched(embedding, treated, np.full(30, True), "nearest", rng)
     assert sorted(pairs[1]) == other.tolist()
     assert {(i, j) for i, j in pairs.T} == {(control[distance[:, j].argmin()], cell) for j, cell in enumerate(other)}
-    pairs = perturbation._matched(embedding, treated, np.full(30, True), perturbation.MATCHINGS["ot"], rng)
+    pairs = perturbation._matched(embedding, treated, np.full(30, True), "ot", rng)
     assert len(set(pairs[0])) == len(set(pairs[1])) == len(other)
     total = sum(((embedding[i] - embedding[j]) ** 2).sum() for i, j in pairs.T)
     random = [
@@ -439,6 +439,12 @@ def test_contexts_are_told_apart_by_what_was_predicted():
     assert discrimination(others[0]) < 1
     assert discrimination(others.mean(axis=0) * 9) <= 0.5
     assert "context_discrimination" not in perturbation.response_metrics(truth, treated, control)
+
+
+def test_changes_are_those_of_the_means_of_each_context():
+    X = np.array([[1.0, 1], [1, 3], [5, 5], [5, 2], [5, 6], [5, 7], [5, 8], [9, 9]])
+    treated, context = np.array([0, 0, 0, 1, 1, 1, 1, 1], bool), np.array(list("aababbbc"))
+    np.testing.assert_allclose(perturbation.changes(X, treated, context, ["a", "b"]), [[4, 0], [0, 2]])
 
 
 def test_usable_contexts_have_control_and_treated_cells():

@@ -174,12 +174,12 @@ def test_mean_shift_beats_no_change_and_the_oracle_beats_all(stimulated):
     _, X, treated, context = stimulated
     for held_out in np.unique(context):
         after, control = sides(X, treated, context, held_out)
-        other = context != held_out
-        of = context[~treated & other], context[treated & other]
+        other = treated & (context != held_out)
+        changes = perturbation.changes(X, treated, context, sorted(set(context) - {held_out}))
         predicted = {
             "no change": control,
-            "mean shift": baselines.mean_shift(control, X[~treated & other], X[treated & other], of),
-            "treated mean": baselines.treated_mean(X[treated & other], of[1]),
+            "mean shift": control + changes.mean(axis=0),
+            "treated mean": baselines.treated_mean(X[other], context[other]),
         }
         scores = {name: perturbation.response_metrics(cells, after, control) for name, cells in predicted.items()}
         ceiling = perturbation.oracle(after, control)

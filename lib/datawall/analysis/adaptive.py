@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, c
 
 STEP = 4  # a size is at least so many times the one before, until one in between is needed
 
-type Oracle = Callable[[float, int], float | Sequence[float]]  # percentage and seed to score, or a score per data set
+type Oracle = Callable[[float, int], float]  # percentage and seed to score
 type Asked = tuple[float, int]  # a run: percentage and seed
 type Scores = dict[float, list[float]]  # by percentage
 
@@ -75,13 +75,13 @@ class Outcome:
 def settle(oracle: Oracle, plan: Plan) -> Outcome:
     """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
 
-    The oracle gives the score of a run, higher is better, or its scores on several data sets, which are averaged.
+    The oracle gives the score of a run, higher is better.
     """
     asking = ask(plan)
     runs = next(asking)
     while True:
         try:
-            runs = asking.send([float(np.mean(oracle(percentage, seed))) for percentage, seed in runs])
+            runs = asking.send([float(oracle(percentage, seed)) for percentage, seed in runs])
         except StopIteration as settled:
             return settled.value
 
@@ -136,7 +136,7 @@ def decide(scores: Scores, plan: Plan) -> tuple[str, float, str]:
             return PLATEAU, coming.start, f"beyond {coming.start:g} %, at most {coming.at_most:.2g} is to be gained"
     sizes = np.array(sorted(scores))
     errors = [1 - np.array(scores[size]) for size in sizes]
-    curve = Curve(("", "random", "", ""), 100 * sizes / sizes[-1], sizes, errors, borrowed=False)
+    curve = Curve(("",) * 4, 100 * sizes / sizes[-1], sizes, errors)
     (point,), (verdict,) = verdicts([curve], plan.margin, plan.test_confidence())
     return str(verdict), float(point * sizes[-1] / 100), "by the rule equivalence"
 

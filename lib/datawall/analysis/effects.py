@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.results import BASELINE, ORACLE, lower_is_better, mean_over_splits, select
-from datawall.analysis.saturation import KEY, adjust, curves_of, one_sided_p, pretrained
+from datawall.analysis.results import BASELINE, ORACLE, lower_is_better, select
+from datawall.analysis.saturation import KEY, adjust, curves_of, one_sided_p, runs_of
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
 RUN = ["strategy", "percentage", "seed"]  # one pretrained model of a family
@@ -23,7 +23,7 @@ def strategy_effects(results: pd.DataFrame, metric: str, *, confidence: float = 
     ValueError if no size has the reference and another strategy.
     """
     rows = []
-    for (model, task), group in _pretrained(results, metric).groupby(["model", "task"]):
+    for (model, task), group in runs_of(results, metric).groupby(["model", "task"]):
         for strategy in sorted(set(group["strategy"]) - {"random"}):
             both = group[group["strategy"].isin([strategy, "random"])]
             shared = both.groupby("percentage")["strategy"].nunique().eq(2)
@@ -46,7 +46,7 @@ def diversity_effects(
     `MEASURES`. Columns as `strategy_effects`, but measure for strategy; the difference is for one standard deviation of
     the measure over subsets of equal size. Raises ValueError if no run has a subset in `diversity`.
     """
-    runs = _pretrained(results, metric).merge(diversity[[*RUN, *MEASURES]], on=RUN)
+    runs = runs_of(results, metric).merge(diversity[[*RUN, *MEASURES]], on=RUN)
     if runs.empty:
         raise ValueError("no run's strategy, percentage and seed are in the diversity table.")
     rows = []
@@ -141,12 +141,6 @@ def dynamic_range(results: pd.DataFrame) -> pd.DataFrame:
     floor, ceiling = without.max(axis=1).mask(lower, without.min(axis=1)), means[ORACLE]
     width = (ceiling - floor).mask(lower, 1 - ceiling / floor)
     return pd.DataFrame({"floor": floor, "ceiling": ceiling, "range": width, "tells": width >= RANGE}).reset_index()
-
-
-def _pretrained(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Pretrained runs of a metric, means over splits."""
-    curves_of(results, metric)  # refuses what cannot be compared
-    return pretrained(mean_over_splits(select(results, metric=metric)))
 
 
 def _with_tests(rows: list[tuple], keys: list[str], confidence: float) -> pd.DataFrame:

@@ -8,28 +8,23 @@ of it to all: two plateaus and an improvement, found by pretraining, embedding a
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 import pandas as pd
 
-from datawall import models, tasks
-from datawall.analysis import power
 from datawall.analysis.results import COLUMNS
-from datawall.cells import sampling, simulate
+from datawall.cells import simulate
 from datawall.engine import paths
 
-TABLE = paths.PACKAGE_DATA / "known_answer.csv.gz"  # what `learn` finds with `SEEDS`, made by its benchmark
-RATES = paths.PACKAGE_DATA / "known_answer_rates.csv"  # and `rates` of that
-SEEDS = range(100)
+# Made by tests/benchmarks/known_answer.py: the scores of a hundred corpora, and what each rule says of them.
+TABLE = paths.PACKAGE_DATA / "known_answer.csv.gz"
+RATES = paths.PACKAGE_DATA / "known_answer_rates.csv"
 PAIRS = {
     "T cells": ("CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"),
     "monocytes": ("classical monocyte", "non-classical monocyte"),
     "B cells": ("naive B cell", "memory B cell"),
 }
 WEIGHTS = {"T cells": 2.0, "monocytes": 1.0, "B cells": 0.37}  # how common the cells of a type are in a corpus
-CORPUS, EVALUATED = 6000, 6000  # cells; those evaluated are of all types alike
+CORPUS = 6000  # cells
 PERCENTAGES = (1, 10, 25, 50, 75, 100)
 MARGIN = 0.02  # micro-F1: of 100 cells, two more that are named right
 
@@ -49,39 +44,8 @@ def percentage_needed() -> pd.Series:
     return pd.Series({pair: needed.reindex(names).min() for pair, names in PAIRS.items()})
 
 
-def learn(seeds: Iterable[int]) -> pd.DataFrame:
-    """Pretrain PretrainedPCA at every size of a corpus a seed; the micro-F1 with which each pair is told apart."""
-    seeds = list(seeds)
-    cells = simulate.Cells(simulate.truth(atlas((max(seeds) + 1) * CORPUS, WEIGHTS)))
-    evaluated = simulate.load(atlas(EVALUATED, dict.fromkeys(PAIRS, 1.0)))
-    types = evaluated.obs["cell_type"].to_numpy(str)
-    rows = []
-    for seed in seeds:
-        corpus = cells.block(seed * CORPUS, (seed + 1) * CORPUS)
-        train = np.random.default_rng(seed).random(EVALUATED) < 0.5
-        for percentage in PERCENTAGES:
-            subset = corpus[sampling.random(CORPUS, percentage, seed=seed)]
-            model = models.create("PretrainedPCA")
-            model.fit(subset.X, subset.obs, seed=seed)
-            Z = model.embed(evaluated.X)
-            for pair, names in PAIRS.items():
-                own = np.isin(types, names)
-                rows.append((percentage, seed, pair, _score(Z, types, own & train, own & ~train)))
-    return pd.DataFrame(rows, columns=["percentage", "seed", "dataset", "value"])
-
-
-def _score(Z: np.ndarray, types: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
-    """Micro-F1 of zero-shot classification; it need not warn of cells that coincide, with hardly a molecule."""
-    log = logging.getLogger(tasks.classification.__name__)
-    log.disabled = True
-    try:
-        return tasks.zeroshot_classification(Z[train], types[train], Z[test], types[test], probe=False)["micro_f1"]
-    finally:
-        log.disabled = False
-
-
 def results() -> pd.DataFrame:
-    """What `learn` found with `SEEDS`, with the columns of `read_results`; a pair is a data set."""
+    """The packaged scores, with the columns of `read_results`; a pair is a data set."""
     table = pd.read_csv(TABLE).astype({"percentage": float})
     table = table.assign(n_cells=(table["percentage"] * CORPUS / 100).round().astype(int), run_id="", split="")
     of_all = {"study": "known answer", "model": "PretrainedPCA", "strategy": "random", "metric": "micro_f1"}
@@ -98,20 +62,3 @@ def plateaus(results: pd.DataFrame) -> pd.Series:
     beyond = means.sub(means[100.0], axis=0).abs() > MARGIN
     begins = {pair: means.columns[np.flatnonzero(off)[-1] + 1 if off.any() else 0] for pair, off in beyond.iterrows()}
     return pd.Series(begins, dtype=float).where(lambda size: size <= 50, np.inf)
-
-
-def rates(results: pd.DataFrame, n_seeds: Sequence[int] = (3, 5, 10), *, n_draws: int = 100) -> pd.DataFrame:
-    """`power.judged` of each pair from a few of the seeds, drawn time and again, by pair and seeds.
-
-    Draws share the hundred seeds, so that ten of them are not as many studies as `error` takes them for.
-    """
-    rng, sizes = np.random.default_rng(0), np.array(PERCENTAGES, float)
-    runs = results.pivot_table(index="dataset", columns=["percentage", "seed"], values="value")
-    tables = {}
-    for number in n_seeds:
-        drawn = np.array([rng.choice(results["seed"].nunique(), number, replace=False) for _ in range(n_draws)])
-        for pair, begins in plateaus(results).items():
-            scores = runs.loc[pair].to_numpy().reshape(len(sizes), -1)[:, drawn]
-            judged = power.judged(np.moveaxis(scores, 1, 0), sizes, begins, MARGIN)
-            tables[pair, number] = judged.drop(columns="covered")
-    return pd.concat(tables, names=["pair", "seeds", None]).droplevel(2).reset_index()

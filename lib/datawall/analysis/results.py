@@ -18,6 +18,7 @@ COLUMNS = [
     *("task", "dataset", "metric", "value", "split", "run_id"),
 ]
 RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
+JUDGED = ["task", "dataset", "metric", "split"]
 KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are known
 ALL_COLUMNS = [*COLUMNS, *KNOWN, "budget"]  # the share of a model's steps
 OF_A_TYPE = r"(?s)^(?P<metric>f1|support)\[(?P<cell_type>.*)\]\Z"  # metrics of one cell type
@@ -42,12 +43,8 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     rows, of_type = rows[~checked], of_type[~checked]
     scores = rows[~of_type]
     scores = pd.concat([scores, _chance_rows(scores)], ignore_index=True) if len(scores) else scores
-    oracle = scores[scores["model"] == ORACLE].drop_duplicates(["task", "dataset", "metric", "split"])
-    if len(oracle):
-        levels = oracle.set_index(["task", "dataset", "metric", "split"])["value"]
-        keys = pd.MultiIndex.from_frame(scores[levels.index.names])
-        ceiling = pd.Series(levels.reindex(keys).to_numpy(), scores.index)
-        scores = scores.assign(ceiling=scores["ceiling"].fillna(ceiling))
+    oracle = scores[scores["model"] == ORACLE].drop_duplicates(JUDGED).set_index(JUDGED)["value"]
+    scores = scores.assign(ceiling=scores["ceiling"].fillna(scores.join(oracle.rename("oracle"), on=JUDGED)["oracle"]))
     return {
         "results": _sorted(scores[COLUMNS]),
         "intervals": _sorted(scores[[*RUN, "split", "value", *KNOWN]]),
@@ -58,11 +55,10 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _chance_rows(scores: pd.DataFrame) -> pd.DataFrame:
     """Rows of the baseline `Chance`: one per task, data set, metric and split of which a baseline knows it."""
-    keys = ["task", "dataset", "metric", "split"]
     known = scores[(scores["strategy"] == BASELINE) & scores["chance"].notna()]
     known = known[known["task"] != "perturbation_response"]  # whose level of chance is a baseline itself, NoChange
-    level = known.groupby(keys)["chance"].transform("mean")
-    return known.assign(model=CHANCE, value=level, **dict.fromkeys(KNOWN, np.nan)).drop_duplicates(keys)
+    level = known.groupby(JUDGED)["chance"].transform("mean")
+    return known.assign(model=CHANCE, value=level, **dict.fromkeys(KNOWN, np.nan)).drop_duplicates(JUDGED)
 
 
 def _per_class(rows: pd.DataFrame) -> pd.DataFrame:
@@ -171,15 +167,21 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     A row per data set and pretrained model, a column per size and per baseline. Empty where there are no such results.
     """
-    means = mean_over_splits(select(results, metric=metric))
-    means = means.groupby(["dataset", "model", "strategy", "percentage"], as_index=False)["value"].mean()
-    table = {}
-    for dataset, rows in means.groupby("dataset"):
-        of_baselines = select(rows, strategy=BASELINE).set_index("model")["value"].to_dict()
-        for model, runs in rows[~rows["strategy"].isin([BASELINE, CHECKPOINT])].groupby("model"):
-            by_size = runs[runs["strategy"].isin(["random", "untrained"])].set_index("percentage")["value"]
-            table[dataset, model] = by_size.rename(lambda p: f"{p:g} %" if p else "untrained").to_dict() | of_baselines
-    return pd.DataFrame(table.values(), pd.MultiIndex.from_tuples(table, names=["dataset", "model"]))
+    means = _mean_over_seeds(results, metric)
+    own = means[~means["strategy"].isin([BASELINE, CHECKPOINT])]
+    sizes = own[own["strategy"].isin(["random", "untrained"])].pivot_table("value", ["dataset", "model"], "percentage")
+    sizes = sizes[sorted(sizes, key=lambda size: (size == 0, size))]
+    sizes = sizes.rename(columns=lambda size: f"{size:g} %" if size else "untrained").rename_axis(columns=None)
+    baselines = select(means, strategy=BASELINE).pivot_table("value", "dataset", "model")
+    models = own.set_index(["dataset", "model"]).index.unique()
+    beside = baselines.reindex(models.get_level_values("dataset")).set_axis(models).rename_axis(columns=None)
+    return pd.concat([sizes.reindex(models), beside], axis=1)
+
+
+def _mean_over_seeds(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Value by data set, model, strategy and percentage: mean over splits, then over seeds."""
+    runs = mean_over_splits(select(results, metric=metric))
+    return runs.groupby(["dataset", "model", "strategy", "percentage"], as_index=False)["value"].mean()
 
 
 def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
@@ -202,18 +204,14 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     A row per data set and model. `more cells` is the largest size over the smallest, of random subsets; a strategy's
     column is its gain over random subsets of equal size, at the largest size that both have. NaN without such subsets.
     """
-    means = mean_over_splits(select(results, metric=metric))
+    means = _mean_over_seeds(results, metric)
     means = means[~means["strategy"].isin([BASELINE, CHECKPOINT])]
-    means = means.pivot_table(index=["dataset", "model", "strategy"], columns="percentage", values="value")
-    table = {}
-    for (dataset, model), of_model in means.groupby(["dataset", "model"]):
-        by_strategy = of_model.droplevel(["dataset", "model"])
-        random = by_strategy.reindex(["random"]).loc["random"].dropna()
-        table[dataset, model] = {"more cells": random.iloc[-1] - random.iloc[0] if len(random) else float("nan")}
-        for strategy in by_strategy.index.difference(["random", "untrained"]):
-            shared = (by_strategy.loc[strategy] - random).dropna()
-            table[dataset, model][strategy] = shared.iloc[-1] if len(shared) else float("nan")
-    return pd.DataFrame(table.values(), pd.MultiIndex.from_tuples(table, names=["dataset", "model"]))
+    wide = means.pivot_table("value", ["dataset", "model", "percentage"], "strategy")
+    wide = wide.reindex(columns=["random", *wide.columns.difference(["random", "untrained"])])
+    # Of a group, the first and the last that is not NaN.
+    table, random = (part.groupby(["dataset", "model"]) for part in (wide.sub(wide["random"], axis=0), wide["random"]))
+    table = table.last().assign(random=random.last() - random.first())
+    return table.rename(columns={"random": "more cells"}).rename_axis(columns=None)
 
 
 def loss_and_score(results: pd.DataFrame, task: str, metric: str, dataset: str) -> pd.DataFrame:
@@ -293,7 +291,7 @@ def _verdict(end: float, other_end: float, *, one_seed: bool) -> str:
 
 def _deviation(rows: pd.DataFrame) -> float:
     """Standard deviation over cells, from 95 % intervals; 0 where there are none."""
-    deviation = ((rows["high"] - rows["low"]) / (2 * 1.959964)).mean()
+    deviation = ((rows["high"] - rows["low"]) / (2 * uncertainty.Z)).mean()
     return 0.0 if np.isnan(deviation) else float(deviation)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,6 @@ EXACT = 1e-12  # differences below this are rounding
 PLATEAU, IMPROVING, UNDECIDED = "plateau", "still improving", "undecided"
 LIMITED = "budget-limited"  # twice the steps still change the score by more than the margin (`verdicts`)
 
-type Runs = list[np.ndarray]  # of each size, (..., n_runs); the axes before the runs are resamples
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -30,8 +28,8 @@ class Curve:
     key: tuple[str, ...]  # model, strategy, task, dataset
     percentages: np.ndarray  # ascending
     n_cells: np.ndarray  # of each size, mean over runs
-    runs: list[np.ndarray]  # scores of each size, ascending
-    borrowed: bool  # whether the last size is the full corpus, from runs of the strategy `random`
+    runs: list[np.ndarray]  # scores of each size, (..., n_runs); the axes before the runs are resamples
+    borrowed: bool = False  # whether the last size is the full corpus, from runs of the strategy `random`
 
     @property
     def n_own(self) -> int:
@@ -79,12 +77,11 @@ def saturation_points(
     if rule in ("error", "equivalence"):
         curves = [as_error(curve, metric) for curve in curves]
     alpha = 1 - confidence
+    points = points_of(curves, rule, margin, alpha)
     table = pd.DataFrame([curve.key for curve in curves], columns=KEY)
-    points = _points([curve.runs for curve in curves], curves, rule, margin, alpha) if curves else []
-    table["percentage"] = np.array(points, float)
-    table["low"], table["high"] = np.nan, np.nan
-    if n_resamples and curves:
-        drawn = _points([resampled(curve, n_resamples) for curve in curves], curves, rule, margin, alpha)
+    table = table.assign(percentage=points, low=np.nan, high=np.nan)
+    if n_resamples:
+        drawn = points_of([resampled(curve, n_resamples) for curve in curves], rule, margin, alpha)
         for row, curve in enumerate(curves):
             if min(map(len, curve.runs)) > 1:
                 low, high = np.quantile(drawn[row], [alpha / 2, 1 - alpha / 2], method="inverted_cdf")
@@ -92,7 +89,7 @@ def saturation_points(
     table = table.replace(np.inf, np.nan)
     if rule == "equivalence":
         table["margin"] = [float(margin_of(curve, margin)) for curve in curves]
-        table["verdict"] = verdicts(curves, margin, confidence)[1] if curves else []
+        table["verdict"] = verdicts(curves, margin, confidence)[1]
     return table
 
 
@@ -114,27 +111,24 @@ def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.Data
     return pd.concat(tables)
 
 
-def verdicts(
-    curves: list[Curve], margin: float | None, confidence: float, runs: list[Runs] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tuple[np.ndarray, np.ndarray]:
     """Saturation points and verdicts of curves of errors by the rule `equivalence`, NaN where none is established.
 
-    `runs` replace those of the curves, and may have resamples before their last axis, as the answers then do.
+    Both are (n_curves, ...), with the axes that the curves' runs have before their last.
     """
-    runs = [curve.runs for curve in curves] if runs is None else runs
-    points = np.array(_points(runs, curves, "equivalence", margin, 1 - confidence), float)
-    points[np.isinf(points)] = np.nan
+    points = points_of(curves, "equivalence", margin, 1 - confidence)
     p = np.ones(points.shape)
     for row, curve in enumerate(curves):
         half = np.flatnonzero(curve.percentages <= 50)
         if curve.percentages[-1] == 100 and len(half):
-            p[row] = one_sided_p(*difference(runs[row][half[-1]], runs[row][-1]))
+            p[row] = one_sided_p(*difference(curve.runs[half[-1]], curve.runs[-1]))
     p = adjust(p.T).T
-    return points, np.select([~np.isnan(points), p <= 1 - confidence], [PLATEAU, IMPROVING], UNDECIDED)
+    verdict = np.select([np.isfinite(points), p <= 1 - confidence], [PLATEAU, IMPROVING], UNDECIDED)
+    return np.where(np.isfinite(points), points, np.nan), verdict
 
 
-def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
-    """The curves of a metric, ordered by their keys; raises as `saturation_points` does."""
+def runs_of(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Pretrained runs of a metric, means over splits; raises as `saturation_points` does."""
     runs = pretrained(select(results, metric=metric))
     if runs.empty and len(results):
         raise ValueError(f"no pretrained run has the metric {metric!r}.")
@@ -142,7 +136,12 @@ def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
         raise ValueError(f"{int(runs['value'].isna().sum())} values of {metric} are NaN; a saturation point needs all.")
     if len(studies := runs["study"].unique()) > 1:
         raise ValueError(f"the results are of several studies, {sorted(studies)}; select one.")
-    runs = mean_over_splits(runs).sort_values("value")
+    return mean_over_splits(runs)
+
+
+def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
+    """The curves of a metric, ordered by their keys; raises as `saturation_points` does."""
+    runs = runs_of(results, metric).sort_values("value")
     by_key = {key: dict(list(group.groupby("percentage"))) for key, group in runs.groupby(KEY)}
     curves = []
     for key, sizes in by_key.items():
@@ -163,7 +162,7 @@ def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     Runs without a score on every data set that their model and strategy have are left out, since their mean would be of
     something else.
     """
-    runs = pretrained(mean_over_splits(select(results, metric=metric)))
+    runs = runs_of(results, metric)
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")
     run = [column for column in RUN if column != "dataset"]
     complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]
@@ -181,20 +180,19 @@ def as_error(curve: Curve, metric: str) -> Curve:
         return curve
     if max(runs.max() for runs in curve.runs) > 1:
         raise ValueError(f"{metric} exceeds 1, so 1 - {metric} is no error; the rules published and mean apply.")
-    return Curve(curve.key, curve.percentages, curve.n_cells, [1 - runs for runs in curve.runs], curve.borrowed)
+    return replace(curve, runs=[1 - runs for runs in curve.runs])
 
 
-def margin_of(curve: Curve, margin: float | None, runs: list[np.ndarray] | None = None) -> np.ndarray:
-    """The margin given, or twice the spread of the runs at 100 %; NaN without a spread. `runs` replace the curve's."""
+def margin_of(curve: Curve, margin: float | None) -> np.ndarray:
+    """The margin given, or twice the spread of the runs at 100 %; NaN without a spread."""
     if margin is not None:
         return np.asarray(margin)
-    runs = curve.runs if runs is None else runs
-    if curve.percentages[-1] != 100 or runs[-1].shape[-1] < 2:
+    if curve.percentages[-1] != 100 or curve.runs[-1].shape[-1] < 2:
         return np.asarray(np.nan)
-    return SPREADS * runs[-1].std(axis=-1, ddof=1)
+    return SPREADS * curve.runs[-1].std(axis=-1, ddof=1)
 
 
-def resampled(curve: Curve, n_resamples: int) -> list[np.ndarray]:
+def resampled(curve: Curve, n_resamples: int) -> Curve:
     """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1)).
 
     So few runs do not look too alike. The draws depend on the numbers of runs only: curves and rows may come in any
@@ -206,7 +204,7 @@ def resampled(curve: Curve, n_resamples: int) -> list[np.ndarray]:
         mean, n_runs = runs.mean(), len(runs)
         deviations = (runs - mean)[rng.integers(n_runs, size=(n_resamples, n_runs))]
         drawn.append(mean + deviations * np.sqrt(n_runs / max(1, n_runs - 1)))
-    return drawn
+    return replace(curve, runs=drawn)
 
 
 def difference(runs: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -234,21 +232,20 @@ def adjust(p: np.ndarray) -> np.ndarray:
     return stats.false_discovery_control(p, axis=-1) if p.shape[-1] else p
 
 
-def _points(runs: list[Runs], curves: list[Curve], rule: str, margin: float | None, alpha: float) -> list[np.ndarray]:
-    """Saturation point of each curve and resample; infinite where there is none."""
+def points_of(curves: list[Curve], rule: str, margin: float | None, alpha: float) -> np.ndarray:
+    """Saturation point of each curve and resample, (n_curves, ...); infinite where there is none."""
     if rule == "equivalence":
-        reached = _equivalent(runs, curves, margin, alpha)
+        reached = _equivalent(curves, margin, alpha)
     else:
-        own = [sizes[: curve.n_own] for sizes, curve in zip(runs, curves, strict=True)]
-        reached = [_near_best(sizes, rule, margin) for sizes in own]
+        reached = [_near_best(curve.runs[: curve.n_own], rule, margin) for curve in curves]
     points = []
-    for sizes, curve in zip(reached, curves, strict=True):
+    for curve, sizes in zip(curves, reached, strict=True):
         first = curve.percentages[sizes.argmax(axis=-1)] if sizes.shape[-1] else np.inf
         points.append(np.where(sizes.any(axis=-1), first, np.inf))
-    return points
+    return np.array(points, float)
 
 
-def _near_best(runs: Runs, rule: str, margin: float | None) -> np.ndarray:
+def _near_best(runs: list[np.ndarray], rule: str, margin: float | None) -> np.ndarray:
     """Which sizes are near the best: within a share of the lowest error, or above 0.95 of the score, (..., n_sizes)."""
     scores = np.stack([size.max(axis=-1) if rule == "published" else size.mean(axis=-1) for size in runs], axis=-1)
     if rule == "error":
@@ -258,16 +255,19 @@ def _near_best(runs: Runs, rule: str, margin: float | None) -> np.ndarray:
     return (scores > PUBLISHED_THRESHOLD * best) | (scores >= best - EXACT)
 
 
-def _equivalent(runs: list[Runs], curves: list[Curve], margin: float | None, alpha: float) -> list[np.ndarray]:
+def _equivalent(curves: list[Curve], margin: float | None, alpha: float) -> list[np.ndarray]:
     """Which sizes below 100 % are, with all above them, equivalent to the full corpus, (..., n_sizes - 1)."""
     p_values = []
-    for sizes, curve in zip(runs, curves, strict=True):
-        limit = margin_of(curve, margin, sizes)
-        p = np.ones((*sizes[0].shape[:-1], len(sizes) - 1))
-        for size in range(len(sizes) - 1 if curve.percentages[-1] == 100 else 0):
-            gap, error, freedom = difference(sizes[size], sizes[-1])
+    for curve in curves:
+        *smaller, full = curve.runs
+        limit = margin_of(curve, margin)
+        p = np.ones((*full.shape[:-1], len(smaller)))
+        for size, runs in enumerate(smaller if curve.percentages[-1] == 100 else ()):
+            gap, error, freedom = difference(runs, full)
             p[..., size] = one_sided_p(limit - np.abs(gap) + 2 * EXACT, error, freedom)
         p_values.append(p)
+    if not curves:
+        return []
     adjusted = adjust(np.concatenate(p_values, axis=-1))
     ends = np.cumsum([p.shape[-1] for p in p_values])
     equivalent = np.split(adjusted <= alpha, ends[:-1], axis=-1)

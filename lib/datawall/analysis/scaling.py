@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis import saturation
-from datawall.analysis.results import mean_over_splits, select
-from datawall.analysis.saturation import EXACT, IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, as_error, curves_of
+from datawall.analysis.saturation import EXACT, IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, as_error, curves_of, runs_of
 
 CONSTANT, POWER, EXPONENTIAL = "constant", "power law", "exponential"
 CHANGING = (POWER, EXPONENTIAL)
@@ -106,17 +104,22 @@ class Scaling:
     """All families fitted to a curve's runs, and those that can change to resamples of them."""
 
     n: np.ndarray  # sizes in units of the largest
+    error: np.ndarray  # mean of each
+    weight: np.ndarray  # of each
     criteria: dict[str, float]  # AICc by family
-    left_out: dict[str, float]
     fits: dict[str, Fit]
     drawn: dict[str, Fit]  # of the resamples, by family of `CHANGING`
-    best: str  # lowest AICc
-    best_drawn: np.ndarray  # position in CHANGING, of each resample
+
+    @property
+    def best(self) -> str:
+        """The family of lowest AICc."""
+        return min(self.criteria, key=self.criteria.get)
 
     def predict(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Errors at sizes in units of the largest, (n_sizes,), and those of the resamples, each by its best family."""
-        drawn = np.stack([self.drawn[family].predict(n) for family in CHANGING], axis=1)
-        return self.fits[self.best].predict(n), drawn[np.arange(len(drawn)), self.best_drawn]
+        drawn = np.stack([self.drawn[family].predict(n) for family in CHANGING])
+        best = np.argmin([self.drawn[family].loss for family in CHANGING], axis=0)
+        return self.fits[self.best].predict(n), drawn[best, np.arange(len(best))]
 
     def gain(self) -> tuple[float, np.ndarray]:
         """How much less the error is predicted to be at twice the largest size; and of the resamples."""
@@ -148,9 +151,7 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
     fits = {family: fit(family, n, error, weight) for family in FAMILIES}
     drawn = {family: fit(family, n, errors, weight) for family in CHANGING}
     criteria = {family: float(aicc(fits[family], within, n_runs.sum())) for family in FAMILIES}
-    best_drawn = np.stack([drawn[family].loss for family in CHANGING], axis=-1).argmin(axis=-1)
-    outside = {family: left_out(family, n, error, weight) for family in FAMILIES}
-    return Scaling(n, criteria, outside, fits, drawn, min(criteria, key=criteria.get), best_drawn)
+    return Scaling(n, error, weight, criteria, fits, drawn)
 
 
 def scaling_curves(
@@ -169,29 +170,29 @@ def scaling_curves(
     verdict and reason: `plateau` where the gain's interval lies below the margin, `still improving` where it lies
     above, else `undecided`; also, with numbers NaN, where there are fewer than four sizes or a size has a single run.
     """
-    of_families = [f"{name}_{family.replace(' ', '_')}" for family in FAMILIES for name in ("aicc", "left_out")]
-    columns = [*KEY, "curve", *NUMBERS, *of_families, "margin", "verdict", "reason"]
+    names = {family: family.replace(" ", "_") for family in FAMILIES}
+    of_families = [f"{name}_{family}" for family in names.values() for name in ("aicc", "left_out")]
     rows = []
     for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
         row = dict(zip(KEY, curve.key, strict=True))
-        limit = WORTH * curve.runs[-1].mean() if margin is None else margin
-        if problem := unfit(curve):
-            rows.append(row | {"margin": limit, "verdict": UNDECIDED, "reason": problem})
-            continue
-        scaling = scale(curve, n_resamples)
-        power, powers = scaling.fits[POWER], scaling.drawn[POWER]
-        row["curve"] = scaling.best
-        told = {"exponent": (power.shape, powers.shape), "irreducible": (power.floor, powers.floor)}
-        told["gain"] = scaling.gain()
-        for name, (point, drawn) in told.items():
-            low, high = interval(drawn, point)
-            row |= {name: float(point), f"{name}_low": low, f"{name}_high": high}
-        for family in FAMILIES:
-            row[f"aicc_{family.replace(' ', '_')}"] = scaling.criteria[family] - scaling.criteria[scaling.best]
-            row[f"left_out_{family.replace(' ', '_')}"] = scaling.left_out[family]
-        verdict, reason = judge(row["gain_low"], row["gain_high"], limit)
-        rows.append(row | {"margin": limit, "verdict": verdict, "reason": reason})
-    return pd.DataFrame(rows, columns=columns)
+        row["margin"] = WORTH * curve.runs[-1].mean() if margin is None else margin
+        row["verdict"], row["reason"] = UNDECIDED, unfit(curve)
+        if not row["reason"]:
+            scaling = scale(curve, n_resamples)
+            power, powers = scaling.fits[POWER], scaling.drawn[POWER]
+            told = {"exponent": (power.shape, powers.shape), "irreducible": (power.floor, powers.floor)}
+            for name, (point, drawn) in (told | {"gain": scaling.gain()}).items():
+                numbers = map(float, (point, *interval(drawn, point)))
+                row |= dict(zip([name, f"{name}_low", f"{name}_high"], numbers, strict=True))
+            for family, name in names.items():
+                row[f"aicc_{name}"] = scaling.criteria[family] - scaling.criteria[scaling.best]
+                row[f"left_out_{name}"] = left_out(family, scaling.n, scaling.error, scaling.weight)
+            row["curve"] = scaling.best
+            low, high, limit = row["gain_low"], row["gain_high"], row["margin"]
+            row["verdict"] = PLATEAU if high <= limit else IMPROVING if low >= limit else UNDECIDED
+            row["reason"] = f"the next doubling gains {low:.2g} to {high:.2g}, beside a margin of {limit:.2g}"
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*KEY, "curve", *NUMBERS, *of_families, "margin", "verdict", "reason"])
 
 
 def predictions(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
@@ -226,15 +227,6 @@ def interval(drawn: np.ndarray, point: float | np.ndarray, confidence: float = 0
     return np.minimum(low, point), np.maximum(high, point)
 
 
-def judge(low: float, high: float, margin: float) -> tuple[str, str]:
-    """The verdict on a predicted gain between two bounds, and its reason."""
-    if high <= margin:
-        return PLATEAU, f"the next doubling gains at most {high:.2g}, below the margin of {margin:.2g}"
-    if low >= margin:
-        return IMPROVING, f"the next doubling gains at least {low:.2g}, above the margin of {margin:.2g}"
-    return UNDECIDED, f"the next doubling gains {low:.2g} to {high:.2g}, about the margin of {margin:.2g}"
-
-
 def _basis(family: str, n: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return n**-shape if family == POWER else np.exp(-n / shape)
 
@@ -252,7 +244,7 @@ def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFra
         few, (*smaller, full) = curve.percentages <= up_to, curve.runs
         if curve.percentages[-1] != 100 or few.all() or few.sum() < 3 or min(map(len, curve.runs)) < 2:
             continue
-        small = Curve(curve.key, curve.percentages[few], curve.n_cells[few], smaller[: few.sum()], borrowed=False)
+        small = Curve(curve.key, curve.percentages[few], curve.n_cells[few], smaller[: few.sum()])
         point, drawn = scale(small, 200).predict(np.array([curve.n_cells[-1] / small.n_cells[-1]]))
         noise = np.random.default_rng(0).standard_t(len(full) - 1, 200) * full.std(ddof=1) / len(full) ** 0.5
         low, high = np.quantile(drawn[:, 0] + noise, [(1 - 0.95) / 2, (1 + 0.95) / 2])
@@ -267,7 +259,7 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
     (share that is ordered alike, by means over seeds). The last row is of the largest size against itself, by halves of
     its seeds: what it would say if it were run again.
     """
-    runs = saturation.pretrained(mean_over_splits(select(results, metric=metric)))
+    runs = runs_of(results, metric)
     where = [name for name in ("task", "dataset", "model", "strategy") if name != by]
     means = runs.pivot_table(index=[*where, "percentage"], columns=by, values="value")
     means = means[means.notna().sum(axis=1) > 1]

@@ -161,16 +161,15 @@ def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: n
     control, truth = X[~treated & here], X[treated & here]
     if name == "Oracle":
         return tasks.perturbation.oracle(truth, control)
-    train_control, train_treated = ~treated & ~here, treated & ~here
+    contexts = tasks.perturbation.usable_contexts(treated, context)
+    contexts.remove(held_out)
+    others = tasks.perturbation.changes(X, treated, context, contexts)
     if name == "NoChange":
         predicted = control
     elif name == "TreatedMean":
-        predicted = baselines.treated_mean(X[train_treated], context[train_treated])
-    else:
-        contexts = context[train_control], context[train_treated]
-        predicted = baselines.mean_shift(control, X[train_control], X[train_treated], contexts)
-    others = tasks.perturbation.usable_contexts(treated & ~here, context)
-    others = tasks.perturbation.changes(X, treated, context, [name for name in others if name != held_out])
+        predicted = baselines.treated_mean(X[treated & ~here], context[treated & ~here])
+    else:  # the mean shift, in which each of the other contexts counts alike
+        predicted = control + others.mean(axis=0)
     return tasks.perturbation.response_metrics(predicted, truth, control, others)
 
 

@@ -50,30 +50,8 @@ def logistic_regression(
     return pipeline.predict(expression.lognormalise(test_counts)[:, variable])
 
 
-# Predictions of treated cells, for `tasks.perturbation.response_metrics`
-
-
-def mean_shift(
-    control: np.ndarray,
-    train_control: np.ndarray,
-    train_treated: np.ndarray,
-    train_context: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
-    """The held-out context's control cells, each moved by the average change of the mean in the other contexts.
-
-    All are (n_cells, n_genes) of expression; `train_context` has the contexts of the control cells of the others and
-    those of their treated ones. Each context counts alike.
-    """
-    control_context, treated_context = train_context
-    changes = [
-        train_treated[treated_context == context].mean(axis=0) - train_control[control_context == context].mean(axis=0)
-        for context in np.intersect1d(control_context, treated_context)
-    ]
-    return control + np.mean(changes, axis=0)
-
-
 def treated_mean(train_treated: np.ndarray, train_context: np.ndarray) -> np.ndarray:
-    """The mean treated cell of the other contexts, (1, n_genes), each of which counts alike.
+    """A prediction of treated cells: their mean in the other contexts, (1, n_genes), each of which counts alike.
 
     The original study's average baseline took the held-out context's own treated cells, which is no prediction.
     """

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.sparse as sp
 
 from datawall.tasks import uncertainty
 from datawall.tasks.metrics import Metrics
@@ -102,9 +101,10 @@ def _predictions(
 def _all_metrics(truth: np.ndarray, predicted: dict[str, np.ndarray], train_labels: np.ndarray) -> Metrics:
     """Metrics of each kind of prediction under its prefix; those of types of the first alone."""
     (_, first), *others = predicted.items()
-    return classification_metrics(truth, first, train_labels).merged(
-        *(classification_metrics(truth, types, train_labels, by_type=False).prefixed(name) for name, types in others)
-    )
+    metrics = classification_metrics(truth, first, train_labels)
+    for name, types in others:
+        metrics = metrics.merged(classification_metrics(truth, types, train_labels, by_type=False).prefixed(name))
+    return metrics
 
 
 def linear_probe(train_embedding: np.ndarray, train_labels: np.ndarray, test_embedding: np.ndarray) -> np.ndarray:
@@ -180,21 +180,10 @@ def classification_metrics(
     return Metrics(values, intervals, chance, predicted=predicted)
 
 
-def shared_rows(train: np.ndarray | sp.csr_matrix, test: np.ndarray | sp.csr_matrix) -> np.ndarray:
+def shared_rows(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Sorted rows of `test` that are equal, number by number, to a row of `train`, both of the same number type."""
-    seen = set(_row_bytes(train))
-    return np.flatnonzero([row in seen for row in _row_bytes(test)])
-
-
-def _row_bytes(X: np.ndarray | sp.csr_matrix) -> list[bytes]:
-    """Bytes of each row, equal for equal rows."""
-    if not sp.issparse(X):
-        return [row.tobytes() for row in np.ascontiguousarray(X) + 0]  # -0.0 becomes 0.0
-    X = X.tocsr(copy=True)
-    X.sum_duplicates()
-    X.eliminate_zeros()
-    bounds = zip(X.indptr[:-1], X.indptr[1:], strict=True)
-    return [X.indices[i:j].astype(np.int64).tobytes() + X.data[i:j].tobytes() for i, j in bounds]
+    seen = {row.tobytes() for row in train + 0}  # -0.0 becomes 0.0
+    return np.flatnonzero([row.tobytes() in seen for row in test + 0])
 
 
 def check_embedding(embedding: np.ndarray) -> None:

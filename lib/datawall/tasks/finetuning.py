@@ -64,7 +64,8 @@ def finetuned_classification(
     """
     check_embedding(embedding)
     folds = _Folds(labels, part, class_weight)
-    X = torch.stack([_scaled(embedding, rows) for rows in folds.rows[TRAIN]])
+    X = torch.from_numpy(embedding.astype(np.float32)).to(training.device())
+    X = torch.stack([_scaling(embedding[rows])(X) for rows in folds.rows[TRAIN]])
     heads = _fit_heads(X, folds, seed, recipe)
     return folds.score([heads.outputs(i, X[i, rows]) for i, rows in enumerate(folds.rows[TEST])])
 
@@ -120,11 +121,11 @@ def _fully_finetuned(
     blocks = _embedded(encode, counts, np.arange(counts.shape[0]))
     embedding = np.concatenate([block.cpu().numpy() for block in blocks])
     check_embedding(embedding)
-    mean, deviation = _moments(embedding[train])
-    head = _fit_heads(_scaled(embedding, train)[None], fold, seed, head_recipe)
+    scaled = _scaling(embedding[train])
+    head = _fit_heads(scaled(torch.from_numpy(embedding).to(training.device()))[None], fold, seed, head_recipe)
 
     def logits(embedded: Tensor) -> Tensor:
-        return head(((embedded - mean) / deviation)[None])[0]
+        return head(scaled(embedded)[None])[0]
 
     def scores(cells: np.ndarray) -> Tensor:
         return torch.cat([logits(embedded) for embedded in _embedded(encode, counts, cells)])
@@ -244,17 +245,12 @@ def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> 
     return heads
 
 
-def _moments(embedding: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each column, a deviation of zero as 1, on the device."""
-    deviation = embedding.std(axis=0)
-    moments = embedding.mean(axis=0), np.where(deviation > 0, deviation, 1)
-    return tuple(torch.from_numpy(np.asarray(row, dtype=np.float32)).to(training.device()) for row in moments)
-
-
-def _scaled(embedding: np.ndarray, train: np.ndarray) -> Tensor:
-    """The embedding with mean 0 and variance 1 over the training cells, on the device."""
-    mean, deviation = _moments(embedding[train])
-    return (torch.from_numpy(embedding.astype(np.float32)).to(training.device()) - mean) / deviation
+def _scaling(train: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """What gives the columns of an embedding mean 0 and variance 1 over the training cells; 0 where all are alike."""
+    deviation = train.std(axis=0)
+    moments = train.mean(axis=0), np.where(deviation > 0, deviation, 1)
+    mean, deviation = (torch.from_numpy(row.astype(np.float32)).to(training.device()) for row in moments)
+    return lambda X: (X - mean) / deviation
 
 
 @torch.no_grad()

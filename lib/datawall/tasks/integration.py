@@ -57,12 +57,8 @@ class Embedded:
     def best_clusters(self) -> list[np.ndarray]:
         """By seed, the clusters at the resolution with the highest NMI of the first seed."""
         once = np.ones((1, len(self.labels)))
-
-        def nmi(resolution: float) -> float:
-            clusters = self.leiden(resolution, SEEDS[0])
-            return neighbourhood.nmi(neighbourhood.contingency(clusters, self.labels, once))[0]
-
-        best = max(RESOLUTIONS, key=nmi)
+        tables = (neighbourhood.contingency(self.leiden(at, SEEDS[0]), self.labels, once) for at in RESOLUTIONS)
+        best = RESOLUTIONS[np.argmax([neighbourhood.nmi(table)[0] for table in tables])]
         return [self.leiden(best, seed) for seed in SEEDS]
 
     @cached_property
@@ -73,9 +69,7 @@ class Embedded:
     @cached_property
     def silhouettes(self) -> np.ndarray:
         """Silhouette of each cell among labels."""
-        from sklearn.metrics import silhouette_samples
-
-        return silhouette_samples(self.embedding, self.labels)
+        return _silhouettes(self.embedding, self.labels)
 
     @cached_property
     def nearness(self) -> np.ndarray:
@@ -160,11 +154,6 @@ def _embedded(
 # Metrics of distances between cells
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean of a value for each cell."""
-    return weights @ values / weights.sum(axis=1)
-
-
 def _mean_of_labels(values: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
     """Mean over labels of the weighted mean of their cells; those whose value is NaN do not count.
 
@@ -187,39 +176,33 @@ def _isolated_labels(cells: Embedded, weights: np.ndarray) -> np.ndarray:
     return _mean_of_labels(np.where(isolated, (cells.silhouettes + 1) / 2, np.nan), cells, weights)
 
 
-def _asw_batch(cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    """1 - |silhouette of batches within the label|."""
+def _silhouettes(X: np.ndarray, groups: np.ndarray) -> np.ndarray:
     from sklearn.metrics import silhouette_samples
 
-    return _mixing(silhouette_samples, cells, weights)
+    return silhouette_samples(X, groups)
 
 
-def _bras(cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    """1 - |silhouette of batches within the label|, by mean cosine distances to the own and to all other batches.
+def _cosine_silhouettes(X: np.ndarray, batches: np.ndarray) -> np.ndarray:
+    """Silhouettes of batches by mean cosine distances to the own and to all other batches (BRAS).
 
     A cell's silhouette is (outside - inside) / max(outside, inside): `inside` is its mean distance, 1 - x · y on the
     unit sphere, to the other cells y of its batch, `outside` that to the cells of all other batches together.
     """
-    unit = cells.embedding / np.maximum(np.linalg.norm(cells.embedding, axis=1, keepdims=True), 1e-12)
-    unit = unit.astype(np.float64)
-
-    def silhouettes(X: np.ndarray, batches: np.ndarray) -> np.ndarray:
-        _, code, sizes = np.unique(batches, return_inverse=True, return_counts=True)
-        # The mean of products with many cells is the product with their mean.
-        sums = np.stack([X[code == batch].sum(axis=0) for batch in range(len(sizes))])
-        near, n_near = (X * sums[code]).sum(axis=1) - (X * X).sum(axis=1), sizes[code] - 1
-        inside = 1 - near / np.maximum(n_near, 1)
-        outside = 1 - (X * (sums.sum(axis=0) - sums[code])).sum(axis=1) / (len(X) - sizes[code])
-        larger = np.maximum(inside, outside)
-        return np.where((n_near > 0) & (larger > 0), (outside - inside) / np.where(larger > 0, larger, 1), 0)
-
-    return _mixing(silhouettes, replace(cells, embedding=unit), weights)
+    X = (X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)).astype(np.float64)
+    _, code, sizes = np.unique(batches, return_inverse=True, return_counts=True)
+    # The mean of products with many cells is the product with their mean.
+    sums = np.stack([X[code == batch].sum(axis=0) for batch in range(len(sizes))])
+    near, n_near = (X * sums[code]).sum(axis=1) - (X * X).sum(axis=1), sizes[code] - 1
+    inside = 1 - near / np.maximum(n_near, 1)
+    outside = 1 - (X * (sums.sum(axis=0) - sums[code])).sum(axis=1) / (len(X) - sizes[code])
+    larger = np.maximum(inside, outside)
+    return np.where((n_near > 0) & (larger > 0), (outside - inside) / np.where(larger > 0, larger, 1), 0)
 
 
 def _mixing(
     silhouettes: Callable[[np.ndarray, np.ndarray], np.ndarray], cells: Embedded, weights: np.ndarray
 ) -> np.ndarray:
-    """1 - |silhouette of batches|; labels in one batch, or with no two cells of one, are left out."""
+    """1 - |silhouette of batches| within labels; labels in one batch, or with no two cells of one, are left out."""
     mixing = np.full(len(cells.labels), np.nan)
     for label in np.unique(cells.labels):
         inside = cells.labels == label
@@ -278,11 +261,7 @@ def _lisi(cells: Embedded, groups: np.ndarray) -> np.ndarray:
 
 def _median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Median of the values, each repeated as often as its weight says."""
-    order = np.argsort(values)
-    below = weights[:, order].cumsum(axis=1)
-    n = below[:, -1:]
-    low, high = ((below > middle).argmax(axis=1) for middle in ((n - 1) // 2, n // 2))
-    return (values[order][low] + values[order][high]) / 2
+    return np.array([np.median(np.repeat(values, times)) for times in weights.astype(int)])
 
 
 def _clisi(cells: Embedded, weights: np.ndarray) -> np.ndarray:
@@ -306,11 +285,11 @@ METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
     "ari": lambda cells, weights: _of_clusters(neighbourhood.ari, cells.best_clusters, cells, weights),
     "nmi_fixed": lambda cells, weights: _of_clusters(neighbourhood.nmi, cells.fixed_clusters, cells, weights),
     "ari_fixed": lambda cells, weights: _of_clusters(neighbourhood.ari, cells.fixed_clusters, cells, weights),
-    "asw_label": lambda cells, weights: (_mean(cells.silhouettes, weights) + 1) / 2,
+    "asw_label": lambda cells, weights: (weights @ cells.silhouettes / weights.sum(axis=1) + 1) / 2,
     "isolated_labels": _isolated_labels,
     "clisi": _clisi,
-    "asw_batch": _asw_batch,
-    "bras": _bras,
+    "asw_batch": lambda cells, weights: _mixing(_silhouettes, cells, weights),
+    "bras": lambda cells, weights: _mixing(_cosine_silhouettes, cells, weights),
     "graph_connectivity": _graph_connectivity,
     "ilisi": _ilisi,
     "kbet": lambda cells, weights: _mean_of_labels(
@@ -351,9 +330,9 @@ def _ceiling(cells: Embedded) -> dict[str, float]:
 
 def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:
     """NMI of the clusters with permuted labels, on average over permutations (Vinh et al. 2010)."""
-    from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
+    from sklearn.metrics.cluster import expected_mutual_information
 
-    tables = neighbourhood.contingency(clusters, labels, np.ones((1, len(labels))))
-    entropies = neighbourhood.entropy(tables.sum(axis=2), 1) + neighbourhood.entropy(tables.sum(axis=1), 1)
-    table = contingency_matrix(labels, clusters, sparse=True, dtype=np.int64)
-    return float(2 * expected_mutual_information(table, len(labels)) / entropies[0])
+    (table,) = neighbourhood.contingency(clusters, labels, np.ones((1, len(labels))))
+    entropies = neighbourhood.entropy(table.sum(axis=1), 0) + neighbourhood.entropy(table.sum(axis=0), 0)
+    expected = expected_mutual_information(sp.csr_matrix(table.T.astype(np.int64)), len(labels))
+    return float(2 * expected / entropies)

@@ -62,22 +62,20 @@ class Metrics(dict[str, float]):
         rows = []
         for name, value in self.items():
             low, high = self.intervals.get(name, (None, None))
-            numbers = (value, low, high, self.chance.get(name), self.ceiling.get(name))
-            known = (float(number) if number is not None and np.isfinite(number) else None for number in numbers)
-            rows.append(
-                {"metric": name, **dict(zip(("value", "low", "high", "chance", "ceiling"), known, strict=True))}
-            )
+            numbers = {"value": value, "low": low, "high": high}
+            numbers |= {"chance": self.chance.get(name), "ceiling": self.ceiling.get(name)}
+            known = {key: float(x) if x is not None and np.isfinite(x) else None for key, x in numbers.items()}
+            rows.append({"metric": name, **known})
         return rows
 
     def prefixed(self, prefix: str) -> Metrics:
         """The same metrics under longer names."""
         return Metrics(*({prefix + name: value for name, value in part.items()} for part in self._parts()))
 
-    def merged(self, *others: Metrics) -> Metrics:
-        """These metrics, and others under other names."""
-        parts = zip(*(metrics._parts() for metrics in (self, *others)), strict=True)
-        joined = ({name: value for part in same for name, value in part.items()} for same in parts)
-        return Metrics(*joined, predicted=self.predicted)
+    def merged(self, other: Metrics) -> Metrics:
+        """These metrics, and those of another under other names."""
+        both = zip(self._parts(), other._parts(), strict=True)
+        return Metrics(*(own | others for own, others in both), predicted=self.predicted)
 
     def _parts(self) -> tuple[dict[str, Any], ...]:
         return dict(self), self.intervals, self.chance, self.ceiling

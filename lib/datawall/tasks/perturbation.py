@@ -81,14 +81,14 @@ def perturbation_response(
         source = np.flatnonzero(~treated & np.isin(context, train_contexts))
         targets = np.stack([expression[treated & (context == name)].mean(axis=0) for name in train_contexts])
         target = np.searchsorted(train_contexts, context[source])
-    elif matching in MATCHINGS:
+    elif matching in ("nearest", "ot"):
         check_embedding(embedding[treated & (context != held_out)])
         rng = np.random.default_rng(seed)
-        pairs = [_matched(embedding, treated, context == name, MATCHINGS[matching], rng) for name in train_contexts]
+        pairs = [_matched(embedding, treated, context == name, matching, rng) for name in train_contexts]
         source, cells = np.concatenate(pairs, axis=1)
         targets, target = expression[cells], np.arange(len(cells))
     else:
-        raise ValueError(f"matching {matching!r} is none of 'mean', {', '.join(map(repr, MATCHINGS))}.")
+        raise ValueError(f"matching {matching!r} is none of 'mean', 'nearest', 'ot'.")
     where = training.device()
     mean, deviation = embedding[source].mean(axis=0), embedding[source].std(axis=0)
 
@@ -123,34 +123,20 @@ def changes(expression: np.ndarray, treated: np.ndarray, context: np.ndarray, co
     return np.subtract(*map(np.stack, means))
 
 
-def _nearest(control: np.ndarray, treated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.neighbors import NearestNeighbors
-
-    nearest = NearestNeighbors(n_neighbors=1).fit(control).kneighbors(treated, return_distance=False)
-    return nearest[:, 0], np.arange(len(treated))
-
-
-def _assigned(control: np.ndarray, treated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _matched(
+    embedding: np.ndarray, treated: np.ndarray, in_context: np.ndarray, matching: Matching, rng: np.random.Generator
+) -> np.ndarray:
+    """Control cells of a context and the treated cell of each, rows of all cells, (2, n_pairs)."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 
-    return linear_sum_assignment(cdist(control, treated, "sqeuclidean"))
-
-
-MATCHINGS = {"nearest": _nearest, "ot": _assigned}  # of control and treated embeddings, pairs of their rows
-
-
-def _matched(
-    embedding: np.ndarray,
-    treated: np.ndarray,
-    in_context: np.ndarray,
-    match: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Control cells of a context and the treated cell of each, rows of all cells, (2, n_pairs)."""
-    sides = [rng.permutation(np.flatnonzero(in_context & side))[:MATCHED] for side in (~treated, treated)]
-    pairs = match(*(embedding[side] for side in sides))
-    return np.stack([side[rows] for side, rows in zip(sides, pairs, strict=True)])
+    before, after = (rng.permutation(np.flatnonzero(in_context & side))[:MATCHED] for side in (~treated, treated))
+    distances = cdist(embedding[before], embedding[after], "sqeuclidean")
+    if matching == "ot":
+        rows, columns = linear_sum_assignment(distances)
+    else:
+        rows, columns = distances.argmin(axis=0), np.arange(len(after))
+    return np.stack([before[rows], after[columns]])
 
 
 def response_metrics(

@@ -33,14 +33,6 @@ def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def confusion(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Types, sorted, and how many cells of each true type (row) are predicted to be of each type (column)."""
-    types, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
-    true, called = np.split(codes, [len(truth)])
-    n = len(types)
-    return types, np.bincount(true * n + called, minlength=n * n).reshape(n, n)
-
-
 def wilson(right: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Wilson's interval of a share, (2, ...): low and high ends; (0, 1) of nothing."""
     share, z2 = right / np.maximum(n, 1), Z**2
@@ -70,7 +62,9 @@ def classification_intervals(truth: np.ndarray, predicted: np.ndarray) -> dict[s
     -------
     low and high end of micro_f1, macro_f1, balanced_accuracy, error_rate, and `f1[type]` of each true type.
     """
-    types, observed = confusion(np.asarray(truth), np.asarray(predicted))
+    types, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    true, called = np.split(codes, [len(truth)])
+    observed = np.bincount(true * len(types) + called, minlength=len(types) ** 2).reshape(len(types), -1)
     n_true, n_called, right = observed.sum(axis=1), observed.sum(axis=0), np.diag(observed)
     present, union = n_true > 0, n_true + n_called - right
     micro, f1 = wilson(right.sum(), n_true.sum()), 2 * right[present] / (n_true + n_called)[present]
@@ -137,6 +131,5 @@ def chance_levels(train_labels: np.ndarray, test_labels: np.ndarray) -> dict[str
     ]
     right = float(n @ q / n_cells)
     levels = {"micro_f1": right, "macro_f1": np.mean(f1), "balanced_accuracy": q.mean(), "error_rate": 1 - right}
-    return {name: float(level) for name, level in levels.items()} | {
-        f"f1[{name}]": float(level) for name, level in zip(types, f1, strict=True)
-    }
+    levels |= {f"f1[{name}]": of_type for name, of_type in zip(types, f1, strict=True)}
+    return {name: float(level) for name, level in levels.items()}
