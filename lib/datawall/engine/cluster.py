@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from datawall.engine import code, disk, paths
-from datawall.engine.processes import Ended, Job, Need, Worker, describe, on_this_machine, visible_gpus
+from datawall.engine.processes import Job, Need, Worker, describe, on_this_machine, visible_gpus
 
 if TYPE_CHECKING:
     from dask.distributed import Client
@@ -51,13 +51,11 @@ def run_units[Item, Study](
 ) -> None:
     """Call `make(study, item)` for every item, with a progress bar of that name, which leaves nothing behind.
 
-    Each runs in a process apart from this one, which opens the study again (as its `opening` says) and has one thread:
-    small models gain little from threads, and numbers depend neither on how many processes there are nor on what else
-    the cores do. `study.params` has `executor`, `workers`, `retries`, `time_limit` and `storage`. What `make`
-    returns is dropped, what it stores stays. The longest begin first. A unit that raises, whose process dies (for want
-    of memory, say) or that takes longer than the study's `time_limit` is begun again as often as its `retries` say,
-    while the others go on. Raises UnitsFailedError at the end if units failed every time, and ConnectionError if there
-    is no such Dask cluster, or no longer.
+    Each runs in a process apart, which opens the study again (`study.opening`) and has one thread; `study.params` has
+    `executor`, `workers`, `retries`, `time_limit` and `storage`. What `make` returns is dropped, what it stores stays.
+    The longest begin first. A unit that raises, dies (for want of memory, say) or takes longer than `time_limit` is
+    begun again `retries` times, while the others go on. Raises UnitsFailedError at the end if units failed every time,
+    and ConnectionError if there is no such Dask cluster, or no longer.
     """
     if not items:
         return
@@ -80,7 +78,7 @@ def run_units[Item, Study](
         )
 
 
-def _on_dask(study: Any, jobs: list[Job]) -> Iterator[Ended]:
+def _on_dask(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
     """Do jobs on a Dask cluster, each in a process beside one of its workers' threads."""
     from dask.distributed import wait
 

@@ -1,11 +1,8 @@
 """Processes that begin with the library imported: forks of one that has imported it.
 
-Importing torch, scanpy and the like takes a notebook's kernel or a worker some seconds, and a study has a dozen of
-them. `multiprocessing` has a fork server too, but a process that came out of it cannot use it, as a notebook must for
-its workers.
-
-It only saves time. Where there is none (not on Linux, or `DATAWALL_FORKS=off`), kernels and workers are processes from
-scratch, with the same results. Not covered: a process whose guard alone is killed stays until it ends by itself.
+It saves each notebook's kernel and each worker the seconds that torch, scanpy and the like take to import. Where there
+is none (not on Linux, or `DATAWALL_FORKS=off`), kernels and workers are processes from scratch, with the same results.
+Not covered: a process whose guard alone is killed stays until it ends by itself.
 """
 
 from __future__ import annotations
@@ -158,19 +155,14 @@ class Forked:
     """A process that the fork server started, with the methods of `subprocess.Popen`; it ends when this process does.
 
     It has a session of its own, a name of at most 15 characters for `ps` and `top`, and calls `package.module:function`
-    with these arguments, as JSON carries them, and the numbers that open files have over there. The first two of these
-    are standard output and error. Raises ConnectionError if the fork server has died.
+    with these arguments, as JSON carries them, and the numbers that open files have over there; the first two files are
+    its standard output and error. Raises ConnectionError if the fork server has died.
     """
 
     stdin = stdout = stderr = None
 
     def __init__(
-        self,
-        name: str,
-        function: str,
-        arguments: Sequence[Any],
-        environment: dict[str, str],
-        descriptors: Sequence[int] = (1, 2),
+        self, name: str, function: str, arguments: Sequence[Any], environment: dict[str, str], files: Sequence[int]
     ) -> None:
         self.returncode: int | None = None
         self._guard = _socket()
@@ -181,7 +173,7 @@ class Forked:
             with tempfile.TemporaryFile() as file:  # an environment may be larger than a message
                 file.write(json.dumps(request).encode())
                 file.seek(0)
-                socket.send_fds(self._guard, [b"."], [file.fileno(), *descriptors])
+                socket.send_fds(self._guard, [b"."], [file.fileno(), *files])
             self.pid = int(self._guard.recv(64))
         except (OSError, ValueError) as error:
             self._guard.close()

@@ -57,9 +57,6 @@ class Job:
     retries: int
 
 
-type Ended = tuple[Job, str | None]  # a job, and what went wrong with it for good
-
-
 def describe(item: Any) -> str:
     """What a job makes, in words: the values of its record in order."""
     if is_dataclass(item):
@@ -67,10 +64,11 @@ def describe(item: Any) -> str:
     return f"{item:g}" if isinstance(item, float) else str(item)
 
 
-def on_this_machine(study: Any, jobs: list[Job]) -> Iterator[Ended]:
+def on_this_machine(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
     """Do jobs in a process per core or, where there are GPUs, per as many of them as the jobs want each.
 
-    One worker asked for is this process itself, which spares the seconds that another takes to start.
+    With each comes what went wrong with it for good, if anything did. One worker asked for is this process itself,
+    which spares the seconds that another takes to start.
     """
     from dask.system import CPU_COUNT
 
@@ -89,7 +87,7 @@ def on_this_machine(study: Any, jobs: list[Job]) -> Iterator[Ended]:
         yield from _in_processes([job for job in jobs if max(1, job.need.gpus) == together], slots)
 
 
-def _in_processes(jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
+def _in_processes(jobs: list[Job], slots: list[str | None]) -> Iterator[tuple[Job, str | None]]:
     """Do jobs in as many processes as there are slots, each with its GPUs, as far as memory goes round."""
     waiting, busy, memory = [*jobs], {}, memory_gib()
     idle = [Worker(devices) for devices in slots[: len(jobs)]]
@@ -119,7 +117,7 @@ def _in_processes(jobs: list[Job], slots: list[str | None]) -> Iterator[Ended]:
             worker.stop()
 
 
-def _in_this_process(study: Any, jobs: list[Job]) -> Iterator[Ended]:
+def _in_this_process(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
     """Do jobs here, one after the other."""
     use_one_thread()
     for job in jobs:
