@@ -23,8 +23,8 @@ def kang_unlabelled():
     """All of Kang's cells; annotation, which takes longer than reading and is tested on its own, is stood in for."""
     need_kang()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotation, "annotate", lambda counts, *_: (["a cell"] * counts.shape[0], None))
-        return datasets.load("kang2018")
+        patch.setattr(annotation, "annotate", lambda counts, *_: ["a cell"] * counts.shape[0])
+        return datasets._kang2018.__wrapped__()
 
 
 @cache

@@ -34,13 +34,9 @@ def test_labels_repeat_whatever_the_global_random_state():
     kang = real.kang()
     before = kang.X.copy()
     random.seed(1)
-    first, table = annotated(kang)
+    first = annotated(kang)
     random.seed(2)
-    second, _ = annotated(kang)
-    assert (first == second).all()
-    assert table["n_cells"].sum() == kang.n_obs
-    scores = table.drop(columns=["n_cells", "cell_type"])
-    assert (scores.idxmax(axis=1) == table["cell_type"]).all()
+    assert (first == annotated(kang)).all()
     assert (kang.obs["cell_type"].to_numpy() == np.asarray(first)).mean() > 0.80
     assert set(first) <= set(annotation.PBMC_MARKERS)
     assert (before != kang.X).nnz == 0

@@ -321,7 +321,7 @@ KINDS = {
     "Seurat": (bytes_in(".rds", b"\x1f\x8b"), "a Seurat or other compressed file.*readRDS.*write_h5ad"),
     "Seurat under another name": (bytes_in(".h5ad", b"\x1f\x8b"), "a Seurat .*readRDS.*write_h5ad"),
     "h5Seurat": (of_another_format("assays", ending=".h5seurat"), "Convert"),
-    "table of text": (bytes_in(".csv", b"a,b\n"), "a csv file.*read_csv"),
+    "table of text": (bytes_in(".csv", b"a,b\n"), "a text file.*read_csv"),
     # Genes
     "symbols": (changed(lambda adata: None, symbols=True), None),
     "versions of ids": (names(lambda ids: [f"{name}.{i % 9 + 1}" for i, name in enumerate(ids)]), None),

@@ -222,7 +222,7 @@ def test_memory_does_not_grow_with_the_atlas():
     assert peak(16 * 512) < 1.1 * peak(2 * 512)
 
 
-def test_truth_is_written_complete(tmp_path):
+def test_truth_is_written(tmp_path):
     planted = simulate.truth(SMALL)
     planted.write(tmp_path)
     told = json.loads((tmp_path / "truth.json").read_text())
@@ -230,9 +230,6 @@ def test_truth_is_written_complete(tmp_path):
     programmes = pd.DataFrame(told["programmes"]).set_index("programme")
     pd.testing.assert_frame_equal(programmes, planted.programmes, check_dtype=False)
     assert told["types"]["cell_type"] == list(BLOOD)
-    with np.load(tmp_path / "truth.npz", allow_pickle=False) as arrays:
-        np.testing.assert_allclose(arrays["loadings"].sum(axis=1), 1, rtol=1e-5)
-        assert arrays["genes"].tolist() == planted.genes.index.tolist()
 
 
 def test_ontology_fits_the_types_and_tells_kin_apart(tmp_path, monkeypatch):
@@ -244,10 +241,8 @@ def test_ontology_fits_the_types_and_tells_kin_apart(tmp_path, monkeypatch):
     assert not kin.loc["neuron", "T cell"]
 
 
-def test_parents_are_the_nearest_programme_above():
+def test_types_carry_the_programmes_of_their_lineage():
     planted = simulate.truth(SMALL)
-    assert planted.types.loc["naive B cell", "parent"] == "mature B cell"
-    assert planted.types.loc["capillary endothelial cell", "parent"] == ""
     carried = planted.programmes.index[planted.weights[2] > 0]
     assert {"leukocyte", "lymphocyte", "mature B cell", "naive B cell"} < set(carried)
     assert not {"memory B cell", "myeloid leukocyte"} & set(carried)

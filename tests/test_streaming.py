@@ -23,7 +23,7 @@ def real(tmp_path_factory):
     cells.obs["batch"] = np.where(np.arange(cells.n_obs) % 2, "a", "b")
     cellstore.write(folder, [cells])
     rows = np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:500])
-    return sp.csr_matrix(cells.X[rows]), cellstore.open(folder / "cells.zarr").take(rows)
+    return sp.csr_matrix(cells.X[rows]), cellstore.Cells(folder / "cells.zarr").take(rows)
 
 
 @pytest.fixture

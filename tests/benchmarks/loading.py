@@ -60,7 +60,7 @@ def write(folder):
     for name in (cellstore.NAME, "cells.h5ad"):
         files = [folder / name, *(folder / name).rglob("*")]
         print(f"{name} {sum(file.stat().st_size for file in files if file.is_file()) / 1e6:,.0f} MB", end="  ")
-    print(f"in memory {cellstore.open(folder / cellstore.NAME).nbytes() / 1e6:,.0f} MB")
+    print(f"in memory {cellstore.Cells(folder / cellstore.NAME).nbytes() / 1e6:,.0f} MB")
 
 
 def subsets():
@@ -117,7 +117,7 @@ def rates(runs):
 
 def main(folder):
     write(folder)
-    cells = cellstore.open(folder / cellstore.NAME)
+    cells = cellstore.Cells(folder / cellstore.NAME)
     share = {name: cells.take(rows) for name, rows in subsets().items()}
     n_batches = {name: min(BATCHES, max(1, some.n_obs // BATCH)) for name, some in share.items()}  # none is read twice
     runs = {"in memory": (ours(cells.counts(), BATCHES), BATCHES)}

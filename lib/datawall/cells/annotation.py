@@ -1,7 +1,5 @@
 """Label cells from clusters and canonical marker genes, for a corpus that comes without labels."""
 
-from __future__ import annotations
-
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -38,18 +36,15 @@ PBMC_SIBLINGS = (
 
 def annotate(
     counts: sp.csr_matrix, genes: pd.Index, batches: pd.Series, markers: dict[str, list[str]]
-) -> tuple[pd.Categorical, pd.DataFrame]:
-    """Cell types from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
+) -> pd.Categorical:
+    """Cell types (n_cells,) from coarse Leiden clusters, each named by its markers; siblings told apart cell by cell.
 
     1. Genes that vary within `batches` (conditions, or samples) are log-normalised, centred and scaled within each, and
     reduced to principal components. 2. Coarse Leiden clusters of the exact neighbour graph get the type whose markers
     (symbols among `genes`, the columns), as mean z-scores within batches, are highest. 3. Between siblings (say CD4 and
     CD8 T cells), which share a cluster, a cell gets the type whose marker score is higher on average over itself and
-    its neighbours. In double precision and on an exact, unweighted graph, labels come out the same on another machine
-    with the same package versions (with approximate neighbours they do not; scanpy#2956).
-
-    Returns types (n_cells,), and a table with a row per cluster: mean marker score of each type, `n_cells`,
-    `cell_type`. Raises ValueError if a type has no marker among the genes.
+    its neighbours. On an exact, unweighted graph, labels come out the same on another machine with the same package
+    versions (on an approximate one they do not; scanpy#2956). Raises ValueError if a type has no known marker.
     """
     import scanpy as sc
     from sklearn.neighbors import kneighbors_graph
@@ -72,9 +67,7 @@ def annotate(
 
     sc.tl.leiden(adata, RESOLUTION, adjacency=neighbours, use_weights=False, flavor="igraph", directed=False)
     cluster = adata.obs["leiden"].to_numpy()
-    table = scores.groupby(cluster).mean()
-    table.index.name = "cluster"
-    labels = table.idxmax(axis=1).reindex(cluster).to_numpy(dtype=object)
+    labels = scores.groupby(cluster).mean().idxmax(axis=1).reindex(cluster).to_numpy(dtype=object)
 
     own_and_neighbours = neighbours + sp.eye_array(len(labels), format="csr")
     smooth = (own_and_neighbours @ scores.to_numpy()) / np.asarray(own_and_neighbours.sum(axis=1)).reshape(-1, 1)
@@ -82,8 +75,7 @@ def annotate(
     for group in PBMC_SIBLINGS:
         among = np.isin(labels, group)
         labels[among] = smooth.loc[among, list(group)].idxmax(axis=1)
-    table = table.assign(n_cells=pd.Series(cluster).value_counts(), cell_type=table.idxmax(axis=1))
-    return pd.Categorical(labels, categories=list(markers)).remove_unused_categories(), table
+    return pd.Categorical(labels, categories=list(markers)).remove_unused_categories()
 
 
 def _scaled_within(X: np.ndarray, batch: np.ndarray) -> np.ndarray:

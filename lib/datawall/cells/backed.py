@@ -1,39 +1,39 @@
 """`.h5ad` and `.zarr` files read in blocks of rows, and checked as they are read.
 
-Only the counts, the names of genes and cells, and the columns asked for are read: never `uns`, and nothing is ever
-unpickled (h5py cannot, and zarr refuses to). HDF5 and zarr files look alike from here: groups with attributes, and
-arrays that slice.
+Only the counts, the names of genes and cells, and the columns asked for are read, and nothing is ever unpickled (h5py
+cannot, and zarr refuses to). Both look alike from here: groups with attributes, and arrays that slice.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import zarr
 
 from datawall.cells.corpus import CorpusError, check_shape, no_column
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".h5ad", ".zarr")
-# What files of other formats are, and how to convert them: two lines of Python, or of R.
-CONVERT = "`adata = {read}`, then `adata.write_h5ad('cells.h5ad')`"
-TENX, LOOM, H5MU = "scanpy.read_10x_h5({path!r})", "anndata.io.read_loom({path!r})", "mudata.read_h5mu({path!r})['rna']"
-SEURAT = "convert it in R: `x <- readRDS({path!r})`, then `anndataR::write_h5ad(x, 'cells.h5ad')`"
-FOREIGN = {
-    ".rds": SEURAT,
-    ".h5seurat": "convert it in R: `library(SeuratDisk)`, then `Convert({path!r}, dest = 'h5ad')`",
-    ".loom": CONVERT.format(read=LOOM),
-    ".h5mu": CONVERT.format(read=H5MU),
-    **dict.fromkeys((".csv", ".tsv", ".txt"), CONVERT.format(read="scanpy.read_csv({path!r}).T, cells by genes")),
-    ".mtx": CONVERT.format(read="scanpy.read_10x_mtx(its folder)"),
-}
+# What files of other formats are called, and how to convert them: two lines of Python, or of R.
+PYTHON, R = "`adata = {}`, then `adata.write_h5ad('cells.h5ad')`", "convert it in R: `{}`, then `{}`"
+TENX = "10x", PYTHON.format("scanpy.read_10x_h5({path!r})")
+MTX = "matrix market", PYTHON.format("scanpy.read_10x_mtx(its folder)")
+LOOM = "loom", PYTHON.format("anndata.io.read_loom({path!r})")
+H5MU = "MuData", PYTHON.format("mudata.read_h5mu({path!r})['rna']")
+TEXT = "text", PYTHON.format("scanpy.read_csv({path!r}).T, cells by genes")
+SEURAT = "Seurat or other compressed", R.format("x <- readRDS({path!r})", "anndataR::write_h5ad(x, 'cells.h5ad')")
+H5SEURAT = "h5Seurat", R.format("library(SeuratDisk)", "Convert({path!r}, dest = 'h5ad')")
+ENDINGS = {".rds": SEURAT, ".h5seurat": H5SEURAT, ".loom": LOOM, ".h5mu": H5MU, ".mtx": MTX}
+ENDINGS |= dict.fromkeys((".csv", ".tsv", ".txt"), TEXT)
+INSIDE = {"mod": H5MU, "row_attrs": LOOM, "assays": H5SEURAT}  # what only these have at the top of their HDF5
 PIECE = 2**23  # values read at once from a dense matrix or from one stored by column: 64 MiB as float64
 PANEL = 2**26  # counts of a matrix stored by column that are held at once: about 1 GiB
 
@@ -72,28 +72,20 @@ def _of_r(path: Path) -> bool:
 
 def foreign(path: Path) -> str | None:
     """What a file of another format is, and the lines that convert it; None if it is none that is known."""
-    import h5py
-
-    kind, remedy = path.suffix.lower() or "file", FOREIGN.get(path.suffix.lower())
+    known = ENDINGS.get(path.suffix.lower())
     if path.is_dir() and any(path.glob("*.mtx*")):
-        kind, remedy = "folder of a matrix", CONVERT.format(read="scanpy.read_10x_mtx({path!r})")
+        known = MTX
     elif _of_r(path):
-        kind, remedy = "Seurat or other compressed", SEURAT
+        known = SEURAT
     elif path.is_file() and h5py.is_hdf5(path):
         with reading(str(path)), h5py.File(path, "r") as file:
-            keys = set(file)
-            if "mod" in keys:
-                kind, remedy = "MuData", FOREIGN[".h5mu"]
-            elif {"matrix", "row_attrs", "col_attrs"} <= keys:
-                kind, remedy = "loom", FOREIGN[".loom"]
-            elif any(isinstance(file[key], h5py.Group) and "barcodes" in file[key] for key in keys):
-                kind, remedy = "10x", CONVERT.format(read=TENX)
-            elif "assays" in keys:
-                kind, remedy = "h5Seurat", FOREIGN[".h5seurat"]
-    return f"{path}: a {kind.lstrip('.')} file, no AnnData; {remedy.format(path=str(path))}." if remedy else None
+            if any(isinstance(node, h5py.Group) and "barcodes" in node for node in file.values()):
+                known = TENX
+            known = next((INSIDE[key] for key in INSIDE if key in file), known)
+    return known and f"{path}: a {known[0]} file, no AnnData; {known[1].format(path=str(path))}."
 
 
-class CellFile:
+class CellFile(AbstractContextManager):
     """A file of cells, open for reading in a `with` block; whatever is wrong with it raises CorpusError."""
 
     def __init__(self, path: Path) -> None:
@@ -104,15 +96,9 @@ class CellFile:
             told = foreign(path) or f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata."
             raise CorpusError(told)
         with reading(self.name), ExitStack() as if_it_fails:
-            if path.suffix.lower() == ".h5ad":
-                import h5py
-
-                self._root = h5py.File(path, "r")
-            else:
-                import zarr
-
-                self._root = zarr.open_group(path, mode="r")
-            if_it_fails.callback(self.close)
+            is_hdf5 = path.suffix.lower() == ".h5ad"
+            self._root = h5py.File(path, "r") if is_hdf5 else zarr.open_group(path, mode="r")
+            if_it_fails.push(self)
             for part in ("obs", "var"):
                 if "mod" in self._root or part not in self._root or hasattr(self._at(part), "dtype"):
                     old = f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
@@ -122,14 +108,8 @@ class CellFile:
             self.n_cells = _length(self._obs_names)
             if_it_fails.pop_all()
 
-    def __enter__(self) -> CellFile:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; HDF5 would give a file that is left open again, whatever has become of it since."""
+        # HDF5 would give a file that is left open again, whatever has become of it since.
         if hasattr(self._root, "close"):
             self._root.close()
 
@@ -145,9 +125,9 @@ class CellFile:
         """An element, which must be in this file itself, as its hash is that of this file."""
         node = self._root
         for part in key.split("/"):
-            link = node.get(part, getlink=True) if hasattr(node, "get") and hasattr(node, "visititems_links") else None
+            link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
             elsewhere = getattr(node[part], "is_virtual", False) or getattr(node[part], "external", None)
-            if elsewhere or type(link).__name__ == "ExternalLink":
+            if elsewhere or isinstance(link, h5py.ExternalLink):
                 raise CorpusError(
                     f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
                     "anndata and write it as one."
@@ -163,25 +143,23 @@ class CellFile:
             texts = {key: self._values(var[key]) for key in sorted(named - {index}) if _is_text(var[key])}
             return pd.DataFrame(texts, index=pd.Index(self._values(var[index]).astype(str), dtype=object))
 
-    def matrix(self, place: str) -> Dense | Rows | Columns:
-        """The matrix of a place; its method `rows(start, stop)` gives CSR of the values as stored, in any order."""
+    def counts(self, place: str) -> Callable[[int, int], sp.csr_matrix]:
+        """What reads rows of a place, from one to before another: CSR of the values as stored, in any order."""
         with reading(self.name):
             var, index = self._var(place)
             shape = (self.n_cells, _length(var[index]))
             check_shape(shape, self.name)
-            return _matrix(self._at(self.places()[place]), shape, f"{self.name}: {place}")
+            matrix = _matrix(self._at(self.places()[place]), shape, f"{self.name}: {place}")
+            return reading(self.name)(matrix.rows)
 
     def columns(self) -> list[str]:
         """Names of the columns of obs, those that a writer has not listed last."""
         with reading(self.name):
             listed = [_text(name) for name in self._obs.attrs.get("column-order", ())]
-            others = (name for name in self._obs if hasattr(self._obs[name], "dtype") or "codes" in self._obs[name])
+            obs, parts = self._obs, {"codes", "values"}
+            arrays = (name for name in obs if hasattr(obs[name], "dtype") or parts & set(obs[name]))
             none = {_index(self._obs), "__categories"}
-            return [name for name in dict.fromkeys([*listed, *others]) if name in self._obs and name not in none]
-
-    def has(self, key: str) -> bool:
-        """Whether obs has a column."""
-        return key in self._obs
+            return [name for name in dict.fromkeys([*listed, *arrays]) if name in obs and name not in none]
 
     def embedding(self, key: str) -> np.ndarray:
         """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file."""
@@ -196,14 +174,13 @@ class CellFile:
             elif _kind(node) == "dataframe":
                 values = np.stack([self._values(node[_text(name)]) for name in node.attrs["column-order"]], axis=1)
             else:
-                shape = tuple(int(size) for size in _shape(node))
+                shape = _shape(node)
                 values = _matrix(node, shape, f"{self.name}: obsm[{key!r}]").rows(0, shape[0]).toarray()
             if values.ndim != 2 or len(values) != self.n_cells or not values.size:
                 raise CorpusError(f"{self.name}: obsm[{key!r}] has the shape {values.shape} for {self.n_cells} cells.")
             return values
 
     def cell_names(self, start: int, stop: int) -> np.ndarray:
-        """Names of the cells of some rows."""
         with reading(self.name):
             return self._values(self._obs_names, slice(start, stop)).astype(str).astype(object)
 
@@ -271,46 +248,33 @@ class Rows:
     major = 0
 
     def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
-        import zarr
-
         self._name, self._shape = name, shape
         _check_fit(group["data"], _shape(group), shape, name)
         # Where a chunk is missing, zarr reads zeros unless told not to; values and indices have none, but of one gene.
         with zarr.config.set({"array.read_missing_chunks": shape[1 - self.major] <= 1}):
             self._data, self._indices = _array(group["data"]), _array(group["indices"])
         self._indptr = _array(group["indptr"])
-        n_major = shape[self.major]
-        whole = [array.shape for array in (self._data, self._indices, self._indptr)]
-        n_values = int(self._indptr[-1]) if whole[2] == (n_major + 1,) else -1
-        if whole != [(n_values,), (n_values,), (n_major + 1,)] or self._indptr[0] != 0:
-            self._damaged("data, indices and indptr do not fit together")
-        if {self._indices.dtype.kind, self._indptr.dtype.kind} - set("iu"):
-            self._damaged("indices and indptr are not integers")
+        n_values = int(self._indptr[-1]) if self._indptr.shape == (shape[self.major] + 1,) else -1
+        self._demand(self._data.shape == self._indices.shape == (n_values,) and self._indptr[0] == 0)
+        self._demand(self._indices.dtype.kind in "iu" and self._indptr.dtype.kind in "iu")
 
-    def rows(self, start: int, stop: int) -> sp.csr_matrix:
-        indptr = self._offsets(start, stop)
-        values, indices = self._entries(indptr[0], indptr[-1])
-        return sp.csr_matrix((values, indices, indptr - indptr[0]), shape=(stop - start, self._shape[1]))
+    def _stored(self, start: int, stop: int) -> sp.csr_matrix:
+        """Some rows (of a CSC matrix: columns), checked."""
+        indptr, length = self._indptr[start : stop + 1].astype(np.int64), self._shape[1 - self.major]
+        n_values = np.diff(indptr)
+        self._demand(indptr[0] >= 0 and n_values.min() >= 0 and indptr[-1] <= self._data.shape[0])
+        self._demand(n_values.max() <= length)
+        indices = self._indices[indptr[0] : indptr[-1]]
+        self._demand(not len(indices) or (indices.min() >= 0 and indices.max() < length))
+        values = _numbers(self._data[indptr[0] : indptr[-1]])
+        return sp.csr_matrix((values, indices.astype(np.int32), indptr - indptr[0]), (stop - start, length))
 
-    def _entries(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Values and indices of some stored entries, the indices checked."""
-        indices = self._indices[first:last]
-        if len(indices) and not (indices.min() >= 0 and indices.max() < self._shape[1 - self.major]):
-            self._damaged("an index is out of range")
-        return _numbers(self._data[first:last]), indices.astype(np.int32)
+    rows = _stored
 
-    def _offsets(self, start: int, stop: int) -> np.ndarray:
-        """Where each of some rows (or columns) begins, and the last ends."""
-        indptr = self._indptr[start : stop + 1].astype(np.int64)
-        lengths = np.diff(indptr)
-        if lengths.min() < 0 or indptr[0] < 0 or indptr[-1] > self._data.shape[0]:
-            self._damaged("indptr does not rise from 0 to the number of values")
-        if lengths.max() > self._shape[1 - self.major]:
-            self._damaged("a row or column has more values than it is long")
-        return indptr
-
-    def _damaged(self, what: str) -> None:
-        raise CorpusError(f"{self._name} is damaged: {what}; write the file again with anndata.")
+    def _demand(self, sound: bool) -> None:
+        if not sound:
+            told = "is damaged, as data, indices and indptr do not fit together; write the file again with anndata."
+            raise CorpusError(f"{self._name} {told}")
 
 
 class Columns(Rows):
@@ -320,10 +284,10 @@ class Columns(Rows):
 
     def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
         super().__init__(group, shape, name)
-        n_values = self._data.shape[0]
-        self._n_rows = max(1, shape[0] * PANEL // max(1, n_values))
+        self._n_values = self._data.shape[0]
+        self._n_rows = max(1, shape[0] * PANEL // max(1, self._n_values))
         self._begin, self._panel = 0, sp.csr_matrix((0, shape[1]))
-        if n_values > PANEL:
+        if self._n_values > PANEL:
             passes = -(-shape[0] // self._n_rows)
             log.warning("%s is stored by column (CSC) and will be read about %d times; CSR is faster.", name, passes)
 
@@ -331,28 +295,18 @@ class Columns(Rows):
         """Some rows; those that follow are kept for the next call."""
         if not (self._begin <= start and stop <= self._begin + self._panel.shape[0]):
             self._begin, self._panel = start, None  # the old panel is freed before the new one is made
-            self._panel = self._read(start, min(self._shape[0], max(stop, start + self._n_rows)))
+            rows = slice(start, min(self._shape[0], max(stop, start + self._n_rows)))
+            edges = np.searchsorted(self._indptr[:], np.arange(PIECE, self._n_values, PIECE))
+            edges = np.unique([0, *edges, self._shape[1]])
+            self._panel = sp.vstack([self._stored(*some)[:, rows] for some in pairwise(edges)]).T.tocsr()
         return self._panel[start - self._begin : stop - self._begin]
-
-    def _read(self, start: int, stop: int) -> sp.csr_matrix:
-        indptr = self._offsets(0, self._shape[1])
-        parts = []
-        for first in range(0, max(1, self._data.shape[0]), PIECE):
-            values, row = self._entries(first, first + PIECE)
-            kept = np.flatnonzero((start <= row) & (row < stop))
-            column = np.searchsorted(indptr, first + kept, side="right") - 1
-            parts.append((values[kept], row[kept] - start, column.astype(np.int32)))
-        values, row, column = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return sp.csr_matrix((values, (row, column)), shape=(stop - start, self._shape[1]))
 
 
 def _array(node: Any) -> Any:
     """The element, which must be an array, and compressed by what is there to read it."""
     if not hasattr(node, "dtype"):
         raise TypeError(f"{node.name} is a group where an array should be")
-    if hasattr(node, "is_virtual"):
-        import h5py
-
+    if isinstance(node, h5py.Dataset):
         made = node.id.get_create_plist()
         for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
             if not h5py.h5z.filter_avail(code):
@@ -376,9 +330,9 @@ def _index(table: Any) -> str:
     return _text(table.attrs.get("_index", "_index"))
 
 
-def _shape(group: Any) -> Any:
+def _shape(group: Any) -> tuple[int, ...]:
     """Shape of a sparse matrix as its group says, in the old way too."""
-    return group.attrs.get("shape", group.attrs.get("h5sparse_shape", ()))
+    return tuple(int(size) for size in group.attrs.get("shape", group.attrs.get("h5sparse_shape", ())))
 
 
 def _matrix(node: Any, shape: tuple[int, int], name: str) -> Dense | Rows | Columns:
@@ -417,9 +371,9 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32) if values.dtype == np.float16 else values.astype(values.dtype.newbyteorder("="))
 
 
-def _check_fit(values: Any, shape: Any, expected: tuple[int, int], name: str) -> None:
+def _check_fit(values: Any, shape: tuple[int, ...], expected: tuple[int, int], name: str) -> None:
     """Refuse a matrix of another shape than names, or of no numbers."""
-    if (shape := tuple(int(size) for size in shape)) != expected:
+    if shape != expected:
         names = f"there are names for {expected[0]} cells x {expected[1]} genes"
         raise CorpusError(f"{name} has the shape {shape}, but {names}; write the file again with anndata.")
     if _array(values).dtype.kind not in "fiub":

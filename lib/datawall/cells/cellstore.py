@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from pandas.api.types import union_categoricals
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -39,10 +40,10 @@ PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times 
 def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     """Write cells to `<folder>/cells.zarr`, in a folder that holds no store yet.
 
-    What is written does not depend on the blocks. Of the columns of `obs`, all that are not numbers become categorical.
-    In memory are a block, two files' worth of counts and, for each cell, twelve bytes and the codes of its labels.
-    Raises ValueError if there are no cells, a count is no whole number from 0 to 2³² - 1, or blocks differ in genes or
-    columns.
+    Blocks have raw counts as `corpus.place_columns` makes them; what is written does not depend on how they are cut. Of
+    the columns of `obs`, all that are not numbers become categorical. In memory are two blocks, two files' worth of
+    counts and, for each cell, twelve bytes and the codes of its labels. Raises ValueError if there are no cells, or
+    blocks differ in genes or columns.
     """
     import anndata as ad
     import zarr
@@ -55,21 +56,19 @@ def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     var = None
     for block in blocks:
         if var is None:
-            var, columns = block.var, {name: _Labels() for name in block.obs}
+            var, columns = block.var, {name: [] for name in block.obs}
         elif not block.var_names.equals(var.index) or list(block.obs) != list(columns):
             raise ValueError(
                 f"blocks of a corpus must share genes and columns: after {len(var)} genes and {list(columns)} came "
                 f"{block.n_vars} genes and {list(block.obs)}; align them first."
             )
-        counts = sp.csr_matrix(block.X, copy=True)
-        counts.sum_duplicates()
-        counts.eliminate_zeros()
-        data.append(_smallest(counts.data))
+        counts = block.X
+        data.append(counts.data.astype(np.min_scalar_type(int(counts.data.max(initial=0)))))
         indices.append(counts.indices.astype(np.int32, copy=False))
         lengths.append(np.diff(counts.indptr).astype(np.int32))
         names.append(block.obs_names.to_numpy(object))
-        for name, column in columns.items():
-            column.append(block.obs[name])
+        for name, parts in columns.items():
+            parts.append(_labels(block.obs[name]))
     if not (n_cells := sum(map(len, lengths))):
         raise ValueError("there are no cells to write; choose a source that has some.")
     for array in (data, indices, names):
@@ -79,8 +78,11 @@ def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
         indptr = indptr.astype(np.int32)  # as long as that of the indices, which scipy expects
     X.create_array("indptr", data=indptr, chunks=(min(NAMES, n_cells + 1),))
     X.update_attributes({**_encoding("csr_matrix"), "shape": [n_cells, len(var)]})
-    for name, column in columns.items():
-        ad.io.write_elem(obs, name, column.values(), dataset_kwargs={"chunks": (min(NAMES, n_cells),)})
+    for name, parts in columns.items():
+        numeric = isinstance(parts[0], np.ndarray)
+        # Sorted, so that codes do not depend on the order of cells.
+        values = np.concatenate(parts) if numeric else union_categoricals(parts, sort_categories=True)
+        ad.io.write_elem(obs, name, values, dataset_kwargs={"chunks": (min(NAMES, n_cells),)})
     obs.update_attributes({**_encoding("dataframe", "0.2.0"), "_index": "_index", "column-order": list(columns)})
     ad.io.write_elem(root, "var", var)
     for name in ("layers", "obsm", "obsp", "uns", "varm", "varp"):
@@ -92,13 +94,12 @@ def _encoding(kind: str, version: str = "0.1.0") -> dict[str, str]:
     return {"encoding-type": kind, "encoding-version": version}
 
 
-def _smallest(counts: np.ndarray) -> np.ndarray:
-    """Counts in the smallest unsigned integers."""
-    with np.errstate(invalid="ignore"):  # what is no such number differs from what it becomes
-        whole = counts.astype(np.uint32)
-    if (wrong := whole != counts).any():
-        raise ValueError(f"count {counts[wrong][0]} is not a whole number from 0 to 2³² - 1; give raw counts.")
-    return whole.astype(np.min_scalar_type(whole.max(initial=0)))
+def _labels(column: pd.Series) -> np.ndarray | pd.Categorical:
+    """A column of a block: numbers as they are, all else as categories that are text."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column.to_numpy()
+    labels = pd.Categorical(column).remove_unused_categories()
+    return labels.rename_categories(labels.categories.astype(str))
 
 
 class _Growing:
@@ -107,33 +108,28 @@ class _Growing:
     def __init__(self, group: zarr.Group, name: str, dtype: Any, file_size: int) -> None:
         self.group, self.name, self.file_size = group, name, file_size
         self.array: zarr.Array | None = None
-        self.waiting, self.n_waiting = np.empty(file_size, dtype), 0
+        self.waiting = np.empty(0, dtype)  # for a file; of the widest type so far
 
     def append(self, values: np.ndarray) -> None:
-        if not np.can_cast(values.dtype, self.waiting.dtype):
-            self.waiting = self.waiting.astype(values.dtype)
-        while len(values):
-            some = values[: self.file_size - self.n_waiting]
-            self.waiting[self.n_waiting : self.n_waiting + len(some)] = some
-            self.n_waiting += len(some)
-            values = values[len(some) :]
-            if self.n_waiting == self.file_size:
-                self._write()
+        self.waiting = np.concatenate([self.waiting, values])
+        while len(self.waiting) >= self.file_size:
+            self._write()
 
     def close(self) -> None:
         if self.array is None:  # all of it fits one file, which then need not have the size of others
-            self.file_size = min(self.file_size, max(1, -(-self.n_waiting // CHUNK)) * CHUNK)
+            self.file_size = min(self.file_size, max(1, -(-len(self.waiting) // CHUNK)) * CHUNK)
         self._write()
 
     def _write(self) -> None:
+        """Write as much as a file takes."""
+        some, self.waiting = self.waiting[: self.file_size], self.waiting[self.file_size :]
         if self.array is None:
             self.array = self._create(self.name)
-        elif self.array.dtype.itemsize < self.waiting.dtype.itemsize and not self.waiting.dtype.hasobject:
+        elif self.array.dtype.itemsize < some.dtype.itemsize and not some.dtype.hasobject:
             self._widen()
         n = self.array.size
-        self.array.resize((n + self.n_waiting,))
-        self.array[n:] = self.waiting[: self.n_waiting]
-        self.n_waiting = 0
+        self.array.resize((n + len(some),))
+        self.array[n:] = some
 
     def _create(self, name: str) -> zarr.Array:
         import zarr
@@ -161,33 +157,6 @@ class _Growing:
         self.array = self.group[self.name]
 
 
-class _Labels:
-    """A column of `obs`: numbers as they are, all else as codes of categories, in the smallest integers."""
-
-    def __init__(self) -> None:
-        self.numeric = False
-        self.code_of: dict[str, int] = {}
-        self.parts: list[np.ndarray] = []
-
-    def append(self, column: pd.Series) -> None:
-        self.numeric = pd.api.types.is_numeric_dtype(column)
-        if self.numeric:
-            self.parts.append(column.to_numpy())
-            return
-        codes, labels = pd.factorize(column)
-        known = [self.code_of.setdefault(str(label), len(self.code_of)) for label in labels]
-        smallest = np.min_scalar_type(-1 - len(self.code_of))
-        self.parts.append(np.array([*known, -1], smallest)[codes])  # -1 is a missing value's code
-
-    def values(self) -> np.ndarray | pd.Categorical:
-        values = np.concatenate(self.parts)
-        if self.numeric:
-            return values
-        labels = sorted(self.code_of)  # so that codes do not depend on the order of cells
-        code_of = {label: code for code, label in enumerate(labels)}
-        return pd.Categorical.from_codes(np.array([*map(code_of.get, self.code_of), -1])[values], labels)
-
-
 @dataclass(frozen=True, eq=False)
 class Cells:
     """Cells that stay on disk: all of a store, or some. Rows are positions among them."""
@@ -197,17 +166,14 @@ class Cells:
 
     @property
     def n_obs(self) -> int:
-        """Number of cells."""
         return len(self._file.indptr) - 1 if self.rows is None else len(self.rows)
 
     @property
     def n_vars(self) -> int:
-        """Number of genes."""
         return self._file.n_vars
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of cells and of genes."""
         return self.n_obs, self.n_vars
 
     @cached_property
@@ -218,15 +184,11 @@ class Cells:
 
     @property
     def var(self) -> pd.DataFrame:
-        """The genes."""
         return self._file.var
 
     def take(self, rows: np.ndarray) -> Cells:
         """Some of these cells, of sorted rows."""
         return Cells(self.path, self._positions(rows))
-
-    def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
-        return self.counts(rows)
 
     def names(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Names of cells, str objects."""
@@ -236,10 +198,8 @@ class Cells:
         """Raw counts of all if they fit in memory, together with a copy that a model prepares; if not, these cells."""
         gib = 2 * self.nbytes() / 2**30
         streamed = gib > memory_gib
-        log.info(
-            "%d cells take %.1f GiB in training: they are %s, as %.1f GiB are allowed.",
-            self.n_obs, gib, "streamed from the disk" if streamed else "kept in memory", memory_gib,
-        )  # fmt: skip
+        how = "streamed from the disk" if streamed else "kept in memory"
+        log.info("%d cells take %.1f GiB in training: %s, as %.1f GiB are allowed.", self.n_obs, gib, how, memory_gib)
         return self if streamed else self.counts()
 
     def counts(self, rows: np.ndarray | None = None) -> sp.csr_matrix:
@@ -254,6 +214,8 @@ class Cells:
             data[some], indices[some] = block.data, block.indices
         return sp.csr_matrix((data, indices, indptr.astype(index)), shape=(len(positions), self.n_vars))
 
+    __getitem__ = counts
+
     def nbytes(self) -> int:
         """Memory that `counts` of all takes."""
         n_values = int(self._lengths(self._positions(None)).sum())
@@ -267,7 +229,6 @@ class Cells:
             yield rows, floats(next(self._file.read([self._positions(rows)])))
 
     def count_blocks(self) -> Iterator[sp.csr_matrix]:
-        """The counts of `blocks`."""
         return (counts for _, counts in self.blocks())
 
     def to_memory(self) -> ad.AnnData:
@@ -309,13 +270,6 @@ def add_labels(folder: Path, name: str, labels: pd.Categorical) -> None:
     ad.io.write_elem(obs, name, labels, dataset_kwargs={"chunks": (min(NAMES, len(labels)),)})
     obs.update_attributes({"column-order": [*obs.attrs["column-order"], name]})
     _opened.cache_clear()
-
-
-def open(path: Path) -> Cells:
-    """All cells of a store."""
-    if not (Path(path) / "zarr.json").is_file():
-        raise FileNotFoundError(f"{path} is no store of cells (zarr.json is missing).")
-    return Cells(Path(path))
 
 
 class _File:
@@ -374,6 +328,4 @@ class _File:
             yield batch["X"]
 
 
-@lru_cache(4)
-def _opened(path: Path) -> _File:
-    return _File(path)
+_opened = lru_cache(4)(_File)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from tqdm import tqdm
 
@@ -26,7 +28,6 @@ from datawall.cells.datasets import DatasetError
 from datawall.engine import disk, paths, store
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from tiledbsoma import Experiment
 
 type Step = tuple[str, int, int | None]  # of the report: what is removed or left, its cells and its types
@@ -72,10 +73,10 @@ class Selection:
 def select(recipe: Recipe) -> Selection:
     """Choose cells and genes; reads `obs` and `var` of the Census, and no counts.
 
-    As in scTab, cells are filtered by their own columns first. Each filter of types then judges all cells that are
+    As in scTab, cells are filtered by their own columns first; each filter of types then judges all cells that are
     left, and the types that any of them refuses are removed together. Unlike there, a type that is no term of the
-    ontology is removed, and said to be, where theirs stops. Raises DatasetError if the Census cannot be opened or lacks
-    the organism, CorpusError if a column or too many genes are missing or no cell passes, and as `ontology.read`.
+    ontology is removed. Raises DatasetError if the Census cannot be opened or lacks the organism, CorpusError if a
+    column or too many genes are missing or no cell passes, and as `ontology.read`.
     """
     terms = None if recipe.ontology is None else ontology.read(paths.located(recipe.ontology), relations=("is_a",))
     with _experiment(recipe) as experiment:
@@ -84,15 +85,12 @@ def select(recipe: Recipe) -> Selection:
     if obs.empty:
         raise _nothing_left(recipe, steps)
     types, fails = judge_types(obs, recipe, terms)
-    for name, failing in fails.items():
-        steps.append((f"removed: {name}", types.loc[failing, "n_cells"].sum(), failing.sum()))
+    steps += [(f"removed: {name}", types.loc[row, "n_cells"].sum(), row.sum()) for name, row in fails.items()]
     kept = types.index[~fails.any(axis=1)]
     steps.append(("kept", types.loc[kept, "n_cells"].sum(), len(kept)))
     if not len(kept):
         raise _nothing_left(recipe, steps)
-    obs = obs[obs[TYPE].isin(kept)].reset_index(drop=True)
-    for column in obs.columns[obs.dtypes == "category"]:
-        obs[column] = obs[column].cat.remove_unused_categories()
+    obs = _sorted_labels(obs[obs[TYPE].isin(kept)].reset_index(drop=True))
     report = pd.DataFrame(steps, columns=["step", "n_cells", "n_types"]).astype({"n_cells": int, "n_types": "Int64"})
     return Selection(obs, var, types, report)
 
@@ -102,22 +100,18 @@ def judge_types(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Count what each cell type has, and name the filters that it fails: `Selection.types`, and types by filters, bool.
 
-    All cells of `obs` are judged, by `cell_type` and `tech_sample`. Without `terms`, whose parents are by is_a alone,
-    there are no filters by ontology. Raises CorpusError if they lack the root, go round in a circle, or know none of
-    the types.
+    Without `terms`, whose parents are by is_a alone, there are no filters by ontology. Raises CorpusError if they lack
+    the root, go round in a circle, or know none of the types.
     """
     pairs = obs[[TYPE, "tech_sample"]].drop_duplicates()
     columns = {"n_cells": obs[TYPE].value_counts(), "n_tech_samples": pairs[TYPE].value_counts()}
     types = pd.DataFrame(columns).rename_axis(TYPE)
-    types.index = types.index.astype(str)
-    types = types.sort_index()
+    types = types.set_axis(types.index.astype(str)).sort_index()
     fails = {}
     if terms is not None:
         lines = _lineages(types.index, recipe, terms)
-        n_ancestors = pd.Series({name: len(line) for name, line in lines.items()}, dtype="Int64")
-        types["n_ancestors"] = n_ancestors.reindex(types.index)
-        known = types.index.isin(list(lines))
-        root = terms.identifiers[recipe.root]
+        types["n_ancestors"] = pd.Series({name: len(line) for name, line in lines.items()}, dtype="Int64")
+        known, root = types.index.isin(list(lines)), terms.identifiers[recipe.root]
         native = np.array([root in lines.get(name, ()) for name in types.index], dtype=bool)
         fails[f"no term of {Path(terms.file).name}"] = ~known
         fails[f"not below {recipe.root!r}"] = known & ~native
@@ -133,7 +127,7 @@ def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_O
     """The selected cells, in order, a block at a time: memory is that of a few blocks, however many cells there are.
 
     Counts are float32; `obs_names` are the cells' soma_joinid, their names for good within a release. Raises
-    DatasetError if the Census cannot be opened, CorpusError if a count is negative or no integer.
+    DatasetError if the Census cannot be opened, CorpusError if something is no count.
     """
     obs, var = selection.obs, selection.var
     coordinates = obs[CELL].to_numpy(), var[CELL].to_numpy()
@@ -142,11 +136,10 @@ def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_O
         for counts, _ in reads.scipy():
             rows = obs.iloc[bar.n : bar.n + counts.shape[0]]
             names = rows[CELL].astype(str).to_numpy()
-            if len(wrong := np.flatnonzero((counts.data < 0) | (counts.data != np.rint(counts.data)))):
-                cell = names[np.searchsorted(counts.indptr, wrong[0], side="right") - 1]
+            if fault := corpus.count_fault(counts):
                 raise CorpusError(
-                    f"{_name(recipe)}: X['raw'] of cell {cell} holds {counts.data[wrong[0]]:g}; counts must be "
-                    "non-negative integers. Leave its data set or assay out of the recipe."
+                    f"{_name(recipe)}: X['raw'] {fault} in cells {names[0]} to {names[-1]}; counts must be "
+                    "non-negative integers. Leave their data set or assay out of the recipe."
                 )
             labels = rows.drop(columns=CELL).set_axis(names)
             yield ad.AnnData(counts.astype(np.float32, copy=False), obs=labels, var=var[["feature_name"]])
@@ -192,9 +185,8 @@ def _experiment(recipe: Recipe) -> Iterator[Experiment]:
         remedy = "check the address and the network, or give the `uri` of a copy"
         raise DatasetError(f"{_name(recipe)}: cannot be opened ({error}); {remedy}.") from error
     with opened:
-        if isinstance(opened, tiledbsoma.Experiment):
-            experiment = opened
-        else:
+        experiment = opened
+        if not isinstance(opened, tiledbsoma.Experiment):
             if recipe.organism not in (there := _members(opened, "census_data")):
                 has = f"has no organism {recipe.organism!r}; it has {', '.join(there) or 'none'}"
                 raise DatasetError(f"{_name(recipe)}: {has}.")
@@ -219,22 +211,18 @@ def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:
     if here.index.has_duplicates:
         twice = here.index[here.index.duplicated()][0]
         raise CorpusError(f"{_name(recipe)}: gene {twice} occurs more than once in var.")
-    found = table[["feature_name"]].join(here, how="inner")
-    found = found.loc[table.index[table.index.isin(found.index)]]
+    found = table.loc[table.index.isin(here.index), ["feature_name"]].join(here)
     if len(found) < max(1, recipe.min_matched_genes * len(table)):
         raise CorpusError(
             f"{_name(recipe)}: only {len(found)} of the {len(table)} human genes of the gene table are among its "
-            f"{len(here)} ({here.index[0] if len(here) else 'none'}, …); at least {recipe.min_matched_genes:.0%} must "
-            "be. Check the organism, or lower min_matched_genes."
+            f"{len(here)}; at least {recipe.min_matched_genes:.0%} must be. Check the organism, or lower "
+            "min_matched_genes."
         )
     return found
 
 
 def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame, list[Step]]:
     """Cells that pass the filters of rows, in the order of soma_joinid, and the first steps of the report."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     keep = {"is_primary_data": ["true"]} if recipe.primary else {}
     keep |= ({} if recipe.assay is None else {"assay": recipe.assay}) | recipe.where
     wanted = list(dict.fromkeys([CELL, TYPE, *SAMPLE, *recipe.columns]))
@@ -247,12 +235,12 @@ def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame,
     n_cells, removed, tables = 0, dict.fromkeys(keep, 0), []
     with tqdm(total=experiment.obs.count, desc="census cells", leave=False) as bar:
         for table in experiment.obs.read(column_names=[*wanted, *set(keep).difference(wanted)]):
-            passes = pa.chunked_array([np.ones(len(table), bool)])
+            passes = np.ones(len(table), bool)
             for column, values in keep.items():
                 text = table[column].cast(pa.string())
-                passing = pc.is_in(text, value_set=pa.array(values, pa.string()))
-                removed[column] += len(table) - pc.sum(passing, min_count=0).as_py()
-                passes = pc.and_(passes, passing)
+                passing = pc.is_in(text, value_set=pa.array(values, pa.string())).to_numpy()
+                removed[column] += int((~passing).sum())
+                passes &= passing
             tables.append(_encoded(table.select(wanted).filter(passes)))
             n_cells += len(table)
             bar.update(len(table))
@@ -260,12 +248,13 @@ def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame,
     del tables
     if not obs[CELL].is_monotonic_increasing:
         obs = obs.sort_values(CELL, ignore_index=True)
-    for column in obs.columns[obs.dtypes == "category"]:
-        obs[column] = obs[column].cat.set_categories(sorted(obs[column].cat.remove_unused_categories().cat.categories))
     for column in (TYPE, *SAMPLE):
         if n_missing := int(obs[column].isna().sum()):
             raise CorpusError(f"{_name(recipe)}: {column} is missing for {n_missing} cells; filter them out (`where`).")
-    obs["tech_sample"] = _joined(obs[SAMPLE[0]].cat, obs[SAMPLE[1]].cat)
+    obs = _sorted_labels(obs)
+    samples = obs.groupby(list(SAMPLE), observed=True)
+    names = pd.Categorical([f"{dataset}_{donor}" for dataset, donor in samples.size().index])
+    obs["tech_sample"] = names.take(samples.ngroup().to_numpy())
     steps: list[Step] = [("in the Census", n_cells, None)]
     steps += [(f"removed: other {column}", count, None) for column, count in removed.items()]
     return obs, [*steps, ("left for the filters of types", len(obs), obs[TYPE].nunique())]
@@ -273,20 +262,17 @@ def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame,
 
 def _encoded(table: pa.Table) -> pa.Table:
     """Text as categories: old releases of the Census spell it out, new ones do not."""
-    import pyarrow as pa
-
     for number, field in enumerate(table.schema):
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             table = table.set_column(number, field.name, table[field.name].dictionary_encode())
     return table
 
 
-def _joined(dataset: Any, donor: Any) -> pd.Categorical:
-    """Data set and donor of each cell as one name, `<dataset_id>_<donor_id>`; joined once a pair, not once a cell."""
-    n_donors = len(donor.categories)
-    code, pairs = pd.factorize(dataset.codes.to_numpy(np.int64) * n_donors + donor.codes.to_numpy(np.int64))
-    first, second = dataset.categories[pairs // max(1, n_donors)], donor.categories[pairs % max(1, n_donors)]
-    return pd.Categorical([f"{a}_{b}" for a, b in zip(first, second, strict=True)]).take(code)
+def _sorted_labels(obs: pd.DataFrame) -> pd.DataFrame:
+    """The columns that are categories with those that occur, in order."""
+    for column in obs.columns[obs.dtypes == "category"]:
+        obs[column] = obs[column].cat.set_categories(sorted(obs[column].cat.remove_unused_categories().cat.categories))
+    return obs
 
 
 def _lineages(names: pd.Index, recipe: Recipe, terms: ontology.Ontology) -> dict[str, set[str]]:

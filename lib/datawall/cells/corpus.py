@@ -1,7 +1,5 @@
 """Corpora and evaluation sets: find the counts, join the genes by Ensembl id, check, split."""
 
-from __future__ import annotations
-
 import logging
 import re
 import unicodedata
@@ -21,7 +19,7 @@ log = logging.getLogger(__name__)
 MAX_COUNT = 2**24  # float32 holds every integer up to here
 ENSEMBL_ID = r"ENSG\d{11}(?:\.\d+)?"
 NAME_COLUMNS = ("gene_ids", "ensembl_id", "feature_id", None, "feature_name")  # of var, as asked; None: the index
-SILENT, NO_GENE = -1, -2  # of a name: it says nothing, or that this is no gene of the table
+SILENT, NO_GENE = -1, -2  # of a name: it says nothing that is known, or it is an id that the table lacks
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nat", "missing"}  # texts that spell it
 # Columns of var with the type of a feature, types that are no genes', and names of regions and of control probes.
 TYPE_COLUMN = r"(?:feature|gene)?_?(?:types?|biotypes?|modality|class)"
@@ -34,7 +32,7 @@ OTHER_NAME = (
     r"(?:NegControl|NegPrb|UnassignedCodeword|DeprecatedCodeword|SystemControl|Intergenic|BLANK|Blank)[-_\w]*"
 )
 FAMILIES, MANY_GENES = ("MT-", "HLA-"), 8_000  # whose names tools change; data sets with so many genes have some
-EQUAL = 0.05  # standard deviation of cell sums, as a share of their mean, below which they are nearly the same
+EQUAL = 0.05  # standard deviation of cell sums, as a share of their mean, below which they are alike
 
 
 class CorpusError(ValueError):
@@ -81,7 +79,7 @@ def gene_table() -> pd.DataFrame:
 
 def check_shape(shape: tuple[int, int], dataset: str) -> None:
     """Refuse a data set without cells or genes."""
-    if not all(shape):
+    if 0 in shape:
         raise CorpusError(f"{dataset}: {shape[0]} cells x {shape[1]} genes; it must have some of both.")
 
 
@@ -108,7 +106,7 @@ def doubt(sums: np.ndarray, greatest: float) -> str | None:
         return None
     if greatest <= 1:
         return "holds only 0 and 1, which looks like presence, not counts"
-    if sums.std() < EQUAL * sums.mean():
+    if _alike(sums):
         return f"has nearly the same sum in every cell ({sums.mean():,.0f}), which looks scaled or drawn down"
     return None
 
@@ -119,25 +117,18 @@ def likeness(values: sp.csr_matrix) -> str:
         return ""
     if values.data.min() < 0:
         return ", which looks like scaled values"
-    sums = np.asarray(values.sum(axis=1, dtype=np.float64)).ravel()
-    if values.data.max() < 20:
-        powers = values.astype(np.float64)
-        powers.data = np.expm1(powers.data)
-        logs = np.asarray(powers.sum(axis=1)).ravel()
-        if logs.std() < EQUAL * logs.mean():
-            return ", which looks like log-normalised values"
-    if len(sums) > 1 and sums.std() < EQUAL * sums.mean():
+    values = values.astype(np.float64)
+    if values.data.max() < 20 and _alike(np.asarray(values.expm1().sum(axis=1))):
+        return ", which looks like log-normalised values"
+    if values.shape[0] > 1 and _alike(np.asarray(values.sum(axis=1))):
         return ", which looks like counts scaled to equal sums"
     if (values.data == np.rint(values.data)).mean() > 0.3:
         return ", which looks like counts corrected for ambient RNA, or estimated"
     return ""
 
 
-@cache
-def _symbols() -> tuple[pd.Index, pd.Index]:
-    """Symbols of the gene table as they are, and as R writes them: `HLA.A` for `HLA-A`."""
-    symbols = pd.Index(gene_table()["feature_name"])
-    return symbols, symbols.str.replace(r"[-_]", ".", regex=True)
+def _alike(sums: np.ndarray) -> bool:
+    return sums.std() < EQUAL * sums.mean()
 
 
 def _texts(values: pd.Series) -> pd.Series:
@@ -147,15 +138,14 @@ def _texts(values: pd.Series) -> pd.Series:
 
 
 def _positions(texts: pd.Series, *, ids_alone: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Row of the gene table that each text names, by id or symbol, and whether it is an id.
-
-    `SILENT` where it says nothing that is known; `NO_GENE` where it is an id that the table lacks, or anything in ids.
-    """
-    table, (symbols, of_r) = gene_table(), _symbols()
+    """Row of the gene table that each text names, by id or symbol, and whether it is an id."""
+    table = gene_table()
+    symbols = pd.Index(table["feature_name"])
     is_id = texts.str.fullmatch(ENSEMBL_ID).to_numpy(bool)
     position = symbols.get_indexer(texts)
-    changed = (position < 0) & texts.str.contains(r"[._]").to_numpy(bool)
-    position[changed] = of_r.get_indexer(texts[changed].str.replace(r"[-_]", ".", regex=True))
+    changed = (position < 0) & texts.str.contains(r"[._]").to_numpy(bool)  # by R: `HLA.A` for `HLA-A`
+    here, there = (names.str.replace(r"[-_]", ".", regex=True) for names in (texts[changed], symbols))
+    position[changed] = there.get_indexer(here)
     position[position < 0] = SILENT
     of_id = table.index.get_indexer(texts[is_id].str.replace(r"\.\d+$", "", regex=True))
     position[is_id] = np.where(of_id < 0, NO_GENE, of_id)
@@ -172,17 +162,14 @@ def other_features(var: pd.DataFrame) -> np.ndarray:
     return apart
 
 
-def find_genes(
-    var: pd.DataFrame, dataset: str, counts_from: str, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, GeneMatch]:
+def find_genes(var: pd.DataFrame, dataset: str, counts_from: str, weights: np.ndarray) -> tuple[np.ndarray, GeneMatch]:
     """Row of each gene in the gene table, (n_genes,) int64, -1 where it is not there; and the record of the match.
 
-    Genes are joined by Ensembl id where they have one, else by symbol. Columns of `var` are asked in one order,
-    whatever their order in the file: `NAME_COLUMNS`, then others of which more than half of the values name genes. A
-    gene has the first name that is given to it: an id, without its version, is trusted, and a gene whose id is not in
-    the table is missing, whatever its symbol. In a column of ids, what is no id is no gene. Names are found as R
-    changes them, too. `weights` are each gene's counts in some cells, by default alike. Raises CorpusError if two of
-    the columns that are known to name genes name different ones in most rows.
+    Columns of `var` are asked in one order, whatever their order in the file: `NAME_COLUMNS`, then others of which more
+    than half of the values name genes. A gene has the first name that is given to it, an id or a symbol: an id, without
+    its version, is trusted, and a gene whose id is not in the table is missing, whatever its symbol. In a column of
+    ids, what is no id is no gene. `weights` are each gene's counts in some cells. Raises CorpusError if two of the
+    columns that are known to name genes name different ones in most rows.
     """
     table, notes, apart = gene_table(), [], other_features(var)
     names = pd.Series(var.index.astype(str), dtype=object)
@@ -212,7 +199,7 @@ def find_genes(
         position[new], by_id[new] = own[new], is_id[new]
         first = first or (name if (own >= 0).any() else "")
     found = position >= 0
-    weights = np.ones(len(var)) if weights is None or not weights.any() else weights
+    weights = weights if weights.any() else np.ones(len(var))
     # A symbol beside the same gene's id is an antibody's name more often than the gene's.
     mostly_ids = (found & by_id).sum() > 0.5 * found.sum()
     twice = found & ~by_id & np.isin(position, position[found & by_id]) & mostly_ids
@@ -261,10 +248,7 @@ def check_match(match: GeneMatch, var: pd.DataFrame, min_matched: float) -> None
 
 
 def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarray]]:
-    """The genes of the gene table that any of some data sets has, and the columns of each among them.
-
-    `positions` has, for each data set, the row of each of its genes in the gene table, or -1 (see `find_genes`).
-    """
+    """The genes that any of some data sets has, by their `positions` (see `find_genes`); their columns among them."""
     table = gene_table()
     present = np.unique(np.concatenate([position[position >= 0] for position in positions]))
     column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
@@ -273,10 +257,7 @@ def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarra
 
 
 def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> sp.csr_matrix:
-    """Counts with column `i` moved to `position[i]`: (n_cells, n_genes) float32 CSR, sorted, without stored zeros.
-
-    Columns with the same position are summed, those with -1 left out.
-    """
+    """Counts, columns moved to positions, summed where the same, left out at -1: sorted float32 CSR without zeros."""
     counts = sp.csr_matrix(counts)
     column = position[counts.indices]
     kept = (column >= 0) & (counts.data != 0)
@@ -289,24 +270,22 @@ def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> 
 def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple[ad.AnnData, GeneMatch]:
     """Keep the genes of the gene table, named by Ensembl id and in its order; counts are in `X`, before and after.
 
-    For cells in memory that are no file's; `sources.open_source` reads those. Columns of the same gene are summed
-    (`find_genes` joins them), and cells without a count in any matched gene are dropped, with a warning: take labels
-    from the `obs` that comes back. Raises CorpusError if there are no raw counts, too few genes match (`check_match`),
-    cells are named twice, or no cell has a count.
+    For cells in memory; `sources.open_source` reads files. Columns of the same gene are summed (`find_genes`), and
+    cells without a count in any matched gene are dropped, with a warning: take labels from the `obs` that comes back.
+    Raises CorpusError if there are no raw counts, too few genes match (`check_match`), cells are named twice, or no
+    cell has a count.
     """
     check_shape(adata.shape, dataset)
     if fault := count_fault(adata.X):
         raise CorpusError(f"{dataset}: X {fault}; counts must be finite, non-negative integers.")
-    counts = sp.csr_matrix(adata.X, dtype=np.float32, copy=True)
-    counts.sum_duplicates()
-    weights = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
+    weights = np.asarray(adata.X.sum(axis=0, dtype=np.float64)).ravel()
     position, match = find_genes(adata.var, dataset, "X", weights)
     check_match(match, adata.var, min_matched)
     if adata.obs_names.has_duplicates:
         twice = adata.obs_names[adata.obs_names.duplicated()][0]
         raise CorpusError(f"{dataset}: cell name {twice} occurs more than once; make obs_names unique.")
     var, (column,) = compacted([position])
-    moved = place_columns(counts, column, len(var))
+    moved = place_columns(sp.csr_matrix(adata.X, dtype=np.float32), column, len(var))
     full = np.flatnonzero(moved.getnnz(axis=1))
     if not len(full):
         raise CorpusError(f"{dataset}: no cell has a count in any matched gene; give it cells that were sequenced.")
@@ -317,10 +296,7 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
 
 
 def label_codes(values: np.ndarray, renamed: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of labels, -1 where a label is missing or blank, and the labels as text, each once.
-
-    A whole number is the same label whichever way it is stored. `renamed` has what labels are called otherwise.
-    """
+    """Codes of labels, -1 where missing or blank, and the labels as text: each once, 3.0 as 3, `renamed` as asked."""
     codes, labels = pd.factorize(pd.Series(values, dtype=object))
     texts = [str(int(x)) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else str(x) for x in labels]
     texts = [(renamed or {}).get(text, text) for text in texts]

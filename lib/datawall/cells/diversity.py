@@ -3,8 +3,6 @@
 All raise ValueError if there are no cells.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -61,9 +59,8 @@ def at_equal_n(
 ) -> tuple[float, float]:
     """Mean and standard deviation of a measure over draws of `n` cells, without replacement: any subsets compare.
 
-    Vendi grows with the number of cells, and so, more slowly, do the others. `cells` are (n_cells,) labels or (n_cells,
-    n_features) scores; or rows of them that `measure` looks up, where they are many: `at_equal_n(lambda drawn:
-    vendi(X_pca[drawn]), rows, 500, seed=0)`. Raises ValueError if there are fewer than `n` cells.
+    `cells` are (n_cells,) labels or (n_cells, n_features) scores; or rows of them that `measure` looks up, where they
+    are many. Raises ValueError if there are fewer than `n` cells.
     """
     if not 0 < n <= len(cells):
         raise ValueError(f"cannot draw {n} of {len(cells)} cells; compare at a number that every subset has.")

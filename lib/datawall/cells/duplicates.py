@@ -1,11 +1,10 @@
 """Cells that occur twice: within a corpus, and between a corpus and what a model is evaluated on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -29,9 +28,9 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
 
     The hash is the sum of the counts times random weights of their genes, modulo 2^64, twice (multilinear hashing,
     Carter and Wegman 1979). Two cells that differ are taken for equal with a probability of 2^-128 if any difference is
-    odd, and 2^(2k - 128) if 2^k divides all of them: for all pairs of 22 million cells, about 2^-80. Columns are
-    `genes`, Ensembl ids. A gene that a data set lacks counts as zero: compare data sets on `among`, the genes that both
-    have. Cells that express fewer than `MIN_EXPRESSED` of them have zeros, which are equal to none.
+    odd, and 2^(2k - 128) if 2^k divides all of them. Columns are `genes`, Ensembl ids. A gene that a data set lacks
+    counts as zero: compare data sets on `among`, the genes that both have. Cells that express fewer than
+    `MIN_EXPRESSED` of them have zeros, which are equal to none.
     """
     weights = _weights()[gene_table().index.get_indexer(genes)]
     compared = np.ones(len(genes), bool) if among is None else among.get_indexer(genes) >= 0
@@ -42,14 +41,11 @@ def cell_hashes(counts: sp.csr_matrix, genes: pd.Index, among: pd.Index | None =
 
 
 class SeenCells:
-    """The hashes of cells seen so far and where each came from: 20 bytes a cell.
-
-    They lie in sorted runs that are merged when they grow alike, so that a cell is looked up in a logarithmic number
-    of runs and moved a logarithmic number of times.
-    """
+    """The hashes of cells seen so far and where each came from: 20 bytes a cell."""
 
     def __init__(self) -> None:
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # hashes sorted by their first half, and origins
+        # Hashes sorted by their first half, and origins; runs that have grown alike are merged, so that there are few.
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """(n_cells,) int32 origin of the first cell seen with the same hash, -1 where there is none."""
@@ -63,11 +59,9 @@ class SeenCells:
     def add(self, hashes: np.ndarray, origin: int) -> np.ndarray:
         """Note new cells of one origin; what `find` gives for them, equal ones among themselves included."""
         found = self.find(hashes)
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-        again = order[1:][(hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)]
-        again = again[hashes[again].any(axis=1)]
-        found[again] = np.where(found[again] < 0, origin, found[again])
-        new = hashes[(found < 0) & hashes.any(axis=1)]
+        comparable = hashes.any(axis=1)
+        found[comparable & (found < 0) & pd.DataFrame(hashes).duplicated().to_numpy()] = origin
+        new = hashes[comparable & (found < 0)]
         if len(new):
             self._runs.append(_sorted(new, np.full(len(new), origin, np.int32)))
         while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
@@ -97,11 +91,10 @@ class Contamination:
         return {name: value if isinstance(value, int) else len(value) for name, value in asdict(self).items()}
 
     def write(self, folder: Path) -> None:
-        donors = np.array(self.shared_donors, dtype=str)
-        np.savez_compressed(folder / "contamination.npz", **{**asdict(self), "shared_donors": donors})
+        np.savez_compressed(folder / "contamination.npz", **asdict(self))
 
     @classmethod
-    def read(cls, folder: Path) -> Contamination:
+    def read(cls, folder: Path) -> Self:
         with np.load(folder / "contamination.npz", allow_pickle=False) as file:
             values = {name: array if name.endswith("rows") else array.tolist() for name, array in file.items()}
         return cls(**{**values, "shared_donors": tuple(values["shared_donors"])})
@@ -120,8 +113,7 @@ def contamination(
     """Find the cells and donors that an evaluation set shares with the corpus.
 
     Hashes are from `cell_hashes`, among the genes that the two have in common; those of the corpus come in blocks.
-    Donors are compared by name as they are: put the data set's before those that say nothing outside it, such as "1" or
-    "patient A".
+    Donors are compared by name: put the data set's before a name that says nothing outside it, such as "1".
     """
     evaluated, pretrained = SeenCells(), SeenCells()
     evaluated.add(evaluation_hashes, 0)
@@ -133,11 +125,10 @@ def contamination(
         n_cells += len(hashes)
     donors, donor_cells, donor_rows = (), 0, np.empty(0, np.int64)
     if evaluation_donors is not None and corpus_donors is not None:
-        (of_cell, names), (of_row, corpus_names) = map(pd.factorize, (evaluation_donors, corpus_donors))
-        names, corpus_names = ([str(name) for name in known] for known in (names, corpus_names))
-        donors = tuple(sorted({*names} & {*corpus_names}))
-        donor_cells = int(np.isin(of_cell, np.flatnonzero(np.isin(names, donors))).sum())
-        donor_rows = np.flatnonzero(np.isin(of_row, np.flatnonzero(np.isin(corpus_names, donors))))
+        both = (pd.Categorical(given).remove_unused_categories() for given in (evaluation_donors, corpus_donors))
+        of_cell, of_row = (given.rename_categories(given.categories.astype(str)) for given in both)
+        donors = tuple(sorted({*of_cell.categories} & {*of_row.categories}))
+        donor_cells, donor_rows = int(of_cell.isin(donors).sum()), np.flatnonzero(of_row.isin(donors))
     duplicates = int((pretrained.find(evaluation_hashes) >= 0).sum())
     rows = np.concatenate(duplicate_rows)
     return Contamination(len(evaluation_hashes), duplicates, donors, donor_cells, rows, donor_rows)

@@ -4,8 +4,6 @@ What is called `streamed` reads a corpus in blocks, once or more, in constant me
 call: raw counts, (n_cells of the block, n_genes) CSR, always in the same order.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -97,9 +95,8 @@ def _standardised_dispersion(moments: np.ndarray, n_cells: int) -> tuple[np.ndar
 def principal_axes(X: sp.csr_matrix | np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray]:
     """Principal axes of the centred matrix, (n_components, n_genes), and its mean, (n_genes,), both float64.
 
-    Through the covariance in double precision and with a fixed sign (the largest loading of each axis is positive),
-    which keep neighbours of cells the same from machine to machine. The matrix is made dense, so choose genes first;
-    there are fewer axes where it has fewer cells or genes.
+    Double precision and a fixed sign (the largest loading of each axis is positive) keep neighbours of cells the same
+    from machine to machine. The matrix is made dense; fewer cells or genes have fewer axes.
     """
     from sklearn.decomposition import PCA
 
@@ -123,26 +120,23 @@ def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = COMPONENTS) ->
     return np.asarray(X @ axes.T - mean @ axes.T, dtype=np.float32)
 
 
-def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks | None = None) -> np.ndarray:
+def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks = lambda: ()) -> np.ndarray:
     """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file atomically.
 
-    They are `pca_scores` of all cells at once, up to rounding: the covariance of the variable genes adds up over blocks
-    in double precision, so a pass each for genes, covariance and scores is all it takes; incremental PCA would
-    approximate at more cost a block. As everywhere here, genes are centred and not scaled; the original study scales
-    them to unit variance and clips at 10, which gives rare, noisy genes the same weight. Cells of `then` are scored
-    after those of `blocks`, on the components of these. Returns a read-only memory map of the file, (n_cells, 50 or
-    fewer) float32.
+    They are `pca_scores` of all cells at once, up to rounding: the covariance of variable genes adds up over blocks. As
+    everywhere here, genes are centred and not scaled, where the original study scales them and clips at 10, which gives
+    noisy genes the same weight. Cells of `then` are scored after those of `blocks`, on the components of these. Returns
+    a read-only memory map of the file, (n_cells, 50 or fewer) float32.
     """
     genes = streamed_variable_genes(blocks)
     axes, mean, n_cells = streamed_axes(blocks, genes, COMPONENTS)
-    if then is not None:
-        n_cells += sum(counts.shape[0] for counts in then())
+    n_cells += sum(counts.shape[0] for counts in then())
 
     def write(scratch: Path) -> None:
-        scores = np.lib.format.open_memmap(scratch, "w+", np.float32, (n_cells, len(axes)))
-        begin = 0
-        every = itertools.chain(blocks(), then() if then is not None else ())
-        for counts in tqdm(every, desc="principal component scores", unit="block", leave=False, delay=5):
+        scores, begin = np.lib.format.open_memmap(scratch, "w+", np.float32, (n_cells, len(axes))), 0
+        for counts in tqdm(
+            itertools.chain(blocks(), then()), desc="principal component scores", unit="block", leave=False, delay=5
+        ):
             end = begin + counts.shape[0]
             scores[begin:end] = lognormalise(counts)[:, genes] @ axes.T - mean @ axes.T
             begin = end

@@ -1,7 +1,5 @@
 """Ontologies in OBO files: the terms of cell types, and what lies above each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,12 +3,9 @@
 `percentage` is of the cells given, above 0 and at most 100, and the subset has `subset_size` cells exactly; anything
 else, and no cells, raise ValueError.
 
-Subsets of one strategy and seed are nested: the smaller lies inside the larger, so that sizes can be compared in pairs.
-Where sizes should be independent draws, as in the original study, give each a seed of its own: a seed may be several
-numbers, say `(seed, size)`.
+Subsets of one strategy and seed are nested: the smaller lies inside the larger. For independent ones, as in the
+original study, give each size a seed of its own: a seed may be several numbers, say `(seed, size)`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +41,7 @@ def celltype_reweighted(cell_type: np.ndarray | pd.Categorical, percentage: floa
 
     Types with fewer cells than an equal share are taken whole, and what they leave is shared among the others
     (water-filling), as in the original study's cell-type re-weighting. Unlike there, the budget is met exactly: a
-    remainder of fewer cells than types goes to types drawn by the seed. Any label does, such as a cluster; a
-    categorical is read as it is, which spares an array of strings its memory. Raises ValueError if a cell has no type.
+    remainder of fewer cells than types goes to types drawn by the seed. Raises ValueError if a cell has no type.
     """
     size = subset_size(len(cell_type), percentage)
     return _evenly(_codes(cell_type, "cell type"), size, seed)
@@ -56,11 +52,10 @@ def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_b
 
     The range of each principal component of `X_pca` (n_cells, n_components) is cut into intervals of one common length,
     such that 90 to 100 % of `n_boxes` boxes hold cells, where the scores allow: by default 1 % of the cells, as in the
-    original study. Boxes are of equal volume, so dense regions of expression space give fewer of their cells than
-    sparse ones: rare states are kept without knowing any label. geosketch, the authors' package, begins each interval
-    at the first cell that lies past the last one, where ours lie end to end from the lowest score, and its sketches of
-    one seed are not nested. Scores are read in blocks, five to ten times, and all else takes about 45 bytes a cell: a
-    memory map will do. Raises ValueError if scores are not finite.
+    original study. So dense regions of expression space give fewer of their cells than sparse ones. geosketch, the
+    authors' package, begins each interval at the first cell that lies past the last one, where ours lie end to end from
+    the lowest score, and its sketches of one seed are not nested. Scores are read in blocks, five to ten times, and all
+    else takes about 45 bytes a cell: a memory map will do. Raises ValueError if scores are not finite.
     """
     size = subset_size(len(X_pca), percentage)
     return _evenly(_occupied_boxes(X_pca, n_boxes or max(1, len(X_pca) // 100)), size, seed)
@@ -91,8 +86,7 @@ def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> n
 
     Cells are laid out label by label, in random order within each, and a part takes every so-manyth of them, so it has
     each label in proportion to within one cell (two, with more than two parts, as the next takes from what is left).
-    Where a label has fewer cells than there are parts, chance decides. `shares` are the parts' sizes; raises ValueError
-    if one is negative or they do not add up to 1.
+    `shares` are the parts' sizes; raises ValueError if one is negative or they do not add up to 1.
     """
     _check_shares(shares)
     rng = np.random.default_rng(seed)
@@ -110,8 +104,7 @@ def split_by_group(groups: np.ndarray | pd.Categorical, shares: list[float], *, 
     """Part of each cell, (n_cells,) int64, where parts consist of whole groups, such as donors.
 
     Groups are dealt out in random order, each to the part that lacks most of its cells; of `ORDERS` orders the one
-    counts that leaves the least largest gap between a part's size and its share. So sizes exceed their shares by less
-    than one group; `stratified_split` meets them exactly, but parts donors. Every part with a share has a group at
+    counts that leaves the least largest gap between a part's size and its share. Every part with a share has a group at
     least. Raises ValueError as `stratified_split`, and if there are fewer groups than parts or a cell has no group.
     """
     _check_shares(shares)
@@ -156,8 +149,8 @@ def _codes(labels: np.ndarray | pd.Categorical, role: str) -> np.ndarray:
 
 def _evenly(group: np.ndarray, size: int, seed: Seed) -> np.ndarray:
     """`size` rows, sorted, as evenly from the groups as possible: in turns, one from each group that has any left."""
-    # Groups take turns in an order drawn once, and cells of a group come up in an order drawn once, so that the rows of
-    # a smaller size are among those of a larger. A counting sort brings groups together, which is linear in the cells.
+    # Turns and cells of a group come up in orders drawn once, so that the rows of a smaller size are among those of a
+    # larger. A counting sort brings groups together, which is linear in the cells.
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(group))
     n_groups = int(group.max()) + 1
@@ -202,12 +195,9 @@ def _occupied_boxes(X: np.ndarray, n_boxes: int) -> np.ndarray:
 
 
 def _box_keys(X: np.ndarray, low: np.ndarray, width: np.ndarray, length: float) -> np.ndarray:
-    """A number for each cell, the same for cells of one box: a random weighted sum of its intervals' numbers.
-
-    The weights are integers and the sum stays below 2**53, so double precision holds it exactly in any order of
-    summation. Two boxes share a number, and are taken as one, with a chance of one in the largest weight: 6e-14 where
-    the components have 500 intervals in all.
-    """
+    """A number for each cell, the same for cells of one box: a random weighted sum of its intervals' numbers."""
+    # The sum is exact in any order, as it stays below 2**53. Two boxes share a number, and are taken as one, with a
+    # chance of one in the largest weight: 6e-14 where the components have 500 intervals in all.
     cut = np.flatnonzero(width > length)
     low, per_length = low[cut], X.dtype.type(1 / length) if X.dtype.kind == "f" else 1 / length
     largest = 2**53 // int((np.floor(width[cut] / length) + 2).sum())

@@ -8,14 +8,13 @@ of a burst, as in living cells (Larsson et al. 2019, Nature 565:251). So the cos
 its genes: a burst's gene is looked up in a table of its programme, and a technical effect is a chance to lose it.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import anndata as ad
 import numpy as np
@@ -31,12 +30,10 @@ ONTOLOGY = paths.PACKAGE_DATA / "cell_types.obo"  # a tree over scTab's cell typ
 COMPOSITION = paths.PACKAGE_DATA / "sctab_cell_types.csv"  # cells of each type in scTab's test split
 CONTROL, TREATED = "ctrl", "treated"
 MIN_GENES = 50  # fewer could not hold programmes apart
-CHUNK = 128  # cells that share a random generator; fixed, so that no cell depends on how the atlas is cut into blocks
+CHUNK = 128  # cells that share a random generator, seeded by atlas and number of the chunk
 GAMMA_SHAPE = 4.0  # of a programme's activity over the cells that carry it: a spread of half its mean
 PROGRAMME_GENES = 0.03  # share of the genes that make up a programme, the shared one apart
 BASELINE_ENTRIES, PROGRAMME_ENTRIES = 2**20, 2**15  # of the tables in which a molecule's gene is looked up
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Atlas(BaseModel):
@@ -59,17 +56,15 @@ class Atlas(BaseModel):
     assay_effect: NonNegativeFloat = 0.2  # standard deviation over genes of the logarithm of the capture rate,
     dataset_effect: NonNegativeFloat = 0.2  # between assays, data sets
     donor_effect: NonNegativeFloat = 0.1  # and donors
-    treated: Share = 0.5  # share of cells that got the drug
+    treated: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of cells that got the drug
     response: NonNegativeFloat = 0.2  # median weight of the drug's programme
     responsive: list[str] = ["myeloid leukocyte", "lymphocyte", "endothelial cell"]  # lineages that respond to it
 
     @model_validator(mode="after")
-    def _known(self) -> Atlas:
+    def _known(self) -> Self:
         parents = _parents()
         for key, names in (("composition", self.composition or ()), ("responsive", self.responsive)):
             if unknown := [name for name in names if name not in parents]:
-                from difflib import get_close_matches
-
                 near = ", ".join(map(repr, get_close_matches(unknown[0], parents, n=3))) or "see its names"
                 raise ValueError(f"{key}: {unknown[0]!r} is no cell type of {ONTOLOGY.name}; did you mean {near}?")
         lineages = {above for name in self.composition or parents for above in _lineage(name)}
@@ -87,16 +82,15 @@ class Truth:
 
     A programme spreads cells by `signal`: its variance over cells, along its direction, in Pearson residuals of the
     counts, whose noise is 1 in every gene. With n cells of G genes, principal components find that direction with a
-    squared cosine of (1 - G/n/signal²) / (1 + G/n/signal) (Johnstone and Lu 2009, J Am Stat Assoc 104:682), and the
-    difference between labelled carriers and other cells with 1 / (1 + G/n/signal). `cells_needed` and
-    `cells_needed_labelled` are the n at which each is one half, as much signal as noise in what was learned, and a
-    carrier is among the cells with 95 % probability (3 are expected). They are orders of magnitude: genes with hardly
-    a count, and programmes that share genes, take more cells.
+    squared cosine of (1 - G/n/signal²) / (1 + G/n/signal) (Johnstone and Lu 2009, J Am Stat Assoc 104:682).
+    `cells_needed` is the n at which it is one half, as much signal as noise in what was learned, and a carrier is among
+    the cells with 95 % probability (3 are expected). It is an order of magnitude: genes with hardly a count, and
+    programmes that share genes, take more cells.
     """
 
     atlas: Atlas
     genes: pd.DataFrame  # feature_name by Ensembl id, and theta: variance = mean (1 + theta)
-    types: pd.DataFrame  # by cell type: parent (its nearest ancestor with a programme), share of cells, response
+    types: pd.DataFrame  # by cell type: share of cells, response
     programmes: pd.DataFrame  # by name: kind, prevalence, activity, carriers, signal, cells_needed, …
     loadings: np.ndarray  # (n_programmes, n_genes) of a programme's molecules, the share of each gene; rows add up to 1
     weights: np.ndarray  # (n_types, n_programmes) mean weight in a cell that carries it, before they are made shares
@@ -113,16 +107,12 @@ class Truth:
         return dict(zip(self.types.index, symbols.tolist(), strict=True))
 
     def write(self, folder: Path) -> None:
-        """Write `truth.json` (settings, types, programmes, donors) and `truth.npz` (the arrays) into a folder."""
+        """Write `truth.json` (settings, types, programmes, donors) into a folder; `truth` of the settings has all."""
         tables = {}
         for name in ("types", "programmes", "donors"):
             table = getattr(self, name).reset_index().astype(object)
             tables[name] = table.where(table.notna(), None).to_dict("list")
         disk.write_json(folder / "truth.json", {"atlas": self.atlas.model_dump(), **tables})
-        arrays = {name: getattr(self, name) for name in ("weights", "donor_share", "capture")}
-        arrays |= {"genes": self.genes.index.to_numpy(str), "theta": self.genes["theta"].to_numpy()}
-        arrays["loadings"] = self.loadings.astype(np.float32)
-        np.savez_compressed(folder / "truth.npz", **arrays)
 
 
 @cache
@@ -133,10 +123,16 @@ def _parents() -> dict[str, str]:
     return {name: "".join(map(names.get, terms.parents[identifier])) for name, identifier in terms.identifiers.items()}
 
 
-def _lineage(name: str) -> list[str]:
+@cache
+def _lineage(name: str) -> tuple[str, ...]:
     """A term and its ancestors, itself first."""
     above = _parents()[name]
-    return [name, *(_lineage(above) if above else [])]
+    return (name, *(_lineage(above) if above else ()))
+
+
+def _belongs(types: pd.Index, terms: Iterable[str]) -> pd.DataFrame:
+    """Which types are of which lineages, (n_types, n_terms) bool."""
+    return pd.DataFrame({term: [term in _lineage(name) for name in types] for term in terms}, index=types)
 
 
 def truth(atlas: Atlas) -> Truth:
@@ -146,8 +142,11 @@ def truth(atlas: Atlas) -> Truth:
     genes = corpus.gene_table().iloc[chosen][["feature_name"]].copy()
     weight = pd.Series(atlas.composition or pd.read_csv(COMPOSITION, index_col="cell_type")["n_cells"], dtype=float)
     share = (weight / weight.sum()).rename_axis("cell_type")
-    carried = _carried(share.index)
-    responds = _responds(atlas, share.index)
+    carried = _belongs(share.index, _parents())
+    # A programme for every set of types that a term tells apart, named after the last such term.
+    carried = carried.loc[:, carried.any() & ~carried.all() & ~carried.T.duplicated(keep="last")]
+    responds = _belongs(share.index, atlas.responsive if atlas.treated and atlas.response else [])
+    responds = responds.loc[:, responds.any()].add_prefix("response of ")
 
     states = [f"state {number + 1}" for number in range(atlas.n_states)]
     own = responds if responds.shape[1] > 1 else responds.iloc[:, :0]  # one lineage's response is the drug's
@@ -179,28 +178,11 @@ def truth(atlas: Atlas) -> Truth:
     programmes = _needs(atlas, share.to_numpy()[:, None] * (weights.to_numpy() > 0) * prevalence, mean, loadings, theta)
     programmes.insert(0, "kind", kinds)
     programmes.index = pd.Index(names, name="programme")
-    parent = [next((above for above in _lineage(name)[1:] if above in carried), "") for name in share.index]
-    types = pd.DataFrame({"parent": parent, "share": share, "response": strength})
+    types = pd.DataFrame({"share": share, "response": strength})
     donors, donor_share, capture = _donors(atlas, len(share), rng)
     return Truth(
         atlas, genes.assign(theta=theta), types, programmes, loadings, weights.to_numpy(), donors, donor_share, capture
     )
-
-
-def _carried(types: pd.Index) -> pd.DataFrame:
-    """Which lineages' programmes each cell type carries, bool: one for every set of types that a term tells apart."""
-    lineages = {name: _lineage(name) for name in types}
-    terms = [term for term in _parents() if any(term in lineage for lineage in lineages.values())]
-    carried = pd.DataFrame({term: [term in lineages[name] for name in types] for term in terms}, index=types)
-    repeated = carried.T.duplicated(keep="last").to_numpy()
-    return carried.loc[:, ~repeated & ~carried.all().to_numpy()]
-
-
-def _responds(atlas: Atlas, types: pd.Index) -> pd.DataFrame:
-    """Which cell types belong to each lineage that responds in this atlas, bool: columns are their programmes."""
-    lineages = atlas.responsive if atlas.treated and atlas.response else []
-    belongs = {f"response of {name}": [name in _lineage(cell_type) for cell_type in types] for name in lineages}
-    return pd.DataFrame(belongs, index=types).loc[:, lambda table: table.any()]
 
 
 def _random_loadings(n_programmes: int, n_genes: int, rng: np.random.Generator) -> np.ndarray:
@@ -245,7 +227,6 @@ def _needs(
             "signal": signal,
             "cells_needed": needed,
             "percentage_needed": 100 * needed / atlas.n_cells,  # above 100: more than the atlas has
-            "cells_needed_labelled": np.maximum(atlas.n_genes / signal, 3 / prevalence),
         }
     )
 
@@ -271,11 +252,9 @@ def _donors(atlas: Atlas, n_types: int, rng: np.random.Generator) -> tuple[pd.Da
 
 
 def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
-    """All cells of an atlas, a block at a time; memory does not grow with the number of cells.
+    """All cells of an atlas, a block at a time, the same however they are cut; memory does not grow with their number.
 
-    The cells come out the same however they are cut into blocks, since each run of `CHUNK` cells has a random generator
-    of its own, seeded by the atlas and the run's number. Counts are int32; `obs` has cell_type, donor_id, dataset_id,
-    assay and condition (ctrl or treated), and `var` is one for all blocks: `feature_name` by Ensembl id.
+    Counts are int32; `obs` has cell_type, donor_id, dataset_id, assay and condition; genes have Ensembl ids.
     """
     cells = Cells(truth(atlas))
     for begin in range(0, atlas.n_cells, block_size):

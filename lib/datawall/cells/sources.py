@@ -1,7 +1,5 @@
 """A corpus of `.h5ad` and `.zarr` files of any size: checked, joined by gene, and read in blocks at constant memory."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ import scipy.sparse as sp
 from tqdm import tqdm
 
 from datawall.cells import corpus
-from datawall.cells.backed import CellFile, reading
+from datawall.cells.backed import CellFile
 from datawall.cells.cellstore import CELLS_AT_ONCE
 from datawall.cells.corpus import CorpusError, GeneMatch
 from datawall.cells.duplicates import SeenCells, cell_hashes
@@ -61,7 +59,7 @@ class _File:
     path: Path
     name: str
     n_cells: int
-    place: str
+    place: str  # of the counts
     position: np.ndarray  # column in the source of each column of the file, or -1
     keys: dict[str, str]  # column of obs by role
 
@@ -93,26 +91,21 @@ class Source:
         """The cells, file by file in order, as blocks that share `var` and the categories of `obs`.
 
         Cells without a count in any gene of `var` are dropped, then those that a filter refuses, then those whose
-        counts in `shared_genes` equal an earlier cell's (see `duplicates.cell_hashes`). `obs` has a column for each
-        role, and `n_genes`, `n_counts` and `mito_share`, all of the genes in `var`. Raises CorpusError if a file is
-        damaged or holds what is no count, wherever in it that is; or if no cell is left.
+        counts in `shared_genes` equal an earlier cell's. `obs` has a column for each role, and `QUALITY` by the genes
+        in `var`. Raises CorpusError if a file is damaged or holds what is no count, or if no cell is left.
         """
         outcomes = ["read", "empty", "filtered", "duplicate", "kept"]
         names = [file.name for file in self.files]
         tally, twice, seen = pd.DataFrame(0, range(len(names)), outcomes), Counter(), SeenCells()
         with tqdm(total=self.n_cells, desc="reading cells", unit="cell", leave=False, delay=5) as bar:
             for number, file in enumerate(self.files):
-                with CellFile(file.path) as cells:
-                    matrix = cells.matrix(file.place)
-                    for start in range(0, file.n_cells, block_size):
-                        stop = min(start + block_size, file.n_cells)
-                        block = self._block(file, cells, matrix, start, stop)
-                        outcome, origin = self._outcomes(block, number, seen)
-                        tally.loc[number] += [len(outcome), *(np.sum(outcome == name) for name in outcomes[1:])]
-                        twice.update((int(first), number) for first in origin[outcome == "duplicate"])
-                        if (kept := outcome == "kept").any():
-                            yield block if kept.all() else block[kept].copy()
-                        bar.update(stop - start)
+                for block in self._aligned(file, block_size):
+                    outcome, origin = self._outcomes(block, number, seen)
+                    tally.loc[number] += [len(outcome), *(np.sum(outcome == name) for name in outcomes[1:])]
+                    twice.update((int(first), number) for first in origin[outcome == "duplicate"])
+                    if (kept := outcome == "kept").any():
+                        yield block if kept.all() else block[kept].copy()
+                    bar.update(block.n_obs)
         pairs = [(names[i], names[j], n) for (i, j), n in sorted(twice.items())]
         tally.insert(0, "dataset", names)
         self.report = Report(tally, pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"]))
@@ -123,44 +116,41 @@ class Source:
                 f"{duplicate} duplicates); loosen the filters, or give cells with counts."
             )
 
-    def _block(self, file: _File, cells: CellFile, matrix: object, start: int, stop: int) -> ad.AnnData:
-        """Aligned cells of some rows of a file, with their quality."""
-        values = _counts(matrix, cells.name, start, stop)
-        if fault := corpus.count_fault(values):
-            raise CorpusError(
-                f"{file.path}: {file.place} {fault} in cells {start} to {stop - 1}; counts must be finite, "
-                'non-negative integers in every cell. Put them into layers["counts"].'
-            )
-        X = corpus.place_columns(values, file.position, len(self.var))
-        names = cells.cell_names(start, stop)
-        obs = {}
-        for role, key in file.keys.items():
-            codes, labels = corpus.label_codes(cells.column(key, role, start, stop), self.options.renamed(role))
-            obs[role] = pd.Categorical(labels[codes], categories=self.labels[role])
-        if "dataset_id" not in obs:
-            same = np.full(stop - start, file.name, dtype=object)
-            obs["dataset_id"] = pd.Categorical(same, categories=self.labels["dataset_id"])
-        obs |= quality(X, self.var)
+    def _aligned(self, file: _File, block_size: int) -> Iterator[ad.AnnData]:
+        """All cells of a file in blocks, with the source's genes and categories, and their quality."""
         prefix = f"{file.name}_" if len(self.files) > 1 else ""
-        return ad.AnnData(X, obs=pd.DataFrame(obs, index=[f"{prefix}{name}" for name in names]), var=self.var)
+        with CellFile(file.path) as cells:
+            counts = cells.counts(file.place)
+            for start in range(0, file.n_cells, block_size):
+                stop = min(start + block_size, file.n_cells)
+                values = counts(start, stop)
+                if fault := corpus.count_fault(values):
+                    raise CorpusError(
+                        f"{file.path}: {file.place} {fault} in cells {start} to {stop - 1}; counts must be finite, "
+                        'non-negative integers in every cell. Put them into layers["counts"].'
+                    )
+                X = corpus.place_columns(values, file.position, len(self.var))
+                obs = {"dataset_id": np.full(stop - start, file.name, dtype=object)}
+                for role, key in file.keys.items():
+                    codes, texts = corpus.label_codes(cells.column(key, role, start, stop), self.options.renamed(role))
+                    obs[role] = texts[codes]
+                obs = {role: pd.Categorical(obs[role], self.labels[role]) for role in (*file.keys, *obs)}
+                names = [f"{prefix}{name}" for name in cells.cell_names(start, stop)]
+                yield ad.AnnData(X, obs=pd.DataFrame(obs | quality(X, self.var), index=names), var=self.var)
 
     def _outcomes(self, block: ad.AnnData, number: int, seen: SeenCells) -> tuple[np.ndarray, np.ndarray]:
         """What becomes of each cell of a block, and the file that has the same cell, or -1."""
         o, obs = self.options, block.obs
         full = obs["n_genes"].to_numpy() > 0
         good = (obs["n_genes"] >= o.min_genes) & (obs["n_counts"] >= o.min_counts) & (obs["mito_share"] <= o.max_mito)
-        good = good.to_numpy()
-        origin, rows = np.full(len(obs), -1), np.flatnonzero(full & good)
+        origin, rows = np.full(len(obs), -1), np.flatnonzero(full & good.to_numpy())
         if o.drop_duplicates and len(rows):
             origin[rows] = seen.add(cell_hashes(block.X[rows], self.var.index, self.shared_genes), number)
-        return np.select([~full, ~good, origin >= 0], ["empty", "filtered", "duplicate"], "kept"), origin
+        return np.select([~full, ~good.to_numpy(), origin >= 0], ["empty", "filtered", "duplicate"], "kept"), origin
 
 
 def quality(counts: sp.csr_matrix, var: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Quality of cells: n_genes (expressed), n_counts (their sum) and mito_share (0 to 1), (n_cells,) each.
-
-    `counts` are without stored zeros; `var` has the genes' symbols as `feature_name`.
-    """
+    """Quality of cells, (n_cells,) each: n_genes (with stored counts), n_counts (their sum), mito_share (0 to 1)."""
     n_counts = np.asarray(counts.sum(axis=1)).ravel()
     mitochondrial = var["feature_name"].str.startswith("MT-").to_numpy()
     mito_share = (counts @ mitochondrial.astype(np.float32)) / np.maximum(n_counts, 1)
@@ -172,8 +162,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
 
     All is checked here but the counts, which are sampled: of `X`, `raw.X` and the layers whose beginning, middle and
     end hold counts the one with the most genes is taken, one that looks scaled or binary only if there is no other.
-    `Source.blocks` checks every value of it. Matrices stored by column (CSC) work, at the price of reading them once
-    for every 67 million counts. Nothing else is read, so that what else is in a file does no harm.
+    `Source.blocks` checks every value of it. What else is in a file is not read and does no harm.
 
     `columns` names the column of `obs` for each role (`cell_type`, `donor_id`, `batch`, …); where files differ, a
     mapping from the file's name to its column. A file is called by its stem, and by its folder too where stems are the
@@ -185,19 +174,18 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     table = corpus.gene_table()
     mitochondrial = table["feature_name"].str.startswith("MT-").to_numpy()
     files, matches, found = [], [], {role: Counter() for role in (*columns, "dataset_id")}
-    with tqdm(total=len(paths), desc="opening files", unit="file", leave=False, delay=5) as bar:
-        for path, name in zip(paths, names, strict=True):
-            with CellFile(path) as cells:
-                place, position, match = _counts_and_genes(cells, name, options)
-                _check_cell_names(cells)
-                if options.max_mito < 1 and not mitochondrial[position[position >= 0]].any():
-                    log.warning("%s: has no mitochondrial gene, so that max_mito keeps all its cells.", path)
-                keys = {role: _key(columns, role, name, path) for role in columns}
-                for role, key in keys.items():
-                    found[role].update(_all_labels(cells, key, role, options.renamed(role)))
-                files.append(_File(path, name, cells.n_cells, place, position, keys))
-            matches.append(match)
-            bar.update()
+    named = [*zip(paths, names, strict=True)]
+    for path, name in tqdm(named, desc="opening files", unit="file", leave=False, delay=5):
+        with CellFile(path) as cells:
+            position, match = _counts_and_genes(cells, name, options)
+            _check_cell_names(cells)
+            if options.max_mito < 1 and not mitochondrial[position[position >= 0]].any():
+                log.warning("%s: has no mitochondrial gene, so that max_mito keeps all its cells.", path)
+            keys = {role: _key(columns, role, name, path) for role in columns}
+            for role, key in keys.items():
+                found[role].update(_all_labels(cells, key, role, options.renamed(role)))
+            files.append(_File(path, name, cells.n_cells, match.counts_from, position, keys))
+        matches.append(match)
     if "dataset_id" not in columns:
         found["dataset_id"] = Counter(names)
     var, columns_of = corpus.compacted([file.position for file in files])
@@ -236,7 +224,6 @@ def _key(columns: Columns, role: str, name: str, path: Path) -> str:
 class _Place:
     """A matrix of a file that holds counts, by a sample of its cells."""
 
-    name: str
     position: np.ndarray
     match: GeneMatch
     var: pd.DataFrame
@@ -246,13 +233,14 @@ class _Place:
     @property
     def worth(self) -> tuple[bool, int, int]:
         """What it is chosen by."""
-        preferred = -PREFERRED.index(self.name) if self.name in PREFERRED else -len(PREFERRED)
+        name = self.match.counts_from
+        preferred = -PREFERRED.index(name) if name in PREFERRED else -len(PREFERRED)
         return self.doubt is None, self.match.matched, preferred
 
 
-def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[str, np.ndarray, GeneMatch]:
-    """Place of the counts, row of each gene in the gene table, and the record of the match."""
-    places, faults, parts, errors = [], {}, {}, []
+def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[np.ndarray, GeneMatch]:
+    """Row of each gene of the best place in the gene table, and the record of the match."""
+    places, faults, parts, refusal = [], {}, {}, None
     for place in cells.places():
         part = place.removeprefix("layers['").removesuffix("']")
         try:
@@ -263,48 +251,46 @@ def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[str
                 faults[place] = fault
                 continue
             var = cells.genes(place)
-            position, match = corpus.find_genes(var, cells.name, place, weights)
-            places.append(_Place(place, position, match, var, weights, doubt))
+            places.append(_Place(*corpus.find_genes(var, cells.name, place, weights), var, weights, doubt))
         except CorpusError as error:
-            errors.append(error)
+            refusal = error
             faults[place] = str(error).removeprefix(f"{cells.name}: ").removeprefix(f"{place} ")
     if not places:
-        if errors and len(faults) == 1:
-            raise errors[0]
+        if refusal and len(faults) == 1:
+            raise refusal
         told = "; ".join(f"{place} {fault}" for place, fault in faults.items())
         raise CorpusError(
             f"{cells.name}: no raw counts found ({told or 'X is empty'}); counts must be finite, non-negative "
             'integers. Put them into layers["counts"].'
         )
     best = max(places, key=lambda place: place.worth)
+    chosen = best.match.counts_from
     corpus.check_match(best.match, best.var, options.min_matched)
-    notes = [f"{best.name} {best.doubt}: are these raw counts?"] if best.doubt else []
+    notes = [f"{chosen} {best.doubt}: are these raw counts?"] if best.doubt else []
     if "spliced" in parts and np.array_equal(parts["spliced"], best.weights):
-        notes.append(f"{best.name} has the spliced molecules alone, as layers['spliced']; the others are left out")
+        notes.append(f"{chosen} has the spliced molecules alone, as layers['spliced']; the others are left out")
     places.remove(best)
-    others = [f"{place.name} {place.doubt or 'holds counts too'} ({place.match.matched:,} genes)" for place in places]
+    others = [
+        f"{place.match.counts_from} {place.doubt or 'holds counts too'} ({place.match.matched:,} genes)"
+        for place in places
+    ]
     others += [f"{place} {fault}" for place, fault in faults.items()]
     if others:
-        notes.append(f"counts are taken from {best.name}; besides, {'; '.join(others)}")
-    return best.name, best.position, replace(best.match, dataset=name, notes=(*notes, *best.match.notes))
+        notes.append(f"counts are taken from {chosen}; besides, {'; '.join(others)}")
+    return best.position, replace(best.match, dataset=name, notes=(*notes, *best.match.notes))
 
 
 def _sample(cells: CellFile, place: str) -> tuple[str | None, np.ndarray | None, str | None]:
     """What is wrong with a matrix's beginning, middle and end; the sum of each gene, and what is odd about counts."""
-    matrix, n, weights, sums, greatest = cells.matrix(place), cells.n_cells, 0.0, [], 0.0
+    counts, n, weights, sums, greatest = cells.counts(place), cells.n_cells, 0.0, [], 0.0
     for start in sorted({0, max(0, (n - SAMPLE) // 2), max(0, n - SAMPLE)}):
-        values = _counts(matrix, cells.name, start, min(start + SAMPLE, n))
+        values = counts(start, min(start + SAMPLE, n))
         if fault := corpus.count_fault(values):
             return f"{fault}{corpus.likeness(values)}", None, None
         weights = weights + np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
         sums.append(np.asarray(values.sum(axis=1, dtype=np.float64)).ravel())
         greatest = max(greatest, float(values.max()))
     return None, weights, corpus.doubt(np.concatenate(sums), greatest)
-
-
-def _counts(matrix: object, file: str, start: int, stop: int) -> sp.csr_matrix:
-    with reading(file):
-        return matrix.rows(start, stop)
 
 
 def _check_cell_names(cells: CellFile) -> None:

@@ -95,7 +95,7 @@ def look(corpora: Sequence[str], keys: Iterable[str] = (), *, min_matched: float
     for path in files:
         read = {}
         with CellFile(path) as cells:
-            columns.append(list(dict.fromkeys([*cells.columns(), *(key for key in keys if cells.has(key))])))
+            columns.append(cells.columns())
             for key in columns[-1]:
                 try:
                     read[key] = _labels(cells, key, None if key in keys else MANY)

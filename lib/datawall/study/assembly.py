@@ -46,7 +46,7 @@ def make_corpus(p: Params, folder: Path) -> None:
     """
     reports = {}
     cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
-    cells = cellstore.open(folder / cellstore.NAME)
+    cells = cellstore.Cells(folder / cellstore.NAME)
     np.save(folder / "spike_in.npy", np.arange(cells.n_obs - reports.pop("n_spiked"), cells.n_obs))
     if p.simulation is not None:
         simulate.truth(p.simulation).write(folder)
@@ -57,7 +57,7 @@ def make_corpus(p: Params, folder: Path) -> None:
             disk.write_json(folder / f"{name}.json", content)
     if p.cell_type_key == CLUSTERS:
         cellstore.add_labels(folder, "cell_type", clusters(cells))
-    joining.check_contexts(p, cellstore.open(folder / cellstore.NAME).obs["cell_type"].unique())
+    joining.check_contexts(p, cellstore.Cells(folder / cellstore.NAME).obs["cell_type"].unique())
 
 
 def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:

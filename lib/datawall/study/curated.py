@@ -92,7 +92,7 @@ class Curated:
 
         Raises CorpusError if a source breaks a rule, or lacks a column that the study names.
         """
-        cells = cellstore.open(self.corpus_artifact.folder / cellstore.NAME)
+        cells = cellstore.Cells(self.corpus_artifact.folder / cellstore.NAME)
         joining.check_contexts(self.params, cells.obs["cell_type"].unique())
         return cells
 
