@@ -66,9 +66,8 @@ def _per_class(rows: pd.DataFrame) -> pd.DataFrame:
     parts = rows["metric"].str.extract(OF_A_TYPE)
     rows = rows.assign(metric=parts["metric"], cell_type=parts["cell_type"])
     keys = [*RUN[:-1], "split", "cell_type"]
-    f1 = rows[rows["metric"] == "f1"].rename(columns={"value": "f1"})[[*keys, "f1", "low", "high", "chance"]]
-    support = rows[rows["metric"] == "support"].rename(columns={"value": "support"})[[*keys, "support"]]
-    return _sorted(f1.merge(support, on=keys, how="left")[PER_CLASS])
+    support = select(rows, metric="support").set_index(keys)["value"].rename("support")
+    return _sorted(select(rows, metric="f1").rename(columns={"value": "f1"}).join(support, on=keys)[PER_CLASS])
 
 
 def _sorted(table: pd.DataFrame) -> pd.DataFrame:

@@ -79,11 +79,9 @@ def table(
         plateaus = saturation.saturation_points(random, metric, rule="equivalence", margin=margin, n_resamples=0)
         curves = {curve.key: saturation.as_error(curve, metric) for curve in saturation.curves_of(random, metric)}
         means = results.mean_over_splits(random).groupby(["dataset", "model", "percentage"])["value"].mean()
-        compared = results.against_baselines(
-            of_task[of_task["strategy"].isin(["random", BASELINE])], metric, right=right
-        )
-        compared = compared.assign(against=compared["verdict"].map(AGAINST))
-        compared = compared.set_index(["dataset", "model", "percentage"])
+        beside = of_task[of_task["strategy"].isin(["random", BASELINE])]
+        compared = results.against_baselines(beside, metric, right=right).set_index(["dataset", "model", "percentage"])
+        compared["against"] = compared["verdict"].map(AGAINST)
         for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
             sizes = means[point["dataset"], point["model"]]
             size = sizes.idxmin() if lower else sizes.idxmax()

@@ -59,7 +59,8 @@ def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]
     told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
     if dataset.control not in values or len(values) < 2:
         needs = f"perturbation response needs the control {dataset.control!r} and another"
-        raise CorpusError(f"the treatments are {told}; {needs}. Name the control.")
+        remedy = "" if dataset.control in values else " Name the control."
+        raise CorpusError(f"the treatments are {told}; {needs}.{remedy}")
     if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
         raise CorpusError(f"treatments: {absent} are none; they are {told}.")
     pairs = n_cells.drop(columns=dataset.control).clip(upper=n_cells[dataset.control], axis=0)

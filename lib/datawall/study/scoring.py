@@ -117,7 +117,7 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
             continue
         embedding = study.embedding(source, evaluation.dataset)
         metrics = tasks.finetuned_classification(embedding, labels, part, **options)
-        if model is not None and tasks.finetuning.can_finetune(model):
+        if model is not None and hasattr(model, "finetunable"):
             metrics = metrics.merged(
                 tasks.finetuning.fully_finetuned_classification(model, data.X, labels, part, **options)
             )

@@ -28,11 +28,6 @@ CELLS_AT_ONCE = 256  # of an encoder that is not learning
 type ClassWeight = Literal["balanced"] | None
 
 
-def can_finetune(model: Any) -> bool:
-    """Whether a model's encoder can be trained on: it has a method `finetunable`, as `geneformer.Geneformer` has."""
-    return hasattr(model, "finetunable")
-
-
 def finetuned_classification(
     embedding: np.ndarray,
     labels: np.ndarray,
@@ -92,7 +87,7 @@ def fully_finetuned_classification(
     Parameters
     ----------
     model
-        A pretrained model that `can_finetune` is true of.
+        A pretrained model with a method `finetunable`, as `geneformer.Geneformer` has, by which its encoder is trained.
     counts
         (n_cells, n_genes) raw counts, CSR, in the corpus's gene order.
     labels, part, seed, class_weight

@@ -254,8 +254,8 @@ def energy_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nda
     """
     from sklearn.metrics import euclidean_distances
 
-    x, kept = x[_spaced(len(x))], _spaced(len(y))
-    y, weights = y[kept], weights[:, kept]
+    some, kept = (np.linspace(0, n - 1, min(n, ENERGY_CELLS)).astype(int) for n in (len(x), len(y)))
+    x, y, weights = x[some], y[kept], weights[:, kept]
     weights = weights / weights.sum(axis=1, keepdims=True)
 
     def apart(X: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -267,11 +267,6 @@ def energy_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nda
         - apart(x, np.full((1, len(x)), 1 / len(x)))
         - apart(y, weights)
     )
-
-
-def _spaced(n_cells: int) -> np.ndarray:
-    """Positions of at most `ENERGY_CELLS` cells, evenly spaced."""
-    return np.linspace(0, n_cells - 1, min(n_cells, ENERGY_CELLS)).astype(int)
 
 
 def oracle(treated: np.ndarray, control: np.ndarray) -> Metrics:
