@@ -251,7 +251,7 @@ def test_spoiled_files_are_refused_in_a_line_or_repaired(kind, folder):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("seed", range(28))
+@pytest.mark.parametrize("seed", range(150))
 def test_damaged_bytes_are_refused_where_they_matter(seed, folder):
     layout, suffix = STORED[seed % 4]
     path = sound(folder, layout, suffix)
