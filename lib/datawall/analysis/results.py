@@ -256,11 +256,11 @@ def against_baselines(
         for (model, strategy, percentage), runs in models:
             gap = runs.assign(value=runs["value"] - baseline["value"].reindex(runs["split"]).to_numpy())
             gap = gap.pivot_table(index="seed", columns="split", values="value").to_numpy()
-            if right is None or metric != "micro_f1" or task not in right:
-                low, high = _interval(gap, np.hypot(_deviation(runs), _deviation(baseline)), n_resamples)
+            ours, theirs = (task, dataset, model, strategy, percentage), (task, dataset, best, BASELINE, 0.0, -1)
+            if right is not None and metric == "micro_f1" and ours in right.index and theirs in right.index:
+                _, low, high = uncertainty.paired_interval(np.stack(right[ours].to_list()), right[theirs])
             else:
-                cells = np.stack(right[task, dataset, model, strategy, percentage].to_list())
-                _, low, high = uncertainty.paired_interval(cells, right[task, dataset, best, BASELINE, 0.0, -1])
+                low, high = _interval(gap, np.hypot(_deviation(runs), _deviation(baseline)), n_resamples)
             means = runs["value"].mean(), best, baseline["value"].mean(), np.nanmean(gap)
             verdict = _verdict(sign * low, sign * high, one_seed=len(gap) == 1 and strategy != CHECKPOINT)
             table.append((task, dataset, model, strategy, percentage, *means, low, high, verdict))

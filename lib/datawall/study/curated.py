@@ -58,11 +58,11 @@ class Curated:
     def not_judged(self, task: str) -> dict[str, str]:
         """Data sets, read before, whose columns allow a task and whose cells do not, and why."""
         sets = {name: dataset for name, dataset in self.params.evaluation_sets().items() if dataset.joins(task)}
-        read = {name: obs for name in sets if (obs := self._labels(name)) is not None}
+        read = {name: obs for name in sets if (obs := self.labels(name)) is not None}
         why = {name: joining.unfit(task, obs, sets[name], self.params) for name, obs in read.items()}
         return {name: reason for name, reason in why.items() if reason}
 
-    def _labels(self, name: str) -> pd.DataFrame | None:
+    def labels(self, name: str) -> pd.DataFrame | None:
         """`obs` of an evaluation data set; None if that has not been made."""
         if name not in self._obs and self.store.folder.is_dir():
             with suppress(datasets.DatasetError):  # a file that is not there, of a study that is planned

@@ -137,10 +137,11 @@ def panels(study: Study) -> pd.DataFrame:
 
 
 def _predictions(study: Study, task: str, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Columns of each model and baseline, and the labels that it predicts of the tested cells, by split."""
+    """Columns of each model and baseline that is evaluated, and the labels it predicts of tested cells, by split."""
     for evaluation in evaluations(study, task):
-        if evaluation.dataset == dataset and getattr(evaluation.source, "budget", 1) == 1:
-            with np.load(make(study, evaluation).folder / "predicted.npz", allow_pickle=False) as predicted:
+        wanted = evaluation.dataset == dataset and getattr(evaluation.source, "budget", 1) == 1
+        if wanted and (artifact := study.store.find(evaluation_unit(study, evaluation))):
+            with np.load(artifact.folder / "predicted.npz", allow_pickle=False) as predicted:
                 yield study.columns_of(evaluation.source), dict(predicted)
 
 
@@ -169,25 +170,26 @@ def right_cells(study: Study) -> pd.Series:
     right, keys = {}, ["model", "strategy", "percentage", "seed"]
     for task in sorted({"zeroshot_classification", "finetuned_classification"} & set(study.params.tasks)):
         for dataset in study.joined(task):
-            labels = study.dataset(dataset).obs["cell_type"].to_numpy().astype(str)
-            tested = _tested_cells(study, task, dataset)
-            tested = {split: tested[split] for split in tested if not split.startswith(results.DONORS)} or tested
-            n_tests = np.sum(list(tested.values()), axis=0)
+            labels, tested = study.labels(dataset)["cell_type"].to_numpy().astype(str), None
             for columns, predicted in _predictions(study, task, dataset):
-                n_right = np.zeros(len(labels))
-                for split, cells in tested.items():
-                    n_right[cells] += predicted[split] == labels[cells]
+                predicted = {
+                    s: called for s, called in predicted.items() if not s.startswith(results.DONORS)
+                } or predicted
+                if any(len(called) < len(labels) for called in predicted.values()):
+                    tested = tested or _tested_cells(study, dataset)
+                n_right, n_tests = np.zeros((2, len(labels)))
+                for split, called in predicted.items():
+                    cells = tested[split] if tested else slice(None)
+                    n_right[cells] += called == labels[cells]
+                    n_tests[cells] += 1
                 right[task, dataset, *(columns[key] for key in keys)] = (n_right / n_tests)[n_tests > 0]
     index = pd.MultiIndex.from_tuples(right, names=["task", "dataset", *keys])
     return pd.Series(right, index=index, dtype=object).sort_index()
 
 
-def _tested_cells(study: Study, task: str, dataset: str) -> dict[str, np.ndarray]:
-    """Which cells each division of a classification tests: (n_cells,) bool, by the division's name."""
-    if task == "zeroshot_classification":
-        return {split: np.ones(len(half), bool) for split, half in scoring.halves(study, dataset)}
-    parts = scoring.three_parts(study, dataset)
-    return {split: (np.atleast_2d(part) == tasks.finetuning.TEST).any(axis=0) for split, part in parts}
+def _tested_cells(study: Study, dataset: str) -> dict[str, np.ndarray]:
+    """Which cells each division of a large data set tests with heads: (n_cells,) bool, by the division's name."""
+    return {split: part == tasks.finetuning.TEST for split, part in scoring.three_parts(study, dataset)}
 
 
 def summary(study: Study, *tasks_told: str) -> str:
