@@ -110,7 +110,8 @@ def _guard(connection: socket.socket) -> NoReturn:
             _become(asked, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        connection.send(str(pid).encode())
+        with suppress(OSError):  # who asked has gone already, as is seen next
+            connection.send(str(pid).encode())
         process = os.pidfd_open(pid)
         ready, _, _ = select.select([connection, process], [], [])
         if process not in ready:

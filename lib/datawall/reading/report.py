@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from datetime import date
 from functools import cache, cached_property
 from itertools import groupby
@@ -25,7 +24,6 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import results, verdicts
 from datawall.analysis.results import select
-from datawall.cells.datasets import DatasetError
 from datawall.engine import disk, paths, store
 from datawall.engine.store import Artifact
 from datawall.planning import plan as planning
@@ -94,10 +92,7 @@ class Site:
     def verdicts(self) -> pd.DataFrame:
         """What the results say (`verdicts.table`)."""
         margin = results.parameters(self.study.folder).get("margin")
-        right = None
-        with suppress(DatasetError):  # of a corpus that has gone: models and baselines are compared by their intervals
-            right = evaluation.right_cells(self.study)
-        return verdicts.table(self.intervals, self.budgets, margin, right)
+        return verdicts.table(self.intervals, self.budgets, margin, evaluation.right_cells(self.study))
 
     @cached_property
     def sentences(self) -> list[str]:

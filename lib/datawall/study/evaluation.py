@@ -170,7 +170,9 @@ def right_cells(study: Study) -> pd.Series:
     right, keys = {}, ["model", "strategy", "percentage", "seed"]
     for task in sorted({"zeroshot_classification", "finetuned_classification"} & set(study.params.tasks)):
         for dataset in study.joined(task):
-            labels, tested = study.labels(dataset)["cell_type"].to_numpy().astype(str), None
+            if (obs := study.labels(dataset)) is None:
+                continue  # nothing has been evaluated on it
+            labels, tested = obs["cell_type"].to_numpy().astype(str), None
             for columns, predicted in _predictions(study, task, dataset):
                 predicted = {
                     s: called for s, called in predicted.items() if not s.startswith(results.DONORS)
