@@ -79,7 +79,7 @@ def foreign(path: Path) -> str | None:
         known = SEURAT
     elif path.is_file() and h5py.is_hdf5(path):
         with reading(str(path)), h5py.File(path, "r") as file:
-            if any(isinstance(node, h5py.Group) and "barcodes" in node for node in file.values()):
+            if "obs" not in file and any(isinstance(node, h5py.Group) and "barcodes" in node for node in file.values()):
                 known = TENX
             known = next((INSIDE[key] for key in INSIDE if key in file), known)
     return known and f"{path}: a {known[0]} file, no AnnData; {known[1].format(path=str(path))}."
@@ -90,19 +90,17 @@ class CellFile(AbstractContextManager):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        if not path.exists():
-            raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
-        if not names_file(path.name) or _of_r(path):
-            told = foreign(path) or f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata."
-            raise CorpusError(told)
+        if other_format := foreign(path):
+            raise CorpusError(other_format)
         with reading(self.name), ExitStack() as if_it_fails:
             is_hdf5 = path.suffix.lower() == ".h5ad"
             self._root = h5py.File(path, "r") if is_hdf5 else zarr.open_group(path, mode="r")
             if_it_fails.push(self)
             for part in ("obs", "var"):
-                if "mod" in self._root or part not in self._root or hasattr(self._at(part), "dtype"):
-                    old = f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
-                    raise CorpusError(foreign(path) or old)
+                if part not in self._root or hasattr(self._at(part), "dtype"):
+                    raise CorpusError(
+                        f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
+                    )
             self._obs = self._at("obs")
             self._obs_names = self._at(f"obs/{_index(self._obs)}")
             self.n_cells = _length(self._obs_names)
@@ -114,11 +112,12 @@ class CellFile(AbstractContextManager):
             self._root.close()
 
     def places(self) -> dict[str, str]:
-        """Where in the file a matrix lies, by place: `X`, `raw.X`, and the layers, as `layers['counts']`."""
+        """Where in the file a matrix lies, by place: `layers['counts']`, `X`, `raw.X`, and the other layers."""
         with reading(self.name):
             held = self._at("layers") if "layers" in self._root else ()
             layers = () if hasattr(held, "dtype") else sorted(held)
-            places = {"X": "X", "raw.X": "raw/X"} | {f"layers['{layer}']": f"layers/{layer}" for layer in layers}
+            places = {"layers['counts']": "layers/counts", "X": "X", "raw.X": "raw/X"}
+            places |= {f"layers['{layer}']": f"layers/{layer}" for layer in layers}
             return {place: key for place, key in places.items() if key in self._root and _kind(self._at(key)) != "null"}
 
     def _at(self, key: str) -> Any:

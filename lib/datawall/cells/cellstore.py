@@ -162,7 +162,7 @@ class Cells:
     """Cells that stay on disk: all of a store, or some. Rows are positions among them."""
 
     path: Path
-    rows: np.ndarray | None = None  # which of the store's cells, sorted; None is all
+    rows: np.ndarray | None = None  # which of the store's cells; None is all
 
     @property
     def n_obs(self) -> int:
@@ -186,8 +186,8 @@ class Cells:
     def var(self) -> pd.DataFrame:
         return self._file.var
 
-    def take(self, rows: np.ndarray) -> Cells:
-        """Some of these cells, of sorted rows."""
+    def take(self, rows: np.ndarray | None) -> Cells:
+        """Some of these cells."""
         return Cells(self.path, self._positions(rows))
 
     def names(self, rows: np.ndarray | None = None) -> np.ndarray:
@@ -196,7 +196,7 @@ class Cells:
 
     def within(self, memory_gib: float) -> sp.csr_matrix | Cells:
         """Raw counts of all if they fit in memory, together with a copy that a model prepares; if not, these cells."""
-        gib = 2 * self.nbytes() / 2**30
+        gib = 2 * self.nbytes() / 2**30  # as many as while blocks of them are put together
         streamed = gib > memory_gib
         how = "streamed from the disk" if streamed else "kept in memory"
         log.info("%d cells take %.1f GiB in training: %s, as %.1f GiB are allowed.", self.n_obs, gib, how, memory_gib)
@@ -204,21 +204,15 @@ class Cells:
 
     def counts(self, rows: np.ndarray | None = None) -> sp.csr_matrix:
         """Raw counts of cells in the order given, float32, in memory."""
-        positions = self._positions(rows)
-        indptr = np.concatenate([[0], np.cumsum(self._lengths(positions))])
-        index = np.int32 if indptr[-1] < 2**31 else np.int64
-        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], index)
-        for first in range(0, len(positions), CELLS_AT_ONCE):
-            block = next(self._file.read([positions[first : first + CELLS_AT_ONCE]]))
-            some = slice(indptr[first], indptr[first] + block.nnz)
-            data[some], indices[some] = block.data, block.indices
-        return sp.csr_matrix((data, indices, indptr.astype(index)), shape=(len(positions), self.n_vars))
+        none = sp.csr_matrix((0, self.n_vars), dtype=np.float32)
+        return sp.vstack([none, *self.take(rows).count_blocks()], format="csr")
 
     __getitem__ = counts
 
     def nbytes(self) -> int:
         """Memory that `counts` of all takes."""
-        n_values = int(self._lengths(self._positions(None)).sum())
+        positions, indptr = self._positions(None), self._file.indptr
+        n_values = int((indptr[positions + 1] - indptr[positions]).sum())
         index = 4 if n_values < 2**31 else 8
         return n_values * (4 + index) + (self.n_obs + 1) * index
 
@@ -246,9 +240,6 @@ class Cells:
         if rows is None:
             return np.arange(self.n_obs) if self.rows is None else self.rows
         return rows if self.rows is None else self.rows[rows]
-
-    def _lengths(self, positions: np.ndarray) -> np.ndarray:
-        return self._file.indptr[positions + 1] - self._file.indptr[positions]
 
     @property
     def _file(self) -> _File:

@@ -126,8 +126,8 @@ def judge_types(
 def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
     """The selected cells, in order, a block at a time: memory is that of a few blocks, however many cells there are.
 
-    Counts are float32; `obs_names` are the cells' soma_joinid, their names for good within a release. Raises
-    DatasetError if the Census cannot be opened, CorpusError if something is no count.
+    Counts are float32, not checked; `obs_names` are the cells' soma_joinid, their names for good within a release.
+    Raises DatasetError if the Census cannot be opened.
     """
     obs, var = selection.obs, selection.var
     coordinates = obs[CELL].to_numpy(), var[CELL].to_numpy()
@@ -136,11 +136,6 @@ def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_O
         for counts, _ in reads.scipy():
             rows = obs.iloc[bar.n : bar.n + counts.shape[0]]
             names = rows[CELL].astype(str).to_numpy()
-            if fault := corpus.count_fault(counts):
-                raise CorpusError(
-                    f"{_name(recipe)}: X['raw'] {fault} in cells {names[0]} to {names[-1]}; counts must be "
-                    "non-negative integers. Leave their data set or assay out of the recipe."
-                )
             labels = rows.drop(columns=CELL).set_axis(names)
             yield ad.AnnData(counts.astype(np.float32, copy=False), obs=labels, var=var[["feature_name"]])
             bar.update(len(rows))
@@ -187,20 +182,17 @@ def _experiment(recipe: Recipe) -> Iterator[Experiment]:
     with opened:
         experiment = opened
         if not isinstance(opened, tiledbsoma.Experiment):
-            if recipe.organism not in (there := _members(opened, "census_data")):
+            there = list(opened["census_data"]) if isinstance(opened, Mapping) and "census_data" in opened else []
+            if recipe.organism not in there:
                 has = f"has no organism {recipe.organism!r}; it has {', '.join(there) or 'none'}"
                 raise DatasetError(f"{_name(recipe)}: {has}.")
             experiment = opened["census_data"][recipe.organism]
-        if "raw" not in _members(experiment, "ms", "RNA", "X"):
-            raise DatasetError(f"{_name(recipe)}: has no raw counts, ms['RNA'].X['raw']; give a Census or one like it.")
+        try:
+            _ = experiment.ms["RNA"].X["raw"]
+        except (AttributeError, KeyError) as error:
+            told = f"{_name(recipe)}: has no raw counts, ms['RNA'].X['raw']; give a Census or one like it."
+            raise DatasetError(told) from error
         yield experiment
-
-
-def _members(collection: Any, *keys: str) -> list[str]:
-    """Names in the collection that keys lead to; none if they lead to no collection."""
-    for key in keys:
-        collection = collection.get(key) if isinstance(collection, Mapping) else None
-    return list(collection) if isinstance(collection, Mapping) else []
 
 
 def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:

@@ -21,12 +21,13 @@ import pandas as pd
 import scipy.sparse as sp
 
 from datawall.cells import annotation, backed, simulate
+from datawall.cells.corpus import CorpusError
 from datawall.engine import disk, paths
 
 log = logging.getLogger(__name__)
 
 
-class DatasetError(RuntimeError):
+class DatasetError(CorpusError):
     """A data set cannot be had; the message says what to do."""
 
 

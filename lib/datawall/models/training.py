@@ -181,25 +181,22 @@ def train(
         state.resume(checkpoint)
     if batches is None:
         batches = minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)
+    begun = len(state.losses)  # steps of before the run was resumed
     taken: deque[tuple[int, np.ndarray]] = deque()  # by `load`, which may be ahead, and not used yet
     drawn = np.zeros(0, bool)  # whether each row was: a byte a cell, whatever the number of steps
 
-    def note(rows: np.ndarray) -> None:
-        nonlocal drawn
-        drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
-        drawn[rows] = True
-
     def shares() -> Shares:
-        numbered = enumerate(itertools.islice(batches, recipe.steps))
-        for _, rows in itertools.islice(numbered, len(state.losses)):  # steps of before a run was resumed
-            note(rows)
-        for step, rows in numbered:
-            taken.append((step, rows))
-            yield step, rows[rank::n_processes]
+        nonlocal drawn
+        for step, rows in enumerate(itertools.islice(batches, recipe.steps)):
+            drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
+            drawn[rows] = True
+            if step >= begun:
+                taken.append((step, rows))
+                yield step, rows[rank::n_processes]
 
     module.train()
     shown = None if rank == 0 else True  # None: where stderr is a terminal
-    bar = tqdm(total=recipe.steps, initial=len(state.losses), desc="training", disable=shown, leave=False)
+    bar = tqdm(total=recipe.steps, initial=begun, desc="training", disable=shown, leave=False)
     # Not `torch.manual_seed`: it also queues a call for GPUs that are not there, with a traceback, at every step.
     generators = [torch.default_generator]  # of a GPU's run too: masks are drawn on the CPU
     if where.type == "cuda":
@@ -209,7 +206,6 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for cells in load(shares()) if load else (rows for _, rows in shares()):
             step, rows = taken.popleft()
-            note(rows)
             step_seed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
             for generator in generators:
                 generator.manual_seed(step_seed)
@@ -321,18 +317,9 @@ class _State:
         parts |= {f"optimiser/{i}": moments for i, moments in self.optimiser.state_dict()["state"].items()}
         arrays = {f"{part}/{name}": x.cpu().numpy() for part, values in parts.items() for name, x in values.items()}
         looks = np.array(self.looks, dtype=np.float64).reshape(-1, 2)
-        arrays |= {
-            "identity": self.identity,
-            "losses": self.losses,
-            "looks": looks,
-            "best": [self.best, self.best_look],
-        }
-
-        def write(scratch: Path) -> None:
-            with scratch.open("wb") as file:
-                np.savez(file, **arrays)
-
-        disk.write_atomically(path, write)
+        arrays |= {"identity": self.identity, "losses": self.losses, "looks": looks}
+        arrays["best"] = [self.best, self.best_look]
+        disk.write_atomically(path, lambda scratch: np.savez(scratch, **arrays))
 
     def resume(self, path: Path) -> None:
         """Take up the state of a checkpoint, if there is a sound one; one of another run is refused."""
@@ -350,9 +337,8 @@ class _State:
         for part, slash, name in (key.rpartition("/") for key in arrays):
             if slash:
                 parts.setdefault(part, {})[name] = torch.from_numpy(arrays[f"{part}/{name}"])
-        where = next(self.module.parameters()).device
         self.module.load_state_dict(parts.pop("weight"))
-        self.best_weights = {name: weight.to(where) for name, weight in parts.pop("best").items()} or None
+        self.best_weights = parts.pop("best") or None
         moments = {int(part.removeprefix("optimiser/")): values for part, values in parts.items()}
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         self.losses = arrays["losses"].tolist()

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 MASK = 1  # id of the mask token; 0 stays free, for padding elsewhere
 N_SPECIAL = 2
-IGNORED = -100
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of the prediction head, whose output is never whole in memory
 COMPILED = os.environ.get("DATAWALL_COMPILE", "1") == "1"  # whether layers are compiled on a GPU
 
@@ -162,11 +161,9 @@ def send(tensor: Tensor, where: torch.device | str) -> Tensor:
 class Encoder(nn.Module):
     """BERT for masked tokens (Devlin et al. 2019), with tied input and output embeddings.
 
-    Gives the logits of `transformers.BertForMaskedLM` with the same weights. BERT's token-type embedding is left out:
+    Gives the loss of `transformers.BertForMaskedLM` with the same weights. BERT's token-type embedding is left out:
     with one type it is a constant that the position embedding absorbs.
     """
-
-    attend: Attend | None = None  # set it to attend in another way than `attention` chooses
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -190,20 +187,16 @@ class Encoder(nn.Module):
     def hidden(self, ids: Tensor, layout: Layout, n_layers: int | None = None) -> Tensor:
         """Token vectors (T, C) after the first `n_layers` layers; after all of them by default."""
         x = self.dropout(self.norm(self.tokens(ids) + self.positions(layout.position)))
-        attend = self.attend or attention(x.device, self.config.n_embd // self.config.n_heads)
+        attend = attention(x.device, self.config.n_embd // self.config.n_heads)
         for layer in self.layers[:n_layers]:
             x = layer(x, layout, attend)
         return x
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every token id, (N, V), for N token vectors (N, C)."""
-        return F.linear(self.head_norm(F.relu(self.head(hidden))), self.tokens.weight, self.head_bias)
 
     def forward(self, ids: Tensor, layout: Layout, chosen: Tensor, originals: Tensor) -> Tensor:
         """Mean cross-entropy, in nats, of the tokens at some positions.
 
         `ids`, (T,), are the token ids of the packed sequences, masked ones replaced; `chosen` and `originals`, (N,),
-        the positions to predict and the token ids that belong there, as of `to_predict`. All are int64.
+        the positions to predict and the token ids that belong there, as of `mask_tokens`. All are int64.
         """
         hidden = self.hidden(ids, layout).index_select(0, chosen)  # (T, C) to (N, C)
         hidden = self.head_norm(F.relu(self.head(hidden)))
@@ -248,13 +241,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 def mask_tokens(
     ids: Tensor, vocab_size: int, generator: torch.Generator | None = None, share: float = 0.15
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose tokens to predict and hide them (Devlin et al. 2019, section 3.1).
 
     Each token is chosen with probability `share`; a chosen one becomes the mask token in 80 % of cases, a random
     token, never a special one, in 10 % and stays itself in 10 %. At least one token is chosen. Random by the
-    generator, or by torch's global one. Gives masked ids and targets, both (T,) int64 as the ids; targets are
-    `IGNORED` where nothing is to be predicted.
+    generator, or by torch's global one. `ids`, (T,) int64, are on the CPU, where nobody waits. Gives the masked ids,
+    the chosen positions and the token ids that were there, (N,) int64 both.
     """
     draw = torch.rand(ids.shape, generator=generator, device=ids.device)
     draw[draw.argmin()] = 0.0
@@ -264,13 +257,8 @@ def mask_tokens(
     random_ids = torch.randint(N_SPECIAL, vocab_size, ids.shape, generator=generator, device=ids.device)
     masked = torch.where(chosen & (fate < 0.8), torch.full_like(ids, MASK), ids)
     masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), random_ids, masked)
-    return masked, torch.where(chosen, ids, torch.full_like(ids, IGNORED))
-
-
-def to_predict(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions that `mask_tokens` chose, and the token ids that were there; taken on the CPU, where nobody waits."""
-    chosen = torch.nonzero(targets != IGNORED).view(-1)
-    return chosen, targets[chosen]
+    positions = chosen.nonzero().view(-1)
+    return masked, positions, ids[positions]
 
 
 def chance_loss(vocab_size: int) -> float:
