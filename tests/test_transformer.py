@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from datawall.models import transformer
-from datawall.models.transformer import MASK, Encoder, EncoderConfig, Layout, mask_tokens
+from datawall.models.transformer import MASK, Encoder, EncoderConfig, Layout
 
 LENGTHS = [5, 12, 1, 9]
 SMALL = EncoderConfig(vocab_size=50, max_length=12, n_layers=3, n_heads=4, n_embd=32, n_inner=48, dropout=0.0)
@@ -73,6 +75,12 @@ def packed_batch(lengths=LENGTHS, seed=1):
     return ids, torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))
 
 
+def masked_at(ids, vocab_size, seed, share=0.15):
+    torch.manual_seed(seed)
+    with mock.patch.object(transformer, "SHARE", share):
+        return transformer.mask_tokens(ids, vocab_size)
+
+
 def logits(encoder, hidden):
     return nn.functional.linear(
         encoder.head_norm(encoder.head(hidden).relu()), encoder.tokens.weight, encoder.head_bias
@@ -106,7 +114,7 @@ def test_training_loss_and_gradients_are_those_of_bert(lengths):
     encoder = encoder_with_every_weight_random().train()
     bert = bert_with_the_weights_of(encoder).train()
     ids, offsets = packed_batch(lengths)
-    masked, *hidden = mask_tokens(ids, SMALL.vocab_size, torch.Generator().manual_seed(2), share=0.4)
+    masked, *hidden = masked_at(ids, SMALL.vocab_size, 2, share=0.4)
     real, targets = padded(torch.ones_like(ids), offsets, 0), padded(labels(ids, *hidden), offsets, -100)
     ours = encoder(masked, Layout(offsets), *hidden)
     theirs = bert(input_ids=padded(masked, offsets, 0), attention_mask=real, labels=targets).loss
@@ -156,7 +164,7 @@ def test_a_step_never_waits_for_the_device():
     """On the meta device there are no values: what asks for one (`.item()`, `.tolist()`, a boolean index) fails."""
     encoder = Encoder(EncoderConfig(vocab_size=50, max_length=12, n_layers=2, n_embd=32, n_inner=48)).to("meta").train()
     ids, offsets = packed_batch()
-    masked, *hidden = (each.to("meta") for each in mask_tokens(ids, 50))
+    masked, *hidden = (each.to("meta") for each in masked_at(ids, 50, 0))
     encoder(masked, Layout(offsets, "meta"), *hidden).backward()
     assert all(weight.grad.shape == weight.shape for weight in encoder.parameters())
     for waits in (lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x[x > 0], torch.nonzero):
@@ -169,7 +177,7 @@ def test_loss_and_gradients_do_not_depend_on_the_logits_at_once(monkeypatch, n_l
     monkeypatch.setitem(transformer.LOGITS_AT_ONCE, "cpu", n_logits)
     encoder = encoder_with_every_weight_random()
     ids, offsets = packed_batch()
-    _, chosen, originals = mask_tokens(ids, 50, torch.Generator().manual_seed(3), share=0.5)
+    _, chosen, originals = masked_at(ids, 50, 3, share=0.5)
     loss = encoder(ids, Layout(offsets), chosen, originals)
     (3 * loss).backward()
     ours = [weight.grad.clone() for weight in encoder.parameters()]
@@ -280,7 +288,7 @@ def within_five_sigma(n_hits, n, p):
 def test_masking_follows_its_shares(share):
     n, vocab_size = 200_000, 1_000
     ids = torch.randint(transformer.N_SPECIAL, vocab_size, (n,), generator=torch.Generator().manual_seed(0))
-    masked, chosen, originals = mask_tokens(ids, vocab_size, torch.Generator().manual_seed(1), share)
+    masked, chosen, originals = masked_at(ids, vocab_size, 1, share)
     n_chosen = len(chosen)
     assert within_five_sigma(n_chosen, n, share)
     hidden, same = masked[chosen] == MASK, masked[chosen] == ids[chosen]
@@ -295,20 +303,20 @@ def test_masking_follows_its_shares(share):
 
 def test_random_tokens_are_any_gene_and_never_special():
     ids = torch.full((20_000,), 3)
-    masked, *_ = mask_tokens(ids, 6, torch.Generator().manual_seed(0), share=1.0)
+    masked, *_ = masked_at(ids, 6, 0, share=1.0)
     assert set(masked[masked != MASK].tolist()) == {2, 3, 4, 5}
 
 
 def test_at_least_one_token_is_chosen():
     for seed in range(50):
-        masked, chosen, _ = mask_tokens(torch.tensor([7, 8]), 10, torch.Generator().manual_seed(seed), share=1e-6)
+        masked, chosen, _ = masked_at(torch.tensor([7, 8]), 10, seed, share=1e-6)
         assert len(chosen) == 1
         assert (masked == MASK).sum() == 1
 
 
 def test_masking_repeats_with_its_seed_and_leaves_the_ids():
     ids = torch.arange(2, 502)
-    first, again, other = (mask_tokens(ids, 502, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    first, again, other = (masked_at(ids, 502, seed) for seed in (3, 3, 4))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])

@@ -21,7 +21,6 @@ from datawall.cells.corpus import CorpusError, check_shape, no_column
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".h5ad", ".zarr")
 # What files of other formats are called, and how to convert them: two lines of Python, or of R.
 PYTHON, R = "`adata = {}`, then `adata.write_h5ad('cells.h5ad')`", "convert it in R: `{}`, then `{}`"
 TENX = "10x", PYTHON.format("scanpy.read_10x_h5({path!r})")
@@ -40,7 +39,7 @@ PANEL = 2**26  # counts of a matrix stored by column that are held at once: abou
 
 def names_file(name: str) -> bool:
     """Whether a data set's name is that of a file: its ending says so."""
-    return Path(name).suffix.lower() in SUFFIXES
+    return Path(name).suffix.lower() in (".h5ad", ".zarr")
 
 
 @contextmanager
@@ -52,22 +51,10 @@ def reading(file: str) -> Iterator[None]:
         raise
     except Exception as error:
         if "unable to lock file" in str(error):
-            raise CorpusError(
-                f"{file}: another program has it open for writing; close it there, or set the environment variable "
-                "HDF5_USE_FILE_LOCKING=FALSE if nothing is being written."
-            ) from error
-        raise CorpusError(
-            f"{file}: not readable as an AnnData file ({type(error).__name__}: {error}); "
-            "write it again with anndata's write_h5ad or write_zarr."
-        ) from error
-
-
-def _of_r(path: Path) -> bool:
-    """Whether a file begins as R's do, which are compressed as a rule."""
-    if not path.is_file() or path.suffix == ".gz":
-        return False
-    with path.open("rb") as file:
-        return file.read(2) in (b"\x1f\x8b", b"X\n", b"RD")
+            remedy = "close it there, or set HDF5_USE_FILE_LOCKING=FALSE if nothing is being written"
+            raise CorpusError(f"{file}: another program has it open for writing; {remedy}.") from error
+        what = f"not readable as an AnnData file ({type(error).__name__}: {error})"
+        raise CorpusError(f"{file}: {what}; write it again with anndata.") from error
 
 
 def foreign(path: Path) -> str | None:
@@ -75,13 +62,15 @@ def foreign(path: Path) -> str | None:
     known = ENDINGS.get(path.suffix.lower())
     if path.is_dir() and any(path.glob("*.mtx*")):
         known = MTX
-    elif _of_r(path):
-        known = SEURAT
     elif path.is_file() and h5py.is_hdf5(path):
         with reading(str(path)), h5py.File(path, "r") as file:
             if "obs" not in file and any(isinstance(node, h5py.Group) and "barcodes" in node for node in file.values()):
                 known = TENX
             known = next((INSIDE[key] for key in INSIDE if key in file), known)
+    elif path.is_file() and path.suffix != ".gz":
+        with path.open("rb") as file:
+            if file.read(2) in (b"\x1f\x8b", b"X\n", b"RD"):  # as R's files begin, which are compressed as a rule
+                known = SEURAT
     return known and f"{path}: a {known[0]} file, no AnnData; {known[1].format(path=str(path))}."
 
 
@@ -98,9 +87,7 @@ class CellFile(AbstractContextManager):
             if_it_fails.push(self)
             for part in ("obs", "var"):
                 if part not in self._root or hasattr(self._at(part), "dtype"):
-                    raise CorpusError(
-                        f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
-                    )
+                    raise CorpusError(f"{path}: {part} is no table of anndata 0.7 or newer; write it again.")
             self._obs = self._at("obs")
             self._obs_names = self._at(f"obs/{_index(self._obs)}")
             self.n_cells = _length(self._obs_names)
@@ -127,10 +114,7 @@ class CellFile(AbstractContextManager):
             link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
             elsewhere = getattr(node[part], "is_virtual", False) or getattr(node[part], "external", None)
             if elsewhere or isinstance(link, h5py.ExternalLink):
-                raise CorpusError(
-                    f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
-                    "anndata and write it as one."
-                )
+                raise CorpusError(f"{self.name}: {key} lies in another file; write both as one with anndata.")
             node = node[part]
         return node
 

@@ -15,16 +15,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import zarr
 from pandas.api.types import union_categoricals
-
-if TYPE_CHECKING:
-    import anndata as ad
-    import zarr
+from zarr.codecs import BloscCodec
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +44,6 @@ def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     counts and, for each cell, twelve bytes and the codes of its labels. Raises ValueError if there are no cells, or
     blocks differ in genes or columns.
     """
-    import anndata as ad
-    import zarr
-
     root = zarr.create_group(folder / NAME, zarr_format=3, attributes=_encoding("anndata"))
     X, obs = root.create_group("X"), root.create_group("obs")
     data, indices = _Growing(X, "data", np.uint8, SHARD), _Growing(X, "indices", np.int32, SHARD)
@@ -132,9 +128,6 @@ class _Growing:
         self.array[n:] = some
 
     def _create(self, name: str) -> zarr.Array:
-        import zarr
-        from zarr.codecs import BloscCodec
-
         dtype = self.waiting.dtype
         if dtype.hasobject:
             kind = {"dtype": "string", "chunks": (self.file_size,), "attributes": _encoding("string-array", "0.2.0")}
@@ -227,8 +220,6 @@ class Cells:
 
     def to_memory(self) -> ad.AnnData:
         """All cells, with their names."""
-        import anndata as ad
-
         return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
 
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
@@ -254,9 +245,6 @@ def floats(counts: sp.csr_matrix) -> sp.csr_matrix:
 
 def add_labels(folder: Path, name: str, labels: pd.Categorical) -> None:
     """Add a column to `obs` of the store in a folder; `Cells` opened before do not see it."""
-    import anndata as ad
-    import zarr
-
     obs = zarr.open_group(folder / NAME)["obs"]
     ad.io.write_elem(obs, name, labels, dataset_kwargs={"chunks": (min(NAMES, len(labels)),)})
     obs.update_attributes({"column-order": [*obs.attrs["column-order"], name]})
@@ -267,8 +255,6 @@ class _File:
     """What of a store is kept in memory, and how its counts are read; a sampler of annbatch's, for one request."""
 
     def __init__(self, path: Path) -> None:
-        import zarr
-
         self.root = zarr.open_group(path, mode="r")
         self.indptr = self.root["X/indptr"][:].astype(np.int64)
         self.n_vars = self.root["X"].attrs["shape"][1]
@@ -282,28 +268,21 @@ class _File:
     @cached_property
     def loader(self) -> Any:
         """Made when counts are read: annbatch imports torch, and labels are asked for without counts."""
-        import anndata as ad
         from annbatch import Loader
 
         return Loader(batch_sampler=self).add_dataset(ad.io.sparse_dataset(self.root["X"]))
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        import anndata as ad
-
         obs = self.root["obs"]
         columns = {name: ad.io.read_elem(obs[name]) for name in obs.attrs["column-order"]}
         return pd.DataFrame(columns, index=pd.RangeIndex(len(self.indptr) - 1))
 
     @cached_property
     def var(self) -> pd.DataFrame:
-        import anndata as ad
-
         return ad.io.read_elem(self.root["var"])
 
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
-        import zarr
-
         positions, place = np.unique(np.concatenate(batches), return_inverse=True)
         gaps = np.diff(positions, prepend=positions[:1])
         gaps[gaps > NEARBY] = 1  # not read, so that what follows comes next in memory

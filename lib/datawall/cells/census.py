@@ -205,11 +205,9 @@ def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:
         raise CorpusError(f"{_name(recipe)}: gene {twice} occurs more than once in var.")
     found = table.loc[table.index.isin(here.index), ["feature_name"]].join(here)
     if len(found) < max(1, recipe.min_matched_genes * len(table)):
-        raise CorpusError(
-            f"{_name(recipe)}: only {len(found)} of the {len(table)} human genes of the gene table are among its "
-            f"{len(here)}; at least {recipe.min_matched_genes:.0%} must be. Check the organism, or lower "
-            "min_matched_genes."
-        )
+        few = f"only {len(found)} of the {len(table)} human genes of the gene table are among its {len(here)}"
+        rule = f"at least {recipe.min_matched_genes:.0%} must be (min_matched_genes)"
+        raise CorpusError(f"{_name(recipe)}: {few}; {rule}. Check the organism.")
     return found
 
 
@@ -220,10 +218,8 @@ def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame,
     wanted = list(dict.fromkeys([CELL, TYPE, *SAMPLE, *recipe.columns]))
     schema = experiment.obs.schema
     if missing := set(wanted).union(keep).difference(schema.names):
-        raise CorpusError(
-            f"{_name(recipe)}: obs has no column {', '.join(map(repr, sorted(missing)))}; it has "
-            f"{', '.join(map(repr, schema.names))}. Name columns of this release in the recipe."
-        )
+        absent, there = (", ".join(map(repr, names)) for names in (sorted(missing), schema.names))
+        raise CorpusError(f"{_name(recipe)}: obs has no column {absent}; it has {there}. Name some of these.")
     n_cells, removed, tables = 0, dict.fromkeys(keep, 0), []
     with tqdm(total=experiment.obs.count, desc="census cells", leave=False) as bar:
         for table in experiment.obs.read(column_names=[*wanted, *set(keep).difference(wanted)]):

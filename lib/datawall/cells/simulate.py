@@ -69,10 +69,8 @@ class Atlas(BaseModel):
                 raise ValueError(f"{key}: {unknown[0]!r} is no cell type of {ONTOLOGY.name}; did you mean {near}?")
         there = set().union(*(known[name] for name in self.composition or known))
         if self.treated and self.response and not there.intersection(self.responsive):
-            raise ValueError(
-                f"responsive: no cell type of the composition is of a lineage among {self.responsive}; name lineages "
-                "that it has, or set treated to 0"
-            )
+            what = f"no cell type of the composition is of a lineage among {self.responsive}"
+            raise ValueError(f"responsive: {what}; name lineages that it has, or set treated to 0")
         return self
 
 

@@ -115,10 +115,7 @@ class Source:
                 stop = min(start + block_size, file.n_cells)
                 values = counts(start, stop)
                 if fault := corpus.count_fault(values):
-                    raise CorpusError(
-                        f"{file.path}: {place} {fault} in cells {start} to {stop - 1}; counts must be finite, "
-                        'non-negative integers in every cell. Put them into layers["counts"].'
-                    )
+                    raise CorpusError(f"{file.path}: {place} {fault} in cells {start} to {stop - 1}; {corpus.RULE}.")
                 X = corpus.place_columns(values, file.position, len(self.var))
                 obs = {"dataset_id": np.full(stop - start, name, dtype=object)}
                 for role, key in file.keys.items():
@@ -164,8 +161,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     table = corpus.gene_table()
     mitochondrial = table["feature_name"].str.startswith("MT-").to_numpy()
     files, found = [], {role: Counter() for role in (*columns, "dataset_id")}
-    named = [*zip(paths, names, strict=True)]
-    for path, name in tqdm(named, desc="opening files", unit="file", leave=False, delay=5):
+    for path, name in tqdm([*zip(paths, names, strict=True)], desc="opening files", unit="file", leave=False, delay=5):
         with CellFile(path) as cells:
             position, match = _counts_and_genes(cells, name, options)
             _check_cell_names(cells)
@@ -242,10 +238,7 @@ def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[np.
         if refusal and len(faults) == 1:
             raise refusal
         told = "; ".join(f"{place} {fault}" for place, fault in faults.items())
-        raise CorpusError(
-            f"{cells.name}: no raw counts found ({told or 'X is empty'}); counts must be finite, non-negative "
-            'integers. Put them into layers["counts"].'
-        )
+        raise CorpusError(f"{cells.name}: no raw counts found ({told or 'X is empty'}); {corpus.RULE}.")
     best = max(places, key=lambda place: (place.doubt is None, place.match.matched))  # of equal ones, the first
     chosen = best.match.counts_from
     corpus.check_match(best.match, best.var, options.min_matched)

@@ -1,7 +1,5 @@
 """What every model family can do, and how models lie on disk (safetensors and JSON, never pickles)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -213,9 +211,7 @@ def hold_out(
 def check_genes(counts: sp.csr_matrix, n_genes: int, family: str) -> None:
     """Refuse counts over another number of genes than the model was made for."""
     if counts.shape[1] != n_genes:
-        raise ValueError(
-            f"{family}: counts have {counts.shape[1]} genes, the model {n_genes}; align them to its corpus."
-        )
+        raise ValueError(f"{family}: counts have {counts.shape[1]} genes, the model {n_genes}; align them.")
 
 
 def variance(lognormalised: sp.csr_matrix) -> float:

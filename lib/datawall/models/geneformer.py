@@ -1,7 +1,5 @@
 """Geneformer: a transformer that predicts masked genes in a cell's ranking of its genes (Theodoris et al. 2023)."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable

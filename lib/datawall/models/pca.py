@@ -1,7 +1,5 @@
 """PretrainedPCA: principal axes of the pretraining cells' variable genes, applied to any cell."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Self
 

@@ -225,7 +225,7 @@ def train(
             settle = look or last or len(pending) == LOSSES_AT_ONCE[where.type]
             save = settle and checkpoint and rank == 0 and time.monotonic() - saved >= CHECKPOINT_SECONDS
             if settle:
-                _settle(pending, state, recipe, module, n_processes)
+                _settle(pending, state, recipe, n_processes)
                 bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
             optimiser.zero_grad()
             loss.backward()
@@ -264,9 +264,7 @@ def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
 
 
-def _settle(
-    pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, module: nn.Module, n_processes: int
-) -> None:
+def _settle(pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, n_processes: int) -> None:
     """Move waiting losses into the history, averaged over processes; stop at one that is not finite."""
     losses = torch.stack([loss for _, _, loss in pending]).double()
     if n_processes > 1:
@@ -275,7 +273,7 @@ def _settle(
         if not np.isfinite(loss):
             later = pending[-1][0] - step
             remedy = "Lower the learning rate or lengthen the warm-up."
-            if all(weight.isfinite().all() for weight in module.parameters()):
+            if all(weight.isfinite().all() for weight in state.module.parameters()):
                 cause = "the weights are finite, so the cause is in these cells, or the learning rate is too high."
             elif later:  # which have spoiled the weights, whatever the cause
                 cause = f"seen {later} steps later: the cause is in these cells, or training diverged. {remedy}"

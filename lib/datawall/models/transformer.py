@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 MASK = 1  # id of the mask token; 0 stays free, for padding elsewhere
 N_SPECIAL = 2
+SHARE = 0.15  # of tokens that are to be predicted
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of the prediction head, whose output is never whole in memory
 COMPILED = os.environ.get("DATAWALL_COMPILE", "1") == "1"  # whether layers are compiled on a GPU
 
@@ -239,23 +240,21 @@ class _CrossEntropy(torch.autograd.Function):
         return *(part.mul_(gradient / ctx.n_rows) for part in parts), None, None
 
 
-def mask_tokens(
-    ids: Tensor, vocab_size: int, generator: torch.Generator | None = None, share: float = 0.15
-) -> tuple[Tensor, Tensor, Tensor]:
+def mask_tokens(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Choose tokens to predict and hide them (Devlin et al. 2019, section 3.1).
 
-    Each token is chosen with probability `share`; a chosen one becomes the mask token in 80 % of cases, a random
-    token, never a special one, in 10 % and stays itself in 10 %. At least one token is chosen. Random by the
-    generator, or by torch's global one. `ids`, (T,) int64, are on the CPU, where nobody waits. Gives the masked ids,
-    the chosen positions and the token ids that were there, (N,) int64 both.
+    Each token is chosen with probability `SHARE`; a chosen one becomes the mask token in 80 % of cases, a random
+    token, never a special one, in 10 % and stays itself in 10 %. At least one token is chosen. Random by torch's
+    global generator. `ids`, (T,) int64, are on the CPU, where nobody waits. Gives the masked ids, the chosen positions
+    and the token ids that were there, (N,) int64 both.
     """
-    draw = torch.rand(ids.shape, generator=generator, device=ids.device)
+    draw = torch.rand(ids.shape)
     draw[draw.argmin()] = 0.0
-    chosen = draw < share
+    chosen = draw < SHARE
     # The same uniform number, rescaled within the chosen share, decides what a chosen token becomes.
-    fate = draw / share
-    random_ids = torch.randint(N_SPECIAL, vocab_size, ids.shape, generator=generator, device=ids.device)
-    masked = torch.where(chosen & (fate < 0.8), torch.full_like(ids, MASK), ids)
+    fate = draw / SHARE
+    random_ids = torch.randint(N_SPECIAL, vocab_size, ids.shape)
+    masked = torch.where(chosen & (fate < 0.8), MASK, ids)
     masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), random_ids, masked)
     positions = chosen.nonzero().view(-1)
     return masked, positions, ids[positions]
