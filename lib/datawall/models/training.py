@@ -6,8 +6,6 @@ do its cells: a run that is killed and resumed ends with the same bits as one th
 Needs torch, numpy and tqdm only, so that it runs on a machine that has little else.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import logging
@@ -264,30 +262,6 @@ def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
 
 
-def _settle(pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, n_processes: int) -> None:
-    """Move waiting losses into the history, averaged over processes; stop at one that is not finite."""
-    losses = torch.stack([loss for _, _, loss in pending]).double()
-    if n_processes > 1:
-        dist.all_reduce(losses)
-    for (step, rows, _), loss in zip(pending, (losses / n_processes).tolist(), strict=True):
-        if not np.isfinite(loss):
-            later = pending[-1][0] - step
-            remedy = "Lower the learning rate or lengthen the warm-up."
-            if all(weight.isfinite().all() for weight in state.module.parameters()):
-                cause = "the weights are finite, so the cause is in these cells, or the learning rate is too high."
-            elif later:  # which have spoiled the weights, whatever the cause
-                cause = f"seen {later} steps later: the cause is in these cells, or training diverged. {remedy}"
-            else:
-                cause = f"the weights are no longer finite: training diverged. {remedy}"
-            cells = ", ".join(str(row) for row in rows[:5])
-            raise NonFiniteLossError(
-                f"the loss is {loss} at step {step + 1} of {recipe.steps}, learning rate {recipe.rate(step):.2g}, on "
-                f"the batch of cells {cells}, … (rows of the subset); {cause}"
-            )
-        state.losses.append(loss)
-    pending.clear()
-
-
 class _State:
     """What a run must remember to be resumed, in one `.npz` without pickles; all else follows from the step."""
 
@@ -342,6 +316,30 @@ class _State:
         self.losses = arrays["losses"].tolist()
         self.looks = [(int(step), value) for step, value in arrays["looks"].tolist()]
         self.best, self.best_look = float(arrays["best"][0]), int(arrays["best"][1])
+
+
+def _settle(pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, n_processes: int) -> None:
+    """Move waiting losses into the history, averaged over processes; stop at one that is not finite."""
+    losses = torch.stack([loss for _, _, loss in pending]).double()
+    if n_processes > 1:
+        dist.all_reduce(losses)
+    for (step, rows, _), loss in zip(pending, (losses / n_processes).tolist(), strict=True):
+        if not np.isfinite(loss):
+            later = pending[-1][0] - step
+            remedy = "Lower the learning rate or lengthen the warm-up."
+            if all(weight.isfinite().all() for weight in state.module.parameters()):
+                cause = "the weights are finite, so the cause is in these cells, or the learning rate is too high."
+            elif later:  # which have spoiled the weights, whatever the cause
+                cause = f"seen {later} steps later: the cause is in these cells, or training diverged. {remedy}"
+            else:
+                cause = f"the weights are no longer finite: training diverged. {remedy}"
+            cells = ", ".join(str(row) for row in rows[:5])
+            raise NonFiniteLossError(
+                f"the loss is {loss} at step {step + 1} of {recipe.steps}, learning rate {recipe.rate(step):.2g}, on "
+                f"the batch of cells {cells}, … (rows of the subset); {cause}"
+            )
+        state.losses.append(loss)
+    pending.clear()
 
 
 class Head(nn.Sequential):

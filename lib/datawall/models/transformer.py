@@ -6,8 +6,6 @@ masked positions alone. What a step must know of its batch (lengths, masked posi
 with it, so that a GPU is never waited for. Nothing here knows about single cells; only torch is imported.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -43,6 +41,35 @@ class EncoderConfig:
     dropout: float = 0.02  # on embeddings, attention weights and the two outputs of a layer
     init_std: float = 0.02  # standard deviation of the normal initial weights
     layer_norm_eps: float = 1e-12
+
+
+class Layout:
+    """Where the sequences of a packed batch lie; none may be empty, as attention over no keys is undefined.
+
+    `offsets`, (B + 1,) int64 on the CPU, are the first token of each sequence and the total at the end; `where` is the
+    device of the batch.
+    """
+
+    def __init__(self, offsets: Tensor, where: torch.device | str = "cpu") -> None:
+        lengths = offsets.diff()
+        if (lengths < 1).any():
+            raise ValueError("a packed sequence is empty; drop cells without any token first.")
+        self.longest = int(lengths.max())
+        sequence = torch.repeat_interleave(lengths)  # (T,) which sequence a token belongs to
+        position = torch.arange(len(sequence)) - offsets[sequence]  # (T,)
+        self.offsets = send(offsets.to(torch.int32), where)
+        self.sequence, self.position = send(sequence, where), send(position, where)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of the tokens of each sequence: (T, C) to (B, C)."""
+        lengths = self.offsets.diff()
+        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, self.sequence, x) / lengths[:, None]
+
+
+def send(tensor: Tensor, where: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device, which is not waited for."""
+    where = torch.device(where)
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 class Attention(nn.Module):
@@ -128,35 +155,6 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, l
     q, k, v = (x.new_zeros(shape).index_put(place, x).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None])
     return y.transpose(1, 2)[place]  # (B, L, H, D) to (T, H, D)
-
-
-class Layout:
-    """Where the sequences of a packed batch lie; none may be empty, as attention over no keys is undefined.
-
-    `offsets`, (B + 1,) int64 on the CPU, are the first token of each sequence and the total at the end; `where` is the
-    device of the batch.
-    """
-
-    def __init__(self, offsets: Tensor, where: torch.device | str = "cpu") -> None:
-        lengths = offsets.diff()
-        if (lengths < 1).any():
-            raise ValueError("a packed sequence is empty; drop cells without any token first.")
-        self.longest = int(lengths.max())
-        sequence = torch.repeat_interleave(lengths)  # (T,) which sequence a token belongs to
-        position = torch.arange(len(sequence)) - offsets[sequence]  # (T,)
-        self.offsets = send(offsets.to(torch.int32), where)
-        self.sequence, self.position = send(sequence, where), send(position, where)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean of the tokens of each sequence: (T, C) to (B, C)."""
-        lengths = self.offsets.diff()
-        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, self.sequence, x) / lengths[:, None]
-
-
-def send(tensor: Tensor, where: torch.device | str) -> Tensor:
-    """A tensor of the CPU on a device, which is not waited for."""
-    where = torch.device(where)
-    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 class Encoder(nn.Module):
