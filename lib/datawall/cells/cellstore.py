@@ -189,7 +189,7 @@ class Cells:
 
     def within(self, memory_gib: float) -> sp.csr_matrix | Cells:
         """Raw counts of all if they fit in memory, together with a copy that a model prepares; if not, these cells."""
-        gib = 2 * self.nbytes() / 2**30  # as many as while blocks of them are put together
+        gib = 2 * self.nbytes() / 2**30  # as `counts` takes, too, while it puts blocks together
         streamed = gib > memory_gib
         how = "streamed from the disk" if streamed else "kept in memory"
         log.info("%d cells take %.1f GiB in training: %s, as %.1f GiB are allowed.", self.n_obs, gib, how, memory_gib)

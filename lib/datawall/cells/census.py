@@ -5,13 +5,11 @@ The default recipe is scTab's (Fischer et al. 2024, doi 10.1038/s41467-024-51059
 it keeps 22,190,622 of the 28,169,974 cells that pass the filters of rows, in 164 types.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import anndata as ad
 import numpy as np
@@ -26,9 +24,6 @@ from datawall.cells.cellstore import CELLS_AT_ONCE
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
 from datawall.engine import disk, paths, store
-
-if TYPE_CHECKING:
-    from tiledbsoma import Experiment
 
 type Step = tuple[str, int, int | None]  # of the report: what is removed or left, its cells and its types
 
@@ -159,8 +154,8 @@ def _nothing_left(recipe: Recipe, steps: list[Step]) -> CorpusError:
 
 
 @contextmanager
-def _experiment(recipe: Recipe) -> Iterator[Experiment]:
-    """The organism's experiment, open for reading."""
+def _experiment(recipe: Recipe) -> Iterator[Any]:
+    """The organism's `tiledbsoma.Experiment`, open for reading."""
     try:
         import tiledbsoma
 
@@ -195,7 +190,7 @@ def _experiment(recipe: Recipe) -> Iterator[Experiment]:
         yield experiment
 
 
-def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:
+def _genes(experiment: Any, recipe: Recipe) -> pd.DataFrame:
     """The genes of the gene table that the Census has, in the table's order."""
     table = corpus.gene_table()
     var = experiment.ms["RNA"].var.read(column_names=[CELL, "feature_id"]).concat().to_pandas()
@@ -211,7 +206,7 @@ def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:
     return found
 
 
-def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame, list[Step]]:
+def _passing_rows(experiment: Any, recipe: Recipe) -> tuple[pd.DataFrame, list[Step]]:
     """Cells that pass the filters of rows, in the order of soma_joinid, and the first steps of the report."""
     keep = {"is_primary_data": ["true"]} if recipe.primary else {}
     keep |= ({} if recipe.assay is None else {"assay": recipe.assay}) | recipe.where

@@ -32,7 +32,6 @@ OTHER_NAME = (
     r"(?:NegControl|NegPrb|UnassignedCodeword|DeprecatedCodeword|SystemControl|Intergenic|BLANK|Blank)[-_\w]*"
 )
 FAMILIES, MANY_GENES = ("MT-", "HLA-"), 8_000  # whose names tools change; data sets with so many genes have some
-RULE = 'counts must be finite, non-negative integers in every cell; put them into layers["counts"]'
 EQUAL = 0.05  # standard deviation of cell sums, as a share of their mean, below which they are alike
 
 

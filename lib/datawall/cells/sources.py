@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 SAMPLE = 2048  # rows at the beginning, middle and end of a matrix by which the place of the counts is chosen
 PARTS = ("spliced", "unspliced", "ambiguous", "nascent", "mature")  # layers with a part of the counts
 SCAN = 65_536  # rows of names and labels read at once
+RULE = 'counts must be finite, non-negative integers in every cell; put them into layers["counts"]'
 QUALITY = ("n_genes", "n_counts", "mito_share")  # of a cell, see `quality`
 
 type Columns = Mapping[str, str | Mapping[str, str]]
@@ -115,7 +116,7 @@ class Source:
                 stop = min(start + block_size, file.n_cells)
                 values = counts(start, stop)
                 if fault := corpus.count_fault(values):
-                    raise CorpusError(f"{file.path}: {place} {fault} in cells {start} to {stop - 1}; {corpus.RULE}.")
+                    raise CorpusError(f"{file.path}: {place} {fault} in cells {start} to {stop - 1}; {RULE}.")
                 X = corpus.place_columns(values, file.position, len(self.var))
                 obs = {"dataset_id": np.full(stop - start, name, dtype=object)}
                 for role, key in file.keys.items():
@@ -238,7 +239,7 @@ def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[np.
         if refusal and len(faults) == 1:
             raise refusal
         told = "; ".join(f"{place} {fault}" for place, fault in faults.items())
-        raise CorpusError(f"{cells.name}: no raw counts found ({told or 'X is empty'}); {corpus.RULE}.")
+        raise CorpusError(f"{cells.name}: no raw counts found ({told or 'X is empty'}); {RULE}.")
     best = max(places, key=lambda place: (place.doubt is None, place.match.matched))  # of equal ones, the first
     chosen = best.match.counts_from
     corpus.check_match(best.match, best.var, options.min_matched)

@@ -117,10 +117,9 @@ class Loaded:
         for cells in self.cells:
             aligned, match = corpus.align(cells, self.name, min_matched=self.p.min_matched_genes)
             columns = self.columns | ({"dataset_id": "dataset_id"} if "dataset_id" in cells.obs else {})
-            renamed = {"cell_type": self.p.labels}
-            obs = {
-                role: corpus.column(aligned, self.name, key, role, renamed.get(role)) for role, key in columns.items()
-            }
+            obs, renamed = {}, {"cell_type": self.p.labels}
+            for role, key in columns.items():
+                obs[role] = corpus.column(aligned, self.name, key, role, renamed.get(role))
             obs.setdefault("dataset_id", pd.Categorical([self.name] * aligned.n_obs))
             aligned.obs = pd.DataFrame(obs, index=aligned.obs_names)
             n_read, n_kept = n_read + cells.n_obs, n_kept + aligned.n_obs
