@@ -168,7 +168,7 @@ def train(
     validation_loss
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
-        File written about once a minute, and resumed from where it exists.
+        An `.npz` file, written about once a minute, and resumed from where it exists.
     """
     where = next(module.parameters()).device
     rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
