@@ -50,7 +50,7 @@ def composition(table: pd.DataFrame) -> Figure:
         axis.set(title=drawn(group), xlabel="subset (% of corpus)", ylabel="")
         axis.tick_params(axis="y", rotation=0)
     smallest, common = share.columns.get_level_values("percentage").min(), share.index[0]
-    shares = titles.listed({group: share.loc[common, (group, smallest)] for group in groups}, "{:.0f} %")
+    shares = titles.listed(share.loc[common].xs(smallest, level="percentage"), "{:.0f} %")
     says = f"Share of {common} in subsets of {smallest:g} % of the corpus: {shares}"
     return write_title(figure, f"Cells of each type, per cent of a subset\n{says}")
 
