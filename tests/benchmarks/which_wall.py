@@ -66,11 +66,11 @@ def planted(wall: str, rng: np.random.Generator, spread: float = SPREAD) -> tupl
     return table.assign(value=1 - error * np.exp(spread * rng.standard_normal(len(table)))), true
 
 
-def named(wall: str, seed: int) -> str:
+def named(wall: str, seed: int, *, n_draws: int = 100) -> str:
     """The wall that is named where one is planted; `labels or metric` where none is."""
     runs, _ = planted(wall, np.random.default_rng([SUSPECTS.index(wall) if wall in SUSPECTS else 99, seed]))
     runs = runs[(runs["model"] == "SSL") | (runs["varied"] == "")]
-    found = walls.verdicts(walls.gains(runs, "micro_f1", n_draws=100))
+    found = walls.verdicts(walls.gains(runs, "micro_f1", n_draws=n_draws))
     return found.set_index("model").loc["SSL", "wall"]
 
 
@@ -116,14 +116,25 @@ def repeated(rng: np.random.Generator, spread: float = SPREAD) -> tuple[pd.DataF
 
 
 def package(folders: list[str]) -> None:
-    """Write the packaged table from run folders."""
+    """Write the packaged tables from run folders."""
     import datawall as dw
 
-    tables = [dw.evaluation.levers(dw.open_study(folder)) for folder in folders]
-    table = pd.concat(tables)
-    kept = table[table["metric"].isin(["micro_f1", "macro_f1", "explained"])].round({"value": 5})
-    kept.to_csv(walls.TABLE, index=False, compression={"method": "gzip", "mtime": 0})
-    print(f"{walls.TABLE}: {len(kept)} rows")
+    runs, ceiling = [], []
+    for study in map(dw.open_study, folders):
+        table, intervals = dw.evaluation.levers(study), dw.read_results(study.folder, "intervals")
+        runs.append(table[table["metric"].isin(["micro_f1", "macro_f1", "explained"])])
+        for metric in ("micro_f1", "macro_f1"):
+            for (task, dataset), value in walls.reliability(intervals, metric).items():
+                ceiling.append((task, dataset, metric, "reliability", value))
+        both = dw.curation.both_labels(study)
+        if both.size:
+            agree = sum(both.at[name, name] for name in both.index.intersection(both.columns)) / both.to_numpy().sum()
+            ceiling.append(("zeroshot_classification", study.held_out_name, "micro_f1", "labels agree", agree))
+    walls.TABLES.mkdir(exist_ok=True)
+    compression = {"method": "gzip", "mtime": 0}
+    pd.concat(runs).round({"value": 5}).to_csv(walls.TABLES / "runs.csv.gz", index=False, compression=compression)
+    columns = ["task", "dataset", "metric", "what", "value"]
+    pd.DataFrame(ceiling, columns=columns).round(4).to_csv(walls.TABLES / "ceiling.csv", index=False)
 
 
 if __name__ == "__main__":

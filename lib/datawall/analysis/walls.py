@@ -13,7 +13,7 @@ from datawall.analysis.results import lower_is_better, select
 from datawall.analysis.saturation import EXACT
 from datawall.engine import paths
 
-TABLE = paths.PACKAGE_DATA / "which_wall.csv.gz"  # runs of params/which_wall.yaml; by tests/benchmarks/which_wall.py
+TABLES = paths.PACKAGE_DATA / "which_wall"  # of the studies that notebook 9 reads; by tests/benchmarks/which_wall.py
 CURVE = ["task", "dataset", "model"]
 LEVERS = (
     "cells",
@@ -28,6 +28,7 @@ DOUBLED = {"data": "cells", "budget": "steps", "width": "width", "depth": "depth
 SWAPPED = {"diversity": ("celltype_reweighted", "geometric_sketching"), "quality": ("richest",)}
 SUSPECTS = (*DOUBLED, "weight decay", "objective", *SWAPPED)
 LABELS, OPEN = "labels or metric", "not told"
+FEWEST = 3  # levers with three values or more, without which no wall is told from another
 STARTS, EXPONENTS, AMPLITUDES = 16, (0.01, 4.0), (-14.0, 1.0)  # of fits; bounds; bounds of logarithms
 REPEATS = np.geomspace(0.3, 3000, 81)  # R* that are tried
 
@@ -163,12 +164,13 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
     `levers` is of `evaluation.levers`. Doublings are of the surface. A swap is the difference of two means over seeds,
     at the largest size that both have: of the better of two strategies, of the best weight decay, of the other loss in
     the same family, which lowers errors of its own, so that it counts in scores alone. The columns are task, dataset,
-    model, suspect, draw, gain, and error (of the reference). What was not varied is left out.
+    model, suspect, draw, gain, and error (of the reference). What was not varied is left out, and so is a model of
+    which fewer than `FEWEST` levers were.
     """
     tables, rng, all_means = [], np.random.default_rng(0), means(levers, metric)
     for (task, dataset, model), own in all_means.groupby(CURVE, sort=False):
         found = points(own)
-        if found[[*LEVERS]].nunique().max() < 3:
+        if sum(found[lever].nunique() > 2 for lever in LEVERS) < FEWEST:
             continue
         fitted = surface(found, n_draws=n_draws)
         drawn = {suspect: fitted.doubling(lever) for suspect, lever in DOUBLED.items()}
@@ -227,6 +229,20 @@ def verdicts(gains: pd.DataFrame, margin: float = 0.005, label_error: float | No
             wall, why = OPEN, f"{told}, and is the largest in {most_often:.0%} of draws"
         rows.append((*key, wall, why, error))
     return pd.DataFrame(rows, columns=[*CURVE, "wall", "why", "error"])
+
+
+def sentences(levers: pd.DataFrame, metric: str = "micro_f1") -> list[str]:
+    """The verdicts of a study in words, a line each; none if it does not vary enough."""
+    found = verdicts(gains(levers, metric, n_draws=100)).to_dict("records")
+    return ["{model} ({task}, {dataset}): the wall is {wall}. {why}.".format(**row) for row in found]
+
+
+def packaged() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Runs of the studies which_wall, which_wall_simulated and spike_in (`evaluation.levers`), and what bounds scores.
+
+    The second has task, dataset, metric, what (`reliability`, or `labels agree`: share of cells) and value.
+    """
+    return pd.read_csv(TABLES / "runs.csv.gz", keep_default_na=False), pd.read_csv(TABLES / "ceiling.csv")
 
 
 def reliability(intervals: pd.DataFrame, metric: str) -> pd.Series:

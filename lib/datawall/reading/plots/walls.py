@@ -13,7 +13,8 @@ from datawall.reading.plots import style
 from datawall.reading.plots.style import PALETTE, finish, panels
 from datawall.reading.titles import drawn
 
-NAMES = {"cells": "cells of the corpus", "depth": "counts of a cell kept", "steps": "steps", "width": "width"}
+AXES = {"cells": "cells (% of the corpus)", "depth": "counts kept of a cell", "steps": "steps", "width": "width"}
+OF = {"cells": "of the cells", "depth": "of the counts", "steps": "the steps", "width": "the width"}
 
 
 def over_lever(means: pd.DataFrame, lever: str, by: str, *, per: float = 1000) -> Figure:
@@ -31,12 +32,12 @@ def over_lever(means: pd.DataFrame, lever: str, by: str, *, per: float = 1000) -
             if len(rows) < 2:
                 continue
             error = per * rows["error"]
-            name = drawn(value) if by == "model" else f"{_multiple(by, value)} {NAMES[by]}"
+            name = drawn(value) if by == "model" else f"{_multiple(by, value)} {OF[by]}"
             line = {"color": colours[value], "marker": "o", "markersize": 4, "capsize": 2, "label": name}
             axis.errorbar(rows[lever], error, 1.96 * rows["se"] * error, **line)
             first[model], last[model] = error.iloc[0], error.iloc[-1]
         ticks = sorted(means[lever].unique())
-        axis.set(title=drawn(model), xscale="log", yscale="log", xlabel=NAMES[lever])
+        axis.set(title=drawn(model), xscale="log", yscale="log", xlabel=AXES[lever])
         axis.set_xticks(ticks, [_multiple(lever, tick) for tick in ticks], fontsize=7)
         axis.minorticks_off()
     shown = np.unique(np.round(np.geomspace(*(per * means["error"].agg(["min", "max"])), 5), -int(per > 10)))
@@ -44,7 +45,7 @@ def over_lever(means: pd.DataFrame, lever: str, by: str, *, per: float = 1000) -
     axes[0, 0].set_ylabel(f"errors in {per:,g} cells" if per > 1 else "share of the chance loss left")
     says = ", ".join(f"{titles.label(model)} {first[model]:.3g} to {last[model]:.3g}" for model in first)
     ends = [_multiple(lever, means[lever].agg(end)) for end in ("min", "max")]
-    return finish(figure, f"From {ends[0]} to {ends[1]} {NAMES[lever]}: {says}", axes[0, 0])
+    return finish(figure, f"From {ends[0]} to {ends[1]} {OF[lever]}: {says}", axes[0, 0])
 
 
 def _multiple(lever: str, value: float) -> str:
