@@ -128,7 +128,7 @@ def package(folders: list[str]) -> None:
                 ceiling.append((task, dataset, metric, "reliability", value))
         both = dw.curation.both_labels(study)
         if both.size:
-            agree = sum(both.at[name, name] for name in both.index.intersection(both.columns)) / both.to_numpy().sum()
+            agree = sum(both.loc[name, name] for name in both.index.intersection(both.columns)) / both.to_numpy().sum()
             ceiling.append(("zeroshot_classification", study.held_out_name, "micro_f1", "labels agree", agree))
     walls.TABLES.mkdir(exist_ok=True)
     compression = {"method": "gzip", "mtime": 0}
