@@ -32,7 +32,7 @@ def test_info_nce_is_the_mean_of_what_a_loop_over_cells_gives():
 
 
 def test_views_of_a_cell_share_no_gene_and_find_each_other_among_real_cells():
-    cells = real.kang_unlabelled()
+    cells = real.all_of_kang()
     counts = sp.csr_matrix(cells.X)[np.random.default_rng(0).permutation(cells.n_obs)[:5000]].astype(np.float32)
     values = {"n_genes": 1000, "n_hidden": [128], "n_latent": 64, "batch_size": 128, "learning_rate": 0.003}
     model, views = models.create("ssl_contrastive", **values), []
@@ -202,7 +202,7 @@ def test_figures_say_in_their_titles_what_they_show():
     means = walls.means(planted("budget", np.random.default_rng(0))[0], "micro_f1")
     ssl_runs = means[(means["varied"] == "") & (means["model"] == "SSL")].assign(error=np.arange(15) / 1000 + 0.01)
     figure = figures.over_lever(ssl_runs[ssl_runs["cells"] == 1], "steps", "cells")
-    assert figure.get_suptitle().startswith("From 0.25x to 16x the steps: SSL ")
+    assert figure.get_suptitle() == "Errors in 1,000 cells from 0.25x to 16x the steps: SSL 20 to 24"
     worth = pd.DataFrame({"task": "t", "dataset": "d", "model": "SSL", "suspect": ["data", "width"], "gain": [1.0, 2]})
     figure = figures.suspects(worth.assign(low=0, high=3), 0.005)
     assert figure.get_suptitle() == "Gains most, if one thing is doubled or swapped: SSL width"
