@@ -45,18 +45,19 @@ class Surface:
     best: np.ndarray
     draws: np.ndarray
 
+    def drawn(self, name: str) -> np.ndarray:
+        """A parameter: the estimate, then the draws; 0 where its lever was not varied."""
+        i = self.names.index(name) if name in self.names else None
+        return np.zeros(1 + len(self.draws)) if i is None else np.append(self.best[i], self.draws[:, i])
+
     def doubling(self, lever: str) -> np.ndarray:
-        """By how much twice of a lever lowers the error of the reference: estimate, then draws; NaN if not varied."""
-        theta = np.vstack([self.best, self.draws]).T
-        if lever not in self.names:
-            return np.full(theta.shape[1], np.nan)
+        """By how much twice of a lever lowers the error of the reference: estimate, then draws; 0 if not varied."""
         of_lever = next(name for name, levers in TERMS.items() if lever in levers)
-        return np.exp(theta[self.names.index(of_lever)]) * (1 - 2.0 ** -theta[self.names.index(lever)])
+        return np.exp(self.drawn(of_lever)) * (1 - 2.0 ** -self.drawn(lever))
 
     def cells_as_half_the_depth(self) -> np.ndarray:
         """Share of the cells whose loss costs as much as that of half the depth: estimate, then draws."""
-        theta = np.vstack([self.best, self.draws]).T
-        return 1 - 2.0 ** -(theta[self.names.index("depth")] / theta[self.names.index("cells")])
+        return 1 - 2.0 ** -(self.drawn("depth") / self.drawn("cells"))
 
     def predict(self, points: pd.DataFrame) -> np.ndarray:
         """Errors at levers, (n_points,)."""
@@ -85,17 +86,19 @@ def means(levers: pd.DataFrame, metric: str) -> pd.DataFrame:
 def points(means: pd.DataFrame) -> pd.DataFrame:
     """Rows of `means`, of one model, task and data set, that a surface is fitted to.
 
-    Of several learning rates for a width, the one with the lowest error counts.
+    Of several learning rates for a width, the one with the lowest error counts. Steps beyond a size's best stop are
+    left out: few cells are learned by heart, errors rise again, and whoever sees that stops.
     """
-    found = means[means["varied"].isin(["", "width", "depth"])].sort_values("error")
-    return found.drop_duplicates([*LEVERS]).sort_values([*LEVERS], ignore_index=True)
+    found = means[means["varied"].isin(["", "width", "depth"])].sort_values("error").drop_duplicates([*LEVERS])
+    best_stop = found.groupby(["cells", "depth", "width"])["steps"].transform("first")
+    return found[found["steps"] <= best_stop].sort_values([*LEVERS], ignore_index=True)
 
 
 def surface(points: pd.DataFrame, *, n_draws: int = 200) -> Surface:
     """Fit a surface to mean errors (`points`): least squares of logarithms, robust by Huber's loss, from many starts.
 
     A draw of the bootstrap is fitted to means with normal noise: of their standard error or, where that is more, of
-    how far the surface misses them.
+    how far the surface mostly misses them.
     """
     varied = [lever for lever in LEVERS if points[lever].nunique() > 2]
     names = ["floor"]
@@ -119,7 +122,7 @@ def surface(points: pd.DataFrame, *, n_draws: int = 200) -> Surface:
 
     starts = rng.uniform(*np.clip(bounds, -6, 1.5), (STARTS, len(names)))
     best = min((fit(observed, start) for start in starts), key=lambda fitted: fitted.cost)
-    missed = np.sqrt(np.sum((best.fun * error) ** 2) / max(1, len(observed) - len(names)))
+    missed = 1.4826 * np.median(np.abs(best.fun * error)) * np.sqrt(len(error) / max(1, len(error) - len(names)))
     noise = np.maximum(error, missed) * rng.standard_normal((n_draws, len(error)))
     return Surface(tuple(names), best.x, np.array([fit(observed + of_draw, best.x).x for of_draw in noise]))
 
@@ -163,9 +166,11 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
 
     `levers` is of `evaluation.levers`. Doublings are of the surface. A swap is the difference of two means over seeds,
     at the largest size that both have: of the better of two strategies, of the best weight decay, of the other loss in
-    the same family, which lowers errors of its own, so that it counts in scores alone. The columns are task, dataset,
-    model, suspect, draw, gain, and error (of the reference). What was not varied is left out, and so is a model of
-    which fewer than `FEWEST` levers were.
+    the same family, which lowers errors of its own, so that it counts in scores alone. A part of the corpus that is
+    chosen better is worth more cells: what it gains there fades up to the whole corpus as what cells gain does.
+
+    The columns are task, dataset, model, suspect, draw, gain, and error (of the reference). What was not varied is left
+    out, and so is a model of which fewer than `FEWEST` levers were.
     """
     tables, rng, all_means = [], np.random.default_rng(0), means(levers, metric)
     for (task, dataset, model), own in all_means.groupby(CURVE, sort=False):
@@ -173,7 +178,7 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
         if sum(found[lever].nunique() > 2 for lever in LEVERS) < FEWEST:
             continue
         fitted = surface(found, n_draws=n_draws)
-        drawn = {suspect: fitted.doubling(lever) for suspect, lever in DOUBLED.items()}
+        drawn = {suspect: fitted.doubling(lever) for suspect, lever in DOUBLED.items() if lever in fitted.names}
         others = {name: own[own["strategy"].isin(strategies)] for name, strategies in SWAPPED.items()}
         others["weight decay"] = own[own["varied"] == "weight_decay"]
         if metric != "explained":
@@ -186,8 +191,9 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
                 swap = table[table["cells"] == table["cells"].max()].nsmallest(1, "error").iloc[0]
                 kept = random.loc[swap["cells"]]
                 noise = np.hypot(kept["error"] * kept["se"], swap["error"] * swap["se"]) * rng.standard_normal(n_draws)
-                drawn[suspect] = kept["error"] - swap["error"] + np.concatenate([[0], noise])
-        told = {suspect: drawn[suspect] for suspect in SUSPECTS if np.isfinite(drawn.get(suspect, np.nan)).all()}
+                fades = swap["cells"] ** fitted.drawn("cells")
+                drawn[suspect] = fades * (kept["error"] - swap["error"] + np.concatenate([[0], noise]))
+        told = {suspect: drawn[suspect] for suspect in SUSPECTS if suspect in drawn}
         table = pd.DataFrame(told).rename_axis("draw").melt(var_name="suspect", value_name="gain", ignore_index=False)
         of_all = {"task": task, "dataset": dataset, "model": model, "error": random.loc[random.index.max(), "error"]}
         tables.append(table.reset_index().assign(**of_all))
