@@ -197,8 +197,8 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
         table = pd.DataFrame(told).rename_axis("draw").melt(var_name="suspect", value_name="gain", ignore_index=False)
         of_all = {"task": task, "dataset": dataset, "model": model, "error": random.loc[random.index.max(), "error"]}
         tables.append(table.reset_index().assign(**of_all))
-    columns = [*CURVE, "suspect", "draw", "gain", "error"]
-    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    columns = dict.fromkeys([*CURVE, "suspect"], str) | {"draw": int, "gain": float, "error": float}
+    return pd.concat([pd.DataFrame(columns=columns).astype(columns), *tables], ignore_index=True)[[*columns]]
 
 
 def worth(gains: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:

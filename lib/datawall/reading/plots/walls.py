@@ -52,6 +52,8 @@ def _multiple(lever: str, value: float) -> str:
 
 def suspects(worth: pd.DataFrame, margin: float) -> Figure:
     """What a doubling or a swap of each suspect gains (`walls.worth`), with 95 % intervals; a panel per data set."""
+    if worth.empty:
+        return style.nothing("the study varies too little to tell one wall from another")
     order = [name for name in SUSPECTS if name in set(worth["suspect"])]
     table = worth.rename(columns={"model": "kind", "suspect": "model"})  # whose rows the panels have
     table = table.sort_values("model", key=lambda names: names.map(order.index), kind="stable")
