@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,14 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
+def splits_by_cell(splits: Iterable[str]) -> list[str]:
+    """Names of those splits that are not by donor; all if there are no others."""
+    splits = list(splits)
+    return [name for name in splits if not name.startswith(DONORS)] or splits
+
+
 def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of splits that are not by donor; all rows if there are no others."""
-    donors = table["split"].str.startswith(DONORS)
-    return table if donors.all() else table[~donors]
+    return table[table["split"].isin(splits_by_cell(table["split"].unique()))]
 
 
 def mean_over_splits(table: pd.DataFrame) -> pd.DataFrame:

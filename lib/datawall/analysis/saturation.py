@@ -73,9 +73,7 @@ def saturation_points(
         raise ValueError(f"lower {metric} is better, and the rule {rule} needs a score; use the rule error, say.")
     if margin is not None and not (margin >= 0 and rule in ("error", "equivalence")):
         raise ValueError(f"margin {margin}: at least 0, and of the rules error and equivalence only.")
-    curves = curves_of(results, metric)
-    if rule in ("error", "equivalence"):
-        curves = [as_error(curve, metric) for curve in curves]
+    curves = (errors_of if rule in ("error", "equivalence") else curves_of)(results, metric)
     alpha = 1 - confidence
     points = points_of(curves, rule, margin, alpha)
     table = pd.DataFrame([curve.key for curve in curves], columns=KEY)
@@ -154,6 +152,11 @@ def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
         values = [group["value"].to_numpy() for group in sizes.values()]
         curves.append(Curve(key, np.array(list(sizes), float), np.array(n_cells), values, borrowed))
     return curves
+
+
+def errors_of(results: pd.DataFrame, metric: str) -> list[Curve]:
+    """The curves of a metric, as those of an error (`as_error`)."""
+    return [as_error(curve, metric) for curve in curves_of(results, metric)]
 
 
 def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:

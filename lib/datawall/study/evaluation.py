@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -172,23 +173,24 @@ def right_cells(study: Study) -> pd.Series:
         for dataset in study.joined(task):
             if (obs := study.labels(dataset)) is None:
                 continue  # nothing has been evaluated on it
-            labels, tested = obs["cell_type"].to_numpy().astype(str), None
+            labels = obs["cell_type"].to_numpy().astype(str)
             for columns, predicted in _predictions(study, task, dataset):
-                predicted = {
-                    s: called for s, called in predicted.items() if not s.startswith(results.DONORS)
-                } or predicted
-                if any(len(called) < len(labels) for called in predicted.values()):
-                    tested = tested or _tested_cells(study, dataset)
-                n_right, n_tests = np.zeros((2, len(labels)))
-                for split, called in predicted.items():
-                    cells = tested[split] if tested else slice(None)
-                    n_right[cells] += called == labels[cells]
-                    n_tests[cells] += 1
-                right[task, dataset, *(columns[key] for key in keys)] = (n_right / n_tests)[n_tests > 0]
+                right[task, dataset, *(columns[key] for key in keys)] = _share_right(study, dataset, labels, predicted)
     index = pd.MultiIndex.from_tuples(right, names=["task", "dataset", *keys])
     return pd.Series(right, index=index, dtype=object).sort_index()
 
 
+def _share_right(study: Study, dataset: str, labels: np.ndarray, predicted: dict[str, np.ndarray]) -> np.ndarray:
+    n_right, n_tests = np.zeros((2, len(labels)))
+    for split in results.splits_by_cell(predicted):
+        called = predicted[split]
+        cells = slice(None) if len(called) == len(labels) else _tested_cells(study, dataset)[split]
+        n_right[cells] += called == labels[cells]
+        n_tests[cells] += 1
+    return (n_right / n_tests)[n_tests > 0]
+
+
+@lru_cache(maxsize=1)
 def _tested_cells(study: Study, dataset: str) -> dict[str, np.ndarray]:
     """Which cells each division of a large data set tests with heads: (n_cells,) bool, by the division's name."""
     return {split: part == tasks.finetuning.TEST for split, part in scoring.three_parts(study, dataset)}

@@ -25,30 +25,13 @@ def zeroshot_classification(
 ) -> Metrics:
     """Classify test cells by their k nearest training cells, and by a linear probe of the embedding.
 
-    Neighbours vote alike, at Euclidean distance. Test cells whose embedding a training cell has too are counted in a
-    warning of the log: they need no generalisation.
+    Embeddings are (n_cells, n_latent), labels (n_cells,) cell types. The neighbours, at Euclidean distance, vote alike;
+    `k` was 5 in the original study. Test cells whose embedding a training cell has too are counted in a warning of the
+    log: they need no generalisation.
 
-    Parameters
-    ----------
-    train_embedding, test_embedding
-        (n_cells, n_latent).
-    train_labels, test_labels
-        (n_cells,) cell types.
-    k
-        Neighbours that vote; 5 in the original study.
-    more_k
-        Further numbers of neighbours, whose metrics are named after them: `knn15_micro_f1`.
-    probe
-        Whether to fit the linear probe: `probe_micro_f1` (see `linear_probe`).
-
-    Returns
-    -------
-    `classification_metrics`; of `more_k` and the probe those of all types together.
-
-    Raises
-    ------
-    ValueError
-        If an embedding is not finite, or there are fewer training cells than neighbours.
+    Returns `classification_metrics`, and those of all types together by further numbers of neighbours, `more_k`
+    (`knn15_micro_f1`), and by a `linear_probe` (`probe_micro_f1`). Raises ValueError if an embedding is not finite, or
+    there are fewer training cells than neighbours.
     """
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
     predicted = _predictions(train_embedding, train_labels, test_embedding, [k, *more_k], probe)

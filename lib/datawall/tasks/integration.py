@@ -83,24 +83,14 @@ def zeroshot_integration(
 ) -> Metrics:
     """Metrics of scIB (Luecken et al. 2022), with the values of scib-metrics, on exact neighbours (`metrics.csv`).
 
-    One that these cells leave undefined is left out, of the total too: pcr_comparison without `unintegrated`, and kbet
-    where no label has ten cells and two batches. Those of Leiden clusters are means over five seeds of the clustering,
-    which also varies in their intervals. The total is not scaled between methods.
+    The embedding is (n_cells, n_latent), `unintegrated`, (n_cells, n_components), the principal components of the
+    cells' expression without any model. A metric that these cells leave undefined is left out, of the total too:
+    pcr_comparison without `unintegrated`, and kbet where no label has ten cells and two batches. Those of Leiden
+    clusters are means over five seeds of the clustering, which also varies in their intervals. The total is not scaled
+    between methods.
 
-    Parameters
-    ----------
-    embedding
-        (n_cells, n_latent).
-    labels, batches
-        (n_cells,) cell type and batch.
-    unintegrated
-        (n_cells, n_components) principal components of the cells' expression without any model, to compare with.
-
-    Raises
-    ------
-    ValueError
-        If an array is not finite or not of the same cells, all cells have the same embedding, label or batch, or no
-        label has cells in two batches.
+    Raises ValueError if an array is not finite or not of the same cells, all cells have the same embedding, label or
+    batch, or no label has cells in two batches.
     """
     cells = _embedded(embedding, labels, batches, unintegrated)
     weights = np.vstack([np.ones(len(embedding)), uncertainty.resamples(len(embedding))])

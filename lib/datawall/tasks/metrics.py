@@ -18,16 +18,9 @@ if TYPE_CHECKING:
 class Metrics(dict[str, float]):
     """Values of metrics by name; beside them, by the same names, what is known of each.
 
-    Parameters
-    ----------
-    intervals
-        Low and high end of the 95 % interval over cells.
-    chance
-        Value that no knowledge of the cells reaches.
-    ceiling
-        Value that no prediction or embedding can be expected to exceed.
-    predicted
-        Predicted label of each test cell, of classification.
+    That is low and high end of the 95 % interval over cells, the level of chance, which no knowledge of the cells
+    reaches, and the ceiling, which no prediction or embedding can be expected to exceed. `predicted` has the label
+    predicted of each test cell, of classification.
     """
 
     def __init__(

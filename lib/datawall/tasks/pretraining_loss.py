@@ -27,14 +27,7 @@ def reconstruction(model: Model, counts: sp.csr_matrix, obs: pd.DataFrame, *, se
     cross-entropy in nats of the genes that were hidden; SCimilarity, squared error per entry and its share of triplet
     loss. It is the mean over blocks of 128 cells in random order, weighted by their cells; its interval is over
     blocks. Models that see other panels of genes have other losses; what they explain, 1 - loss / chance, can be
-    compared.
-
-    Parameters
-    ----------
-    counts, obs
-        The held-out cells, at least one; of `obs`, a family says which columns it reads.
-    seed
-        Seed of the order of cells, and of what is hidden or drawn: alike for all models of a family.
+    compared. The seed is that of the order of cells, and of what is hidden or drawn: alike for all models of a family.
     """
     import torch
 

@@ -56,11 +56,8 @@ def classification_intervals(truth: np.ndarray, predicted: np.ndarray) -> dict[s
     types has ends made of those of its types by their distances from the value (Zou and Donner 2008, Stat Med 27:1693)
     and by how the types' F1 go together, as the cells' influence on each tells; recalls are of different cells. There
     the types' ends are exact ones, as Wilson's err to the same side in all types of which every cell is right. A
-    bootstrap of few cells, most of them right, does not know what it has not seen.
-
-    Returns
-    -------
-    low and high end of micro_f1, macro_f1, balanced_accuracy, error_rate, and `f1[type]` of each true type.
+    bootstrap of few cells, most of them right, does not know what it has not seen. Of `f1[type]`, there is one for each
+    true type.
     """
     types, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
     true, called = np.split(codes, [len(truth)])

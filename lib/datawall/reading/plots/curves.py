@@ -21,7 +21,7 @@ from datawall.analysis.results import (
     rank_correlations,
     select,
 )
-from datawall.analysis.saturation import as_error, curves_of
+from datawall.analysis.saturation import errors_of
 from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve
 from datawall.reading import titles
 from datawall.reading.plots import style
@@ -257,8 +257,7 @@ def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Fi
 
     Random subsets. Marks are runs; past the corpus the curve is dashed. Columns are models, rows data sets.
     """
-    curves = [as_error(curve, metric) for curve in curves_of(select(results, strategy="random"), metric)]
-    by_key = {(curve.key[3], curve.key[0]): curve for curve in curves}
+    by_key = {(c.key[3], c.key[0]): c for c in errors_of(select(results, strategy="random"), metric)}
     datasets = sorted({dataset for dataset, _ in by_key})
     models = [name for name in FAMILIES if any(name == model for _, model in by_key)]
     figure, axes = panels(len(datasets), len(models), 2.0 * len(datasets) + 0.6, sharex=True, sharey="row")
