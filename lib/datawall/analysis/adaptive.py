@@ -1,7 +1,6 @@
 """How little of a study's grid settles its verdict: sizes and seeds are added only while the verdict is open."""
 
-from __future__ import annotations
-
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -94,15 +93,14 @@ def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
     size no model is called still improving); then the sizes at both ends of what may be a plateau get a seed more; and
     when those have all seeds, the rest of the grid is filled in from its large end.
     """
-    scores: Scores = {}
+    scores: Scores = defaultdict(list)
     ladder = plan.ladder()
     half = max((size for size in plan.percentages if size <= ladder[-1] / 2), default=ladder[0])
     wanted = dict.fromkeys(ladder, plan.first_seeds)
     while True:
-        begin = {size: len(scores.get(size, ())) for size in wanted}
-        runs = [(size, seed) for size, n in wanted.items() for seed in plan.seeds[begin[size] :][:n]]
+        runs = [(size, seed) for size, n in wanted.items() for seed in plan.seeds[len(scores[size]) :][:n]]
         for (size, _), score in zip(runs, (yield runs), strict=True):
-            scores.setdefault(size, []).append(score)
+            scores[size].append(score)
         verdict, percentage, reason = decide(scores, plan)
         if verdict == PLATEAU or (verdict == IMPROVING and half in scores):
             break

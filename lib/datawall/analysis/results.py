@@ -1,7 +1,5 @@
 """The tidy tables of a study: one number a row, what each is worth, and the scores of each cell type."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from functools import cache

@@ -1,7 +1,5 @@
 """Learning saturation points: the percentage of the corpus past which a model stops improving."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Scaling curves: error against number of cells, what the next doubling is worth, what small runs tell of large."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import combinations
 

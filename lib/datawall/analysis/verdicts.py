@@ -1,7 +1,5 @@
 """What the results of a study say, model by model, in words."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -8,8 +8,6 @@ a cluster by Dask's own protocol, by which whoever can reach the scheduler can r
 covered: a run whose Dask scheduler is lost ends, and the same command goes on from there.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -110,12 +108,12 @@ def _on_dask(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
                 yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
 
 
-def _workers(client: Client) -> list[dict[str, Any]]:
+def _workers(client: "Client") -> list[dict[str, Any]]:
     """What is known of each worker; not by `client.scheduler_info`, which another thread empties now and then."""
     return list(client.sync(client.scheduler.identity, n_workers=-1)["workers"].values())
 
 
-def _await_workers(client: Client, executor: str) -> None:
+def _await_workers(client: "Client", executor: str) -> None:
     """Wait until there is a worker, of Slurm for as long as its queue takes; a cluster may start one only for work."""
     if _workers(client):
         return
@@ -144,7 +142,7 @@ def _resources(job: Job, declared: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _client(study: Any, n_jobs: int) -> Iterator[Client]:
+def _client(study: Any, n_jobs: int) -> Iterator["Client"]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 

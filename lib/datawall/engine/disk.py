@@ -7,8 +7,6 @@ Not covered: power that fails (nothing is flushed to the disk), and file systems
 folder are not kept apart and what is half made is not removed.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

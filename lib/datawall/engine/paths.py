@@ -1,7 +1,5 @@
 """The only place that knows where the repository, a run folder and the user's cache are."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@ its worker; and in the one process of `workers: 1` a job that hangs outside of P
 notebook along.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle

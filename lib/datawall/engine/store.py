@@ -4,8 +4,6 @@ Nothing is ever changed in place, and nothing unfinished is ever found (`disk`).
 once. Not covered: who wrote an artifact. Hashes show damage, not intent: whoever may write the folder can replace both.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import logging

@@ -5,8 +5,6 @@ costs, every executed notebook, tables that sort and filter, and for every numbe
 from.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What a user would try first: no pretrained model beats nothing until it beats these."""
 
-from __future__ import annotations
-
 import numpy as np
 import scipy.sparse as sp
 

@@ -1,7 +1,5 @@
 """Fine-tuned classification: cell types are learnt on top of the embedding, frozen or trained along."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -84,7 +82,7 @@ def fully_finetuned_classification(
 def _fully_finetuned(
     model: Any,
     counts: sp.csr_matrix,
-    fold: _Folds,
+    fold: "_Folds",
     seed: int,
     recipe: training.Recipe,
     head_recipe: training.Recipe,

@@ -1,18 +1,14 @@
 """Metrics by name: what a task returns, and the list of them all."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 
 from datawall.tasks.uncertainty import interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Metrics(dict[str, float]):
@@ -45,7 +41,7 @@ class Metrics(dict[str, float]):
         draws: Mapping[str, np.ndarray],
         chance: Mapping[str, float] | None = None,
         ceiling: Mapping[str, float] | None = None,
-    ) -> Metrics:
+    ) -> Self:
         """Of arrays whose first number is the value and whose others are those of bootstrap resamples."""
         intervals = {name: interval(values[0], values[1:]) for name, values in draws.items() if len(values) > 1}
         return cls({name: values[0] for name, values in draws.items()}, intervals, chance, ceiling)
@@ -61,11 +57,11 @@ class Metrics(dict[str, float]):
             rows.append({"metric": name, **known})
         return rows
 
-    def prefixed(self, prefix: str) -> Metrics:
+    def prefixed(self, prefix: str) -> Self:
         """The same metrics under longer names."""
         return Metrics(*({prefix + name: value for name, value in part.items()} for part in self._parts()))
 
-    def merged(self, other: Metrics) -> Metrics:
+    def merged(self, other: Self) -> Self:
         """These metrics, and those of another under other names."""
         both = zip(self._parts(), other._parts(), strict=True)
         return Metrics(*(own | others for own, others in both), predicted=self.predicted)
@@ -79,8 +75,6 @@ def metrics_table() -> pd.DataFrame:
 
     A direction is `higher`, `lower` or `none`; a version counts up when a metric changes its meaning or is mended.
     """
-    import pandas as pd
-
     return pd.read_csv(files("datawall.tasks") / "metrics.csv", keep_default_na=False)
 
 

@@ -1,13 +1,15 @@
 """Perturbation response: predict the treated expression of a context never seen treated."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from scipy.stats import norm
+from sklearn.metrics import euclidean_distances
 
 from datawall.models import training
 from datawall.tasks import uncertainty
@@ -107,9 +109,6 @@ def _matched(
     embedding: np.ndarray, treated: np.ndarray, in_context: np.ndarray, matching: Matching, rng: np.random.Generator
 ) -> np.ndarray:
     """Control cells of a context and the treated cell of each, rows of all cells, (2, n_pairs)."""
-    from scipy.optimize import linear_sum_assignment
-    from scipy.spatial.distance import cdist
-
     before, after = (rng.permutation(np.flatnonzero(in_context & side))[:MATCHED] for side in (~treated, treated))
     distances = cdist(embedding[before], embedding[after], "sqeuclidean")
     if matching == "ot":
@@ -218,8 +217,6 @@ def energy_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nda
     500 cells, that many evenly spaced ones are taken. The cells of a sample of one are no distance apart. Given
     (n_weights, n_cells) weights of the cells of y, there is a value for each.
     """
-    from sklearn.metrics import euclidean_distances
-
     some, kept = (np.linspace(0, n - 1, min(n, ENERGY_CELLS)).astype(int) for n in (len(x), len(y)))
     x, y, weights = x[some], y[kept], weights[:, kept]
     weights = weights / weights.sum(axis=1, keepdims=True)
@@ -245,8 +242,6 @@ def oracle(treated: np.ndarray, control: np.ndarray) -> Metrics:
     taken as they are, the same in prediction and truth. Where genes are chosen or weighted by the same cells, as in all
     metrics of top genes and weights, the ceiling is out of reach if the cells are few: fewer than two are refused.
     """
-    from scipy.stats import norm
-
     if len(treated) < 2:
         raise ValueError(f"{len(treated)} treated cells have no spread; hold out a context with more.")
     error = treated.var(axis=0, ddof=1, dtype=np.float64) / len(treated)

@@ -1,7 +1,5 @@
 """What a number is worth: its confidence interval over cells, and the level that chance reaches."""
 
-from __future__ import annotations
-
 import numpy as np
 
 N_RESAMPLES = 200

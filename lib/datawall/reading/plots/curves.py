@@ -1,7 +1,5 @@
 """Scores, losses and diversity against the size of a subset, or against steps."""
 
-from __future__ import annotations
-
 import itertools
 
 import matplotlib as mpl

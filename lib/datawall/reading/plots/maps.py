@@ -1,7 +1,5 @@
 """Tables as coloured cells, numbers as dots beside the names of models, and cells as points of a plane."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib as mpl
