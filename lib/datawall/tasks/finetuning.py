@@ -80,12 +80,7 @@ def fully_finetuned_classification(
 
 
 def _fully_finetuned(
-    model: Any,
-    counts: sp.csr_matrix,
-    fold: "_Folds",
-    seed: int,
-    recipe: training.Recipe,
-    head_recipe: training.Recipe,
+    model: Any, counts: sp.csr_matrix, fold: "_Folds", seed: int, recipe: training.Recipe, head_recipe: training.Recipe
 ) -> Tensor:
     """Logits of the test cells of one fold."""
     train, validation, test = (rows for (rows,) in fold.rows)
