@@ -230,10 +230,9 @@ def _basis(family: str, n: np.ndarray, shape: np.ndarray) -> np.ndarray:
 def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFrame:
     """The error at the full corpus as foretold by curves that are fitted to sizes of at most `up_to` per cent alone.
 
-    The interval is of the bootstrap of `scale`, with as much noise added to each draw as the mean at the full corpus
-    has. Curves of fewer than three such sizes are left out. The columns are model, strategy, task, dataset, error (mean
-    at the full corpus), last (at the largest size that was fitted: the forecast of whoever carries it forward),
-    foretold, low, high.
+    The interval is of the bootstrap of `scale`, widened by the noise of the mean at the full corpus. Curves of fewer
+    than three such sizes are left out. The columns are model, strategy, task, dataset, error (mean at the full corpus), last
+    (at the largest size that was fitted: the forecast of whoever carries it forward), foretold, low, high.
     """
     rows = []
     for curve in errors_of(results, metric):

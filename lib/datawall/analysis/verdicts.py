@@ -53,8 +53,7 @@ def table(
     From the tables `intervals` and `budgets` of a study, and `evaluation.right_cells`, by which models and baselines
     are compared cell by cell. The verdict is that of the rule `equivalence`, the curves of a task being one family of
     tests. But a curve is budget-limited where twice the steps gain more than the margin at a size that was checked: it
-    then may tell of the budget, and is not read as a limit of the data. Without `checked`, or without a margin, none
-    is.
+    may tell of the budget, and is not read as a limit of the data. Without `checked`, or a margin, none is.
 
     Columns percentage, low, high (the saturation point, by the published rule; by the rule `error` where lower is
     better), plateau (percentage; NaN without that verdict), verdict, gain (of the full corpus over the largest subset

@@ -99,8 +99,7 @@ class Store:
         """Find a unit's artifact, or make it: `make` writes files into an empty folder that is then moved into place.
 
         The move is atomic, so a killed process leaves nothing that could be taken for an artifact. Of two processes
-        that make the same one the earlier stores it, and others may read it already; the later drops its own. What
-        `make` returns is recorded with the provenance.
+        that make the same one the later drops its own: others may read the earlier's. What `make` returns is recorded.
         """
         if artifact := self.find(unit):
             return artifact

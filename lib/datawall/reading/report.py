@@ -1,8 +1,7 @@
 """The HTML report of a run: a folder of pages that reads from the file system, offline.
 
-`python -m datawall.reading.report runs/quick` writes `runs/quick/report/index.html`: the verdicts, figures and
-costs, every executed notebook, tables that sort and filter, and for every number the artifacts that it was made
-from.
+`python -m datawall.reading.report runs/quick` writes `runs/quick/report/index.html`: verdicts, figures and costs, every
+executed notebook, tables that sort and filter, and for every number what it was made from.
 """
 
 import os

@@ -29,8 +29,7 @@ def zeroshot_classification(
     """Classify test cells by their k nearest training cells, and by a linear probe of the embedding.
 
     Embeddings are (n_cells, n_latent), labels (n_cells,) cell types. The neighbours, at Euclidean distance, vote alike;
-    `k` was 5 in the original study. Test cells whose embedding a training cell has too are counted in a warning of the
-    log: they need no generalisation.
+    `k` was 5 in the original study. Test cells whose embedding a training cell has too are counted in a warning.
 
     Returns `classification_metrics`, and those of all types together by further numbers of neighbours, `more_k`
     (`knn15_micro_f1`), and by a `linear_probe` (`probe_micro_f1`). Raises ValueError if an embedding is not finite, or

@@ -87,8 +87,7 @@ def zeroshot_integration(
     The embedding is (n_cells, n_latent), `unintegrated`, (n_cells, n_components), the principal components of the
     cells' expression without any model. A metric that these cells leave undefined is left out, of the total too:
     pcr_comparison without `unintegrated`, and kbet where no label has ten cells and two batches. Those of Leiden
-    clusters are means over five seeds of the clustering, which also varies in their intervals. The total is not scaled
-    between methods.
+    clusters are means over five seeds of the clustering, which varies in their intervals too. The total is not scaled.
 
     Raises ValueError if an array is not finite or not of the same cells, all cells have the same embedding, label or
     batch, or no label has cells in two batches.

@@ -74,8 +74,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
     Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, the grey line the
-    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric: a line would flatten the
-    curves.
+    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric.
     """
     results = style.in_order(results)
     runs = mean_over_splits(select(results, metric=metric))
