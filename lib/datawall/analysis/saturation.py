@@ -160,7 +160,7 @@ def errors_of(results: pd.DataFrame, metric: str) -> list[Curve]:
 def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`.
 
-    Runs without a score on every data set that their model and strategy have are left out: their means would not compare.
+    Runs without a score on each data set that their model and strategy have are left out: means would not compare.
     """
     runs = runs_of(results, metric)
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")

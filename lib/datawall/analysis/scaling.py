@@ -231,7 +231,7 @@ def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFra
     """The error at the full corpus as foretold by curves that are fitted to sizes of at most `up_to` per cent alone.
 
     The interval is of the bootstrap of `scale`, widened by the noise of the mean at the full corpus. Curves of fewer
-    than three such sizes are left out. The columns are model, strategy, task, dataset, error (mean at the full corpus), last
+    than three such sizes are left out. Columns: model, strategy, task, dataset, error (mean at the full corpus), last
     (at the largest size that was fitted: the forecast of whoever carries it forward), foretold, low, high.
     """
     rows = []

@@ -1,6 +1,6 @@
 """Files and folders that are there as a whole or not at all, and the run folder that they are in.
 
-A killed process leaves at most a file or folder whose name begins with a dot: none reads it, and the next run removes it.
+A killed process leaves at most a file or folder whose name begins with a dot; nobody reads it, the next run removes it.
 
 Not covered: power that fails (nothing is flushed to the disk), and file systems without locks, where two runs of one
 folder are not kept apart and what is half made is not removed.
