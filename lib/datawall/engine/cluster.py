@@ -70,10 +70,9 @@ def run_units[Item, Study](
     if failed:
         times = f" {n} times each" if (n := 1 + p.retries) > 1 else ""
         lines = failed[:SHOWN] + [f"  … and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
-        raise UnitsFailedError(
-            f"{len(failed)} of {len(items)} units of {name} failed{times}. The others are done; "
-            "the same command again makes only what is missing.\n" + "\n".join(lines)
-        )
+        told = f"{len(failed)} of {len(items)} units of {name} failed{times}"
+        remedy = "The others are done; the same command again makes only what is missing."
+        raise UnitsFailedError("\n".join([f"{told}. {remedy}", *lines]))
 
 
 def _on_dask(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
@@ -101,9 +100,8 @@ def _on_dask(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
                     log.warning("%s: %s.", p.executor, "a worker is there again" if there else NONE_LEFT)
             for future in [future for future in futures if future.done()]:
                 if future.status not in ("finished", "error"):
-                    raise ConnectionError(
-                        f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
-                    )
+                    remedy = "what it finished is kept. Start it, and run again."
+                    raise ConnectionError(f"the Dask cluster {p.executor} was lost; {remedy}")
                 raised = future.exception()
                 yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
 
@@ -134,10 +132,8 @@ def _resources(job: Job, declared: list[dict[str, float]]) -> dict[str, float]:
     if wanted and not any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in declared):
         asks = ", ".join(f"{name}={amount:.0f}" for name, amount in wanted.items())
         most = ", ".join(f"{name}={max(has.get(name, 0) for has in declared):.0f}" for name in wanted)
-        raise ValueError(
-            f"{describe(job.item)} asks for {asks}, and no Dask worker declares as much (the most: {most}); start one "
-            "that does (`--resources`), or ask for less."
-        )
+        declares = f"no Dask worker declares as much (the most: {most}); start one that does (`--resources`)"
+        raise ValueError(f"{describe(job.item)} asks for {asks}, and {declares}, or ask for less.")
     return wanted
 
 

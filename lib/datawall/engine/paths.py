@@ -20,10 +20,8 @@ def repository() -> Path:
         for folder in (start, *start.parents):
             if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
                 return folder
-    raise FileNotFoundError(
-        f"no compendium (a folder with params/ and notebooks/) at or above {Path.cwd()}; "
-        "change into your checkout of datawall."
-    )
+    where = f"at or above {Path.cwd()}; change into your checkout of datawall."
+    raise FileNotFoundError(f"no compendium (a folder with params/ and notebooks/) {where}")
 
 
 def located(path: str | Path) -> Path:

@@ -96,10 +96,8 @@ class Site:
         """The verdicts in words; of results of another study than that of the folder, what is other about it."""
         then, now = results.parameters(self.study.folder), self.study.params.model_dump(mode="json")
         if other := [key for key in now if key not in IN_NO_NUMBER and then and then.get(key) != now[key]]:
-            return [
-                f"The results are not those of study.yaml as it is now: they are of other {', '.join(other)}. Its own "
-                "come with the stages of its tasks."
-            ]
+            told = f"they are of other {', '.join(other)}. Its own come with the stages of its tasks."
+            return [f"The results are not those of study.yaml as it is now: {told}"]
         return verdicts.sentences(self.verdicts)
 
     def write(self) -> Path:

@@ -52,10 +52,8 @@ def why(folder: Path, key: str) -> str:
     places = artifacts(folder)
     matching = [name for name in places if name.startswith(key)]
     if len(matching) != 1:
-        raise ValueError(
-            f"--why {key}: {len(matching) or 'no'} artifacts of {folder} have a key that begins so; give one of the "
-            "folder names under store/, or a run_id of the results."
-        )
+        told = f"{len(matching) or 'no'} artifacts of {folder} have a key that begins so"
+        raise ValueError(f"--why {key}: {told}; give one of the folder names under store/, or a run_id of the results.")
     (key,) = matching
     if wrong := store.check(places[key])[1]:
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."

@@ -118,9 +118,8 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
         embedding = study.embedding(source, evaluation.dataset)
         metrics = tasks.finetuned_classification(embedding, labels, part, **options)
         if model is not None and hasattr(model, "finetunable"):
-            metrics = metrics.merged(
-                tasks.finetuning.fully_finetuned_classification(model, data.X, labels, part, **options)
-            )
+            full = tasks.finetuning.fully_finetuned_classification(model, data.X, labels, part, **options)
+            metrics = metrics.merged(full)
         yield split, metrics
 
 

@@ -37,11 +37,7 @@ TASKS = {
         Task("zeroshot_classification", "classification", "micro_f1", repeated="by split"),
         Task("zeroshot_integration", "integration", "avg_bio", needs=("batch_key",)),
         Task(
-            name="finetuned_classification",
-            module="finetuning",
-            headline="micro_f1",
-            baselines=("LogisticRegression",),
-            repeated="by split",
+            "finetuned_classification", "finetuning", "micro_f1", baselines=("LogisticRegression",), repeated="by split"
         ),
         Task(
             name="perturbation_response",

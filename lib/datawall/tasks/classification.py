@@ -147,8 +147,6 @@ def shared_rows(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 def check_embedding(embedding: np.ndarray) -> None:
     """Refuse an embedding with NaN or infinite values, naming the first such cell."""
-    finite = np.isfinite(embedding).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"the embedding of {int((~finite).sum())} cells (first: cell {int(np.argmin(finite))}) is NaN or infinite."
-        )
+    wrong = np.flatnonzero(~np.isfinite(embedding).all(axis=1))
+    if len(wrong):
+        raise ValueError(f"the embedding of {len(wrong)} cells (first: cell {wrong[0]}) is NaN or infinite.")

@@ -10,6 +10,8 @@ import pandas as pd
 
 from datawall.tasks.uncertainty import interval
 
+type Levels = Mapping[str, float] | None  # by the name of a metric
+
 
 class Metrics(dict[str, float]):
     """Values of metrics by name; beside them, by the same names, what is known of each.
@@ -23,25 +25,19 @@ class Metrics(dict[str, float]):
         self,
         values: Mapping[str, float],
         intervals: Mapping[str, tuple[float, float]] | None = None,
-        chance: Mapping[str, float] | None = None,
-        ceiling: Mapping[str, float] | None = None,
+        chance: Levels = None,
+        ceiling: Levels = None,
         *,
         predicted: np.ndarray | None = None,
     ) -> None:
         super().__init__((name, float(value)) for name, value in values.items())
-        known = (intervals or {}, chance or {}, ceiling or {})
-        self.intervals, self.chance, self.ceiling = (
-            {name: table[name] for name in self if name in table} for table in known
-        )
+        tables = (intervals or {}, chance or {}, ceiling or {})
+        known = ({name: table[name] for name in self if name in table} for table in tables)
+        self.intervals, self.chance, self.ceiling = known
         self.predicted = predicted
 
     @classmethod
-    def of_draws(
-        cls,
-        draws: Mapping[str, np.ndarray],
-        chance: Mapping[str, float] | None = None,
-        ceiling: Mapping[str, float] | None = None,
-    ) -> Self:
+    def of_draws(cls, draws: Mapping[str, np.ndarray], chance: Levels = None, ceiling: Levels = None) -> Self:
         """Of arrays whose first number is the value and whose others are those of bootstrap resamples."""
         intervals = {name: interval(values[0], values[1:]) for name, values in draws.items() if len(values) > 1}
         return cls({name: values[0] for name, values in draws.items()}, intervals, chance, ceiling)

@@ -54,10 +54,8 @@ def perturbation_response(
     context = np.asarray(context).astype(str)
     train_contexts = usable_contexts(treated, context)
     if held_out not in train_contexts or len(train_contexts) < 2:
-        raise ValueError(
-            f"cannot hold out {held_out!r}: contexts with control and treated cells are {train_contexts}, and at least "
-            "two are needed."
-        )
+        there = f"contexts with control and treated cells are {train_contexts}, and at least two are needed."
+        raise ValueError(f"cannot hold out {held_out!r}: {there}")
     train_contexts.remove(held_out)
     if matching == "mean":
         source = np.flatnonzero(~treated & np.isin(context, train_contexts))
