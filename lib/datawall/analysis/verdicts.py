@@ -64,7 +64,8 @@ def table(
     """
     limited = pd.DataFrame(columns=[*CURVE, "percentage", "seeds", "change"])
     if checked is not None and len(checked) and margin is not None:
-        limited = budgets(intervals, checked).query("change > @margin")
+        limited = budgets(intervals, checked)
+        limited = limited[limited["change"] > margin]
     rows = []
     for task, metric in tasks.HEADLINE.items():
         of_task = select(intervals, task=task, metric=metric)

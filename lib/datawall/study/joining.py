@@ -95,7 +95,7 @@ def check_control(p: Params, dataset: EvaluationSet, obs: pd.DataFrame) -> None:
     if "perturbation_response" not in p.tasks or not dataset.joins("perturbation_response"):
         return
     values = sorted(obs["perturbation"].astype("category").cat.categories)
-    if dataset.control not in values:
+    if values and dataset.control not in values:
         held_out = dataset.dataset == p.held_out_name
         file, column = (p.corpus, p.perturbation_key) if held_out else (dataset.file, dataset.perturbation_key)
         (nearest,) = get_close_matches(dataset.control, values, n=1, cutoff=0)
