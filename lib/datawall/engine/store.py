@@ -106,7 +106,7 @@ class Store:
         folder = self._folder(unit)
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
             begin = time.perf_counter()
-            more = make(scratch) or {}
+            more = make(scratch)
             made = {
                 "seconds": round(time.perf_counter() - begin, 3),
                 "device": "cpu",
@@ -114,8 +114,8 @@ class Store:
                 "host": socket.gethostname(),
                 "ended": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": code.versions(),
+                **(more or {}),
             }
-            made |= more
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: disk.file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             disk.write_json(scratch / MANIFEST, {**manifest, "sha256": code.json_sha256(manifest)})

@@ -143,10 +143,7 @@ def _embedded(
 
 
 def _mean_of_labels(values: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    """Mean over labels of the weighted mean of their cells; those whose value is NaN do not count.
-
-    NaN where no label has weight.
-    """
+    """Mean over labels of the weighted mean of their cells that have a value; NaN where no label has weight."""
     sums, n_labels = np.zeros(len(weights)), np.zeros(len(weights))
     for label in np.unique(cells.labels[np.isfinite(values)]):
         inside = np.isfinite(values) & (cells.labels == label)
