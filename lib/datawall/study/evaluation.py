@@ -1,6 +1,7 @@
 """Evaluations of a study: every task on every model and baseline, and the tables they make."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
@@ -88,24 +89,23 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
         study.dataset_artifact(name)  # which tells what it can be judged by
     headlines = {task: tasks.TASKS[task].headline for task in p.tasks if study.joined(task)}
     headlines = {task: metric for task, metric in headlines.items() if metric and not results.lower_is_better(metric)}
-    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in headlines}
-    wanted, outcomes = {key: next(questions) for key, questions in asking.items()}, {}
+    scores = {(model, task): defaultdict(list) for model in p.models for task in headlines}
     chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
-    while wanted:
+    while True:
+        steps = {key: adaptive.ask(known, plan) for key, known in scores.items()}
+        wanted = {key: runs for key, runs in steps.items() if not isinstance(runs, adaptive.Outcome)}
+        if not wanted:
+            break
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
         disk.write_json(study.folder / CHOSEN, chosen)
         study.pretrain()
-        scores = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
-        for key, runs in list(wanted.items()):
-            model, task = key
-            try:
-                wanted[key] = asking[key].send([scores[task][model, *run] for run in runs])
-            except StopIteration as settled:
-                outcomes[key] = settled.value
-                del wanted[key]
+        found = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
+        for (model, task), runs in wanted.items():
+            for percentage, seed in runs:
+                scores[model, task][percentage].append(found[task][model, percentage, seed])
     columns = ["model", "task", "verdict", "percentage", "reason", "runs", "share"]
-    rows = ((*key, end.verdict, end.percentage, end.reason, len(end.runs), end.share) for key, end in outcomes.items())
+    rows = ((*key, end.verdict, end.percentage, end.reason, len(end.runs), end.share) for key, end in steps.items())
     return pd.DataFrame(sorted(rows, key=lambda row: row[:2]), columns=columns)
 
 
