@@ -27,7 +27,7 @@ def n_splits(p: Params, task: str, n_cells: int) -> int:
 def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> str | None:
     """Why a task cannot be judged on a data set that has its columns, by the labels of its cells; None if it can.
 
-    Raises as `check_control`.
+    Raises CorpusError as `check_control` does.
     """
     if obs.empty or task not in JUDGED:
         return "it has no cells" if obs.empty else None

@@ -38,7 +38,7 @@ def perturbation_response(
     """Train an MLP head from control embeddings to treated expression on all contexts but one; score it on that.
 
     The prediction is the head's output for each control cell of the held-out context, judged by `response_metrics`. The
-    embedding is (n_cells, n_latent), of treated cells only to match them; expression, (n_cells, n_genes), is
+    embedding is (n_cells, n_latent), that of treated cells is to match them alone; expression, (n_cells, n_genes), is
     log-normalised; `treated`, (n_cells,) bool, tells treated cells from control; a context is a cell type, cell line or
     patient. The seed is that of the initial weights, the order of cells, dropout, and of the cells that are matched.
 
