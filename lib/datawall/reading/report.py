@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from datawall import tasks
-from datawall.analysis import results, verdicts
+from datawall.analysis import results, verdicts, walls
 from datawall.analysis.results import select
 from datawall.engine import disk, paths, store
 from datawall.engine.store import Artifact
@@ -98,7 +98,8 @@ class Site:
         if other := [key for key in now if key not in IN_NO_NUMBER and then and then.get(key) != now[key]]:
             told = f"they are of other {', '.join(other)}. Its own come with the stages of its tasks."
             return [f"The results are not those of study.yaml as it is now: {told}"]
-        return verdicts.sentences(self.verdicts)
+        levers = evaluation.levers(self.study) if len(self.results) else pd.DataFrame()
+        return [*verdicts.sentences(self.verdicts), *(walls.sentences(levers) if len(levers) else ())]
 
     def write(self) -> Path:
         """Write the pages into the folder of the run; returns the path of the first."""
