@@ -76,7 +76,7 @@ def test_damaged_cached_file_is_fetched_again_and_a_good_one_is_not(pip, monkeyp
 
 
 def test_kang2018_has_the_published_cells_as_integer_counts():
-    kang = real.kang_unlabelled()
+    kang = real.all_of_kang()
     assert kang.shape == (13_999, 14_053)
     assert kang.obs["condition"].value_counts().to_dict() == {"ctrl": 6_548, "stim": 7_451}
     assert kang.X.format == "csr"

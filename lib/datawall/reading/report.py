@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from datawall import tasks
-from datawall.analysis import results, verdicts
+from datawall.analysis import results, verdicts, walls
 from datawall.analysis.results import select
 from datawall.engine import disk, paths, store
 from datawall.engine.store import Artifact
@@ -103,7 +103,8 @@ class Site:
                 f"The results are not those of study.yaml as it is now: they are of other {', '.join(other)}. Its own "
                 "come with the stages of its tasks."
             ]
-        return verdicts.sentences(self.verdicts)
+        levers = evaluation.levers(self.study) if len(self.results) else pd.DataFrame()
+        return [*verdicts.sentences(self.verdicts), *(walls.sentences(levers) if len(levers) else ())]
 
     def write(self) -> Path:
         """Write the pages into the folder of the run; returns the path of the first."""

@@ -12,9 +12,12 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import adaptive, results
 from datawall.cells.corpus import CorpusError
+from datawall.cells.sampling import STRATEGIES
 from datawall.engine import cluster, disk
 from datawall.engine.store import Artifact, Unit
+from datawall.models import hyperparameters
 from datawall.study import curation, scoring
+from datawall.study.params import Params
 from datawall.study.study import CHOSEN, Study
 from datawall.study.units import Evaluation, Run
 from datawall.tasks import baselines
@@ -222,6 +225,46 @@ def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
     chosen = {f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in titled.items()}
     controls = [run for run in runs.values() if run.model == best.model and run.subset.untrained]
     return chosen | {f"untrained: {run.model}": run for run in controls[:1]}
+
+
+def levers(study: Study) -> pd.DataFrame:
+    """Scores of all pretrained runs beside what was varied in them, for `walls`; a mean over splits a row.
+
+    Columns: model (without its label: of `SSL@2x`, SSL), family, label, strategy, seed, n_cells, samples (cells seen in
+    training, with repeats), varied, cells, depth, steps and width (multiples of the reference, which is the whole
+    corpus with the model's own settings), task, dataset, metric, value. `varied` is empty for random subsets with no
+    other setting, whatever their steps; else `width`, `weight_decay`, `depth` or `strategy`, or `several`.
+    """
+    p, tables = study.params, []
+    for name in ("results", "budgets"):
+        rows = results.read_results(study.folder, name)
+        rows = rows[rows["percentage"] > 0].assign(steps=rows.get("budget", 1.0))
+        tables += [results.mean_over_splits(some).assign(steps=steps) for steps, some in rows.groupby("steps")]
+    table = pd.concat(tables, ignore_index=True).rename(columns={"model": "label"})
+    settings = pd.DataFrame([_setting(p, label) for label in table["label"].unique()]).set_index("label")
+    table = table.join(settings, on="label")
+    table["samples"] = table["samples"] * table["steps"]
+    table["cells"] = table["percentage"] / 100
+    table["depth"] = table["strategy"].map(lambda name: STRATEGIES[name].depth)
+    by_strategy = np.where(table["depth"] < 1, "depth", np.where(table["strategy"] == "random", "", "strategy"))
+    both = (table["varied"] != "") & (by_strategy != "")
+    table["varied"] = np.where(both, "several", table["varied"] + by_strategy)
+    columns = ["model", "family", "label", "strategy", "seed", "n_cells", "samples", "varied"]
+    return table[[*columns, "cells", "depth", "steps", "width", "task", "dataset", "metric", "value"]]
+
+
+def _setting(p: Params, label: str) -> dict[str, Any]:
+    """What sets a labelled model apart from the one without its label."""
+    base = label if ":" in label else label.partition("@")[0]
+    spec, own = p.specs[label], hyperparameters.resolve(base, p.hyperparameters, schedule=p.budget)
+    values, own_values = (each.hyperparameters.model_dump() for each in (spec, own))
+    differ = {name for name in values if values[name] != own_values[name]}
+    widths = [np.ravel(each.get("n_hidden") or each.get("n_embd") or 1)[0] for each in (values, own_values)]
+    wide = widths[0] != widths[1] and differ <= {"n_hidden", "n_latent", "n_embd", "learning_rate"}
+    varied = "width" if wide else "".join(differ) if differ <= {"weight_decay"} else "several"
+    samples = p.steps_of(label) * values.get("batch_size", 0)
+    told = {"label": label, "model": base, "family": spec.family, "varied": varied}
+    return told | {"width": float(widths[0] / widths[1]), "samples": samples}
 
 
 def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
