@@ -75,4 +75,5 @@ for name in sys.argv[2:]:
         weights = {name: weight.numpy() for name, weight in module.state_dict().items()}
         np.savez(folder / name, loss=history.loss, **weights)
 if dist.is_initialized():
+    dist.barrier()  # none leaves while another is at work
     dist.destroy_process_group()

@@ -20,7 +20,6 @@ from datawall import models
 from datawall.cells import datasets
 from datawall.models import training
 from datawall.study import together
-from datawall.study.units import Run, Subset
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -156,4 +155,5 @@ def test_a_model_that_is_made_by_hand_lies_with_its_study(tmp_path, monkeypatch)
         with pytest.raises(SystemExit, match="has no such run") if seed else nullcontext():
             together.main()
     study = dw.open_study(str(tmp_path))
-    assert study.store.find(study.model_unit(Run("PretrainedPCA", Subset("random", 100, 0))))
+    (run,) = study.pretraining_runs()
+    assert study.store.find(study.model_unit(run))

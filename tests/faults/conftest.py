@@ -13,7 +13,7 @@ def undisturbed(tmp_path_factory):
     with (base / "undisturbed.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder := base / "undisturbed").exists():
-            status, _, errors = run(base / "half made")
+            status, _, errors = run(base / "half-made")
             assert status == 0, errors
-            (base / "half made").rename(folder)
+            (base / "half-made").rename(folder)
     return folder
