@@ -36,8 +36,13 @@ FILES = {
     "lib/datawall/data/calibration/*.json": ("measured by this project", "MIT"),
     "lib/datawall/data/cell_types.obo": ("written for this project, after the Cell Ontology and scTab's types", "MIT"),
     "lib/datawall/data/kang2018_labels.csv": (KANG, KANG_TERMS),
+    "lib/datawall/data/kang2018_types.csv.gz": ("labels that this project gave the cells of Kang et al.", "MIT"),
     "lib/datawall/data/known_answer*": ("simulated by this project", "MIT"),
     "lib/datawall/data/labels.csv": ("written for this project", "MIT"),
+    "lib/datawall/data/which_wall/*": (
+        "scores of models that this project trained, on Kang et al. and on simulated cells",
+        "MIT",
+    ),
     "lib/datawall/data/power.csv": ("simulated by this project", "MIT"),
     "lib/datawall/data/published/*": (STUDY, "MIT"),
     "lib/datawall/data/report/*": ("written for this project", "MIT"),

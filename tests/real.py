@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datawall.cells import annotation, datasets
+from datawall.cells import datasets
 from datawall.engine import disk, paths
 from datawall.study import curation
 
@@ -19,18 +19,16 @@ def need_kang():
 
 
 @cache
-def kang_unlabelled():
-    """All of Kang's cells; annotation, which takes longer than reading and is tested on its own, is stood in for."""
+def all_of_kang():
+    """All of Kang's cells, with our labels."""
     need_kang()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotation, "annotate", lambda counts, *_: ["a cell"] * counts.shape[0])
-        return datasets._kang2018.__wrapped__()
+    return datasets.load("kang2018")
 
 
 @cache
 def _kang():
     authors = pd.read_csv(curation.KANG_LABELS, index_col="cell")["authors"]
-    cells = kang_unlabelled()[authors.index].copy()
+    cells = all_of_kang()[authors.index].copy()
     cells.obs["cell_type"] = authors
     return cells[np.random.default_rng(0).permutation(cells.n_obs)].copy()
 

@@ -158,7 +158,7 @@ def test_replay_turns_a_metric_that_is_better_when_lower():
     """Of made-up runs, a task for each truth; data sets are its curves."""
     rows = []
     for truth in ("plateau at 1 %", "plateau at 25 %", "improves, .25 to .125"):
-        for number, scores in enumerate(power.simulated(truth, 3, 5)):
+        for number, scores in enumerate(power.simulated(truth, 12, 5)):
             by_size = dict(zip(power.SIZES, scores, strict=True))
             rows += curve(by_size, task=truth, dataset=f"curve {number}", metric="score")
     results = table(*rows)

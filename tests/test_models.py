@@ -23,12 +23,21 @@ SMALL = {
     "scVI": {"n_hidden": 16, "n_latent": 6, "batch_size": 32},
     "SSL": {"n_hidden": [16, 12], "n_latent": 7, "batch_size": 32},
     "ssl_vae": {"n_hidden": [16, 12], "n_latent": 7, "batch_size": 32},
+    "ssl_contrastive": {"n_hidden": [16, 12], "n_latent": 7, "batch_size": 32},
     "Geneformer": {
         "max_length": 64, "n_layers": 2, "n_heads": 2, "n_embd": 16, "batch_size": 8, "dropout": 0.1, "init_std": 0.2
     },
     "SCimilarity": {"n_hidden": [16, 12], "n_latent": 8, "batch_size": 32},
 }  # fmt: skip
-N_LATENT = {"PretrainedPCA": 5, "scVI": 6, "SSL": 7, "ssl_vae": 7, "Geneformer": 16, "SCimilarity": 8}
+N_LATENT = {
+    "PretrainedPCA": 5,
+    "scVI": 6,
+    "SSL": 7,
+    "ssl_vae": 7,
+    "ssl_contrastive": 7,
+    "Geneformer": 16,
+    "SCimilarity": 8,
+}
 NETWORKS = [name for name in SMALL if name != "PretrainedPCA"]
 networks = pytest.mark.parametrize("name", NETWORKS)
 every_model = pytest.mark.parametrize("name", SMALL)
@@ -95,6 +104,16 @@ def test_hyperparameters_of_a_family_yield_to_a_variants_and_these_to_a_models()
     given["scVI"]["schedule"] = "steps"
     assert models.resolve("scvi_2x", given, schedule="epochs").hyperparameters.schedule == "steps"
     assert not models.resolve("PretrainedPCA", schedule="epochs").takes_steps
+
+
+def test_a_label_sets_a_model_apart_whose_values_are_given_under_its_whole_name():
+    given = {"SSL": {"n_latent": 9}, "ssl_contrastive": {"dropout": 0.3}, "ssl_contrastive@wide": {"n_hidden": [64]}}
+    spec = models.resolve("ssl_contrastive@wide", given)
+    assert (spec.name, spec.family, spec.is_external) == ("ssl_contrastive@wide", "SSL", False)
+    expected = {"loss": "contrastive", "n_latent": 9, "dropout": 0.3, "n_hidden": [64]}
+    assert spec.hyperparameters.model_dump(include=set(expected)) == expected
+    with pytest.raises(ValueError, match="'scGPT@wide' is no model"):
+        models.resolve("scGPT@wide")
 
 
 @pytest.mark.parametrize("name", hyperparameters.VARIANTS)

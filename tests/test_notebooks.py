@@ -20,8 +20,8 @@ from datawall.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [ROOT / "notebooks" / f"{name}.ipynb" for name in run_all.STAGES.values()]
-PUBLISHED = ROOT / "notebooks" / "08_published_results.ipynb"  # no stage: it needs no study
-NOTEBOOKS = [*STAGES, PUBLISHED]
+NAMES = ("08_published_results", "09_which_wall")  # no stages: they need no study
+NOTEBOOKS = [*STAGES, *(ROOT / "notebooks" / f"{name}.ipynb" for name in NAMES)]
 CHECKED = "nbval-check-output"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

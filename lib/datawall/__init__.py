@@ -18,7 +18,8 @@ _MODULES = {
     "cells": ("annotation", "corpus", "datasets", "diversity", "sampling", "simulate", "sources"),
     "models": ("external", "hyperparameters", "tokenizer", "training", "transformer"),
     "analysis": (
-        *("adaptive", "effects", "known_answer", "power", "published", "results", "saturation", "scaling", "verdicts"),
+        *("adaptive", "effects", "known_answer", "power", "published", "results", "saturation", "scaling"),
+        *("verdicts", "walls"),
     ),
     "study": ("curated", "curation", "evaluation", "params"),
     "engine": ("code", "paths", "store"),

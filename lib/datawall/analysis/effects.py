@@ -1,7 +1,5 @@
 """What a subset's strategy and diversity are worth at equal size, and whether a model overtakes the baselines."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy import stats

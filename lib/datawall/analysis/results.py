@@ -1,8 +1,7 @@
 """The tidy tables of a study: one number a row, what each is worth, and the scores of each cell type."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,7 @@ DONORS = "donors "  # how the names of splits by donor begin
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables of `read_results` from rows with `ALL_COLUMNS`.
 
-    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which differ in them, if at all,
-    by their clusters.
+    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which may differ by their clusters.
     """
     of_type, checked = rows["metric"].str.match(OF_A_TYPE), rows["budget"].fillna(1.0) != 1
     budgets = rows.loc[checked & ~of_type, [*RUN, "budget", "split", "value"]]
@@ -137,10 +135,14 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
+def splits_by_cell(splits: Iterable[str]) -> list[str]:
+    """Names of those splits that are not by donor; all if there are no others."""
+    splits = list(splits)
+    return [name for name in splits if not name.startswith(DONORS)] or splits
+
+
 def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of splits that are not by donor; all rows if there are no others."""
-    donors = table["split"].str.startswith(DONORS)
-    return table if donors.all() else table[~donors]
+    return table[table["split"].isin(splits_by_cell(table["split"].unique()))]
 
 
 def mean_over_splits(table: pd.DataFrame) -> pd.DataFrame:
@@ -236,9 +238,8 @@ def against_baselines(
     From the table `intervals` of a study. The best baseline is that with the best mean over splits, `Chance` and
     `Oracle` left out. An interval is of a bootstrap over seeds and splits, with normal noise of the variance over cells
     (of model and baseline, from their own intervals) added to each draw: as if the two did not err on the same cells,
-    so that it is too wide rather than too narrow, and a tie may be a small win. Micro-F1 of the tasks that `right`
-    has (`evaluation.right_cells`) is paired by cell (`tasks.uncertainty.paired_interval`), and its interval is no wider
-    than it must be.
+    so that it is too wide rather than too narrow, and a tie may be a small win. Micro-F1 of the tasks that `right` has
+    (`evaluation.right_cells`) is paired by cell (`tasks.uncertainty.paired_interval`), as exactly as can be.
 
     A row per task, data set and pretrained model, strategy and percentage: value, baseline (its name), baseline_value,
     difference (value - baseline_value), low, high, verdict: `win` or `loss` if the interval excludes zero, else `tie`;

@@ -1,7 +1,5 @@
 """Learning saturation points: the percentage of the corpus past which a model stops improving."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,9 +71,7 @@ def saturation_points(
         raise ValueError(f"lower {metric} is better, and the rule {rule} needs a score; use the rule error, say.")
     if margin is not None and not (margin >= 0 and rule in ("error", "equivalence")):
         raise ValueError(f"margin {margin}: at least 0, and of the rules error and equivalence only.")
-    curves = curves_of(results, metric)
-    if rule in ("error", "equivalence"):
-        curves = [as_error(curve, metric) for curve in curves]
+    curves = (errors_of if rule in ("error", "equivalence") else curves_of)(results, metric)
     alpha = 1 - confidence
     points = points_of(curves, rule, margin, alpha)
     table = pd.DataFrame([curve.key for curve in curves], columns=KEY)
@@ -156,11 +152,15 @@ def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
     return curves
 
 
+def errors_of(results: pd.DataFrame, metric: str) -> list[Curve]:
+    """The curves of a metric, as those of an error (`as_error`)."""
+    return [as_error(curve, metric) for curve in curves_of(results, metric)]
+
+
 def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`.
 
-    Runs without a score on every data set that their model and strategy have are left out, since their mean would be of
-    something else.
+    Runs without a score on each data set that their model and strategy have are left out: means would not compare.
     """
     runs = runs_of(results, metric)
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -230,6 +230,19 @@ class Cells:
 
     def count_blocks(self) -> Iterator[sp.csr_matrix]:
         return (counts for _, counts in self.blocks())
+
+    def to_blocks(self, change: Callable[[sp.csr_matrix], sp.csr_matrix]) -> Iterator[ad.AnnData]:
+        """All cells in turn, as `write` takes them, with their raw counts changed."""
+        import anndata as ad
+
+        for rows, counts in self.blocks():
+            obs = self.obs.iloc[rows].set_index(pd.Index(self.names(rows)))
+            yield ad.AnnData(change(counts), obs=obs, var=self.var)
+
+    @property
+    def genes_detected(self) -> np.ndarray:
+        """(n_cells,) of how many genes each cell has counts."""
+        return self._lengths(self._positions(None))
 
     def to_memory(self) -> ad.AnnData:
         """All cells, with their names."""

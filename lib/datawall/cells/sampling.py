@@ -81,6 +81,32 @@ def spike_in(n_train: int, n_perturbed: int, percentage: float, *, seed: Seed) -
     return np.sort(rng.permutation(n_train)[size:]), np.sort(perturbed)
 
 
+def of_richest(n_genes: np.ndarray, percentage: float, *, seed: Seed) -> np.ndarray:
+    """Uniform sample of that half of the cells in which most genes were detected; `n_genes` (n_cells,) are of each."""
+    return _of_half(n_genes, percentage, seed)
+
+
+def of_poorest(n_genes: np.ndarray, percentage: float, *, seed: Seed) -> np.ndarray:
+    """Uniform sample of that half of the cells in which fewest genes were detected; `n_genes` (n_cells,) of each."""
+    return _of_half(-n_genes, percentage, seed)
+
+
+def _of_half(n_genes: np.ndarray, percentage: float, seed: Seed) -> np.ndarray:
+    size, n_cells = subset_size(len(n_genes), percentage), len(n_genes)
+    half = np.argsort(n_genes, kind="stable")[n_cells // 2 :]
+    if size > len(half):
+        raise ValueError(f"percentage {percentage} is more than the half of the cells that is drawn from.")
+    return np.sort(half[np.random.default_rng(seed).permutation(len(half))[:size]])
+
+
+def thin(counts: sp.csr_matrix, kept: float, rng: np.random.Generator) -> sp.csr_matrix:
+    """Counts as a shallower sequencing would have found them: each molecule is kept with the chance `kept`, 0 to 1."""
+    data = rng.binomial(counts.data.astype(np.int64), kept).astype(counts.dtype)
+    thinned = sp.csr_matrix((data, counts.indices.copy(), counts.indptr.copy()), shape=counts.shape)
+    thinned.eliminate_zeros()
+    return thinned
+
+
 def stratified_split(labels: np.ndarray, shares: list[float], *, seed: int) -> np.ndarray:
     """Part of each cell, (n_cells,) int64, where parts of exact size each hold every label in proportion.
 
@@ -214,9 +240,11 @@ class Strategy:
     """A way to choose a subset: a line of `STRATEGIES`, whose name study files take."""
 
     choose: Callable[..., np.ndarray]  # rows, from what it chooses by, a percentage and a seed
-    by: str  # `n_cells`, `cell_type` or `X_pca` (principal component scores), of all cells
+    by: str  # `n_cells`, `cell_type`, `X_pca` (principal component scores) or `n_genes` (detected), of all cells
     of_all: bool = False  # whether it makes a choice at 100 % too
     spiked: float = 0.0  # share of the subset, in per cent, that perturbed cells take over
+    depth: float = 1.0  # share of each cell's counts that is kept
+    at_most: float = 100.0  # per cent of the cells that it can draw
 
 
 STRATEGIES = {
@@ -225,4 +253,9 @@ STRATEGIES = {
     "geometric_sketching": Strategy(geometric_sketching, by="X_pca"),
     "spikein_10": Strategy(random, by="n_cells", of_all=True, spiked=10.0),
     "spikein_50": Strategy(random, by="n_cells", of_all=True, spiked=50.0),
+    "depth_30": Strategy(random, by="n_cells", of_all=True, depth=0.30),
+    "depth_10": Strategy(random, by="n_cells", of_all=True, depth=0.10),
+    "depth_3": Strategy(random, by="n_cells", of_all=True, depth=0.03),
+    "richest": Strategy(of_richest, by="n_genes", at_most=50.0),
+    "poorest": Strategy(of_poorest, by="n_genes", at_most=50.0),
 }

@@ -91,7 +91,7 @@ class SSL(Network):
     n_latent: PositiveInt = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     mask: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of a cell's genes hidden
-    loss: Literal["masked", "vae"] = "masked"
+    loss: Literal["masked", "vae", "contrastive"] = "masked"
     output: Literal["linear", "sigmoid"] = "linear"  # theirs, sigmoid, cannot reach targets above one
     batch_size: PositiveInt = 16_384  # cells a step
     learning_rate: PositiveFloat = 1e-3
@@ -140,6 +140,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"geneformer_{n}": ("Geneformer", {"n_embd": n}) for n in (32, 64, 128, 256)},
     **{f"geneformer_wd_{x}": ("Geneformer", {"weight_decay": float(x)}) for x in ("1e-4", "1e-3", "1e-2")},
     "ssl_vae": ("SSL", {"loss": "vae"}),
+    "ssl_contrastive": ("SSL", {"loss": "contrastive"}),
 }
 
 
@@ -147,7 +148,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 class ModelSpec:
     """What the name of a model stands for; `resolve` makes it."""
 
-    name: str  # as in a study file: a family, a variant of one, or the user's own as `module:Class`
+    name: str  # as in a study file: a family, a variant or a labelled one (`SSL@wide`), or the user's `module:Class`
     family: str  # of `scvi_2x` scVI; one of the user's own is its own family
     hyperparameters: Hyperparameters  # complete with the variant's values and the family's defaults
 
@@ -186,16 +187,19 @@ def resolve(
     """What a model's name stands for; ValueError if there is no such model or hyper-parameter, or not such a value.
 
     `given` has hyper-parameters by family and by model, as a study file has them: those of the family yield to those of
-    a variant, and these to those of the model. `schedule` is for a family that has one and is given none.
+    a variant, and these to those of the model. A label sets a model apart whose hyper-parameters are given under its
+    whole name: `SSL@wide` has all that SSL has, and more of its own. `schedule` is for a family that has one and is
+    given none.
     """
-    if name not in FAMILIES and name not in VARIANTS and ":" not in name:
+    base = name if ":" in name else name.partition("@")[0]
+    if base not in FAMILIES and base not in VARIANTS and ":" not in name:
         raise ValueError(
             f"{name!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"
         )
-    given, (family, values) = given or {}, VARIANTS.get(name, (name, {}))
+    given, (family, values) = given or {}, VARIANTS.get(base, (base, {}))
     kind = FAMILIES.get(family, External)
     scheduled = {"schedule": schedule} if schedule and "schedule" in kind.model_fields else {}
-    values = {**scheduled, **given.get(family, {}), **values, **given.get(name, {})}
+    values = {**scheduled, **given.get(family, {}), **values, **given.get(base, {}), **given.get(name, {})}
     try:
         return ModelSpec(name, family, kind(**values))
     except ValidationError as error:

@@ -1,17 +1,21 @@
-"""SSL: a masked autoencoder (Richter et al. 2025, Nature Machine Intelligence 7:68), and a variational variant."""
+"""SSL: a masked autoencoder (Richter et al. 2025, Nature Machine Intelligence 7:68), and two twins of another loss."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datawall.models import base, hyperparameters, sparse, training
 from datawall.models.sparse import Cells
+
+TEMPERATURE = 0.1  # of InfoNCE
 
 
 class Autoencoder(nn.Module):
@@ -19,7 +23,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, n_genes: int, h: hyperparameters.SSL) -> None:
         super().__init__()
-        self.mask, self.n_latent, self.variational = h.mask, h.n_latent, h.loss == "vae"
+        self.mask, self.n_latent = h.mask, h.n_latent
+        self.variational, self.contrastive = h.loss == "vae", h.loss == "contrastive"
 
         def layers(widths: list[int]) -> list[nn.Module]:
             return [part for n, m in pairwise(widths) for part in (nn.Linear(n, m), nn.SELU(), nn.Dropout(h.dropout))]
@@ -31,6 +36,8 @@ class Autoencoder(nn.Module):
             *layers(h.n_hidden),
             nn.Linear(h.n_hidden[-1], 2 * h.n_latent if self.variational else h.n_latent),
         )
+        if self.contrastive:
+            return
         self.decoder = nn.Sequential(*layers([h.n_latent, *reversed(h.n_hidden)]))
         self.reconstruction = sparse.Reconstruction(h.n_hidden[0], n_genes, sigmoid=h.output == "sigmoid")
 
@@ -43,11 +50,26 @@ class Autoencoder(nn.Module):
             return self.reconstruction(self.decoder(latent), cells) / 2 + divergence / n_genes
         hidden = sparse.bernoulli(len(cells.data), self.mask, cells.data.device)  # (n_values,) of the non-zero ones
         seen = cells.thinned(1 - hidden, 1 / (1 - self.mask))
+        if self.contrastive:
+            others = cells.thinned(hidden, 1 / self.mask)
+            return info_nce(self.encoder(seen), self.encoder(others)) / max(np.log(len(cells.offsets) - 1), 1.0)
         return self.reconstruction(self.decoder(self.encoder(seen)), cells, hidden, self.mask)
 
     def encode(self, cells: Cells) -> Tensor:
         """Latent variables, (n_cells, n_latent); of the variational variant their mean."""
         return self.encoder(cells)[:, : self.n_latent]
+
+
+def info_nce(first: Tensor, second: Tensor) -> Tensor:
+    """How badly two views of each cell, (n_cells, n_latent) twice, find each other among all: cross-entropy in nats.
+
+    Views are compared by their cosine over `TEMPERATURE`; each of the first looks for its own among the second, and the
+    other way round (van den Oord et al. 2018, arXiv 1807.03748; Chen et al. 2020, arXiv 2002.05709).
+    """
+    first, second = (F.normalize(view.float(), dim=1) for view in (first, second))
+    likeness = first @ second.T / TEMPERATURE  # (B, L) twice to (B, B)
+    own = torch.arange(len(likeness), device=likeness.device)
+    return (F.cross_entropy(likeness, own) + F.cross_entropy(likeness.T, own)) / 2
 
 
 class SSL(sparse.SparseNetwork):
@@ -65,6 +87,10 @@ class SSL(sparse.SparseNetwork):
     With `loss="vae"` nothing is hidden: the encoder gives a mean and a log-variance of a latent Gaussian, and the
     loss is scVI's with a Gaussian likelihood of unit variance for log-normalised expression, divided by the number of
     genes: (½ Σ_genes (x̂ - x)² + KL(q ‖ N(0, 1))) / n_genes, averaged over cells.
+
+    With `loss="contrastive"` nothing is reconstructed: the entries that would be hidden and those that would be seen
+    are two views of a cell, which share no gene, and the loss is `info_nce` of their embeddings as a share of that of
+    chance, the logarithm of the number of cells. Encoder, batches and steps are those of the masked one.
     """
 
     family = "SSL"
@@ -82,9 +108,11 @@ class SSL(sparse.SparseNetwork):
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
-        """The loss that is trained: of hidden entries alone, unless `loss` is "vae"."""
+        """The loss that is trained: of the masked one, of hidden entries alone."""
         return self.ready(counts)(Cells.of(self.prepare(counts))).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         h = self.hyperparameters
+        if h.loss == "contrastive":
+            return 1.0
         return (0.5 if h.loss == "vae" else h.mask) * base.variance(self.prepare(counts))

@@ -1,11 +1,8 @@
 """The HTML report of a run: a folder of pages that reads from the file system, offline.
 
-`python -m datawall.reading.report runs/quick` writes `runs/quick/report/index.html`: the verdicts, figures and
-costs, every executed notebook, tables that sort and filter, and for every number the artifacts that it was made
-from.
+`python -m datawall.reading.report runs/quick` writes `runs/quick/report/index.html`: verdicts, figures and costs, every
+executed notebook, tables that sort and filter, and for every number what it was made from.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -22,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from datawall import tasks
-from datawall.analysis import results, verdicts
+from datawall.analysis import results, verdicts, walls
 from datawall.analysis.results import select
 from datawall.engine import disk, paths, store
 from datawall.engine.store import Artifact
@@ -99,11 +96,10 @@ class Site:
         """The verdicts in words; of results of another study than that of the folder, what is other about it."""
         then, now = results.parameters(self.study.folder), self.study.params.model_dump(mode="json")
         if other := [key for key in now if key not in IN_NO_NUMBER and then and then.get(key) != now[key]]:
-            return [
-                f"The results are not those of study.yaml as it is now: they are of other {', '.join(other)}. Its own "
-                "come with the stages of its tasks."
-            ]
-        return verdicts.sentences(self.verdicts)
+            told = f"they are of other {', '.join(other)}. Its own come with the stages of its tasks."
+            return [f"The results are not those of study.yaml as it is now: {told}"]
+        levers = evaluation.levers(self.study) if len(self.results) else pd.DataFrame()
+        return [*verdicts.sentences(self.verdicts), *(walls.sentences(levers) if len(levers) else ())]
 
     def write(self) -> Path:
         """Write the pages into the folder of the run; returns the path of the first."""

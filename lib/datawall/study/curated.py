@@ -227,6 +227,12 @@ class Curated:
         record = {**asdict(subset), "nested": self.params.nested, "split": self.split_unit.key, **sketch}
         return Unit("subset", record, ("study/curated:_make_subset",))
 
+    def cells(self, subset: Subset) -> Cells:
+        """The cells of a subset, on disk: those of the corpus or, of a strategy that thins counts, a copy."""
+        rows = self.rows(subset)
+        thinned = self.store.find(self.subset_unit(subset)).folder / cellstore.NAME
+        return Cells(thinned) if thinned.is_dir() else self.corpus.take(rows)
+
     @cache  # noqa: B019
     def rows(self, subset: Subset) -> np.ndarray:
         """Sorted rows of the corpus that a subset takes; none for `untrained`."""
@@ -242,12 +248,16 @@ class Curated:
             "n_cells": lambda: len(pretraining),
             "cell_type": lambda: self.pretraining_cells.obs["cell_type"].array,
             "X_pca": lambda: self.X_pca[: len(pretraining)],
+            "n_genes": lambda: self.pretraining_cells.genes_detected,
         }
         rows = pretraining[strategy.choose(of_cells[strategy.by](), subset.percentage, seed=seed)]
         if strategy.spiked:
             perturbed = self.split_rows("spike_in")
             kept, spiked = sampling.spike_in(len(rows), len(perturbed), strategy.spiked, seed=seed)
             rows = np.union1d(rows[kept], perturbed[spiked])
+        if strategy.depth < 1:
+            cells, rng = self.corpus.take(rows), np.random.default_rng([subset.seed, 2])
+            cellstore.write(folder, cells.to_blocks(lambda counts: sampling.thin(counts, strategy.depth, rng)))
         np.save(folder / "rows.npy", rows)
 
 

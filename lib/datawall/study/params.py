@@ -24,7 +24,6 @@ from datawall.study import units
 from datawall.study.units import UNTRAINED, ModelName, Name, Percentage, Seed, Some, StrategyName, TaskName, Treatments
 
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
-BUDGETS = (0.5, 2.0)  # shares of a model's steps that `budget_check` trains for
 # Columns of the corpus, and the keys that name them.
 ROLES = {"cell_type": "cell_type_key", "batch": "batch_key"}
 ROLES |= {"perturbation": "perturbation_key", "donor_id": "donor_key"}
@@ -153,6 +152,9 @@ class Params(BaseModel):
         drawn = [subset for subset in self.subsets() if not subset.untrained]
         if self.spike_in is None and any(STRATEGIES[subset.strategy].spiked for subset in drawn):
             yield "a spikein strategy needs spike_in: name perturbed cells, or leave the strategy out"
+        for subset in drawn:
+            if subset.percentage > (most := STRATEGIES[subset.strategy].at_most):
+                yield f"percentages: {subset.strategy} draws at most {most:g} %; leave {subset.percentage:g} out for it"
         if not drawn:
             yield "no subset: `untrained` draws none, at 100 % only `random` does; add `random` or a smaller percentage"
         if self.adaptive and ("random" not in self.strategies or min(len(self.percentages), len(self.seeds)) < 2):
@@ -257,7 +259,7 @@ class Params(BaseModel):
         return list(dict.fromkeys(run for grid in (self, *self.also) for run in self.runs_of(grid)))
 
     def runs_of(self, grid: Self | units.Grid) -> list[units.Run]:
-        """Every run of a grid; of the whole corpus only `random` and spike-ins make a choice."""
+        """Every run of a grid; of the whole corpus only some strategies make a choice (`Strategy.of_all`)."""
         strategies, percentages = grid.strategies or self.strategies, grid.percentages or self.percentages
         subsets = [
             units.Subset(strategy, percentage, seed)
@@ -275,7 +277,7 @@ class Params(BaseModel):
         subsets = [units.Subset("random", percentage, seed) for percentage in check.percentages for seed in check.seeds]
         models, runs = [model for model in self.models if self.specs[model].takes_steps], self.runs()
         checked = [run for model in models for subset in subsets if (run := units.Run(model, subset)) in runs]
-        return [units.Run(run.model, run.subset, share) for run in checked for share in BUDGETS]
+        return [units.Run(run.model, run.subset, share) for run in checked for share in check.budgets]
 
     def subsets(self) -> list[units.Subset]:
         """Every subset that a run takes."""

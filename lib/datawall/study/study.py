@@ -181,7 +181,7 @@ class Study(Curated):
         if subset.untrained:
             model.untrained(self.corpus.n_vars, seed=self.model_unit(run).record["seed"]).save(folder)
             return {}
-        cells = self.corpus.take(self.rows(subset))
+        cells = self.cells(subset)
         history = model.fit(
             cells.within(p.memory_gib),
             cells.obs,

@@ -46,10 +46,11 @@ class Grid(Part):
 
 
 class BudgetCheck(Part):
-    """Runs of the study's own, once more with half and with twice the steps: whether the budget limits them."""
+    """Runs of the study's own with other budgets, by default half and twice the steps: whether these limit them."""
 
     percentages: Some[Percentage]  # of random subsets
     seeds: Some[Seed]
+    budgets: Some[Annotated[float, Field(gt=0)]] = [0.5, 2.0]  # shares of a model's steps
 
 
 class EvaluationSet(Part):

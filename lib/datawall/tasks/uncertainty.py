@@ -1,7 +1,5 @@
 """What a number is worth: its confidence interval over cells, and the level that chance reaches."""
 
-from __future__ import annotations
-
 import numpy as np
 
 N_RESAMPLES = 200
@@ -21,9 +19,8 @@ def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
     """Percentiles of a metric over bootstrap resamples, less what the resampling itself adds on average.
 
     A resample holds cells twice, which makes an error larger or a clustering look better than it is: without the
-    correction the interval of a biased metric would not hold its own value (Efron and Tibshirani 1993, chapter 10).
-    It goes no further than the draws and the value. Draws that are NaN, where a resample leaves the metric undefined,
-    do not count.
+    correction the interval of a biased metric would not hold its own value (Efron and Tibshirani 1993, chapter 10). It
+    goes no further than the draws and the value. Draws that are NaN do not count.
     """
     draws = draws[np.isfinite(draws)]
     if not len(draws):
@@ -56,11 +53,7 @@ def classification_intervals(truth: np.ndarray, predicted: np.ndarray) -> dict[s
     types has ends made of those of its types by their distances from the value (Zou and Donner 2008, Stat Med 27:1693)
     and by how the types' F1 go together, as the cells' influence on each tells; recalls are of different cells. There
     the types' ends are exact ones, as Wilson's err to the same side in all types of which every cell is right. A
-    bootstrap of few cells, most of them right, does not know what it has not seen.
-
-    Returns
-    -------
-    low and high end of micro_f1, macro_f1, balanced_accuracy, error_rate, and `f1[type]` of each true type.
+    bootstrap of few cells, most of them right, does not know what it has not seen. Each true type has its `f1[type]`.
     """
     types, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
     true, called = np.split(codes, [len(truth)])

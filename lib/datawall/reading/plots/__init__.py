@@ -15,6 +15,7 @@ _NAMES = {
         *("saturation_map", "untrained", "verdict_map"),
     ),
     "style": ("STRATEGIES", "plt", "save"),
+    "walls": ("over_lever", "suspects"),
 }
 __getattr__, __dir__ = lazy.attach(
     __name__, {name: f"{__name__}.{file}:{name}" for file, names in _NAMES.items() for name in names}

@@ -1,7 +1,5 @@
 """Scores, losses and diversity against the size of a subset, or against steps."""
 
-from __future__ import annotations
-
 import itertools
 
 import matplotlib as mpl
@@ -21,7 +19,7 @@ from datawall.analysis.results import (
     rank_correlations,
     select,
 )
-from datawall.analysis.saturation import as_error, curves_of
+from datawall.analysis.saturation import errors_of
 from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve
 from datawall.reading import titles
 from datawall.reading.plots import style
@@ -76,8 +74,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
     Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, the grey line the
-    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric: a line would flatten the
-    curves.
+    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric.
     """
     results = style.in_order(results)
     runs = mean_over_splits(select(results, metric=metric))
@@ -257,8 +254,7 @@ def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Fi
 
     Random subsets. Marks are runs; past the corpus the curve is dashed. Columns are models, rows data sets.
     """
-    curves = [as_error(curve, metric) for curve in curves_of(select(results, strategy="random"), metric)]
-    by_key = {(curve.key[3], curve.key[0]): curve for curve in curves}
+    by_key = {(c.key[3], c.key[0]): c for c in errors_of(select(results, strategy="random"), metric)}
     datasets = sorted({dataset for dataset, _ in by_key})
     models = [name for name in FAMILIES if any(name == model for _, model in by_key)]
     figure, axes = panels(len(datasets), len(models), 2.0 * len(datasets) + 0.6, sharex=True, sharey="row")

@@ -1,7 +1,5 @@
 """Tables as coloured cells, numbers as dots beside the names of models, and cells as points of a plane."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib as mpl
@@ -50,7 +48,7 @@ def composition(table: pd.DataFrame) -> Figure:
         axis.set(title=drawn(group), xlabel="subset (% of corpus)", ylabel="")
         axis.tick_params(axis="y", rotation=0)
     smallest, common = share.columns.get_level_values("percentage").min(), share.index[0]
-    shares = titles.listed({group: share.loc[common, (group, smallest)] for group in groups}, "{:.0f} %")
+    shares = titles.listed(share.loc[common].xs(smallest, level="percentage"), "{:.0f} %")
     says = f"Share of {common} in subsets of {smallest:g} % of the corpus: {shares}"
     return write_title(figure, f"Cells of each type, per cent of a subset\n{says}")
 
@@ -188,7 +186,7 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
     if points.empty:
         return style.nothing("the study has no such runs")
     shown = points.fillna({"low": NEVER, "high": NEVER, "percentage": NEVER})
-    figure, axes = _panels_of_dots(shown, "dataset", "rule", "percentage", RULES, 0.62)
+    figure, axes = panels_of_dots(shown, "dataset", "rule", "percentage", RULES, 0.62)
     sizes = pd.DataFrame({"percentage": points[["percentage", "high"]].to_numpy().ravel()}).dropna()
     for axis in axes:
         axis.axvspan(170, 530, color="0.93", linewidth=0)
@@ -210,7 +208,7 @@ def cells_saved(points: pd.DataFrame) -> Figure:
     """
     points = points.assign(saved=100 - points["percentage"].fillna(100))
     means = points.groupby(["task", "rule", "model"], sort=False, as_index=False)["saved"].mean()
-    figure, axes = _panels_of_dots(means.assign(low=0, high=means["saved"]), "task", "rule", "saved", RULES, 0.5)
+    figure, axes = panels_of_dots(means.assign(low=0, high=means["saved"]), "task", "rule", "saved", RULES, 0.5)
     for axis in axes:
         axis.set(xlim=(-3, 103), xlabel="cells saved (%)")
     saved = titles.listed(points.groupby("rule", sort=False)["saved"].mean(), "{:.0f} %")
@@ -225,7 +223,7 @@ def effects(table: pd.DataFrame, title: str) -> Figure:
     columns = ["difference", "low", "high"]
     marks = {name: mark for name, mark in (STRATEGIES | SPIKED).items() if name in set(table["strategy"])}
     points = table.assign(**100 * table[columns])
-    figure, axes = _panels_of_dots(points, "task", "strategy", "difference", marks, 0.5)
+    figure, axes = panels_of_dots(points, "task", "strategy", "difference", marks, 0.5)
     for axis in axes:
         axis.axvline(0, color="black", linewidth=1, zorder=1)
         axis.set_xlabel("points of score")
@@ -287,13 +285,10 @@ def embedding_seconds(table: pd.DataFrame) -> Figure:
     return finish(figure, says, left=False)
 
 
-def _panels_of_dots(
+def panels_of_dots(
     table: pd.DataFrame, panel: str, by: str, value: str, marks: dict[str, Any], row_height: float
 ) -> tuple[Figure, np.ndarray]:
-    """A panel for each task or data set, with a row per model: dots by a column, and lines from `low` to `high`.
-
-    `marks` has colour and mark of each value of the column; the height of a row is in inches.
-    """
+    """A panel for each task or data set, a row per model: dots, each kind with its mark, and lines from low to high."""
     table = style.in_order(table)
     models, names = list(table["model"].unique()), table[panel].unique()
     figure, axes = panels(1, len(names), row_height * len(models) + 1.8, sharey=True)

@@ -1,7 +1,5 @@
 """What all figures share: colours and marks, panels, axes, titles and legends, and how they are saved."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable
 from functools import partial
