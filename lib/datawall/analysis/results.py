@@ -120,11 +120,9 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     and split (how test cells were told from training cells). Beside them,
 
     - `results` has one number a row: metric, value, run_id (the artifact it is from);
-    - `intervals` the same numbers: metric, value, low and high (95 %, over cells), chance and ceiling, NaN where
-      unknown;
+    - `intervals` the same numbers: metric, value, low and high (95 %, over cells), chance and ceiling (NaN: unknown);
     - `per_class` cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
-    - `budgets` metric, value and budget (a share of the model's steps) of the runs of `budget_check`, in no other
-      table.
+    - `budgets` metric, value and budget (a share of the model's steps), of the runs of `budget_check` alone.
 
     Raises FileNotFoundError if the run has no such table, ValueError if it is not as it was written.
     """

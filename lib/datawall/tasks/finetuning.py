@@ -40,9 +40,8 @@ def finetuned_classification(
     The embedding is (n_cells, n_latent); its columns are scaled to mean 0 and variance 1 over the training cells, so
     that every family's head starts from the same scale. The parts of (n_cells,) cells are `TRAIN`, `VALIDATION` or
     `TEST`; for cross-validation they are (n_folds, n_cells), each cell is a test cell once at most, and the heads of
-    the folds are trained side by side, each as if alone. The seed is that of the initial weights, the order of cells
-    and dropout. A cell weighs 1 in the loss or, if "balanced", the mean number of training cells of a type over that of
-    its own.
+    the folds are trained side by side, each as if alone. The seed is of initial weights, order of cells and dropout. A
+    cell weighs 1 in the loss or, if "balanced", the mean number of training cells of a type over that of its own.
     """
     check_embedding(embedding)
     folds = _Folds(labels, part, class_weight)
