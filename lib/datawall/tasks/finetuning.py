@@ -23,8 +23,6 @@ FULL_RECIPE = training.Recipe(
 TRAIN, VALIDATION, TEST = 0, 1, 2
 CELLS_AT_ONCE = 256  # of an encoder that is not learning
 
-type ClassWeight = Literal["balanced"] | None
-
 
 def finetuned_classification(
     embedding: np.ndarray,
@@ -33,7 +31,7 @@ def finetuned_classification(
     *,
     seed: int,
     recipe: training.Recipe = RECIPE,
-    class_weight: ClassWeight = None,
+    class_weight: Literal["balanced"] | None = None,
 ) -> Metrics:
     """Train an MLP head (128 hidden units) with early stopping; `classification_metrics` of the test cells.
 
@@ -60,7 +58,7 @@ def fully_finetuned_classification(
     seed: int,
     recipe: training.Recipe = FULL_RECIPE,
     head_recipe: training.Recipe = RECIPE,
-    class_weight: ClassWeight = None,
+    class_weight: Literal["balanced"] | None = None,
 ) -> Metrics:
     """Train the encoder and a head on top of it, with early stopping, and score them on the test cells.
 
@@ -111,7 +109,7 @@ def _fully_finetuned(
 class _Folds:
     """The labels to learn: their codes, the cells of each part of each fold, the loss and the score."""
 
-    def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: ClassWeight) -> None:
+    def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: str | None) -> None:
         self.part = np.atleast_2d(part)
         # By part, a list of the rows of each fold.
         self.rows = [[np.flatnonzero(fold == value) for fold in self.part] for value in (TRAIN, VALIDATION, TEST)]
