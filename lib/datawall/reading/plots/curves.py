@@ -65,9 +65,12 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
     Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, the grey line the
-    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric.
+    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric. A model with a label, such as
+    `SSL@wide`, is left to `variants` where SSL is shown.
     """
-    results = style.in_order(results)
+    without_label = results["model"].str.partition("@")[0]
+    shown = (without_label == results["model"]) | ~without_label.isin(results["model"])
+    results = style.in_order(results[shown])
     runs = mean_over_splits(select(results, metric=metric))
     chance = runs[runs["model"] == CHANCE].set_index("dataset")["value"]
     runs = runs[runs["model"] != CHANCE]
