@@ -15,12 +15,7 @@ from datawall.engine import paths
 
 TABLES = paths.PACKAGE_DATA / "which_wall"  # of the studies that notebook 9 reads; by tests/benchmarks/which_wall.py
 CURVE = ["task", "dataset", "model"]
-LEVERS = (
-    "cells",
-    "depth",
-    "steps",
-    "width",
-)  # each a multiple of the reference: all cells, at the study's own settings
+LEVERS = ("cells", "depth", "steps", "width")  # multiples of the reference: all cells, at a model's own settings
 # Terms of a surface, and the levers in each. Depth acts as cells do: half of it costs as much as some of them.
 TERMS = {"of cells": ("cells", "depth"), "of steps": ("steps",), "of width": ("width",)}
 DOUBLED = {"data": "cells", "budget": "steps", "width": "width", "depth": "depth"}
