@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.results import lower_is_better
+from datawall.analysis.results import sign_of
 from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of, mean_over_datasets, verdicts
 
 STEP = 4  # a size is at least so many times the one before, until one in between is needed
 
-type Oracle = Callable[[float, int], float]  # percentage and seed to score
 type Asked = tuple[float, int]  # a run: percentage and seed
 type Scores = dict[float, list[float]]  # by percentage
 
@@ -71,10 +70,10 @@ class Outcome:
     share: float  # of the full grid's runs
 
 
-def settle(oracle: Oracle, plan: Plan) -> Outcome:
+def settle(oracle: Callable[[float, int], float], plan: Plan) -> Outcome:
     """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
 
-    The oracle gives the score of a run, higher is better.
+    The oracle gives the score of a run, by percentage and seed; higher is better.
     """
     scores: Scores = defaultdict(list)
     while not isinstance(step := ask(scores, plan), Outcome):
@@ -173,10 +172,9 @@ def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> 
     rows = []
     for curve in curves_of(mean_over_datasets(results, metric), metric):
         rng = np.random.default_rng(seed)
-        sign = -1 if lower_is_better(metric) else 1
         n_seeds = min(map(len, curve.runs))
         scores = {
-            size: (sign * rng.permutation(runs)[:n_seeds]).tolist()
+            size: (sign_of(metric) * rng.permutation(runs)[:n_seeds]).tolist()
             for size, runs in zip(curve.percentages.tolist(), curve.runs, strict=True)
         }
         of_curve = replace(plan, percentages=tuple(scores), seeds=tuple(range(n_seeds)))

@@ -62,8 +62,7 @@ def saturation_points(
 
     The interval is of a bootstrap of runs within each size, with their deviations scaled by √(n / (n - 1)), widened to
     hold the point; a bound is NaN where it is not established, both where a size has a single run or `n_resamples` is
-    0. Raises ValueError if the rule needs a score and the metric is better when lower, or a score above 1 is to be made
-    an error.
+    0. Raises ValueError if the rule needs a score and lower is better, or if a score above 1 is to be made an error.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; the rules are: {', '.join(RULES)}.")
@@ -195,8 +194,7 @@ def margin_of(curve: Curve, margin: float | None) -> np.ndarray:
 def resampled(curve: Curve, n_resamples: int) -> Curve:
     """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1)).
 
-    So few runs do not look too alike. The draws depend on the numbers of runs only: curves and rows may come in any
-    order.
+    So few runs do not look too alike. The draws depend on the numbers of runs only, not on the order of the curves.
     """
     rng = np.random.default_rng(0)
     drawn = []

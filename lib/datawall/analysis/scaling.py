@@ -131,8 +131,7 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
     of twice as many degrees of freedom as the runs of a size have: a parametric bootstrap. Resampling five runs instead
     gives intervals that are too narrow. Each resample chooses the power law or the exponential anew, by the better fit.
     The constant is either of them without an excess, and no candidate: AICc would prefer it wherever runs are few, and
-    each resample would repeat the preference, with an interval of no width (Leeb and Pötscher 2005, Econometric Theory
-    21:21).
+    each resample would repeat the preference, with no width (Leeb and Pötscher 2005, Econometric Theory 21:21).
     """
     n = curve.n_cells / curve.n_cells.max()
     n_runs = np.array([len(runs) for runs in curve.runs])

@@ -38,7 +38,7 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     wide = wide.reindex(columns=[0.5, 1.0, 2.0]).set_axis(["half", "once", "twice"], axis=1).dropna()
     by_size = wide.groupby(level=[*CURVE, "metric", "percentage"])
     table = by_size.mean().assign(seeds=by_size.size()).reset_index()
-    sign = table["metric"].map(lambda metric: -1 if results.lower_is_better(metric) else 1).astype(float)
+    sign = table["metric"].map(results.sign_of).astype(float)
     return table.assign(change=sign * (table["twice"] - table["once"])).drop(columns="metric")
 
 

@@ -32,7 +32,7 @@ QUESTIONS = {
     "control": "its value for untreated cells",
 }
 WITHOUT = {  # what a study does without a role
-    "cell_type": "clusters (leiden) stand in for cell types",
+    "cell_type": "clusters (leiden) of principal components stand in for cell types, which favours PretrainedPCA",
     "batch": "zero-shot integration is left out",
     "donor": "cells are split whoever they are from",
     "perturbation": "perturbation response is left out",

@@ -20,7 +20,8 @@ def problems(folder: Path) -> list[str]:
     damaged = [f"{place}: {what}" for place, said in wrong.items() for what in said]
     if tables := results.damage(folder):
         return damaged + tables
-    lost = sorted(key for key in results.run_ids(folder) if key not in places)
+    named = results.read_results(folder)["run_id"] if (folder / "results.parquet").is_file() else ()
+    lost = sorted(set(named).difference(places))
     return damaged + [f"store/evaluation/{key}: is missing, and results.csv has numbers of it" for key in lost]
 
 

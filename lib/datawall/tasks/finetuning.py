@@ -23,8 +23,6 @@ FULL_RECIPE = training.Recipe(
 TRAIN, VALIDATION, TEST = 0, 1, 2
 CELLS_AT_ONCE = 256  # of an encoder that is not learning
 
-type ClassWeight = Literal["balanced"] | None
-
 
 def finetuned_classification(
     embedding: np.ndarray,
@@ -33,16 +31,15 @@ def finetuned_classification(
     *,
     seed: int,
     recipe: training.Recipe = RECIPE,
-    class_weight: ClassWeight = None,
+    class_weight: Literal["balanced"] | None = None,
 ) -> Metrics:
     """Train an MLP head (128 hidden units) with early stopping; `classification_metrics` of the test cells.
 
     The embedding is (n_cells, n_latent); its columns are scaled to mean 0 and variance 1 over the training cells, so
     that every family's head starts from the same scale. The parts of (n_cells,) cells are `TRAIN`, `VALIDATION` or
     `TEST`; for cross-validation they are (n_folds, n_cells), each cell is a test cell once at most, and the heads of
-    the folds are trained side by side, each as if alone. The seed is that of the initial weights, the order of cells
-    and dropout. A cell weighs 1 in the loss or, if "balanced", the mean number of training cells of a type over that of
-    its own.
+    the folds are trained side by side, each as if alone. The seed is of initial weights, order of cells and dropout. A
+    cell weighs 1 in the loss or, if "balanced", the mean number of training cells of a type over that of its own.
     """
     check_embedding(embedding)
     folds = _Folds(labels, part, class_weight)
@@ -61,7 +58,7 @@ def fully_finetuned_classification(
     seed: int,
     recipe: training.Recipe = FULL_RECIPE,
     head_recipe: training.Recipe = RECIPE,
-    class_weight: ClassWeight = None,
+    class_weight: Literal["balanced"] | None = None,
 ) -> Metrics:
     """Train the encoder and a head on top of it, with early stopping, and score them on the test cells.
 
@@ -112,7 +109,7 @@ def _fully_finetuned(
 class _Folds:
     """The labels to learn: their codes, the cells of each part of each fold, the loss and the score."""
 
-    def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: ClassWeight) -> None:
+    def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: str | None) -> None:
         self.part = np.atleast_2d(part)
         # By part, a list of the rows of each fold.
         self.rows = [[np.flatnonzero(fold == value) for fold in self.part] for value in (TRAIN, VALIDATION, TEST)]

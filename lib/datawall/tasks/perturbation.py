@@ -21,8 +21,6 @@ MATCHED = 2000  # control and treated cells at most, of a context, that are matc
 N_TOP = 50  # differential genes
 ENERGY_CELLS = 500  # cells at most, of either side, whose distances enter the energy distance
 
-type Matching = Literal["mean", "nearest", "ot"]
-
 
 def perturbation_response(
     embedding: np.ndarray,
@@ -33,7 +31,7 @@ def perturbation_response(
     *,
     seed: int,
     recipe: training.Recipe = RECIPE,
-    matching: Matching = "mean",
+    matching: Literal["mean", "nearest", "ot"] = "mean",
 ) -> Metrics:
     """Train an MLP head from control embeddings to treated expression on all contexts but one; score it on that.
 
@@ -104,7 +102,7 @@ def changes(expression: np.ndarray, treated: np.ndarray, context: np.ndarray, co
 
 
 def _matched(
-    embedding: np.ndarray, treated: np.ndarray, in_context: np.ndarray, matching: Matching, rng: np.random.Generator
+    embedding: np.ndarray, treated: np.ndarray, in_context: np.ndarray, matching: str, rng: np.random.Generator
 ) -> np.ndarray:
     """Control cells of a context and the treated cell of each, rows of all cells, (2, n_pairs)."""
     before, after = (rng.permutation(np.flatnonzero(in_context & side))[:MATCHED] for side in (~treated, treated))

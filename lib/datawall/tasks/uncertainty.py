@@ -1,6 +1,7 @@
 """What a number is worth: its confidence interval over cells, and the level that chance reaches."""
 
 import numpy as np
+from scipy.stats import beta, binom
 
 N_RESAMPLES = 200
 LEVEL = 0.95
@@ -39,8 +40,6 @@ def wilson(right: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 def exact(right: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Clopper's and Pearson's interval of a share, (2, ...): never covers less than it says."""
-    from scipy.stats import beta
-
     low, high = beta.ppf((1 - LEVEL) / 2, right, n - right + 1), beta.ppf((1 + LEVEL) / 2, right + 1, n - right)
     return np.stack([np.where(right > 0, low, 0), np.where(right < n, high, 1)])
 
@@ -112,8 +111,6 @@ def chance_levels(train_labels: np.ndarray, test_labels: np.ndarray) -> dict[str
     training cells, the number m of cells called so is binomial; n m / N of them are right on average, so that its F1
     is the mean of 2 (n m / N) / (n + m) over m.
     """
-    from scipy.stats import binom
-
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
     types, n = np.unique(test_labels, return_counts=True)
     q = np.array([np.mean(train_labels == name) for name in types])

@@ -9,16 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from datawall.analysis.results import (
-    BASELINE,
-    CHANCE,
-    CHECKPOINT,
-    ORACLE,
-    lower_is_better,
-    mean_over_splits,
-    rank_correlations,
-    select,
-)
+from datawall.analysis.results import CHANCE, ORACLE, REFERENCES, mean_over_splits, rank_correlations, select, sign_of
 from datawall.analysis.saturation import errors_of
 from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve
 from datawall.reading import titles
@@ -83,7 +74,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     runs = mean_over_splits(select(results, metric=metric))
     chance = runs[runs["model"] == CHANCE].set_index("dataset")["value"]
     runs = runs[runs["model"] != CHANCE]
-    reference = runs["strategy"].isin([BASELINE, CHECKPOINT])
+    reference = runs["strategy"].isin(REFERENCES)
     models = [name for name in results["model"].unique() if name in set(runs.loc[~reference, "model"])]
     datasets = runs["dataset"].unique()
     if not models:
@@ -183,8 +174,8 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
             style.curve(axis, select(runs, dataset=dataset, model=model), "value", model, colours[model])
         size_axis(axis, runs)
         axis.set(title=drawn(dataset), ylabel=drawn(metric))
-    end, sign = runs["percentage"].max(), -1 if lower_is_better(metric) else 1
-    means = sign * select(runs, percentage=end).groupby(["dataset", "model"])["value"].mean()
+    end = runs["percentage"].max()
+    means = sign_of(metric) * select(runs, percentage=end).groupby(["dataset", "model"])["value"].mean()
     best = (f"{label(scores.idxmax()[1])} ({label(dataset)})" for dataset, scores in means.groupby("dataset"))
     return finish(figure, f"Best {label(metric)} at {end:g} % of the corpus: {', '.join(best)}", axes[0, 0])
 
