@@ -119,7 +119,7 @@ def _look_into(folder: Path, key: str | None) -> int:
         print(verify.why(folder, key))
         return 0
     problems = verify.problems(folder)
-    print("\n".join(problems) or f"{folder}: {verify.count(folder)} artifacts, all as they were written")
+    print("\n".join(problems) or f"{folder}: {len(verify.artifacts(folder))} artifacts, all as they were written")
     print(*(f"{line}\n" for line in verify.absent(folder)), sep="", end="")
     if problems:
         print("The same command without --verify makes again what is damaged and needed.", file=sys.stderr)

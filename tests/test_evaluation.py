@@ -1,5 +1,6 @@
 """How a study is judged: splits, tables, keys, and who wins against which baseline."""
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from datawall import tasks
 from datawall.analysis import results
 from datawall.cells import simulate
 from datawall.planning import plan as planning
+from datawall.planning import preflight
 from datawall.reading import plots
 from datawall.study import assembly, evaluation, joining, params, scoring
 from datawall.study.units import Evaluation, EvaluationSet
@@ -216,12 +218,6 @@ def test_a_changed_setting_redoes_the_tasks_it_is_for(study, changes, redone):
     assert {task for (task, source), key in after.items() if before[task, source] != key} == redone
 
 
-def test_a_second_evaluation_makes_nothing(study, monkeypatch):
-    monkeypatch.setattr(scoring, "score", None)
-    again = study_of(study.folder.parent)
-    assert len(evaluation.evaluate(again, TASKS[0]))
-
-
 def test_whole_networks_are_trained_where_they_can_be(study):
     full = study_of(study.folder.parent, finetune="full", percentages=[100], strategies=["random"])
     scores = {}
@@ -264,6 +260,27 @@ def test_treatments_that_are_not_two_are_named(study):
     one = Evaluation("perturbation_response", "cells_held_out", "NoChange")
     with pytest.raises(dw.corpus.CorpusError, match=r"\['ctrl', 'treated'\].*'nothing'"):
         list(scoring.score(wrong, one))
+
+
+@pytest.mark.parametrize("dataset", ["cells", "cells_held_out"])
+def test_a_misspelt_control_is_an_error_that_names_the_nearest_value(study, folder, dataset, tmp_path):
+    beside = {"file": str(folder / "cells.h5ad"), "perturbation_key": "condition", "control": "ctlr"}
+    wrong = {"evaluation": [beside]} if dataset == "cells" else {"control": "ctlr"}
+    told = r"cells.h5ad: control 'ctlr' is no value of 'condition'; they are \['ctrl', 'treated'\]; is it 'ctrl'\?"
+    values = VALUES | {"corpus": str(folder / "cells.h5ad"), **wrong}
+    (tmp_path / "small.yaml").write_text(params.to_yaml(values))
+    [error] = preflight.check(tmp_path / "small.yaml").errors
+    assert re.search(told, error)
+    with pytest.raises(dw.corpus.CorpusError, match=told):
+        small_study(tmp_path / "new", **values).dataset_artifact(dataset)
+    with pytest.raises(dw.corpus.CorpusError, match=told):  # where the corpus was made before
+        evaluation.evaluate(small_study(study.folder, **values), "perturbation_response")
+
+
+def test_why_a_task_is_left_out_ends_with_one_full_stop(folder, tmp_path):
+    study = study_of(folder, treatments=["nothing"])
+    with pytest.raises(dw.corpus.CorpusError, match=r"perturbation_response is left out: .*[^.]\.$"):
+        evaluation.evaluate(study, "perturbation_response")
 
 
 def labels(**columns):

@@ -1,8 +1,7 @@
 """How little of a study's grid settles its verdict: sizes and seeds are added only while the verdict is open."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Generator
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,12 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.results import lower_is_better
+from datawall.analysis.results import sign_of
 from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of, mean_over_datasets, verdicts
 
 STEP = 4  # a size is at least so many times the one before, until one in between is needed
 
-type Oracle = Callable[[float, int], float]  # percentage and seed to score
 type Asked = tuple[float, int]  # a run: percentage and seed
 type Scores = dict[float, list[float]]  # by percentage
 
@@ -72,54 +70,45 @@ class Outcome:
     share: float  # of the full grid's runs
 
 
-def settle(oracle: Oracle, plan: Plan) -> Outcome:
+def settle(oracle: Callable[[float, int], float], plan: Plan) -> Outcome:
     """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
 
-    The oracle gives the score of a run, higher is better.
+    The oracle gives the score of a run, by percentage and seed; higher is better.
     """
-    asking = ask(plan)
-    runs = next(asking)
-    while True:
-        try:
-            runs = asking.send([float(oracle(percentage, seed)) for percentage, seed in runs])
-        except StopIteration as settled:
-            return settled.value
+    scores: Scores = defaultdict(list)
+    while not isinstance(step := ask(scores, plan), Outcome):
+        for percentage, seed in step:
+            scores[percentage].append(float(oracle(percentage, seed)))
+    return step
 
 
-def ask(plan: Plan) -> Generator[list[Asked], list[float], Outcome]:
-    """Yield the runs that are wanted next, take their scores, and return the outcome when it is settled.
+def ask(scores: Scores, plan: Plan) -> list[Asked] | Outcome:
+    """The runs that are wanted next, by the scores so far, or the outcome when they settle it.
 
     A few seeds of each size of the ladder are run, the full corpus too, since what comes late shows there alone. While
     `decide` has no verdict, the size at half of the corpus is run, unless the means alone make a plateau (without that
     size no model is called still improving); then the sizes at both ends of what may be a plateau get a seed more; and
     when those have all seeds, the rest of the grid is filled in from its large end.
     """
-    scores: Scores = {}
     ladder = plan.ladder()
+    if not scores:
+        return [(size, seed) for size in ladder for seed in plan.seeds[: plan.first_seeds]]
     half = max((size for size in plan.percentages if size <= ladder[-1] / 2), default=ladder[0])
-    wanted = dict.fromkeys(ladder, plan.first_seeds)
-    while True:
-        begin = {size: len(scores.get(size, ())) for size in wanted}
-        runs = [(size, seed) for size, n in wanted.items() for seed in plan.seeds[begin[size] :][:n]]
-        for (size, _), score in zip(runs, (yield runs), strict=True):
-            scores.setdefault(size, []).append(score)
-        verdict, percentage, reason = decide(scores, plan)
-        if verdict == PLATEAU or (verdict == IMPROVING and half in scores):
-            break
+    n_runs = {size: len(scores.get(size, ())) for size in plan.percentages}
+    verdict, percentage, reason = decide(scores, plan)
+    if verdict != PLATEAU and (verdict != IMPROVING or not n_runs[half]):
         coming = still_to_come(scores, plan)
         flat = [gain.start for gain in coming if gain.expected < plan.margin]
-        if half not in scores and not flat:
+        unfilled = [size for size, n in n_runs.items() if n < len(plan.seeds)]
+        ends = (flat[0] if flat else coming[-1].start, ladder[-1])
+        if not n_runs[half] and not flat:
             wanted = {half: plan.first_seeds}
         else:
-            ends = (flat[0] if flat else coming[-1].start, ladder[-1])
-            wanted = {size: 1 for size in ends if len(scores[size]) < len(plan.seeds)}
-        if not wanted:
-            unfilled = [size for size in plan.percentages if len(scores.get(size, ())) < len(plan.seeds)]
-            wanted = dict.fromkeys(unfilled[-1:], 1)
-        spent = sum(map(len, scores.values()))
-        if not wanted or spent + sum(wanted.values()) > plan.budget * plan.n_runs:
-            verdict, percentage, reason = UNDECIDED, np.nan, f"open after {spent} of {plan.n_runs} runs"
-            break
+            wanted = dict.fromkeys([size for size in ends if size in unfilled] or unfilled[-1:], 1)
+        spent = sum(n_runs.values())
+        if wanted and spent + sum(wanted.values()) <= plan.budget * plan.n_runs:
+            return [(size, seed) for size, n in wanted.items() for seed in plan.seeds[n_runs[size] :][:n]]
+        verdict, percentage, reason = UNDECIDED, np.nan, f"open after {spent} of {plan.n_runs} runs"
     rows = [(size, seed, score) for size, runs in scores.items() for seed, score in zip(plan.seeds, runs, strict=False)]
     runs = pd.DataFrame(rows, columns=["percentage", "seed", "score"])
     return Outcome(verdict, percentage, reason, runs, len(runs) / plan.n_runs)
@@ -183,10 +172,9 @@ def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> 
     rows = []
     for curve in curves_of(mean_over_datasets(results, metric), metric):
         rng = np.random.default_rng(seed)
-        sign = -1 if lower_is_better(metric) else 1
         n_seeds = min(map(len, curve.runs))
         scores = {
-            size: (sign * rng.permutation(runs)[:n_seeds]).tolist()
+            size: (sign_of(metric) * rng.permutation(runs)[:n_seeds]).tolist()
             for size, runs in zip(curve.percentages.tolist(), curve.runs, strict=True)
         }
         of_curve = replace(plan, percentages=tuple(scores), seeds=tuple(range(n_seeds)))

@@ -1,12 +1,10 @@
 """What a subset's strategy and diversity are worth at equal size, and whether a model overtakes the baselines."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.results import BASELINE, ORACLE, lower_is_better, select
+from datawall.analysis.results import BASELINE, ORACLE, lower_is_better, select, sign_of
 from datawall.analysis.saturation import KEY, adjust, curves_of, one_sided_p, runs_of
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
@@ -105,7 +103,7 @@ def overtaking(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     best size's mean over it, in the metric's units, positive if the model is better) and percentage, NaN where no size
     is better for certain. Data sets without a baseline are left out. Raises ValueError if there is none at all.
     """
-    sign = -1 if lower_is_better(metric) else 1
+    sign = sign_of(metric)
     baselines = select(results, metric=metric, strategy=BASELINE)
     if baselines.empty:
         raise ValueError(f"no baseline has the metric {metric!r}.")

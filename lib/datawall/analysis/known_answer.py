@@ -6,8 +6,6 @@ of a corpus, those of monocytes from some hundreds of cells, and those of B cell
 of it to all: two plateaus and an improvement, found by pretraining, embedding and scoring, as in any study.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """How often the rule `equivalence` would be right of a study, before it is run, and how many seeds that takes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -59,10 +57,8 @@ def seeds_needed(spread: float | Sequence[float], margin: float, **design: Any) 
 
     `design` holds the further arguments of `of_design`.
     """
-    for number in range(2, MOST_SEEDS + 1):
-        if of_design(spread, number, margin, **design)["right"].iloc[0] >= POWER:
-            return number
-    return None
+    numbers = range(2, MOST_SEEDS + 1)
+    return next((n for n in numbers if of_design(spread, n, margin, **design)["right"].iloc[0] >= POWER), None)
 
 
 def seeds_to_decide(curve: Curve, margin: float) -> int | None:

@@ -7,8 +7,6 @@ strategies; values are cut at six decimals. What the study calls R2 of perturbat
 genes' means, and is called `pearson_r` here.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 
 from datawall.analysis.results import COLUMNS, mean_over_splits, select

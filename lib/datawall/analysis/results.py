@@ -1,8 +1,7 @@
 """The tidy tables of a study: one number a row, what each is worth, and the scores of each cell type."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ CHECKSUMS = "results.sha256"  # of the tables' files
 PARAMETERS = "results.json"  # of the study that the tables are of
 BASELINE = "baseline"  # the strategy of rows that no pretrained model made; their percentage is 0, their seed -1
 CHECKPOINT = "checkpoint"  # the strategy of models from elsewhere, pretrained on other cells; the rest as above
+REFERENCES = (BASELINE, CHECKPOINT)  # strategies of rows that are drawn beside the curves
 ONE_SEED = "undecided (one seed)"  # the verdict of `against_baselines` where there is no win and no loss
 CHANCE, ORACLE = "Chance", "Oracle"  # baselines that are no contenders: the floor and the ceiling
 DONORS = "donors "  # how the names of splits by donor begin
@@ -35,8 +35,7 @@ DONORS = "donors "  # how the names of splits by donor begin
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables of `read_results` from rows with `ALL_COLUMNS`.
 
-    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which differ in them, if at all,
-    by their clusters.
+    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which may differ by their clusters.
     """
     of_type, checked = rows["metric"].str.match(OF_A_TYPE), rows["budget"].fillna(1.0) != 1
     budgets = rows.loc[checked & ~of_type, [*RUN, "budget", "split", "value"]]
@@ -96,12 +95,6 @@ def parameters(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def run_ids(folder: Path) -> set[str]:
-    """Artifacts that the results of a run folder name; none if there are no results yet."""
-    path = folder / "results.parquet"
-    return set(pd.read_parquet(path, columns=["run_id"])["run_id"]) if path.is_file() else set()
-
-
 def damage(folder: Path) -> list[str]:
     """What is wrong with the tables of a run folder, a line each; nothing if there are none yet."""
     if not (folder / CHECKSUMS).is_file():
@@ -122,11 +115,9 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     and split (how test cells were told from training cells). Beside them,
 
     - `results` has one number a row: metric, value, run_id (the artifact it is from);
-    - `intervals` the same numbers: metric, value, low and high (95 %, over cells), chance and ceiling, NaN where
-      unknown;
+    - `intervals` the same numbers: metric, value, low and high (95 %, over cells), chance and ceiling (NaN: unknown);
     - `per_class` cell_type, its f1 with low, high and chance, and support (test cells of that type), of classification;
-    - `budgets` metric, value and budget (a share of the model's steps) of the runs of `budget_check`, in no other
-      table.
+    - `budgets` metric, value and budget (a share of the model's steps), of the runs of `budget_check` alone.
 
     Raises FileNotFoundError if the run has no such table, ValueError if it is not as it was written.
     """
@@ -137,10 +128,14 @@ def read_results(run_dir: str | Path, table: str = "results") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
+def splits_by_cell(splits: Iterable[str]) -> list[str]:
+    """Names of those splits that are not by donor; all if there are no others."""
+    splits = list(splits)
+    return [name for name in splits if not name.startswith(DONORS)] or splits
+
+
 def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of splits that are not by donor; all rows if there are no others."""
-    donors = table["split"].str.startswith(DONORS)
-    return table if donors.all() else table[~donors]
+    return table[table["split"].isin(splits_by_cell(table["split"].unique()))]
 
 
 def mean_over_splits(table: pd.DataFrame) -> pd.DataFrame:
@@ -167,7 +162,7 @@ def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     A row per data set and pretrained model, a column per size and per baseline. Empty where there are no such results.
     """
     means = _mean_over_seeds(results, metric)
-    own = means[~means["strategy"].isin([BASELINE, CHECKPOINT])]
+    own = means[~means["strategy"].isin(REFERENCES)]
     sizes = own[own["strategy"].isin(["random", "untrained"])].pivot_table("value", ["dataset", "model"], "percentage")
     sizes = sizes[sorted(sizes, key=lambda size: (size == 0, size))]
     sizes = sizes.rename(columns=lambda size: f"{size:g} %" if size else "untrained").rename_axis(columns=None)
@@ -204,7 +199,7 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     column is its gain over random subsets of equal size, at the largest size that both have. NaN without such subsets.
     """
     means = _mean_over_seeds(results, metric)
-    means = means[~means["strategy"].isin([BASELINE, CHECKPOINT])]
+    means = means[~means["strategy"].isin(REFERENCES)]
     wide = means.pivot_table("value", ["dataset", "model", "percentage"], "strategy")
     wide = wide.reindex(columns=["random", *wide.columns.difference(["random", "untrained"])])
     # Of a group, the first and the last that is not NaN.
@@ -236,15 +231,14 @@ def against_baselines(
     From the table `intervals` of a study. The best baseline is that with the best mean over splits, `Chance` and
     `Oracle` left out. An interval is of a bootstrap over seeds and splits, with normal noise of the variance over cells
     (of model and baseline, from their own intervals) added to each draw: as if the two did not err on the same cells,
-    so that it is too wide rather than too narrow, and a tie may be a small win. Micro-F1 of the tasks that `right`
-    has (`evaluation.right_cells`) is paired by cell (`tasks.uncertainty.paired_interval`), and its interval is no wider
-    than it must be.
+    so that it is too wide rather than too narrow, and a tie may be a small win. Micro-F1 of the tasks that `right` has
+    (`evaluation.right_cells`) is paired by cell (`tasks.uncertainty.paired_interval`), as exactly as can be.
 
     A row per task, data set and pretrained model, strategy and percentage: value, baseline (its name), baseline_value,
     difference (value - baseline_value), low, high, verdict: `win` or `loss` if the interval excludes zero, else `tie`;
     `ONE_SEED` where a single seed cannot tell how much the next one would differ, `unknown` without any interval.
     """
-    rows, sign = _by_cell(select(intervals, metric=metric)), -1 if lower_is_better(metric) else 1
+    rows, sign = _by_cell(select(intervals, metric=metric)), sign_of(metric)
     table = []
     for (task, dataset), of_data in rows.groupby(["task", "dataset"]):
         baselines = of_data[(of_data["strategy"] == BASELINE) & ~of_data["model"].isin([CHANCE, ORACLE])]
@@ -275,6 +269,11 @@ def lower_is_better(metric: str) -> bool:
 
     known = tasks.metrics_table().set_index("metric")["direction"]
     return (known.get([tasks.registered(metric)], pd.Series(dtype=object)) == "lower").any()
+
+
+def sign_of(metric: str) -> int:
+    """1 of a score, -1 of an error."""
+    return -1 if lower_is_better(metric) else 1
 
 
 def _verdict(end: float, other_end: float, *, one_seed: bool) -> str:

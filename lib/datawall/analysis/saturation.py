@@ -1,7 +1,5 @@
 """Learning saturation points: the percentage of the corpus past which a model stops improving."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,8 +62,7 @@ def saturation_points(
 
     The interval is of a bootstrap of runs within each size, with their deviations scaled by √(n / (n - 1)), widened to
     hold the point; a bound is NaN where it is not established, both where a size has a single run or `n_resamples` is
-    0. Raises ValueError if the rule needs a score and the metric is better when lower, or a score above 1 is to be made
-    an error.
+    0. Raises ValueError if the rule needs a score and lower is better, or if a score above 1 is to be made an error.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; the rules are: {', '.join(RULES)}.")
@@ -73,9 +70,7 @@ def saturation_points(
         raise ValueError(f"lower {metric} is better, and the rule {rule} needs a score; use the rule error, say.")
     if margin is not None and not (margin >= 0 and rule in ("error", "equivalence")):
         raise ValueError(f"margin {margin}: at least 0, and of the rules error and equivalence only.")
-    curves = curves_of(results, metric)
-    if rule in ("error", "equivalence"):
-        curves = [as_error(curve, metric) for curve in curves]
+    curves = (errors_of if rule in ("error", "equivalence") else curves_of)(results, metric)
     alpha = 1 - confidence
     points = points_of(curves, rule, margin, alpha)
     table = pd.DataFrame([curve.key for curve in curves], columns=KEY)
@@ -156,11 +151,15 @@ def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
     return curves
 
 
+def errors_of(results: pd.DataFrame, metric: str) -> list[Curve]:
+    """The curves of a metric, as those of an error (`as_error`)."""
+    return [as_error(curve, metric) for curve in curves_of(results, metric)]
+
+
 def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`.
 
-    Runs without a score on every data set that their model and strategy have are left out, since their mean would be of
-    something else.
+    Runs without a score on each data set that their model and strategy have are left out: means would not compare.
     """
     runs = runs_of(results, metric)
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")
@@ -195,8 +194,7 @@ def margin_of(curve: Curve, margin: float | None) -> np.ndarray:
 def resampled(curve: Curve, n_resamples: int) -> Curve:
     """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1)).
 
-    So few runs do not look too alike. The draws depend on the numbers of runs only: curves and rows may come in any
-    order.
+    So few runs do not look too alike. The draws depend on the numbers of runs only, not on the order of the curves.
     """
     rng = np.random.default_rng(0)
     drawn = []

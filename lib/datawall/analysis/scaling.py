@@ -1,7 +1,5 @@
 """Scaling curves: error against number of cells, what the next doubling is worth, what small runs tell of large."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -9,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.saturation import EXACT, IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, as_error, curves_of, runs_of
+from datawall.analysis.saturation import EXACT, IMPROVING, KEY, PLATEAU, UNDECIDED, Curve, curves_of, errors_of, runs_of
 
 CONSTANT, POWER, EXPONENTIAL = "constant", "power law", "exponential"
 CHANGING = (POWER, EXPONENTIAL)
@@ -32,14 +30,12 @@ class Fit:
     family: str
     floor: np.ndarray  # irreducible error
     excess: np.ndarray
-    shape: np.ndarray  # exponent, or cells of a decay; NaN for the constant
+    shape: np.ndarray  # exponent, or cells of a decay; of no meaning for the constant, whose excess is 0
     loss: np.ndarray  # weighted sum of squares
 
     def predict(self, n: np.ndarray) -> np.ndarray:
         """Errors at sizes in units of the largest, (..., n_sizes)."""
         floor, excess, shape = (part[..., None] for part in (self.floor, self.excess, self.shape))
-        if self.family == CONSTANT:
-            return np.broadcast_to(floor, (*self.floor.shape, len(n)))
         return floor + excess * _basis(self.family, n, shape)
 
 
@@ -54,7 +50,7 @@ def fit(family: str, n: np.ndarray, error: np.ndarray, weight: np.ndarray) -> Fi
     mean = (error * weight).sum(-1) / total
     if family == CONSTANT:
         loss = (weight * (error - mean[..., None]) ** 2).sum(-1)
-        return Fit(family, mean, np.zeros_like(mean), np.full_like(mean, np.nan), loss)
+        return Fit(family, mean, np.zeros_like(mean), np.ones_like(mean), loss)
     low, high = SHAPES[family]
     step = (high / low) ** (1 / (COARSE - 1))
     shapes = low * step ** np.arange(COARSE)
@@ -135,8 +131,7 @@ def scale(curve: Curve, n_resamples: int) -> Scaling:
     of twice as many degrees of freedom as the runs of a size have: a parametric bootstrap. Resampling five runs instead
     gives intervals that are too narrow. Each resample chooses the power law or the exponential anew, by the better fit.
     The constant is either of them without an excess, and no candidate: AICc would prefer it wherever runs are few, and
-    each resample would repeat the preference, with an interval of no width (Leeb and Pötscher 2005, Econometric Theory
-    21:21).
+    each resample would repeat the preference, with no width (Leeb and Pötscher 2005, Econometric Theory 21:21).
     """
     n = curve.n_cells / curve.n_cells.max()
     n_runs = np.array([len(runs) for runs in curve.runs])
@@ -173,7 +168,7 @@ def scaling_curves(
     names = {family: family.replace(" ", "_") for family in FAMILIES}
     of_families = [f"{name}_{family}" for family in names.values() for name in ("aicc", "left_out")]
     rows = []
-    for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
+    for curve in errors_of(results, metric):
         row = dict(zip(KEY, curve.key, strict=True))
         row["margin"] = WORTH * curve.runs[-1].mean() if margin is None else margin
         row["verdict"], row["reason"] = UNDECIDED, unfit(curve)
@@ -201,7 +196,7 @@ def predictions(results: pd.DataFrame, metric: str, *, confidence: float = 0.95)
     From the smallest size to four times the largest. Models that `scaling_curves` cannot fit are left out.
     """
     tables = []
-    for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
+    for curve in errors_of(results, metric):
         if unfit(curve):
             continue
         scaling = scale(curve, 300)
@@ -234,13 +229,12 @@ def _basis(family: str, n: np.ndarray, shape: np.ndarray) -> np.ndarray:
 def extrapolated(results: pd.DataFrame, metric: str, up_to: float) -> pd.DataFrame:
     """The error at the full corpus as foretold by curves that are fitted to sizes of at most `up_to` per cent alone.
 
-    The interval is of the bootstrap of `scale`, with as much noise added to each draw as the mean at the full corpus
-    has. Curves of fewer than three such sizes are left out. The columns are model, strategy, task, dataset, error (mean
-    at the full corpus), last (at the largest size that was fitted: the forecast of whoever carries it forward),
-    foretold, low, high.
+    The interval is of the bootstrap of `scale`, widened by the noise of the mean at the full corpus. Curves of fewer
+    than three such sizes are left out. Columns: model, strategy, task, dataset, error (mean at the full corpus), last
+    (at the largest size that was fitted: the forecast of whoever carries it forward), foretold, low, high.
     """
     rows = []
-    for curve in (as_error(curve, metric) for curve in curves_of(results, metric)):
+    for curve in errors_of(results, metric):
         few, (*smaller, full) = curve.percentages <= up_to, curve.runs
         if curve.percentages[-1] != 100 or few.all() or few.sum() < 3 or min(map(len, curve.runs)) < 2:
             continue

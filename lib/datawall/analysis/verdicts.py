@@ -1,7 +1,5 @@
 """What the results of a study say, model by model, in words."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED,
 VERDICTS = (PLATEAU, IMPROVING, LIMITED, UNDECIDED)
 AGAINST = {"win": "above", "tie": "level with", "loss": "below"}
 AGAINST |= dict.fromkeys(["unknown", results.ONE_SEED], "not told from")
-NOTHING = {"baseline": None, "baseline_value": float("nan"), "difference": float("nan"), "against": None}
+NOTHING = {"baseline": None, "baseline_value": np.nan, "difference": np.nan, "against": None}  # without a baseline
 CURVE = ["task", "dataset", "model"]
 COLUMNS = [
     *("model", "strategy", "task", "dataset", "percentage", "low", "high", "plateau", "verdict", "decides", "spread"),
@@ -40,7 +38,7 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     wide = wide.reindex(columns=[0.5, 1.0, 2.0]).set_axis(["half", "once", "twice"], axis=1).dropna()
     by_size = wide.groupby(level=[*CURVE, "metric", "percentage"])
     table = by_size.mean().assign(seeds=by_size.size()).reset_index()
-    sign = table["metric"].map(lambda metric: -1 if results.lower_is_better(metric) else 1).astype(float)
+    sign = table["metric"].map(results.sign_of).astype(float)
     return table.assign(change=sign * (table["twice"] - table["once"])).drop(columns="metric")
 
 
@@ -55,8 +53,7 @@ def table(
     From the tables `intervals` and `budgets` of a study, and `evaluation.right_cells`, by which models and baselines
     are compared cell by cell. The verdict is that of the rule `equivalence`, the curves of a task being one family of
     tests. But a curve is budget-limited where twice the steps gain more than the margin at a size that was checked: it
-    then may tell of the budget, and is not read as a limit of the data. Without `checked`, or without a margin, none
-    is.
+    may tell of the budget, and is not read as a limit of the data. Without `checked`, or a margin, none is.
 
     Columns percentage, low, high (the saturation point, by the published rule; by the rule `error` where lower is
     better), plateau (percentage; NaN without that verdict), verdict, gain (of the full corpus over the largest subset
@@ -68,6 +65,7 @@ def table(
     limited = pd.DataFrame(columns=[*CURVE, "percentage", "seeds", "change"])
     if checked is not None and len(checked) and margin is not None:
         limited = budgets(intervals, checked)
+        limited = limited[limited["change"] > margin]
     rows = []
     for task, metric in tasks.HEADLINE.items():
         of_task = select(intervals, task=task, metric=metric)
@@ -77,39 +75,35 @@ def table(
         lower = results.lower_is_better(metric)
         points = saturation.saturation_points(random, metric, rule="error" if lower else "published")
         plateaus = saturation.saturation_points(random, metric, rule="equivalence", margin=margin, n_resamples=0)
-        curves = {curve.key: saturation.as_error(curve, metric) for curve in saturation.curves_of(random, metric)}
-        means = results.mean_over_splits(random).groupby(["dataset", "model", "percentage"])["value"].mean()
-        beside = of_task[of_task["strategy"].isin(["random", BASELINE])]
-        compared = results.against_baselines(beside, metric, right=right).set_index(["dataset", "model", "percentage"])
+        means = results.mean_over_splits(random).groupby([*CURVE, "percentage"])["value"].mean()
+        best = means.groupby(CURVE).agg("idxmin" if lower else "idxmax")
+        at_best = pd.MultiIndex.from_frame(of_task[[*CURVE, "percentage"]]).isin(best)
+        beside = of_task[(of_task["strategy"] == BASELINE) | ((of_task["strategy"] == "random") & at_best)]
+        compared = results.against_baselines(beside, metric, right=right).set_index(CURVE)
         compared["against"] = compared["verdict"].map(AGAINST)
-        for point, plateau in zip(points.to_dict("records"), plateaus.to_dict("records"), strict=True):
-            sizes = means[point["dataset"], point["model"]]
-            size = sizes.idxmin() if lower else sizes.idxmax()
-            place = point["dataset"], point["model"], size
-            curve = curves[tuple(point[name] for name in saturation.KEY)]
-            more = limited[(limited[CURVE] == [task, point["dataset"], point["model"]]).all(axis=1)]
-            gain = _gain(curve)
-            chance = stats.norm.ppf(0.95) * gain["spread"] * np.sqrt(2 / more["seeds"].astype(float))
-            more = more.assign(chance=chance)[more["change"] > (np.inf if margin is None else margin)]
+        records = (found.to_dict("records") for found in (points, plateaus))
+        for curve, point, plateau in zip(saturation.errors_of(random, metric), *records, strict=True):
+            key, gain = tuple(point[name] for name in CURVE), _gain(curve)
+            more = limited[(limited[CURVE] == list(key)).all(axis=1)]
             rows.append(
                 point
-                | _verdict(plateau, more, curve, margin)
+                | _verdict(plateau, more, gain["spread"], curve, margin)
                 | gain
-                | {"metric": metric, "value": sizes[size], "size": size}
-                | (compared.loc[place, list(NOTHING)].to_dict() if place in compared.index else NOTHING)
+                | {"metric": metric, "value": means[best[key]], "size": best[key][-1]}
+                | (compared.loc[key, list(NOTHING)].to_dict() if key in compared.index else NOTHING)
             )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _verdict(plateau: dict[str, Any], more: pd.DataFrame, curve: Curve, margin: float | None) -> dict[str, Any]:
-    """Plateau, verdict, and what would decide it; `more` are the sizes at which twice the steps gain.
-
-    Its column chance is what two runs that are alike but for their seeds may differ by (one-sided, 5 %).
-    """
+def _verdict(
+    plateau: dict[str, Any], more: pd.DataFrame, spread: float, curve: Curve, margin: float | None
+) -> dict[str, Any]:
+    """Plateau, verdict, and what would decide it; `more` are the sizes at which twice the steps gain."""
     if len(more):
         best = more.loc[more["change"].idxmax()]
+        by_chance = stats.norm.ppf(0.95) * spread * np.sqrt(2 / best["seeds"])  # runs that differ in their seeds alone
         decides = f"more steps: +{best['change']:.3f} at {best['percentage']:g} %"
-        decides += f"; seeds alone: {best['chance']:.3f}" if best["chance"] > best["change"] else ""
+        decides += f"; seeds alone: {by_chance:.3f}" if by_chance > best["change"] else ""
         return {"plateau": np.nan, "verdict": LIMITED, "decides": decides}
     decides = ""
     if plateau["verdict"] == UNDECIDED:

@@ -8,8 +8,6 @@ a cluster by Dask's own protocol, by which whoever can reach the scheduler can r
 covered: a run whose Dask scheduler is lost ends, and the same command goes on from there.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -72,10 +70,9 @@ def run_units[Item, Study](
     if failed:
         times = f" {n} times each" if (n := 1 + p.retries) > 1 else ""
         lines = failed[:SHOWN] + [f"  … and {len(failed) - SHOWN} more"] * (len(failed) > SHOWN)
-        raise UnitsFailedError(
-            f"{len(failed)} of {len(items)} units of {name} failed{times}. The others are done; "
-            "the same command again makes only what is missing.\n" + "\n".join(lines)
-        )
+        told = f"{len(failed)} of {len(items)} units of {name} failed{times}"
+        remedy = "The others are done; the same command again makes only what is missing."
+        raise UnitsFailedError("\n".join([f"{told}. {remedy}", *lines]))
 
 
 def _on_dask(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
@@ -103,19 +100,18 @@ def _on_dask(study: Any, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
                     log.warning("%s: %s.", p.executor, "a worker is there again" if there else NONE_LEFT)
             for future in [future for future in futures if future.done()]:
                 if future.status not in ("finished", "error"):
-                    raise ConnectionError(
-                        f"the Dask cluster {p.executor} was lost; what it finished is kept. Start it, and run again."
-                    )
+                    remedy = "what it finished is kept. Start it, and run again."
+                    raise ConnectionError(f"the Dask cluster {p.executor} was lost; {remedy}")
                 raised = future.exception()
                 yield futures.pop(future), None if raised is None else " ".join(str(raised).split())
 
 
-def _workers(client: Client) -> list[dict[str, Any]]:
+def _workers(client: "Client") -> list[dict[str, Any]]:
     """What is known of each worker; not by `client.scheduler_info`, which another thread empties now and then."""
     return list(client.sync(client.scheduler.identity, n_workers=-1)["workers"].values())
 
 
-def _await_workers(client: Client, executor: str) -> None:
+def _await_workers(client: "Client", executor: str) -> None:
     """Wait until there is a worker, of Slurm for as long as its queue takes; a cluster may start one only for work."""
     if _workers(client):
         return
@@ -136,15 +132,13 @@ def _resources(job: Job, declared: list[dict[str, float]]) -> dict[str, float]:
     if wanted and not any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in declared):
         asks = ", ".join(f"{name}={amount:.0f}" for name, amount in wanted.items())
         most = ", ".join(f"{name}={max(has.get(name, 0) for has in declared):.0f}" for name in wanted)
-        raise ValueError(
-            f"{describe(job.item)} asks for {asks}, and no Dask worker declares as much (the most: {most}); start one "
-            "that does (`--resources`), or ask for less."
-        )
+        declares = f"no Dask worker declares as much (the most: {most}); start one that does (`--resources`)"
+        raise ValueError(f"{describe(job.item)} asks for {asks}, and {declares}, or ask for less.")
     return wanted
 
 
 @contextmanager
-def _client(study: Any, n_jobs: int) -> Iterator[Client]:
+def _client(study: Any, n_jobs: int) -> Iterator["Client"]:
     """A client of the cluster that the study names; one of Slurm jobs is there as long as it."""
     from dask.distributed import Client
 

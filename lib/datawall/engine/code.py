@@ -7,8 +7,6 @@ Not covered: what a maker reaches through `self` or looks up by name (name it as
 elsewhere, whose versions are recorded beside each artifact and compared (`differing`), and are in no key.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

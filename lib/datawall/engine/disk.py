@@ -1,13 +1,10 @@
 """Files and folders that are there as a whole or not at all, and the run folder that they are in.
 
-A killed process leaves at most a file or folder whose name begins with a dot, which is never read, and which the next
-run removes (`reserve`).
+A killed process leaves at most a file or folder whose name begins with a dot; nobody reads it, the next run removes it.
 
 Not covered: power that fails (nothing is flushed to the disk), and file systems without locks, where two runs of one
 folder are not kept apart and what is half made is not removed.
 """
-
-from __future__ import annotations
 
 import errno
 import fcntl
@@ -125,10 +122,8 @@ def check_run_folder(folder: Path) -> None:
     if not folder.exists() or is_run_folder(folder):
         return
     if folder.is_file() or any(path.name != LOCK and not HALF_MADE.fullmatch(path.name) for path in folder.iterdir()):
-        raise FileExistsError(
-            f"{folder}: neither empty nor the folder of a run (no study.yaml, no artifacts in store/); give a new or "
-            "an empty folder with --out."
-        )
+        why = "neither empty nor the folder of a run (no study.yaml, no artifacts in store/)"
+        raise FileExistsError(f"{folder}: {why}; give a new or an empty folder with --out.")
 
 
 @contextmanager
@@ -143,10 +138,9 @@ def reserve(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise BlockingIOError(
-                f"{folder}: {file.read().strip() or 'another process'} works on it; wait until that ends, stop it, or "
-                "give another folder with --out."
-            ) from None
+            at_work = f"{file.read().strip() or 'another process'} works on it"
+            remedy = "wait until that ends, stop it, or give another folder with --out"
+            raise BlockingIOError(f"{folder}: {at_work}; {remedy}.") from None
         except OSError as error:
             log.warning("%s: its file system has no locks (%s); see to it that nothing else runs in it.", folder, error)
         file.truncate(0)

@@ -5,8 +5,6 @@ is none (not on Linux, or `DATAWALL_FORKS=off`), kernels and workers are process
 Not covered: a process whose guard alone is killed stays until it ends by itself.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -26,7 +24,7 @@ from typing import Any, NoReturn
 
 ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens, or "off"
 # Of use to some stages only, none of them the first.
-WHEN_IDLE = ("torch._dynamo", "annbatch", "sklearn.neighbors", "scanpy", "umap", "statsmodels.api")
+WHEN_IDLE = ("torch._dynamo", "annbatch", "scanpy", "umap")
 GRACE = 5.0  # seconds in which a process that is told to end may end by itself
 LONGEST = 60  # letters of a folder for sockets, whose own paths may have 107 on Linux
 

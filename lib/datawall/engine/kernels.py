@@ -1,7 +1,5 @@
 """Jupyter kernels that are ready at once: forks of a process that has imported the library."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator

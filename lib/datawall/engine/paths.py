@@ -1,7 +1,5 @@
 """The only place that knows where the repository, a run folder and the user's cache are."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from pathlib import Path
@@ -22,10 +20,8 @@ def repository() -> Path:
         for folder in (start, *start.parents):
             if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
                 return folder
-    raise FileNotFoundError(
-        f"no compendium (a folder with params/ and notebooks/) at or above {Path.cwd()}; "
-        "change into your checkout of datawall."
-    )
+    where = f"at or above {Path.cwd()}; change into your checkout of datawall."
+    raise FileNotFoundError(f"no compendium (a folder with params/ and notebooks/) {where}")
 
 
 def located(path: str | Path) -> Path:

@@ -1,11 +1,8 @@
 """Processes of this machine that do jobs, one at a time each, and may hang or die without harm to the rest.
 
 Not covered: memory is what a job says that it needs and is not enforced; a job that leaves its process group outlives
-its worker; and in the one process of `workers: 1` a job that hangs outside of Python, or exhausts memory, takes the
-notebook along.
+its worker; and with `workers: 1` a job that hangs outside of Python, or exhausts memory, takes the notebook along.
 """
-
-from __future__ import annotations
 
 import logging
 import os

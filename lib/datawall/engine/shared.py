@@ -5,8 +5,6 @@ What is taken is checked by `store` like all that is read. Not covered: nothing 
 and of two machines that make the same unit the later replaces what the earlier put there.
 """
 
-from __future__ import annotations
-
 import logging
 import tarfile
 import uuid

@@ -4,8 +4,6 @@ Nothing is ever changed in place, and nothing unfinished is ever found (`disk`).
 once. Not covered: who wrote an artifact. Hashes show damage, not intent: whoever may write the folder can replace both.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import logging
@@ -101,15 +99,14 @@ class Store:
         """Find a unit's artifact, or make it: `make` writes files into an empty folder that is then moved into place.
 
         The move is atomic, so a killed process leaves nothing that could be taken for an artifact. Of two processes
-        that make the same one the earlier stores it, and others may read it already; the later drops its own. What
-        `make` returns is recorded with the provenance.
+        that make the same one the later drops its own: others may read the earlier's. What `make` returns is recorded.
         """
         if artifact := self.find(unit):
             return artifact
         folder = self._folder(unit)
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
             begin = time.perf_counter()
-            more = make(scratch) or {}
+            more = make(scratch)
             made = {
                 "seconds": round(time.perf_counter() - begin, 3),
                 "device": "cpu",
@@ -117,8 +114,8 @@ class Store:
                 "host": socket.gethostname(),
                 "ended": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": code.versions(),
+                **(more or {}),
             }
-            made |= more
             manifest = {"kind": unit.kind, "key": unit.key, "record": unit.record, "code": unit.code}
             manifest |= {"files": {name: disk.file_sha256(scratch / name) for name in _files(scratch)}, "made": made}
             disk.write_json(scratch / MANIFEST, {**manifest, "sha256": code.json_sha256(manifest)})

@@ -194,7 +194,7 @@ def table(study: Study) -> str:
     ]
     notes = [f"time: {n_workers} side by side; costs as calibrated for {known['study']} on {known['machine']}"]
     if not calibration_file(study.params.study).exists():
-        notes.append("that came along; --calibrate in place of --plan measures this study's costs on this machine")
+        notes.append("a calibration that came along; --calibrate in place of --plan measures on this machine")
     if not study.costs.on_gpu:
         notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
     notes.append("memory: of one process at most; what comes over a network is not counted")

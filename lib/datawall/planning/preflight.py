@@ -86,7 +86,7 @@ def _read(p: Params, findings: Findings) -> None:
         for block in assembly.read_corpus(p, reports):
             labels.append(block.obs)
         obs, var = pd.concat(labels), block.var
-        obs = obs.iloc[: len(obs) - reports["n_spiked"]]
+        obs = obs.iloc[: len(obs) - reports["n_spiked"]].astype("category")
         findings.facts += map(curation.match_in_words, reports["genes"])
         findings.warnings += reports["notes"]
         became = reports["cells"].drop(columns="dataset").sum()
@@ -95,6 +95,7 @@ def _read(p: Params, findings: Findings) -> None:
         held_out = assembly.held_out(p, obs)
         if "cell_type" in obs:
             joining.check_contexts(p, obs["cell_type"].unique())
+        joining.check_control(p, p.evaluation_sets()[p.held_out_name], obs)
         _labels(p, obs, held_out, findings)
         sets[p.held_out_name], pretraining = obs[held_out], np.flatnonzero(~held_out)
     for name in [dataset.dataset for dataset in p.evaluation]:

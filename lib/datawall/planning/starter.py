@@ -32,7 +32,7 @@ QUESTIONS = {
     "control": "its value for untreated cells",
 }
 WITHOUT = {  # what a study does without a role
-    "cell_type": "clusters (leiden) stand in for cell types",
+    "cell_type": "clusters (leiden) of principal components stand in for cell types, which favours PretrainedPCA",
     "batch": "zero-shot integration is left out",
     "donor": "cells are split whoever they are from",
     "perturbation": "perturbation response is left out",
@@ -168,8 +168,7 @@ def new(
 def propose(looked: Looked) -> Roles:
     """The columns that a study is likely to want, by role, and the `control`; None where no column looks like it.
 
-    A cell type, batch or donor needs at least two values and no gaps; a perturbation two or more, one of them called
-    like a control.
+    A cell type, batch or donor needs at least two values and no gaps; a perturbation two, one called like a control.
     """
     obs = looked.obs.loc[:, looked.obs.notna().all()]
     counts = {key: int(obs[key].nunique()) for key in obs}

@@ -1,14 +1,9 @@
 """Executed notebooks as pages of the report, by nbconvert."""
 
-from __future__ import annotations
-
 import re
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nbconvert import HTMLExporter
+from typing import Any
 
 
 class Notebook:
@@ -55,7 +50,7 @@ class Notebook:
 
 
 @cache
-def _exporter() -> HTMLExporter:
+def _exporter() -> Any:
     """Made once, since it compiles its templates."""
     from nbconvert import HTMLExporter
 

@@ -1,11 +1,8 @@
 """The HTML report of a run: a folder of pages that reads from the file system, offline.
 
-`python -m datawall.reading.report runs/quick` writes `runs/quick/report/index.html`: the verdicts, figures and
-costs, every executed notebook, tables that sort and filter, and for every number the artifacts that it was made
-from.
+`python -m datawall.reading.report runs/quick` writes `runs/quick/report/index.html`: verdicts, figures and costs, every
+executed notebook, tables that sort and filter, and for every number what it was made from.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -99,10 +96,8 @@ class Site:
         """The verdicts in words; of results of another study than that of the folder, what is other about it."""
         then, now = results.parameters(self.study.folder), self.study.params.model_dump(mode="json")
         if other := [key for key in now if key not in IN_NO_NUMBER and then and then.get(key) != now[key]]:
-            return [
-                f"The results are not those of study.yaml as it is now: they are of other {', '.join(other)}. Its own "
-                "come with the stages of its tasks."
-            ]
+            told = f"they are of other {', '.join(other)}. Its own come with the stages of its tasks."
+            return [f"The results are not those of study.yaml as it is now: {told}"]
         levers = evaluation.levers(self.study) if len(self.results) else pd.DataFrame()
         return [*verdicts.sentences(self.verdicts), *(walls.sentences(levers) if len(levers) else ())]
 

@@ -3,8 +3,6 @@
 Names are those of `data/labels.csv`, any other as it is. Short sentences stand with their figure in `plots`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pandas as pd

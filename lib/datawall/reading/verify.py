@@ -1,7 +1,5 @@
 """What a run folder holds: whether it is as it was written, what made it, and what would be made again."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,18 +15,19 @@ def problems(folder: Path) -> list[str]:
 
     Every file of every artifact is read and hashed again.
     """
-    places = _places(folder)
+    places = artifacts(folder)
     wrong = {place.relative_to(folder): store.check(place)[1] for place in places.values()}
     damaged = [f"{place}: {what}" for place, said in wrong.items() for what in said]
     if tables := results.damage(folder):
         return damaged + tables
-    lost = sorted(key for key in results.run_ids(folder) if key not in places)
+    named = results.read_results(folder)["run_id"] if (folder / "results.parquet").is_file() else ()
+    lost = sorted(set(named).difference(places))
     return damaged + [f"store/evaluation/{key}: is missing, and results.csv has numbers of it" for key in lost]
 
 
 def absent(folder: Path) -> list[str]:
     """What others were made from and is not there, a line each: no damage, as what was made from it is whole."""
-    places, needed = _places(folder), {}
+    places, needed = artifacts(folder), {}
     for made in store.read_all(folder / "store").values():
         for name, given in made.record.items():
             for key in store.texts(given):  # of a split, `drop` is a list
@@ -41,13 +40,8 @@ def absent(folder: Path) -> list[str]:
     ]
 
 
-def count(folder: Path) -> int:
-    """Artifacts of a run folder."""
-    return len(_places(folder))
-
-
-def _places(folder: Path) -> dict[str, Path]:
-    """Folders of the artifacts, damaged ones too, by key."""
+def artifacts(folder: Path) -> dict[str, Path]:
+    """Where the artifacts of a run folder are, damaged ones too, by key."""
     return {path.name: path for path in sorted((folder / "store").glob("*/[!.]*")) if path.is_dir()}
 
 
@@ -56,18 +50,16 @@ def why(folder: Path, key: str) -> str:
 
     The key, such as a `run_id` of the results, may be shortened. Raises ValueError if not exactly one artifact has it.
     """
-    places = _places(folder)
+    places = artifacts(folder)
     matching = [name for name in places if name.startswith(key)]
     if len(matching) != 1:
-        raise ValueError(
-            f"--why {key}: {len(matching) or 'no'} artifacts of {folder} have a key that begins so; give one of the "
-            "folder names under store/, or a run_id of the results."
-        )
+        told = f"{len(matching) or 'no'} artifacts of {folder} have a key that begins so"
+        raise ValueError(f"--why {key}: {told}; give one of the folder names under store/, or a run_id of the results.")
     (key,) = matching
     if wrong := store.check(places[key])[1]:
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
-    artifacts = store.read_all(folder / "store")
-    artifact = artifacts[key]
+    there = store.read_all(folder / "store")
+    artifact = there[key]
     how = artifact.made
     cost = f"{how['seconds']:g} s, {how['peak_memory_mib']} MiB"
     lines = [
@@ -76,24 +68,23 @@ def why(folder: Path, key: str) -> str:
         f"with    {', '.join(f'{name} {version}' for name, version in how['versions'].items())}",
         f"files   {', '.join(artifact.files)}",
         "from",
-        *_tree(artifact, artifacts, "  "),
+        *_tree(artifact, there, "  "),
     ]
-    changed = list(_changes([artifact, *store.upstream([artifact], artifacts)]))
-    if changed:
+    if changed := list(_changes([artifact, *store.upstream([artifact], there)])):
         lines += ["changed since, so that a run makes it again, under another key:", *changed]
     else:
         lines += ["A run that asks for it finds it: the code that made it, and what it was made from, is the same."]
-    dependent = [other for other in artifacts.values() if artifact in store.upstream([other], artifacts)]
+    dependent = [other for other in there.values() if artifact in store.upstream([other], there)]
     return "\n".join([*lines, f"Made from it: {_counted(dependent)}." if dependent else "Nothing was made from it."])
 
 
-def _tree(artifact: Artifact, artifacts: dict[str, Artifact], indent: str) -> Iterator[str]:
+def _tree(artifact: Artifact, there: dict[str, Artifact], indent: str) -> Iterator[str]:
     """The record of an artifact and, below it, those of what it was made from."""
     for name, value in artifact.record.items():
-        sources = [artifacts[text] for text in store.texts(value) if text in artifacts]
+        sources = [there[text] for text in store.texts(value) if text in there]
         for source in sources:
             yield f"{indent}{name}: {source.kind} {source.key}"
-            yield from _tree(source, artifacts, indent + "  ")
+            yield from _tree(source, there, indent + "  ")
         if not sources:
             yield f"{indent}{name}: {value}"
 

@@ -42,7 +42,7 @@ def make_corpus(p: Params, folder: Path) -> None:
 
     `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
     genes were matched, `notes.json` what a reader should know of the sources, and `report_<table>.parquet` what became
-    of the cells on the way. Raises CorpusError if a source, or a context to hold out, breaks a rule.
+    of the cells on the way. Raises CorpusError if a source, the control or a context breaks a rule.
     """
     reports = {}
     cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
@@ -57,7 +57,9 @@ def make_corpus(p: Params, folder: Path) -> None:
             disk.write_json(folder / f"{name}.json", content)
     if p.cell_type_key == CLUSTERS:
         cellstore.add_labels(folder, "cell_type", clusters(cells))
-    joining.check_contexts(p, cellstore.Cells(folder / cellstore.NAME).obs["cell_type"].unique())
+    obs = cellstore.Cells(folder / cellstore.NAME).obs
+    joining.check_contexts(p, obs["cell_type"].unique())
+    joining.check_control(p, p.evaluation_sets()[p.held_out_name], obs)
 
 
 def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
@@ -227,6 +229,7 @@ def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, n
     aligned.obs = aligned.obs.drop(columns=list(sources.QUALITY), errors="ignore")
     for role in aligned.obs:
         aligned.obs[role] = aligned.obs[role].cat.remove_unused_categories()
+    joining.check_control(p, dataset, aligned.obs)
     notes = list(source.notes)
     if n_empty := int(source.reports["cells"]["empty"].sum()):
         notes.append(f"{name}: {n_empty:,} cells have no count in any known gene and are left out")

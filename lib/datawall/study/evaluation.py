@@ -1,8 +1,10 @@
 """Evaluations of a study: every task on every model and baseline, and the tables they make."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +92,23 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
         study.dataset_artifact(name)  # which tells what it can be judged by
     headlines = {task: tasks.TASKS[task].headline for task in p.tasks if study.joined(task)}
     headlines = {task: metric for task, metric in headlines.items() if metric and not results.lower_is_better(metric)}
-    asking = {(model, task): adaptive.ask(plan) for model in p.models for task in headlines}
-    wanted, outcomes = {key: next(questions) for key, questions in asking.items()}, {}
+    scores = {(model, task): defaultdict(list) for model in p.models for task in headlines}
     chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
-    while wanted:
+    while True:
+        steps = {key: adaptive.ask(known, plan) for key, known in scores.items()}
+        wanted = {key: runs for key, runs in steps.items() if not isinstance(runs, adaptive.Outcome)}
+        if not wanted:
+            break
         for (model, _), runs in wanted.items():
             chosen[model] += [run for run in runs if run not in chosen[model]]
         disk.write_json(study.folder / CHOSEN, chosen)
         study.pretrain()
-        scores = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
-        for key, runs in list(wanted.items()):
-            model, task = key
-            try:
-                wanted[key] = asking[key].send([scores[task][model, *run] for run in runs])
-            except StopIteration as settled:
-                outcomes[key] = settled.value
-                del wanted[key]
+        found = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
+        for (model, task), runs in wanted.items():
+            for percentage, seed in runs:
+                scores[model, task][percentage].append(found[task][model, percentage, seed])
     columns = ["model", "task", "verdict", "percentage", "reason", "runs", "share"]
-    rows = ((*key, end.verdict, end.percentage, end.reason, len(end.runs), end.share) for key, end in outcomes.items())
+    rows = ((*key, end.verdict, end.percentage, end.reason, len(end.runs), end.share) for key, end in steps.items())
     return pd.DataFrame(sorted(rows, key=lambda row: row[:2]), columns=columns)
 
 
@@ -175,23 +176,24 @@ def right_cells(study: Study) -> pd.Series:
         for dataset in study.joined(task):
             if (obs := study.labels(dataset)) is None:
                 continue  # nothing has been evaluated on it
-            labels, tested = obs["cell_type"].to_numpy().astype(str), None
+            labels = obs["cell_type"].to_numpy().astype(str)
             for columns, predicted in _predictions(study, task, dataset):
-                predicted = {
-                    s: called for s, called in predicted.items() if not s.startswith(results.DONORS)
-                } or predicted
-                if any(len(called) < len(labels) for called in predicted.values()):
-                    tested = tested or _tested_cells(study, dataset)
-                n_right, n_tests = np.zeros((2, len(labels)))
-                for split, called in predicted.items():
-                    cells = tested[split] if tested else slice(None)
-                    n_right[cells] += called == labels[cells]
-                    n_tests[cells] += 1
-                right[task, dataset, *(columns[key] for key in keys)] = (n_right / n_tests)[n_tests > 0]
+                right[task, dataset, *(columns[key] for key in keys)] = _share_right(study, dataset, labels, predicted)
     index = pd.MultiIndex.from_tuples(right, names=["task", "dataset", *keys])
     return pd.Series(right, index=index, dtype=object).sort_index()
 
 
+def _share_right(study: Study, dataset: str, labels: np.ndarray, predicted: dict[str, np.ndarray]) -> np.ndarray:
+    n_right, n_tests = np.zeros((2, len(labels)))
+    for split in results.splits_by_cell(predicted):
+        called = predicted[split]
+        cells = slice(None) if len(called) == len(labels) else _tested_cells(study, dataset)[split]
+        n_right[cells] += called == labels[cells]
+        n_tests[cells] += 1
+    return (n_right / n_tests)[n_tests > 0]
+
+
+@lru_cache(maxsize=1)
 def _tested_cells(study: Study, dataset: str) -> dict[str, np.ndarray]:
     """Which cells each division of a large data set tests with heads: (n_cells,) bool, by the division's name."""
     return {split: part == tasks.finetuning.TEST for split, part in scoring.three_parts(study, dataset)}

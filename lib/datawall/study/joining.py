@@ -1,6 +1,7 @@
 """Which tasks a data set joins, told by its cells and their labels, and how often: known before anything is trained."""
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 import pandas as pd
 
@@ -24,7 +25,10 @@ def n_splits(p: Params, task: str, n_cells: int) -> int:
 
 
 def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> str | None:
-    """Why a task cannot be judged on a data set that has its columns, by the labels of its cells; None if it can."""
+    """Why a task cannot be judged on a data set that has its columns, by the labels of its cells; None if it can.
+
+    Raises CorpusError as `check_control` does.
+    """
     if obs.empty or task not in JUDGED:
         return "it has no cells" if obs.empty else None
     fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
@@ -41,10 +45,11 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
         if batches.sum(axis=1).max() < 2:
             return "no type has cells of two batches, so that batches and types cannot be told apart"
     if task == "perturbation_response":
+        check_control(p, dataset, obs)
         try:
             treatments(obs, dataset)
         except CorpusError as error:
-            return str(error)
+            return str(error).removesuffix(".")
     return None
 
 
@@ -56,13 +61,11 @@ def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]
     """
     n_cells = pd.crosstab(obs["cell_type"].astype(str), obs["perturbation"].astype(str))
     wanted, values = dataset.treatments, list(n_cells)
-    told = f"{values[:20]}{' and more' if len(values) > 20 else ''}"
     if dataset.control not in values or len(values) < 2:
         needs = f"perturbation response needs the control {dataset.control!r} and another"
-        remedy = "" if dataset.control in values else " Name the control."
-        raise CorpusError(f"the treatments are {told}; {needs}.{remedy}")
+        raise CorpusError(f"the treatments are {_listed(values)}; {needs}.")
     if absent := [] if isinstance(wanted, int) else sorted(set(wanted).difference(values)):
-        raise CorpusError(f"treatments: {absent} are none; they are {told}.")
+        raise CorpusError(f"treatments: {absent} are none; they are {_listed(values)}.")
     pairs = n_cells.drop(columns=dataset.control).clip(upper=n_cells[dataset.control], axis=0)
     named = not isinstance(wanted, int)
     judged, why = {}, None
@@ -85,6 +88,23 @@ def check_contexts(p: Params, types: Iterable[str]) -> None:
     if "perturbation_response" in p.tasks and (unknown := set(p.held_out_contexts or ()).difference(types)):
         there = f"the types in {p.cell_type_key!r} are {sorted(types)}"
         raise CorpusError(f"{p.corpus}: held_out_contexts names {sorted(unknown)}, but {there}; name some of these.")
+
+
+def check_control(p: Params, dataset: EvaluationSet, obs: pd.DataFrame) -> None:
+    """Raise a CorpusError if a data set is to join perturbation response, and its source has no such control."""
+    if "perturbation_response" not in p.tasks or not dataset.joins("perturbation_response"):
+        return
+    values = sorted(obs["perturbation"].astype("category").cat.categories)
+    if values and dataset.control not in values:
+        held_out = dataset.dataset == p.held_out_name
+        file, column = (p.corpus, p.perturbation_key) if held_out else (dataset.file, dataset.perturbation_key)
+        (nearest,) = get_close_matches(dataset.control, values, n=1, cutoff=0)
+        there = f"no value of {column!r}; they are {_listed(values)}; is it {nearest!r}?"
+        raise CorpusError(f"{file}: control {dataset.control!r} is {there}")
+
+
+def _listed(values: list[str]) -> str:
+    return f"{values[:20]}{' and more' if len(values) > 20 else ''}"
 
 
 def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:

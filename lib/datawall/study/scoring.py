@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from datawall import tasks
-from datawall.cells import corpus, expression, sampling
+from datawall.cells import expression, sampling
 from datawall.study import joining
 from datawall.study.study import Study
 from datawall.study.units import Evaluation, Run
@@ -118,9 +118,8 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
         embedding = study.embedding(source, evaluation.dataset)
         metrics = tasks.finetuned_classification(embedding, labels, part, **options)
         if model is not None and hasattr(model, "finetunable"):
-            metrics = metrics.merged(
-                tasks.finetuning.fully_finetuned_classification(model, data.X, labels, part, **options)
-            )
+            full = tasks.finetuning.fully_finetuned_classification(model, data.X, labels, part, **options)
+            metrics = metrics.merged(full)
         yield split, metrics
 
 
@@ -132,16 +131,12 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
     """
     data, dataset = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
     treatment, context = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
-    try:
-        judged = joining.treatments(data.obs, dataset)
-    except corpus.CorpusError as error:
-        raise corpus.CorpusError(f"{evaluation.dataset}: {error}") from None
     X = expression.lognormalise(data.X)
     if evaluation.dataset == study.held_out_name:
         X = X[:, study.response_genes]
     else:
         X = X[:, expression.variable_genes(X[treatment == dataset.control], study.params.perturbation_genes)]
-    for name, contexts in judged.items():
+    for name, contexts in joining.treatments(data.obs, dataset).items():
         rows = np.flatnonzero(np.isin(treatment, [name, dataset.control]))
         cells = X[rows].toarray(), treatment[rows] == name, context[rows]
         for held_out in contexts:
@@ -164,13 +159,12 @@ def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: n
     contexts = tasks.perturbation.usable_contexts(treated, context)
     contexts.remove(held_out)
     others = tasks.perturbation.changes(X, treated, context, contexts)
-    if name == "NoChange":
-        predicted = control
-    elif name == "TreatedMean":
-        predicted = baselines.treated_mean(X[treated & ~here], context[treated & ~here])
-    else:  # the mean shift, in which each of the other contexts counts alike
-        predicted = control + others.mean(axis=0)
-    return tasks.perturbation.response_metrics(predicted, truth, control, others)
+    predicted = {
+        "NoChange": control,
+        "TreatedMean": baselines.treated_mean(X[treated & ~here], context[treated & ~here]),
+        "MeanShift": control + others.mean(axis=0),  # in which each of the other contexts counts alike
+    }
+    return tasks.perturbation.response_metrics(predicted[name], truth, control, others)
 
 
 def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:

@@ -14,9 +14,7 @@ from datawall.study.units import Run, Subset
 
 def main() -> None:
     """Pretrain one model of a study in several processes; `run_all.py` then finds it made."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node 2 -m datawall.study.together", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser("torchrun --nproc-per-node 2 -m datawall.study.together", description=main.__doc__)
     parser.add_argument("study", help="study file, or the name of one in params/")
     for name, kind in {"model": str, "strategy": str, "percentage": float, "seed": int}.items():
         parser.add_argument(name, type=kind)

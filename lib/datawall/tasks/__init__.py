@@ -4,18 +4,13 @@ Serves notebooks 3 to 6. May import `models`, `cells` and `engine`. Tasks load w
 What each metric means, its best value and the level of chance are listed in `metrics.csv` beside this page.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from datawall.engine import lazy
 from datawall.tasks.baselines import EMBEDDINGS
-
-if TYPE_CHECKING:
-    from datawall.tasks.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Task:
     repeated: Literal["once", "by split", "by context"] = "once"  # on a data set
 
     @property
-    def function(self) -> Callable[..., Metrics]:
+    def function(self) -> Callable[..., dict[str, float]]:
         """What computes its metrics."""
         return getattr(import_module(f"{__name__}.{self.module}"), self.name)
 
@@ -42,11 +37,7 @@ TASKS = {
         Task("zeroshot_classification", "classification", "micro_f1", repeated="by split"),
         Task("zeroshot_integration", "integration", "avg_bio", needs=("batch_key",)),
         Task(
-            name="finetuned_classification",
-            module="finetuning",
-            headline="micro_f1",
-            baselines=("LogisticRegression",),
-            repeated="by split",
+            "finetuned_classification", "finetuning", "micro_f1", baselines=("LogisticRegression",), repeated="by split"
         ),
         Task(
             name="perturbation_response",

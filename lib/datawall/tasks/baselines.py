@@ -1,7 +1,5 @@
 """What a user would try first: no pretrained model beats nothing until it beats these."""
 
-from __future__ import annotations
-
 import numpy as np
 import scipy.sparse as sp
 
@@ -32,9 +30,8 @@ def logistic_regression(
 ) -> np.ndarray:
     """Predicted labels of an L1 logistic regression on log-normalised variable genes of the training cells.
 
-    Settings are the original study's (C = 1, saga, seed 1), which fitted on normalised and predicted on
-    un-normalised counts; here both are normalised. Genes are scaled by their largest training value, which keeps
-    zeros zero and lets saga converge.
+    Settings are the original study's (C = 1, saga, seed 1), which fitted on normalised and predicted on un-normalised
+    counts; here both are normalised. Genes are scaled by their largest training value, so that saga converges.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -1,7 +1,5 @@
 """Fine-tuned classification: cell types are learnt on top of the embedding, frozen or trained along."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,8 +23,6 @@ FULL_RECIPE = training.Recipe(
 TRAIN, VALIDATION, TEST = 0, 1, 2
 CELLS_AT_ONCE = 256  # of an encoder that is not learning
 
-type ClassWeight = Literal["balanced"] | None
-
 
 def finetuned_classification(
     embedding: np.ndarray,
@@ -35,27 +31,15 @@ def finetuned_classification(
     *,
     seed: int,
     recipe: training.Recipe = RECIPE,
-    class_weight: ClassWeight = None,
+    class_weight: Literal["balanced"] | None = None,
 ) -> Metrics:
     """Train an MLP head (128 hidden units) with early stopping; `classification_metrics` of the test cells.
 
-    Columns of the embedding are scaled to mean 0 and variance 1 over the training cells, so that every family's
-    head starts from the same scale. Of several folds, the heads are trained side by side, each as if alone.
-
-    Parameters
-    ----------
-    embedding
-        (n_cells, n_latent).
-    labels
-        (n_cells,) cell types.
-    part
-        (n_cells,) `TRAIN`, `VALIDATION` or `TEST`, by cell or by donor; or (n_folds, n_cells) for cross-validation, in
-        which each cell is a test cell once at most.
-    seed
-        Seed of the initial weights, the order of cells and dropout.
-    class_weight
-        Weight of a cell in the loss: 1, or "balanced", the mean number of training cells of a type over that of its
-        own.
+    The embedding is (n_cells, n_latent); its columns are scaled to mean 0 and variance 1 over the training cells, so
+    that every family's head starts from the same scale. The parts of (n_cells,) cells are `TRAIN`, `VALIDATION` or
+    `TEST`; for cross-validation they are (n_folds, n_cells), each cell is a test cell once at most, and the heads of
+    the folds are trained side by side, each as if alone. The seed is of initial weights, order of cells and dropout. A
+    cell weighs 1 in the loss or, if "balanced", the mean number of training cells of a type over that of its own.
     """
     check_embedding(embedding)
     folds = _Folds(labels, part, class_weight)
@@ -74,24 +58,15 @@ def fully_finetuned_classification(
     seed: int,
     recipe: training.Recipe = FULL_RECIPE,
     head_recipe: training.Recipe = RECIPE,
-    class_weight: ClassWeight = None,
+    class_weight: Literal["balanced"] | None = None,
 ) -> Metrics:
     """Train the encoder and a head on top of it, with early stopping, and score them on the test cells.
 
-    The head is first trained on the frozen embedding, as in `finetuned_classification`, and then with the encoder: a
-    head of random weights would lead the encoder astray (Kumar et al. 2022, "Fine-tuning can distort pretrained
-    features and underperform out-of-distribution"). The model itself is left as it was; each fold begins from it.
-
-    Metrics are those of all types together, named `full_micro_f1` and so on.
-
-    Parameters
-    ----------
-    model
-        A pretrained model with a method `finetunable`, as `geneformer.Geneformer` has, by which its encoder is trained.
-    counts
-        (n_cells, n_genes) raw counts, CSR, in the corpus's gene order.
-    labels, part, seed, class_weight
-        See `finetuned_classification`.
+    The model has a method `finetunable`, as `geneformer.Geneformer` has; it is left as it was, and each fold begins
+    from it. Counts are raw, (n_cells, n_genes), in the corpus's gene order; all else is as in
+    `finetuned_classification`. The head is first trained on the frozen embedding, and then with the encoder: a head of
+    random weights would lead the encoder astray (Kumar et al. 2022, "Fine-tuning can distort pretrained features and
+    underperform out-of-distribution"). Metrics are those of all types together, named `full_micro_f1` and so on.
     """
     folds = _Folds(labels, part, class_weight)
     logits = [
@@ -102,12 +77,7 @@ def fully_finetuned_classification(
 
 
 def _fully_finetuned(
-    model: Any,
-    counts: sp.csr_matrix,
-    fold: _Folds,
-    seed: int,
-    recipe: training.Recipe,
-    head_recipe: training.Recipe,
+    model: Any, counts: sp.csr_matrix, fold: "_Folds", seed: int, recipe: training.Recipe, head_recipe: training.Recipe
 ) -> Tensor:
     """Logits of the test cells of one fold."""
     train, validation, test = (rows for (rows,) in fold.rows)
@@ -139,7 +109,7 @@ def _fully_finetuned(
 class _Folds:
     """The labels to learn: their codes, the cells of each part of each fold, the loss and the score."""
 
-    def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: ClassWeight) -> None:
+    def __init__(self, labels: np.ndarray, part: np.ndarray, class_weight: str | None) -> None:
         self.part = np.atleast_2d(part)
         # By part, a list of the rows of each fold.
         self.rows = [[np.flatnonzero(fold == value) for fold in self.part] for value in (TRAIN, VALIDATION, TEST)]

@@ -9,8 +9,6 @@ one, and the others are how often a bootstrap resample holds each cell. Those of
 for each seed of the clustering. Neighbours, clusters and silhouettes are those of the cells themselves throughout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +16,9 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
+from sklearn.metrics import silhouette_samples
+from sklearn.metrics.cluster import expected_mutual_information
+from sklearn.neighbors import NearestNeighbors
 
 from datawall.tasks import neighbourhood, uncertainty
 from datawall.tasks.classification import check_embedding
@@ -69,7 +70,7 @@ class Embedded:
     @cached_property
     def silhouettes(self) -> np.ndarray:
         """Silhouette of each cell among labels."""
-        return _silhouettes(self.embedding, self.labels)
+        return silhouette_samples(self.embedding, self.labels)
 
     @cached_property
     def nearness(self) -> np.ndarray:
@@ -83,24 +84,13 @@ def zeroshot_integration(
 ) -> Metrics:
     """Metrics of scIB (Luecken et al. 2022), with the values of scib-metrics, on exact neighbours (`metrics.csv`).
 
-    One that these cells leave undefined is left out, of the total too: pcr_comparison without `unintegrated`, and kbet
-    where no label has ten cells and two batches. Those of Leiden clusters are means over five seeds of the clustering,
-    which also varies in their intervals. The total is not scaled between methods.
+    The embedding is (n_cells, n_latent), `unintegrated`, (n_cells, n_components), the principal components of the
+    cells' expression without any model. A metric that these cells leave undefined is left out, of the total too:
+    pcr_comparison without `unintegrated`, and kbet where no label has ten cells and two batches. Those of Leiden
+    clusters are means over five seeds of the clustering, which varies in their intervals too. The total is not scaled.
 
-    Parameters
-    ----------
-    embedding
-        (n_cells, n_latent).
-    labels, batches
-        (n_cells,) cell type and batch.
-    unintegrated
-        (n_cells, n_components) principal components of the cells' expression without any model, to compare with.
-
-    Raises
-    ------
-    ValueError
-        If an array is not finite or not of the same cells, all cells have the same embedding, label or batch, or no
-        label has cells in two batches.
+    Raises ValueError if an array is not finite or not of the same cells, all cells have the same embedding, label or
+    batch, or no label has cells in two batches.
     """
     cells = _embedded(embedding, labels, batches, unintegrated)
     weights = np.vstack([np.ones(len(embedding)), uncertainty.resamples(len(embedding))])
@@ -129,8 +119,6 @@ def _embedded(
     embedding: np.ndarray, labels: np.ndarray, batches: np.ndarray, unintegrated: np.ndarray | None
 ) -> Embedded:
     """The cells and their neighbours, after checks."""
-    from sklearn.neighbors import NearestNeighbors
-
     check_embedding(embedding)
     codes = []
     for name, values in (("label", np.asarray(labels).astype(str)), ("batch", np.asarray(batches).astype(str))):
@@ -155,10 +143,7 @@ def _embedded(
 
 
 def _mean_of_labels(values: np.ndarray, cells: Embedded, weights: np.ndarray) -> np.ndarray:
-    """Mean over labels of the weighted mean of their cells; those whose value is NaN do not count.
-
-    NaN where no label has weight.
-    """
+    """Mean over labels of the weighted mean of their cells that have a value; NaN where no label has weight."""
     sums, n_labels = np.zeros(len(weights)), np.zeros(len(weights))
     for label in np.unique(cells.labels[np.isfinite(values)]):
         inside = np.isfinite(values) & (cells.labels == label)
@@ -174,12 +159,6 @@ def _isolated_labels(cells: Embedded, weights: np.ndarray) -> np.ndarray:
     n_batches = np.bincount(labels)
     isolated = n_batches[cells.labels] == n_batches.min()
     return _mean_of_labels(np.where(isolated, (cells.silhouettes + 1) / 2, np.nan), cells, weights)
-
-
-def _silhouettes(X: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    from sklearn.metrics import silhouette_samples
-
-    return silhouette_samples(X, groups)
 
 
 def _cosine_silhouettes(X: np.ndarray, batches: np.ndarray) -> np.ndarray:
@@ -288,7 +267,7 @@ METRICS: dict[str, Callable[[Embedded, np.ndarray], np.ndarray]] = {
     "asw_label": lambda cells, weights: (weights @ cells.silhouettes / weights.sum(axis=1) + 1) / 2,
     "isolated_labels": _isolated_labels,
     "clisi": _clisi,
-    "asw_batch": lambda cells, weights: _mixing(_silhouettes, cells, weights),
+    "asw_batch": lambda cells, weights: _mixing(silhouette_samples, cells, weights),
     "bras": lambda cells, weights: _mixing(_cosine_silhouettes, cells, weights),
     "graph_connectivity": _graph_connectivity,
     "ilisi": _ilisi,
@@ -330,8 +309,6 @@ def _ceiling(cells: Embedded) -> dict[str, float]:
 
 def _chance_nmi(clusters: np.ndarray, labels: np.ndarray) -> float:
     """NMI of the clusters with permuted labels, on average over permutations (Vinh et al. 2010)."""
-    from sklearn.metrics.cluster import expected_mutual_information
-
     (table,) = neighbourhood.contingency(clusters, labels, np.ones((1, len(labels))))
     entropies = neighbourhood.entropy(table.sum(axis=1), 0) + neighbourhood.entropy(table.sum(axis=0), 0)
     expected = expected_mutual_information(sp.csr_matrix(table.T.astype(np.int64)), len(labels))

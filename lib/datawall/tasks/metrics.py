@@ -1,58 +1,43 @@
 """Metrics by name: what a task returns, and the list of them all."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 
 from datawall.tasks.uncertainty import interval
 
-if TYPE_CHECKING:
-    import pandas as pd
+type Levels = Mapping[str, float] | None  # by the name of a metric
 
 
 class Metrics(dict[str, float]):
     """Values of metrics by name; beside them, by the same names, what is known of each.
 
-    Parameters
-    ----------
-    intervals
-        Low and high end of the 95 % interval over cells.
-    chance
-        Value that no knowledge of the cells reaches.
-    ceiling
-        Value that no prediction or embedding can be expected to exceed.
-    predicted
-        Predicted label of each test cell, of classification.
+    That is low and high end of the 95 % interval over cells, the level of chance, which no knowledge of the cells
+    reaches, and the ceiling, which no prediction or embedding can be expected to exceed. `predicted` has the label
+    predicted of each test cell, of classification.
     """
 
     def __init__(
         self,
         values: Mapping[str, float],
         intervals: Mapping[str, tuple[float, float]] | None = None,
-        chance: Mapping[str, float] | None = None,
-        ceiling: Mapping[str, float] | None = None,
+        chance: Levels = None,
+        ceiling: Levels = None,
         *,
         predicted: np.ndarray | None = None,
     ) -> None:
         super().__init__((name, float(value)) for name, value in values.items())
-        known = (intervals or {}, chance or {}, ceiling or {})
-        self.intervals, self.chance, self.ceiling = (
-            {name: table[name] for name in self if name in table} for table in known
-        )
+        tables = (intervals or {}, chance or {}, ceiling or {})
+        known = ({name: table[name] for name in self if name in table} for table in tables)
+        self.intervals, self.chance, self.ceiling = known
         self.predicted = predicted
 
     @classmethod
-    def of_draws(
-        cls,
-        draws: Mapping[str, np.ndarray],
-        chance: Mapping[str, float] | None = None,
-        ceiling: Mapping[str, float] | None = None,
-    ) -> Metrics:
+    def of_draws(cls, draws: Mapping[str, np.ndarray], chance: Levels = None, ceiling: Levels = None) -> Self:
         """Of arrays whose first number is the value and whose others are those of bootstrap resamples."""
         intervals = {name: interval(values[0], values[1:]) for name, values in draws.items() if len(values) > 1}
         return cls({name: values[0] for name, values in draws.items()}, intervals, chance, ceiling)
@@ -68,11 +53,11 @@ class Metrics(dict[str, float]):
             rows.append({"metric": name, **known})
         return rows
 
-    def prefixed(self, prefix: str) -> Metrics:
+    def prefixed(self, prefix: str) -> Self:
         """The same metrics under longer names."""
         return Metrics(*({prefix + name: value for name, value in part.items()} for part in self._parts()))
 
-    def merged(self, other: Metrics) -> Metrics:
+    def merged(self, other: Self) -> Self:
         """These metrics, and those of another under other names."""
         both = zip(self._parts(), other._parts(), strict=True)
         return Metrics(*(own | others for own, others in both), predicted=self.predicted)
@@ -86,8 +71,6 @@ def metrics_table() -> pd.DataFrame:
 
     A direction is `higher`, `lower` or `none`; a version counts up when a metric changes its meaning or is mended.
     """
-    import pandas as pd
-
     return pd.read_csv(files("datawall.tasks") / "metrics.csv", keep_default_na=False)
 
 

@@ -1,7 +1,5 @@
 """Neighbours of cells: their similarity, clusters, weights and batches, as UMAP, scib-metrics and kBET have them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from functools import cache
@@ -9,6 +7,8 @@ from functools import cache
 import numpy as np
 import scipy.sparse as sp
 from scipy.special import xlogy
+from scipy.stats import chi2
+from sklearn.neighbors import NearestNeighbors
 
 KBET_ALPHA = 0.05  # level of the test
 TOLERANCE = 1e-5  # at which both searches below end
@@ -137,9 +137,6 @@ def kbet_acceptance(embedding: np.ndarray, labels: np.ndarray, batches: np.ndarr
     cells `scib_metrics.kbet_per_label`, which diffuses, was .004 to .19 from them. 1 where the test accepts at the 5 %
     level, 0 where it rejects, NaN for labels left out.
     """
-    from scipy.stats import chi2
-    from sklearn.neighbors import NearestNeighbors
-
     accepted = np.full(len(labels), np.nan)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

@@ -1,13 +1,15 @@
 """Perturbation response: predict the treated expression of a context never seen treated."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from scipy.stats import norm
+from sklearn.metrics import euclidean_distances
 
 from datawall.models import training
 from datawall.tasks import uncertainty
@@ -19,8 +21,6 @@ MATCHED = 2000  # control and treated cells at most, of a context, that are matc
 N_TOP = 50  # differential genes
 ENERGY_CELLS = 500  # cells at most, of either side, whose distances enter the energy distance
 
-type Matching = Literal["mean", "nearest", "ot"]
-
 
 def perturbation_response(
     embedding: np.ndarray,
@@ -31,51 +31,29 @@ def perturbation_response(
     *,
     seed: int,
     recipe: training.Recipe = RECIPE,
-    matching: Matching = "mean",
+    matching: Literal["mean", "nearest", "ot"] = "mean",
 ) -> Metrics:
     """Train an MLP head from control embeddings to treated expression on all contexts but one; score it on that.
 
-    The prediction is the head's output for each control cell of the held-out context. The original study matched a
-    control cell with one treated cell of its context drawn at random, whose expectation is their mean: the same
-    optimum as "mean", on a noisier path.
+    The prediction is the head's output for each control cell of the held-out context, judged by `response_metrics`. The
+    embedding is (n_cells, n_latent), that of treated cells is to match them alone; expression, (n_cells, n_genes), is
+    log-normalised; `treated`, (n_cells,) bool, tells treated cells from control; a context is a cell type, cell line or
+    patient. The seed is that of the initial weights, the order of cells, dropout, and of the cells that are matched.
 
-    Parameters
-    ----------
-    embedding
-        (n_cells, n_latent); of treated cells only those of the other contexts are used, and only to match cells.
-    expression
-        (n_cells, n_genes) log-normalised expression.
-    treated
-        (n_cells,) bool: treated or control.
-    context
-        (n_cells,) cell type, cell line or patient.
-    held_out
-        The context to predict.
-    seed
-        Seed of the initial weights, the order of cells and dropout, and of the cells that are matched.
-    matching
-        What a control cell is to become. "mean": the mean of its context's treated cells. "nearest": each treated cell
-        that it is nearest to in the embedding, which may be several or none. "ot": one treated cell, by the assignment
-        of least total squared distance within the context (optimal transport between as many of each).
+    By `matching`, a control cell is to become the "mean" of its context's treated cells; or each treated cell that it
+    is "nearest" to in the embedding, which may be several or none; or one treated cell, by the assignment of least
+    total squared distance within the context (optimal transport, "ot", between as many of each). The original study
+    drew one treated cell of the context at random, whose expectation is their mean: the same optimum on a noisier path.
 
-    Returns
-    -------
-    `response_metrics`.
-
-    Raises
-    ------
-    ValueError
-        If the embedding is not finite, the held-out context or the others lack control or treated cells, or there is
-        no such matching.
+    Raises ValueError if the embedding is not finite, the held-out context or the others lack control or treated cells,
+    or there is no such matching.
     """
     check_embedding(embedding[~treated])
     context = np.asarray(context).astype(str)
     train_contexts = usable_contexts(treated, context)
     if held_out not in train_contexts or len(train_contexts) < 2:
-        raise ValueError(
-            f"cannot hold out {held_out!r}: contexts with control and treated cells are {train_contexts}, and at least "
-            "two are needed."
-        )
+        there = f"contexts with control and treated cells are {train_contexts}, and at least two are needed."
+        raise ValueError(f"cannot hold out {held_out!r}: {there}")
     train_contexts.remove(held_out)
     if matching == "mean":
         source = np.flatnonzero(~treated & np.isin(context, train_contexts))
@@ -124,12 +102,9 @@ def changes(expression: np.ndarray, treated: np.ndarray, context: np.ndarray, co
 
 
 def _matched(
-    embedding: np.ndarray, treated: np.ndarray, in_context: np.ndarray, matching: Matching, rng: np.random.Generator
+    embedding: np.ndarray, treated: np.ndarray, in_context: np.ndarray, matching: str, rng: np.random.Generator
 ) -> np.ndarray:
     """Control cells of a context and the treated cell of each, rows of all cells, (2, n_pairs)."""
-    from scipy.optimize import linear_sum_assignment
-    from scipy.spatial.distance import cdist
-
     before, after = (rng.permutation(np.flatnonzero(in_context & side))[:MATCHED] for side in (~treated, treated))
     distances = cdist(embedding[before], embedding[after], "sqeuclidean")
     if matching == "ot":
@@ -144,21 +119,13 @@ def response_metrics(
 ) -> Metrics:
     """How well predicted expression agrees with that of treated cells, by every metric of the task (`metrics.csv`).
 
-    Intervals are over the treated cells, the prediction and the control cells being as they are; the top genes, and the
-    weights, are those of all treated cells throughout. Chance is what predicting no change reaches. `pearson_r`, which
-    the original study prints as R2, is high for any prediction: genes differ in abundance far more than a treatment
-    changes them. A prediction that is a mean misses the spread of cells, and is far from them in `energy_distance` by
-    that alone.
-
-    Parameters
-    ----------
-    predicted
-        (n_predicted, n_genes) log-normalised expression of predicted cells, or (n_genes,) their mean.
-    treated, control
-        (n_cells, n_genes) that of the context's treated and control cells.
-    others
-        `changes` of other contexts, among which the right one is to be told: without them, no
-        `context_discrimination`.
+    Log-normalised expression of predicted cells, or their mean, and of the context's treated and control cells is
+    (n_cells, n_genes) each. `others` are `changes` of other contexts, among which the right one is to be told: without
+    them, there is no `context_discrimination`. Intervals are over the treated cells, the prediction and the control
+    cells being as they are; the top genes, and the weights, are those of all treated cells throughout. Chance is what
+    predicting no change reaches. `pearson_r`, which the original study prints as R2, is high for any prediction: genes
+    differ in abundance far more than a treatment changes them. A prediction that is a mean misses the spread of cells,
+    and is far from them in `energy_distance` by that alone.
     """
     predicted, treated, control = (
         np.atleast_2d(np.asarray(X, dtype=np.float32)) for X in (predicted, treated, control)
@@ -242,18 +209,10 @@ def energy_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.nda
     """2 E|x - y| - E|x - x'| - E|y - y'| between two samples of cells, at Euclidean distance over all genes.
 
     Of Székely and Rizzo (2013), unbiased: x' and y' are other cells than x and y, so that two samples of one
-    population are about 0 apart, now and then a little less. Of more than 500 cells, that many evenly spaced ones are
-    taken. The cells of a sample of one are no distance apart.
-
-    Parameters
-    ----------
-    x, y
-        (n_cells, n_genes) expression.
-    weights
-        (n_weights, n_cells) of the cells of y, for a value each.
+    population are about 0 apart, now and then a little less. Samples are (n_cells, n_genes) expression; of more than
+    500 cells, that many evenly spaced ones are taken. The cells of a sample of one are no distance apart. Given
+    (n_weights, n_cells) weights of the cells of y, there is a value for each.
     """
-    from sklearn.metrics import euclidean_distances
-
     some, kept = (np.linspace(0, n - 1, min(n, ENERGY_CELLS)).astype(int) for n in (len(x), len(y)))
     x, y, weights = x[some], y[kept], weights[:, kept]
     weights = weights / weights.sum(axis=1, keepdims=True)
@@ -279,8 +238,6 @@ def oracle(treated: np.ndarray, control: np.ndarray) -> Metrics:
     taken as they are, the same in prediction and truth. Where genes are chosen or weighted by the same cells, as in all
     metrics of top genes and weights, the ceiling is out of reach if the cells are few: fewer than two are refused.
     """
-    from scipy.stats import norm
-
     if len(treated) < 2:
         raise ValueError(f"{len(treated)} treated cells have no spread; hold out a context with more.")
     error = treated.var(axis=0, ddof=1, dtype=np.float64) / len(treated)

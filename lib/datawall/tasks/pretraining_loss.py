@@ -1,24 +1,19 @@
 """Reconstruction: how well a model does on held-out cells what it was pretrained to do."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
 
 from datawall.tasks import uncertainty
 from datawall.tasks.metrics import Metrics
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import scipy.sparse as sp
-
-    from datawall.models.base import Model
-
 BLOCK = 128  # cells whose loss is taken at once
 
 
-def reconstruction(model: Model, counts: sp.csr_matrix, obs: pd.DataFrame, *, seed: int = 0) -> Metrics:
+def reconstruction(model: Any, counts: sp.csr_matrix, obs: pd.DataFrame, *, seed: int = 0) -> Metrics:
     """Pretraining loss of a model on cells it was not trained on, and the share of the chance loss that is gone.
 
     The loss is each family's own, in its own units, so that it compares a family's models with one another and no
@@ -27,17 +22,8 @@ def reconstruction(model: Model, counts: sp.csr_matrix, obs: pd.DataFrame, *, se
     cross-entropy in nats of the genes that were hidden; SCimilarity, squared error per entry and its share of triplet
     loss. It is the mean over blocks of 128 cells in random order, weighted by their cells; its interval is over
     blocks. Models that see other panels of genes have other losses; what they explain, 1 - loss / chance, can be
-    compared.
-
-    Parameters
-    ----------
-    counts, obs
-        The held-out cells, at least one; of `obs`, a family says which columns it reads.
-    seed
-        Seed of the order of cells, and of what is hidden or drawn: alike for all models of a family.
+    compared. The seed is that of the order of cells, and of what is hidden or drawn: alike for all models of a family.
     """
-    import torch
-
     n_cells = counts.shape[0]
     if not n_cells:
         raise ValueError("there are no held-out cells to reconstruct.")

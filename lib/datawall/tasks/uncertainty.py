@@ -1,8 +1,7 @@
 """What a number is worth: its confidence interval over cells, and the level that chance reaches."""
 
-from __future__ import annotations
-
 import numpy as np
+from scipy.stats import beta, binom
 
 N_RESAMPLES = 200
 LEVEL = 0.95
@@ -21,9 +20,8 @@ def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
     """Percentiles of a metric over bootstrap resamples, less what the resampling itself adds on average.
 
     A resample holds cells twice, which makes an error larger or a clustering look better than it is: without the
-    correction the interval of a biased metric would not hold its own value (Efron and Tibshirani 1993, chapter 10).
-    It goes no further than the draws and the value. Draws that are NaN, where a resample leaves the metric undefined,
-    do not count.
+    correction the interval of a biased metric would not hold its own value (Efron and Tibshirani 1993, chapter 10). It
+    goes no further than the draws and the value. Draws that are NaN do not count.
     """
     draws = draws[np.isfinite(draws)]
     if not len(draws):
@@ -42,8 +40,6 @@ def wilson(right: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 def exact(right: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Clopper's and Pearson's interval of a share, (2, ...): never covers less than it says."""
-    from scipy.stats import beta
-
     low, high = beta.ppf((1 - LEVEL) / 2, right, n - right + 1), beta.ppf((1 + LEVEL) / 2, right + 1, n - right)
     return np.stack([np.where(right > 0, low, 0), np.where(right < n, high, 1)])
 
@@ -56,11 +52,7 @@ def classification_intervals(truth: np.ndarray, predicted: np.ndarray) -> dict[s
     types has ends made of those of its types by their distances from the value (Zou and Donner 2008, Stat Med 27:1693)
     and by how the types' F1 go together, as the cells' influence on each tells; recalls are of different cells. There
     the types' ends are exact ones, as Wilson's err to the same side in all types of which every cell is right. A
-    bootstrap of few cells, most of them right, does not know what it has not seen.
-
-    Returns
-    -------
-    low and high end of micro_f1, macro_f1, balanced_accuracy, error_rate, and `f1[type]` of each true type.
+    bootstrap of few cells, most of them right, does not know what it has not seen. Each true type has its `f1[type]`.
     """
     types, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
     true, called = np.split(codes, [len(truth)])
@@ -119,8 +111,6 @@ def chance_levels(train_labels: np.ndarray, test_labels: np.ndarray) -> dict[str
     training cells, the number m of cells called so is binomial; n m / N of them are right on average, so that its F1
     is the mean of 2 (n m / N) / (n + m) over m.
     """
-    from scipy.stats import binom
-
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
     types, n = np.unique(test_labels, return_counts=True)
     q = np.array([np.mean(train_labels == name) for name in types])

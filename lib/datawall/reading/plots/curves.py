@@ -1,7 +1,5 @@
 """Scores, losses and diversity against the size of a subset, or against steps."""
 
-from __future__ import annotations
-
 import itertools
 
 import matplotlib as mpl
@@ -11,17 +9,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from datawall.analysis.results import (
-    BASELINE,
-    CHANCE,
-    CHECKPOINT,
-    ORACLE,
-    lower_is_better,
-    mean_over_splits,
-    rank_correlations,
-    select,
-)
-from datawall.analysis.saturation import as_error, curves_of
+from datawall.analysis.results import CHANCE, ORACLE, REFERENCES, mean_over_splits, rank_correlations, select, sign_of
+from datawall.analysis.saturation import errors_of
 from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve
 from datawall.reading import titles
 from datawall.reading.plots import style
@@ -76,14 +65,16 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     """A metric against the subset's size: columns are models, rows data sets, colours strategies.
 
     Small marks are seeds, lines their means, dashed lines the baselines and models from elsewhere, the grey line the
-    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric: a line would flatten the
-    curves.
+    ceiling, the cross at 0 % the untrained control. Chance is written beside the metric. A model with a label, such as
+    `SSL@wide`, is left to `variants` where SSL is shown.
     """
-    results = style.in_order(results)
+    without_label = results["model"].str.partition("@")[0]
+    shown = (without_label == results["model"]) | ~without_label.isin(results["model"])
+    results = style.in_order(results[shown])
     runs = mean_over_splits(select(results, metric=metric))
     chance = runs[runs["model"] == CHANCE].set_index("dataset")["value"]
     runs = runs[runs["model"] != CHANCE]
-    reference = runs["strategy"].isin([BASELINE, CHECKPOINT])
+    reference = runs["strategy"].isin(REFERENCES)
     models = [name for name in results["model"].unique() if name in set(runs.loc[~reference, "model"])]
     datasets = runs["dataset"].unique()
     if not models:
@@ -183,8 +174,8 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
             style.curve(axis, select(runs, dataset=dataset, model=model), "value", model, colours[model])
         size_axis(axis, runs)
         axis.set(title=drawn(dataset), ylabel=drawn(metric))
-    end, sign = runs["percentage"].max(), -1 if lower_is_better(metric) else 1
-    means = sign * select(runs, percentage=end).groupby(["dataset", "model"])["value"].mean()
+    end = runs["percentage"].max()
+    means = sign_of(metric) * select(runs, percentage=end).groupby(["dataset", "model"])["value"].mean()
     best = (f"{label(scores.idxmax()[1])} ({label(dataset)})" for dataset, scores in means.groupby("dataset"))
     return finish(figure, f"Best {label(metric)} at {end:g} % of the corpus: {', '.join(best)}", axes[0, 0])
 
@@ -213,6 +204,7 @@ def budgets(table: pd.DataFrame) -> Figure:
 
 def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
     """A downstream score against the pretraining loss that is gone (`results.loss_and_score`), a panel per model."""
+    table = style.in_order(table)
     models, colours = list(table["model"].unique()), by_size(table["percentage"])
     if not models:
         return style.nothing("the study has no runs with both a pretraining loss and this score")
@@ -257,8 +249,7 @@ def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Fi
 
     Random subsets. Marks are runs; past the corpus the curve is dashed. Columns are models, rows data sets.
     """
-    curves = [as_error(curve, metric) for curve in curves_of(select(results, strategy="random"), metric)]
-    by_key = {(curve.key[3], curve.key[0]): curve for curve in curves}
+    by_key = {(c.key[3], c.key[0]): c for c in errors_of(select(results, strategy="random"), metric)}
     datasets = sorted({dataset for dataset, _ in by_key})
     models = [name for name in FAMILIES if any(name == model for _, model in by_key)]
     figure, axes = panels(len(datasets), len(models), 2.0 * len(datasets) + 0.6, sharex=True, sharey="row")

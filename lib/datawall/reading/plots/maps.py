@@ -1,7 +1,5 @@
 """Tables as coloured cells, numbers as dots beside the names of models, and cells as points of a plane."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib as mpl
@@ -290,10 +288,7 @@ def embedding_seconds(table: pd.DataFrame) -> Figure:
 def panels_of_dots(
     table: pd.DataFrame, panel: str, by: str, value: str, marks: dict[str, Any], row_height: float
 ) -> tuple[Figure, np.ndarray]:
-    """A panel for each task or data set, with a row per model: dots by a column, and lines from `low` to `high`.
-
-    `marks` has colour and mark of each value of the column; the height of a row is in inches.
-    """
+    """A panel for each task or data set, a row per model: dots, each kind with its mark, and lines from low to high."""
     table = style.in_order(table)
     models, names = list(table["model"].unique()), table[panel].unique()
     figure, axes = panels(1, len(names), row_height * len(models) + 1.8, sharey=True)
