@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,22 +16,6 @@ def tell(argument, descriptor):
 
 def print_modules():
     print(*sys.modules)
-
-
-def leave():
-    sys.exit(3)
-
-
-def fail():
-    raise ValueError("on purpose")
-
-
-def ends_itself():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hang():
-    time.sleep(1000)
 
 
 def hang_with_child(descriptor):

@@ -1,9 +1,8 @@
-"""Train a network in one process, or in several under torchrun: shared_fit.py FILE NETWORK [STEPS_BETWEEN_LOOKS]
+"""Train networks in one process, or in several under torchrun: shared_fit.py FOLDER NETWORK ...
 
 Batches are of 15 cells, which two processes do not divide. What a process draws for itself is not drawn here.
 
-With a third word, so many steps run ahead before their losses are looked at, as on a GPU, and checkpoints are always
-due.
+Of `late`, a head, seven steps run ahead before their losses are looked at, as on a GPU, and checkpoints are always due.
 """
 
 import os
@@ -19,7 +18,7 @@ from datawall import models
 from datawall.models import training
 
 
-def head(checkpoint):
+def head(checkpoint=None):
     rng = np.random.default_rng(0)
     X = torch.from_numpy(rng.standard_normal((60, 5)).astype(np.float32))
     y = X @ torch.arange(5.0)[:, None]
@@ -33,20 +32,25 @@ def head(checkpoint):
     return module, training.train(module, loss_of, 60, recipe, seed=0, **options)
 
 
-def fit(name, counts, checkpoint, **settings):
+def late():
+    training.LOSSES_AT_ONCE["cpu"], training.CHECKPOINT_SECONDS = 7, 0
+    return head(folder / "checkpoint.npz")
+
+
+def fit(name, counts, **settings):
     model = models.create(name, **settings, keep="last", dropout=0.0, batch_size=15, learning_rate=0.01)
-    history = model.fit(counts, None, steps=30, seed=0, checkpoint=checkpoint)
+    history = model.fit(counts, None, steps=30, seed=0)
     return model.module, history
 
 
-def ssl(checkpoint):
+def ssl():
     """As a variational autoencoder, whose loss is a mean over cells; its noise, which differs by process, is none."""
     torch.randn_like = torch.zeros_like
     counts = sp.csr_matrix(np.random.default_rng(0).poisson(0.5, (60, 40)).astype(np.float32))
-    return fit("SSL", counts, checkpoint, n_hidden=[16, 12], n_latent=4, loss="vae")
+    return fit("SSL", counts, n_hidden=[16, 12], n_latent=4, loss="vae")
 
 
-def geneformer(checkpoint):
+def geneformer():
     """With the same genes hidden in every cell, so that processes have them in different numbers."""
     from datawall.models import geneformer, transformer
 
@@ -59,18 +63,17 @@ def geneformer(checkpoint):
     rng = np.random.default_rng(0)
     rates = rng.gamma(0.5, 1, 40) * np.geomspace(0.1, 10, 60)[:, None]  # few genes in some cells, many in others
     counts = sp.csr_matrix(rng.poisson(rates).astype(np.float32))
-    return fit("Geneformer", counts, checkpoint, n_layers=2, n_heads=2, n_embd=16, max_length=32)
+    return fit("Geneformer", counts, n_layers=2, n_heads=2, n_embd=16, max_length=32)
 
 
-file, what, *steps_ahead = sys.argv[1:]
-if steps_ahead:
-    training.LOSSES_AT_ONCE["cpu"], training.CHECKPOINT_SECONDS = int(steps_ahead[0]), 0
+folder = Path(sys.argv[1])
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
-train = {"head": head, "SSL": ssl, "Geneformer": geneformer}[what]
-module, history = train(Path(f"{file}.checkpoint.npz") if steps_ahead else None)
-if not dist.is_initialized() or dist.get_rank() == 0:
-    weights = {name: weight.numpy() for name, weight in module.state_dict().items()}
-    np.savez(file, loss=history.loss, **weights)
+for name in sys.argv[2:]:
+    module, history = {"head": head, "SSL": ssl, "Geneformer": geneformer, "late": late}[name]()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        weights = {name: weight.numpy() for name, weight in module.state_dict().items()}
+        np.savez(folder / name, loss=history.loss, **weights)
 if dist.is_initialized():
+    dist.barrier()  # none leaves while another is at work
     dist.destroy_process_group()

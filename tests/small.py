@@ -8,6 +8,15 @@ STUDY = {
     "study": "small", "corpus": "pbmc68k", "strategies": ["random"], "percentages": [100], "seeds": [0],
     "models": ["PretrainedPCA"], "steps": 1, "tasks": ["zeroshot_classification"], "workers": 1,
 }  # fmt: skip
+# Families as small as they train, on real cells.
+FAMILIES = {
+    "PretrainedPCA": {},
+    "scVI": {"batch_size": 32, "n_hidden": 16, "n_genes": 50},
+    "SSL": {"batch_size": 32, "n_hidden": [32, 16]},
+    "ssl_vae": {"batch_size": 32, "n_hidden": [32, 16]},
+    "Geneformer": {"batch_size": 8, "n_layers": 2, "n_embd": 16, "max_length": 32, "n_genes": 50},
+    "SCimilarity": {"batch_size": 32, "n_hidden": [32, 16]},
+}
 
 
 def small_study(folder, **changes):

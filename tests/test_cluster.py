@@ -20,12 +20,19 @@ from distributed.security import Security
 from small import small_study
 from units import Item, lines, wait_until
 
-from datawall.engine import cluster, disk, processes
+from datawall.engine import cluster, disk, forkserver, processes
 from datawall.engine.cluster import Need, UnitsFailedError, run_units
 from datawall.study.study import Study
 
 TESTS = Path(__file__).parent
 FIVE = [Item(f"good_{i}") for i in range(5)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    """Workers are ready at once; where a test switches that off, they start from scratch."""
+    with forkserver.server():
+        yield
 
 
 @pytest.fixture
@@ -76,6 +83,7 @@ def test_nothing_to_do_starts_nothing(study, monkeypatch):
 def test_units_have_one_thread_and_no_gpu_where_there_is_none(study, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
+    monkeypatch.setenv(forkserver.ADDRESS, "off")
     item = Item("one")
     run_units(study(), units.tell_circumstances, [item], "test")
     assert lines(study().folder, item)[0].split(maxsplit=2)[2] == "None [1] False"
@@ -91,14 +99,14 @@ def test_longest_unit_begins_first(study):
 BAD = {
     "raises": "raises 0: ValueError: it is no good",
     "dies": "dies 0: its process died (signal SIGKILL); perhaps memory ran out",
-    "hangs": "hangs 0: stopped after 15 seconds, the time limit of a unit",
+    "hangs": "hangs 0: stopped after 6 seconds, the time limit of a unit",
     "exhausts_memory": "exhausts_memory 0: MemoryError:",
 }
 MIXED = [Item(name) for name in ("good_1", *BAD, "good_2", "good_3")]
 
 
 def test_units_that_fail_are_reported_when_the_others_are_done(executor, study):
-    given = study(executor=executor, time_limit=15.0)
+    given = study(executor=executor, time_limit=6.0)
     with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed 2 times each") as raised:
         run_units(given, units.misbehave, MIXED, "test")
     assert all(message in str(raised.value) for message in BAD.values()), raised.value
@@ -143,7 +151,7 @@ def overlap(folder, first, second):
 @pytest.mark.parametrize(("share", "together"), [(0.4, True), (0.6, False)])
 def test_units_run_together_as_far_as_memory_goes_round(share, together, study):
     memory = share * processes.memory_gib()
-    pair = [Item("a", 3.0), Item("b", 3.0)]
+    pair = [Item("a", 1.5), Item("b", 1.5)]
     run_units(study(), units.pause, pair, "test", lambda study, item: Need(memory_gib=memory))
     assert overlap(study().folder, *pair) == together
 
@@ -231,6 +239,8 @@ def test_a_network_on_several_gpus_is_trained_by_torchrun_where_there_are_some(n
     table = given.pretrain()
     assert launched == [2] * (n_gpus > 0)
     assert table[["steps", "samples_seen"]].to_numpy().tolist() == [[4, 32]]
+    assert not list((given.folder / "checkpoints").glob("*"))
+    assert given.embedding(given.pretraining_runs()[0], given.held_out_name).shape[1] == 16
     alone = Study(given.params.model_copy(update={"gpus": {}}), given.folder)
     assert alone.pretrain()["seconds"].tolist() == table["seconds"].tolist()  # is the same unit, and found
 
@@ -284,7 +294,7 @@ def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog
     with closing(DaskCluster(tmp_path, n_workers=1)) as started:
         other = threading.Thread(target=lose_and_add, args=[started], daemon=True)
         other.start()
-        run_units(study(executor=started.address), units.pause, [Item("slow", 4.0)], "test")
+        run_units(study(executor=started.address), units.pause, [Item("slow", 2.0)], "test")
         other.join(60)
     assert "a worker is there again" in caplog.text
     assert len(lines(tmp_path, Item("slow"))) == 3  # begun, and done
@@ -317,6 +327,7 @@ def written_keys(folder):
 def test_dask_over_tls_turns_others_away(study, tmp_path, monkeypatch):
     ours, theirs = written_keys(tmp_path / "ours"), written_keys(tmp_path / "theirs")
     monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "ours"))
+    monkeypatch.setenv(forkserver.ADDRESS, "off")
     with config.set(ours):
         started = DaskCluster(tmp_path, "tls")
     with closing(started):

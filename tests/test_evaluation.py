@@ -218,12 +218,6 @@ def test_a_changed_setting_redoes_the_tasks_it_is_for(study, changes, redone):
     assert {task for (task, source), key in after.items() if before[task, source] != key} == redone
 
 
-def test_a_second_evaluation_makes_nothing(study, monkeypatch):
-    monkeypatch.setattr(scoring, "score", None)
-    again = study_of(study.folder.parent)
-    assert len(evaluation.evaluate(again, TASKS[0]))
-
-
 def test_whole_networks_are_trained_where_they_can_be(study):
     full = study_of(study.folder.parent, finetune="full", percentages=[100], strategies=["random"])
     scores = {}

@@ -32,17 +32,29 @@ def importable(monkeypatch):
 
 
 def fork(function, *arguments, descriptors=(), **environment):
-    files = (1, 2, *descriptors)
-    return forkserver.Forked("some name", f"forked:{function}", arguments, {**os.environ, **environment}, files)
+    return forkserver.Forked("some name", function, arguments, {**os.environ, **environment}, (1, 2, *descriptors))
 
 
-def test_server_that_died_is_named():
+def test_sockets_are_short_and_of_this_machine_alone_and_a_server_that_died_is_named(tmp_path, monkeypatch):
+    """Whatever the temporary folder; all by one server, which takes seconds to start."""
+    long = tmp_path / (90 * "a")
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
     with forkserver.server():
+        with kernels.forked() as kernel:
+            process = psutil.Process(kernel.provisioner.process.pid)
+            client = kernel.blocking_client()
+            client.start_channels()
+            client.wait_for_ready(timeout=300)
+            sockets = [each for each in process.net_connections(kind="inet") if each.status == psutil.CONN_LISTEN]
+            client.stop_channels()
+        assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
+        assert not list(long.iterdir())
         server = next(child for child in psutil.Process().children() if "forkserver.serve" in " ".join(child.cmdline()))
         server.kill()
         server.wait(60)
         with pytest.raises(ConnectionError, match="has died"):
-            fork("leave")
+            fork("sys:exit")
 
 
 def test_without_a_server_processes_start_from_scratch(monkeypatch):
@@ -56,22 +68,13 @@ def test_without_a_server_processes_start_from_scratch(monkeypatch):
         assert not forkserver.at_hand()
 
 
-def test_sockets_have_a_short_path_whatever_the_temporary_folder(tmp_path, monkeypatch):
-    long = tmp_path / (90 * "a")
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    with forkserver.server(), kernels.forked() as kernel:
-        assert kernel.is_alive()
-    assert not list(long.iterdir())
-
-
 @pytest.mark.parametrize("length", [1, 2**18])  # a message on a socket is of some 200 KiB at most
 def test_fork_has_the_surroundings_of_who_asked_and_the_library_imported(length, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     long = {f"DATAWALL_LONG_{i}": length // 4 * "a" for i in range(8)}
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        process = fork("tell", length * "b", descriptors=[theirs.fileno()], DATAWALL_TEST="value", **long)
+        process = fork("forked:tell", length * "b", descriptors=[theirs.fileno()], DATAWALL_TEST="value", **long)
         theirs.close()
         told = json.load(ours.makefile())
     assert process.wait(60) == 0
@@ -102,17 +105,19 @@ def test_a_kernel_of_another_command_is_started_as_it_says(server, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("function", "status"), [("leave", 3), ("fail", 1), ("ends_itself", -signal.SIGKILL)], ids=["exit", "raise", "kill"]
+    ("function", "argument", "status"),
+    [("sys:exit", 3, 3), ("json:loads", "no JSON", 1), ("signal:raise_signal", signal.SIGKILL, -signal.SIGKILL)],
+    ids=["exit", "raise", "kill"],
 )
-def test_exit_status_is_that_of_popen(server, function, status):
-    process = fork(function)
+def test_exit_status_is_that_of_popen(server, function, argument, status):
+    process = fork(function, argument)
     assert process.wait(60) == process.poll() == status
     process.kill()  # of one that has ended: nothing
 
 
 def test_terminating_and_killing(server):
     for end, status in ((forkserver.Forked.terminate, -signal.SIGTERM), (forkserver.Forked.kill, -signal.SIGKILL)):
-        process = fork("hang")
+        process = fork("time:sleep", 1000)
         assert process.poll() is None
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.01)

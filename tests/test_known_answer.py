@@ -28,13 +28,6 @@ def test_the_packaged_table_is_what_the_pipeline_finds(results, caplog):
     np.testing.assert_allclose(found.reindex(packaged.index), packaged, atol=0.003)
 
 
-def test_the_packaged_table_has_all_runs(results):
-    assert len(results) == len(SEEDS) * len(PERCENTAGES) * len(PAIRS)
-    assert not results.duplicated(["percentage", "seed", "dataset"]).any()
-    assert results["value"].between(0.4, 1).all()
-    assert sorted(results["n_cells"].unique()) == [60, 600, 1500, 3000, 4500, 6000]
-
-
 def test_cells_are_evaluated_by_the_programmes_that_were_learned():
     weights = known_answer.WEIGHTS, dict.fromkeys(PAIRS, 1.0)
     pretrained, evaluated = (simulate.truth(known_answer.atlas(CORPUS, each)) for each in weights)
@@ -69,17 +62,10 @@ def test_a_plateau_begins_after_the_last_size_that_is_off():
     assert begins.to_dict() == {"early": 10, "flat": 1, "late": 50, "rising": np.inf}
 
 
-def test_rules_that_ask_for_evidence_find_what_is_planted_and_the_published_one_does_not(results):
+def test_the_packaged_rates_are_what_the_rules_say(results):
     packaged = pd.read_csv(known_answer.RATES)
     keys = ["pair", "seeds", "rule"]
     plateau = packaged.set_index(keys)["plateau"]
     again = rates(results, (5,), n_draws=10).set_index(keys)["plateau"]
     share = plateau.reindex(again.index)
     assert ((again - share).abs() < 0.1 + 4 * np.sqrt(share * (1 - share) / 10)).all()
-    honest = [f"equivalence, margin {MARGIN:g}", "predicted gain"]
-    for number in (3, 5, 10):
-        assert plateau["B cells", number, "published"] > 0.7
-        assert plateau["monocytes", number, "published"] == plateau["T cells", number, "published"] == 1
-        assert max(plateau["B cells", number, rule] for rule in honest) <= 0.06
-    assert min(plateau[pair, 10, rule] for pair in ("T cells", "monocytes") for rule in honest) > 0.85
-    assert plateau["monocytes", 3, honest[0]] < 0.7  # three corpora are few

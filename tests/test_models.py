@@ -240,13 +240,6 @@ def test_seed_and_steps_do_not_change_pretrained_pca():
     np.testing.assert_array_equal(model.embed(counts), fitted_once("PretrainedPCA").embed(counts))
 
 
-def test_pretrained_pca_has_no_more_axes_than_cells_span():
-    counts, obs = simulated()
-    model = models.create("PretrainedPCA", n_components=50)
-    model.fit(counts[:6], obs[:6], steps=0, seed=0)
-    assert model.embed(counts).shape == (120, 5)
-
-
 def test_geneformer_learns_from_the_chance_loss_on():
     settings = {"n_genes": 40, "init_std": 0.02, "learning_rate": 1e-2, "batch_size": 32, "dropout": 0.0}
     model = models.create("Geneformer", **SMALL["Geneformer"] | settings)
@@ -337,6 +330,7 @@ WITHOUT_TOKEN_TYPES = 10_288_722 - 2 * 256
 @pytest.mark.parametrize(
     ("build", "n_weights"),
     [
+        (lambda: scvi.Autoencoder(19_331, hyperparameters.ScVI()), 4_992_026),
         (lambda: ssl.Autoencoder(19_331, hyperparameters.SSL()), 20_767_683),
         (lambda: scimilarity.TripletAutoencoder(19_331, hyperparameters.SCimilarity()), 44_084_233),
         (lambda: transformer.Encoder(transformer.EncoderConfig(vocab_size=25_426)), WITHOUT_TOKEN_TYPES),

@@ -45,6 +45,10 @@ def test_minimal_study_is_filled_with_defaults_and_frozen():
         study.steps = 6
 
 
+def simulated(**values):
+    return {"corpus": "simulated", "simulation": {"composition": {"naive B cell": 1}, **values}}
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -81,7 +85,26 @@ def test_minimal_study_is_filled_with_defaults_and_frozen():
         ({"hyperparameters": {"Genformer": {}}}, ["'Genformer'", "no model", "PretrainedPCA, scVI"]),
         ({"steps": 0}, ["steps: 0 ", "greater than or equal to 1"]),
         ({"held_out": 1}, ["held_out: 1 ", "less than 1"]),
-        ({"study": "../mine"}, ["study: '../mine' ", "match pattern"]),
+        *(({"study": name}, [f"study: {name!r} ", "match pattern"]) for name in ("../mine", "..", "a/b", "/tmp/a")),
+        *(({"study": name}, ["study: "]) for name in (".hidden", "", "a\n", "~", "a\0")),
+        # Artifacts go to no other place of this machine.
+        *(({"storage": url}, ["storage: "]) for url in ("file:///tmp/a", "/tmp/a", "s3:", "http://a/b")),
+        (simulated(n_cells=0), ["n_cells", "greater than 0"]),
+        (simulated(n_genes=20_000), ["n_genes", "19331"]),
+        (simulated(treated=1.5), ["treated", "1.5"]),
+        (simulated(n_cell=5), ["n_cell", "did you mean 'n_cells'?"]),
+        (simulated(composition={"naive B cels": 1}), ["composition", "'naive B cels'", "'naive B cell'"]),
+        (simulated(composition={"naive B cell": 0}), ["composition", "greater than 0"]),
+        (simulated(responsive=["neural cell"]), ["responsive", "neural cell", "treated to 0"]),
+        ({"corpus": "kang2018", "simulation": {}}, ["simulation", "'kang2018'", "corpus: simulated"]),
+        ({"corpus": "simulated", "evaluation": ["simulated"]}, ["simulated", "corpus only"]),
+        *(
+            (
+                {"adaptive": True, "seeds": [0, 1], **given},
+                ["adaptive needs the strategy random, two percentages and two seeds"],
+            )
+            for given in ({"seeds": [0]}, {"percentages": [100]}, {"strategies": ["celltype_reweighted"]})
+        ),
         ({"tasks": ["zeroshot_integration"]}, ["zeroshot_integration", "batch_key", "leave the task out"]),
         ({"tasks": ["perturbation_response"], "control": "ctrl"}, ["perturbation_key", "leave the task out"]),
         ({"tasks": ["perturbation_response"], "perturbation_key": "drug"}, ["control", "leave the task out"]),

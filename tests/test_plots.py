@@ -83,6 +83,9 @@ def figures(runs, points):
     rising = select(runs, strategy="random", model="SSL")
     begins, needed = pd.Series({"lung": 1.0}), pd.Series({"lung": 3.0})
     types = "Effective number of cell types at 1 % of the corpus: random 2, cell-type reweighted 3, geometric sketch 4"
+    tried = pd.DataFrame({"model": "SSL", "cells": 1.0, "steps": [0.25, 1, 4], "error": [0.02, 0.012, 0.01], "se": 0.1})
+    worth = pd.DataFrame({"model": "SSL", "suspect": ["data", "width"], "gain": [1.0, 2], "low": 0, "high": 3})
+    worth = worth.assign(dataset="kang2018")
     return {
         "composition": (plots.composition(shares), "Share of T in subsets of 1 % of the corpus: random 70 %"),
         "diversity": (plots.diversity(diverse), types),
@@ -118,6 +121,11 @@ def figures(runs, points):
         "cells_saved": (plots.cells_saved(points), "published 96 %, equivalence 30 %"),
         "known_answer": (plots.known_answer(rising, begins, needed, "A plateau is planted"), "A plateau is planted"),
         "effects": (plots.effects(effects, "Worth?"), "in 1 of 2 comparisons: 1 better, 0 worse"),
+        "over_lever": (
+            plots.over_lever(tried, "steps", "cells"),
+            "Errors in 1,000 cells from 0.25x to 4x the steps: SSL 20 to 10",
+        ),
+        "suspects": (plots.suspects(worth, 0.005), "Gains most, if one thing is doubled or swapped: SSL width"),
     }
 
 

@@ -62,19 +62,6 @@ def test_the_packaged_table_is_what_the_simulation_finds():
     assert (apart < 4.5 * np.sqrt(share * (1 - share) / 12)).all()
 
 
-def test_the_table_shows_what_each_rule_is_worth():
-    rates = pd.read_csv(power.TABLE)
-    plateau = rates.pivot_table(index=["noise", "seeds", "rule"], columns="truth", values="plateau")
-    published = plateau.xs("published", level="rule")
-    assert published["improves, .25 to .125"].min() > 0.95
-    assert published["improves, .7 to .35"].max() < 0.9
-    wrong = [truth for truth, (_, begins) in simulation.TRUTHS.items() if np.isinf(begins)]
-    assert plateau.xs("equivalence, margin 0.01", level="rule")[wrong].max(axis=None) <= 0.08
-    late = [truth for truth in wrong if truth.startswith("late")]
-    assert plateau.xs("adaptive", level="rule")[late].max(axis=None) <= 0.05
-    assert (rates["error"] <= 0.0501).all()
-
-
 def test_verdicts_of_designs_are_those_of_saturation_draw_by_draw():
     rng = np.random.default_rng(0)
     sizes = np.array([1.0, 10, 50, 100])

@@ -1,40 +1,62 @@
 """Training that is killed and resumed, or shared among processes, ends as if nothing had happened."""
 
+import itertools
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from killed_fits import SMALL
-from small import STUDY
+from small import FAMILIES, STUDY
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import datawall as dw
+from datawall import models
+from datawall.cells import datasets
 from datawall.models import training
-from datawall.study.units import Run, Subset
+from datawall.study import together
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, str(TESTS / "killed_fits.py"), str(folder), *SMALL]
-    ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return folder, ended.stdout
+@pytest.mark.parametrize("family", FAMILIES)
+def test_killed_fit_ends_with_the_same_bits(family, tmp_path, monkeypatch):
+    """Within a random step, twice: what lies on the disk at that moment is all that is left."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)  # a checkpoint after every step
+    cells, checkpoint, left = datasets.load("pbmc68k"), tmp_path / "checkpoint.npz", tmp_path / "left.npz"
+    obs = cells.obs.assign(batch=np.where(np.arange(cells.n_obs) % 2, "a", "b"))
 
+    def fit(name, killed_in=None):
+        steps = itertools.count(len(np.load(checkpoint)["losses"]) + 1 if checkpoint.exists() else 1)
 
-@pytest.mark.parametrize("family", SMALL)
-def test_killed_fit_ends_with_the_same_bits(killed, family):
-    folder, story = killed
-    once, again = (folder / family / name / "model.safetensors" for name in ("undisturbed", "disturbed"))
-    assert once.read_bytes() == again.read_bytes(), story
+        def die(*_):
+            if next(steps) == killed_in:
+                shutil.copy(checkpoint, left)
+                raise KeyboardInterrupt
+
+        model, hook = models.create(family, **FAMILIES[family]), register_optimizer_step_pre_hook(die)
+        try:
+            model.fit(cells.X, obs, steps=12, seed=1, checkpoint=checkpoint)
+        finally:
+            hook.remove()
+        model.save(tmp_path / name)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    undisturbed = fit("undisturbed")
+    checkpoint.unlink(missing_ok=True)
+    kills = sorted(np.random.default_rng().choice(np.arange(2, 13), 2, replace=False).tolist())
+    for killed_in in kills if family != "PretrainedPCA" else ():
+        with pytest.raises(KeyboardInterrupt):
+            fit("killed", killed_in)
+        left.replace(checkpoint)
+    assert fit("disturbed") == undisturbed, kills
 
 
 @pytest.fixture
@@ -93,45 +115,45 @@ def test_damaged_checkpoint_is_named_and_not_used(tmp_path, train_to, caplog, da
         assert torch.equal(weight, same)
 
 
-def shared(file, *words, processes=2):
-    """What `shared_fit.py` ends with."""
-    begin = TORCHRUN if processes > 1 else [sys.executable]
-    command = [*begin, str(TESTS / "shared_fit.py"), str(file), *words]
-    ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    with np.load(file) as arrays:
-        return dict(arrays)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What `shared_fit.py` ends with, by the number of processes and network, and the folder of two."""
+    ended = {}
+    for n_processes, begin in ((1, [sys.executable]), (2, TORCHRUN)):
+        folder = tmp_path_factory.mktemp("shared")
+        command = [*begin, str(TESTS / "shared_fit.py"), str(folder), "head", "SSL", "Geneformer", "late"]
+        done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        for name in ("head", "SSL", "Geneformer", "late"):
+            ended[n_processes, name] = dict(np.load(folder / f"{name}.npz"))
+    return ended, folder
 
 
 @pytest.mark.parametrize("network", ["head", "SSL", "Geneformer"])
-def test_two_processes_train_as_one(tmp_path, network):
+def test_two_processes_train_as_one(shared, network):
     """Also where they do not divide a batch, or the tokens to predict; but for what they draw for themselves."""
-    one, two = (shared(tmp_path / f"{n}.npz", network, processes=n) for n in (1, 2))
+    one, two = (shared[0][n, network] for n in (1, 2))
     assert set(one) == set(two)
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert one["loss"][-10:].mean() < one["loss"][:10].mean()
 
 
-def test_processes_whose_losses_are_looked_at_late_agree_when_the_first_saves(tmp_path):
+def test_processes_whose_losses_are_looked_at_late_agree_when_the_first_saves(shared):
     """As on GPUs: a checkpoint is due to the first process alone, at a step at which the others look at no loss."""
-    late, often = shared(tmp_path / "late.npz", "head", "7"), shared(tmp_path / "often.npz", "head")
-    assert (tmp_path / "late.npz.checkpoint.npz").exists()
-    for name in often:
-        np.testing.assert_array_equal(late[name], often[name], err_msg=name)
+    ended, folder = shared
+    assert (folder / "checkpoint.npz").exists()
+    for name, expected in ended[2, "head"].items():
+        np.testing.assert_array_equal(ended[2, "late"][name], expected, err_msg=name)
 
 
-def test_torchrun_makes_a_model_of_a_study(tmp_path):
-    tiny = {"Geneformer": {"n_layers": 2, "n_embd": 16, "max_length": 32, "batch_size": 8}}
-    given = STUDY | {"models": ["Geneformer"], "steps": 4, "hyperparameters": tiny}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(given))
-    command = [*TORCHRUN, "-m", "datawall.study.together", str(tmp_path), "Geneformer", "random", "100", "0"]
-    ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+def test_a_model_that_is_made_by_hand_lies_with_its_study(tmp_path, monkeypatch):
+    """Here by one process; `tests/test_cluster.py` has two."""
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    for seed in (0, 1):
+        monkeypatch.setattr(sys, "argv", ["together", str(tmp_path), "PretrainedPCA", "random", "100", str(seed)])
+        with pytest.raises(SystemExit, match="has no such run") if seed else nullcontext():
+            together.main()
     study = dw.open_study(str(tmp_path))
     (run,) = study.pretraining_runs()
-    made = study.store.find(study.model_unit(run)).made
-    assert (made["steps"], made["samples_seen"]) == (4, 32)
-    assert not list((study.folder / "checkpoints").glob("*"))
-    assert study.embedding(run, study.held_out_name).shape[1] == 16
-    assert run == Run("Geneformer", Subset("random", 100, 0))
+    assert study.store.find(study.model_unit(run))

@@ -53,11 +53,19 @@ def test_run_leaves_results_figures_and_executed_notebooks(tiny_run):
     for name in run_all.STAGES.values():
         executed = nbformat.read(tiny_run / "notebooks" / f"{name}.ipynb", as_version=4)
         assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+        if name == "01_curation":
+            said = "".join(output.get("text", "") for cell in executed.cells for output in cell.get("outputs", ()))
+    assert "560 cells to pretrain on, 240 held out" in said
+    assert "left out: the corpus is simulated itself" in said
 
 
 def test_second_run_makes_nothing_again(tiny_run):
+    """Whatever its notebooks ask for; `faults/` has the command itself again."""
     before, results = artifacts(tiny_run), (tiny_run / "results.csv").read_bytes()
-    assert run_all.main([TINY, "--out", str(tiny_run), "--stages", "2,3,6"]) == 0
+    study = dw.open_study(str(tiny_run))
+    study.pretrain()
+    for task in study.params.tasks:
+        dw.evaluation.evaluate(study, task)
     assert artifacts(tiny_run) == before
     assert (tiny_run / "results.csv").read_bytes() == results
 
@@ -73,16 +81,6 @@ def test_from_scratch_gives_the_same_numbers(tiny_run, tmp_path):
 def copy(tiny_run, tmp_path):
     """The run, for a test that writes other results into it."""
     return shutil.copytree(tiny_run, tmp_path / "copy")
-
-
-def test_changed_parameter_redoes_only_what_depends_on_it(copy):
-    before = artifacts(copy)
-    study = dw.open_study(str(copy), k=3)
-    dw.evaluation.evaluate(study, "zeroshot_classification")
-    made = artifacts(copy).keys() - before.keys()
-    kinds = {path.parent.parent.name for path in copy.glob("store/*/*/manifest.json") if path.parent.name in made}
-    assert kinds == {"evaluation"}
-    assert len(made) == len(dw.evaluation.evaluations(study, "zeroshot_classification"))
 
 
 def test_a_run_without_a_fork_server_gives_the_same_numbers(copy, monkeypatch, capsys):
@@ -101,7 +99,7 @@ def test_a_run_without_a_fork_server_gives_the_same_numbers(copy, monkeypatch, c
 
 def test_papermill_by_hand(copy, tmp_path):
     source, out = ROOT / "notebooks" / "02_pretraining.ipynb", tmp_path / "out.ipynb"
-    overrides = {"models": ["PretrainedPCA", "Geneformer"], "percentages": [1], "seeds": [0, 1], "steps": 5}
+    overrides = {"models": ["Geneformer"], "percentages": [1], "seeds": [1], "steps": 5}
     parameters = [word for key, value in overrides.items() for word in ("-p", key, str(value))]
     words = ["papermill", source, out, "-p", "study", str(copy), *parameters, "--no-progress-bar"]
     subprocess.run([sys.executable, "-m", *words], check=True, cwd=tmp_path, capture_output=True)

@@ -12,7 +12,6 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +25,7 @@ from small import STUDY, small_study
 
 import datawall as dw
 import run_all
-from datawall.engine import code, disk, forkserver, kernels, store
+from datawall.engine import code, disk, store
 from datawall.models import training
 from datawall.planning import starter
 from datawall.study import params
@@ -69,11 +68,6 @@ def object_archive(trap, name):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(f"{name}.npy", object_array(trap))
     return file.getvalue()
-
-
-def test_object_arrays_would_spring_the_trap_if_they_could(trap):
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        np.load(io.BytesIO(object_array(trap)))
 
 
 # Artifacts, as another's run folder may hold them: complete with checksums
@@ -281,12 +275,6 @@ def test_code_in_a_notebook_parameter_stays_text(text, trap):
     exec(source, {})
 
 
-@pytest.mark.parametrize("name", ["..", "../a", "a/b", "/tmp/a", ".hidden", "", "a\n", "~", "a\0"])
-def test_name_of_a_study_that_leads_elsewhere(name):
-    with pytest.raises(params.ParamsError, match="study"):
-        params.check({**STUDY, "study": name}, "test")
-
-
 def test_names_in_a_study_file_lead_nowhere_else(tmp_path):
     """Names of data sets, columns and types end up in tables, never in paths that are written."""
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -341,14 +329,3 @@ def test_library_never_calls_what_runs_data():
                 assert "shell" not in given
     assert found == ALLOWED
     assert issubclass(params._Loader, yaml.SafeLoader)
-
-
-def test_kernels_of_a_run_listen_to_this_machine_alone():
-    with forkserver.server(), kernels.forked() as kernel:
-        process = psutil.Process(kernel.provisioner.process.pid)
-        client = kernel.blocking_client()
-        client.start_channels()
-        client.wait_for_ready(timeout=300)
-        sockets = [each for each in process.net_connections(kind="inet") if each.status == psutil.CONN_LISTEN]
-        client.stop_channels()
-    assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from result_tables import curve, table
 from scipy.optimize import curve_fit
 
-from datawall.analysis import published, scaling
-from datawall.analysis.results import select
+from datawall.analysis import scaling
 from datawall.analysis.saturation import curves_of
 
 SIZES = np.array([0.01, 0.1, 0.25, 0.5, 0.75, 1.0])
@@ -187,17 +186,6 @@ def test_units_of_cells_and_of_error_do_not_matter(scale, seed):
     more = rows.assign(n_cells=rows["n_cells"] * 7)
     gains = [scaling.scale(curves_of(each, "micro_f1")[0], 3).gain()[0] for each in (more, rows)]
     assert gains[0] == pytest.approx(gains[1])
-
-
-def test_published_scimilarity_gains_by_a_power_law():
-    shown = select(published.results(), model="SCimilarity", strategy="random", task="zeroshot_classification")
-    curves = scaling.scaling_curves(shown, "micro_f1").set_index("dataset")
-    assert (curves["curve"] == scaling.POWER).all()
-    assert (curves["aicc_constant"] > 50).all()
-    assert curves["verdict"].to_dict() == {
-        "hematopoiesis": "undecided", "intestine": "still improving", "periodontitis": "undecided",
-        "placenta": "undecided",
-    }  # fmt: skip
 
 
 PER_CENT = np.array([1.0, 10, 25, 50, 100])

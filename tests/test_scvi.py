@@ -133,15 +133,6 @@ def test_embedding_is_scvi_tools():
     np.testing.assert_allclose(model.embed(counts), expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_number_of_weights():
-    with torch.device("meta"):
-        ours, theirs = Autoencoder(19_331, Hyperparameters()), vae(19_331)
-    n_weights = lambda module: sum(weight.numel() for weight in module.parameters())  # noqa: E731
-    unused = [theirs.l_encoder, theirs.decoder.px_r_decoder, theirs.decoder.px_dropout_decoder]
-    assert n_weights(ours) == 4_992_026
-    assert n_weights(ours) + sum(map(n_weights, unused)) == n_weights(theirs) == 12_454_434
-
-
 def dense(module, counts, z):
     """The reconstruction term from the definition, of any matrix of counts."""
     x = torch.from_numpy(counts.toarray()).to(z)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
-from small import STUDY, small_study
+from small import small_study
 from test_store import refuse_to_make
 
 from datawall.engine import processes
 from datawall.engine.store import Store, Unit
-from datawall.study import params
 from datawall.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,9 +200,3 @@ def test_a_study_goes_on_where_there_is_only_its_storage(url, tmp_path, monkeypa
     assert elsewhere.pretrain().equals(table)
     there = {path.relative_to(study.folder) for path in study.folder.rglob("*.safetensors")}
     assert there == {path.relative_to(elsewhere.folder) for path in elsewhere.folder.rglob("*.safetensors")}
-
-
-@pytest.mark.parametrize("url", ["file:///tmp/a", "/tmp/a", "s3:", "http://a/b"])
-def test_study_file_sends_artifacts_to_no_other_place_of_this_machine(url):
-    with pytest.raises(params.ParamsError, match="storage"):
-        params.check(STUDY | {"storage": url}, "test")

@@ -2,20 +2,16 @@
 
 import json
 import tracemalloc
-from pathlib import Path
 
 import anndata as ad
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import real
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import STUDY, small_study
+from small import small_study
 
-import run_all
 from datawall.cells import corpus, simulate
 from datawall.cells.simulate import Atlas, Cells
 from datawall.models.scimilarity import kinship
@@ -248,30 +244,6 @@ def test_types_carry_the_programmes_of_their_lineage():
     assert not {"memory B cell", "myeloid leukocyte"} & set(carried)
 
 
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ({"n_cells": 0}, ["n_cells", "greater than 0"]),
-        ({"n_genes": 20_000}, ["n_genes", "19331"]),
-        ({"treated": 1.5}, ["treated", "1.5"]),
-        ({"n_cell": 5}, ["n_cell", "did you mean 'n_cells'?"]),
-        ({"composition": {"naive B cels": 1}}, ["composition", "'naive B cels'", "'naive B cell'"]),
-        ({"composition": {"naive B cell": 0}}, ["composition", "greater than 0"]),
-        ({"responsive": ["neural cell"]}, ["responsive", "neural cell", "treated to 0"]),
-        # It goes with the simulated corpus only.
-        ({"corpus": "kang2018", "simulation": {}}, ["simulation", "'kang2018'", "corpus: simulated"]),
-        ({"evaluation": ["simulated"]}, ["simulated", "corpus only"]),
-    ],
-)
-def test_wrong_setting_is_refused_with_a_clear_message(values, named):
-    study_keys = {"corpus", "evaluation"} & set(values)
-    values = values if study_keys else {"simulation": {"composition": BLOOD, **values}}
-    with pytest.raises(params.ParamsError) as error:
-        params.check(STUDY | {"corpus": "simulated"} | values, "mine.yaml")
-    assert all(part in str(error.value) for part in ["mine.yaml: ", *named]), str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_study_makes_the_corpus_with_its_truth_and_its_keys_follow_the_settings(tmp_path):
     def opened(**simulation):
         return small_study(tmp_path, corpus="simulated", simulation=SMALL.model_dump() | simulation)
@@ -293,14 +265,3 @@ def test_planted_markers_stand_out_in_their_type(tmp_path):
     assert list(markers) == list(BLOOD)
     table = curation.marker_expression(mine)
     assert all(table.loc[:, genes[0]].idxmax() == name for name, genes in markers.items())
-
-
-def test_first_stage_of_the_study_that_comes_along_runs_on_few_cells(tmp_path):
-    values = yaml.safe_load((Path(run_all.__file__).parent / "params" / "simulated.yaml").read_text())
-    values["simulation"]["n_cells"] = 600
-    (tmp_path / "few.yaml").write_text(yaml.safe_dump(values))
-    assert run_all.main([str(tmp_path / "few.yaml"), "--stages", "1", "--out", str(tmp_path / "run")]) == 0
-    executed = nbformat.read(tmp_path / "run" / "notebooks" / "01_curation.ipynb", 4)
-    said = [output.get("text", "") for cell in executed.cells for output in cell.get("outputs", ())]
-    assert any(text.startswith("420 cells to pretrain on, 180 held out") for text in said)
-    assert any(text.startswith("left out: the corpus is simulated itself") for text in said)

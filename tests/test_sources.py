@@ -7,12 +7,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-import real
 import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datawall.cells import backed, corpus, datasets, sources
+from datawall.cells import backed, corpus, sources
 from datawall.cells.corpus import CorpusError
 from datawall.cells.sources import Options, open_source
 
@@ -215,38 +214,6 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
         open_source([paths[0], paths[0]], LABELS)
     with pytest.raises(CorpusError, match="no files"):
         open_source([], LABELS)
-
-
-# Real cells
-
-
-@pytest.fixture(scope="module")
-def real_files(tmp_path_factory):
-    """Kang's cells by symbol, PBMC 68k by id, and cells of neither."""
-    folder, kang, pbmc68k = tmp_path_factory.mktemp("real"), real.kang(), datasets.load_pbmc68k()
-    pbmc68k = corpus.align(pbmc68k, "pbmc68k")[0]
-    files = {"kang": kang, "pbmc68k": pbmc68k, "toy": toy(genes=slice(0, 400))}
-    return [write(adata, folder / f"{name}.h5ad") for name, adata in files.items()]
-
-
-def test_real_cells_of_several_files_join_without_loss(real_files):
-    source = open_source(real_files, LABELS)
-    assert [match.named_by for match in source.matches] == ["symbol", "Ensembl id", "Ensembl id"]
-    assert [match.matched for match in source.matches] == [11_535, 692, 400]
-    blocks = iter(source.blocks(512))
-    for path in real_files:
-        adata = corpus.align(ad.read_h5ad(path), path.stem)[0]
-        begin = 0
-        while begin < adata.n_obs:
-            block = next(blocks)
-            part = adata[begin : begin + block.n_obs]
-            assert (corpus.to_genes(part, source.var.index) != block.X).nnz == 0
-            assert block.obs["cell_type"].tolist() == part.obs["cell_type"].tolist()
-            begin += block.n_obs
-    assert next(blocks, None) is None
-    report = source.report
-    assert report.cells["kept"].tolist() == report.cells["read"].tolist() == [973, 700, 60]
-    assert report.duplicates.empty
 
 
 # Cells dropped

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from killed_fits import SMALL
+from small import FAMILIES
 
 from datawall import models
 from datawall.cells import cellstore, datasets
@@ -39,13 +39,13 @@ def weights(folder):
 
 
 def fit(family, counts, obs, folder, checkpoint=None):
-    model = models.create(family, **SMALL[family])
+    model = models.create(family, **FAMILIES[family])
     model.fit(counts, obs, steps=STEPS, seed=1, checkpoint=checkpoint)
     model.save(folder)
     return model
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("many")
 def test_streamed_training_gives_the_weights_of_training_in_memory(real, family, tmp_path):
     counts, cells = real
@@ -63,8 +63,14 @@ def test_streamed_training_resumes_where_it_was_killed_and_reads_nothing_before(
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     whole = fit("scVI", cells, cells.obs, tmp_path / "whole")
     step, taken = torch.optim.Adam.step, iter(range(100))
+
+    def killed(*given, **named):
+        if next(taken) == 5:
+            raise KeyboardInterrupt
+        return step(*given, **named)
+
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", lambda *given, **named: killed(next(taken), step, *given, **named))
+        patch.setattr(torch.optim.Adam, "step", killed)
         with pytest.raises(KeyboardInterrupt):
             fit("scVI", cells, cells.obs, tmp_path / "killed", tmp_path / "checkpoint.npz")
     read, groups = cellstore._File.read, []
@@ -74,12 +80,6 @@ def test_streamed_training_resumes_where_it_was_killed_and_reads_nothing_before(
     assert whole.hyperparameters.batch_size == 32
     # The panel; cells that choose the weights; then three steps each, of which the sixth was not finished.
     assert [len(group) for group in groups] == [1, 1, 1, 3]
-
-
-def killed(n, step, *given, **named):
-    if n == 5:
-        raise KeyboardInterrupt
-    return step(*given, **named)
 
 
 def test_a_pass_over_many_cells_takes_each_once_and_groups_of_batches_share_blocks():

@@ -53,17 +53,6 @@ def test_classifiers_are_scikit_learns():
     assert metrics == tasks.zeroshot_classification(X[::2], y[::2], X[1::2], y[1::2], more_k=(1, 15))
 
 
-def test_probe_reads_what_neighbours_cannot():
-    # One informative column among many: a line finds it, neighbours drown in the others.
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(1000, 60))
-    y = np.where(X[:, 0] > 0, "above", "below")
-    metrics = tasks.zeroshot_classification(X[::2], y[::2], X[1::2], y[1::2])
-    assert metrics["micro_f1"] < 0.8
-    assert metrics["probe_micro_f1"] > 0.9
-    assert "probe_micro_f1" not in tasks.zeroshot_classification(X[::2], y[::2], X[1::2], y[1::2], probe=False)
-
-
 def test_probe_does_not_depend_on_the_scale_of_columns():
     X, y = blobs(noise=6)
     scaled = X * np.array([1e3, 1e-3, 1, 1, 1, 1, 1, 1]) + 50
@@ -199,19 +188,6 @@ def contexts_on_a_line(n=80, n_genes=40, seed=0):
     X = base + np.outer(place, direction) + np.outer(treated, shift) + rng.normal(0, 0.1, (len(place), n_genes))
     embedding = np.column_stack([place + rng.normal(0, 0.05, len(place)), rng.normal(0, 0.05, len(place))])
     return embedding, X, treated, np.array([f"context {p}" for p in place])
-
-
-def test_informative_embedding_beats_no_change_and_noise():
-    embedding, X, treated, context = contexts_on_a_line()
-    metrics = tasks.perturbation_response(embedding, X, treated, context, "context 1", seed=0)
-    control, after = (X[(treated == is_treated) & (context == "context 1")] for is_treated in (False, True))
-    nothing = perturbation.response_metrics(control, after, control)
-    noise = np.random.default_rng(1).normal(size=embedding.shape)
-    blind = tasks.perturbation_response(noise, X, treated, context, "context 1", seed=0)
-    assert metrics["mse"] < 0.2 * nothing["mse"]
-    assert metrics["mse"] < 0.5 * blind["mse"]
-    assert metrics["pearson_delta"] > 0.95
-    assert metrics == tasks.perturbation_response(embedding, X, treated, context, "context 1", seed=0)
 
 
 @pytest.fixture

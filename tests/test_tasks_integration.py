@@ -111,36 +111,6 @@ def test_seeds_of_clustering_are_averaged_and_widen_the_interval():
     assert high - low > np.subtract(*np.quantile(neighbourhood.ari(of_one), [0.975, 0.025]))
 
 
-def test_control_embeddings_come_out_first_and_last():
-    """Controls as in OpenProblems: one-hot types, jittered, and embeddings shuffled within and across types."""
-    rng = np.random.default_rng(0)
-    labels, batches = rng.choice(list("abcd"), 600), rng.choice(["x", "y", "z"], 600)
-    hot = np.eye(4)[np.searchsorted(list("abcd"), labels)]
-    shift = 2.0 * np.eye(3, 4)[np.searchsorted(["x", "y", "z"], batches)]
-    real = np.hstack([2.5 * hot + rng.normal(size=(600, 4)), 0.5 * shift + rng.normal(size=(600, 4))])
-    within = np.arange(600)
-    for label in "abcd":
-        within[labels == label] = rng.permutation(np.flatnonzero(labels == label))
-    embeddings = {
-        "one-hot": hot + rng.normal(0, 0.01, hot.shape),
-        "shuffled within types": real[within],
-        "as it is": real,
-        "shuffled": real[rng.permutation(600)],
-    }
-    scores = {
-        name: tasks.zeroshot_integration(X, labels, batches, unintegrated=np.hstack([hot, shift]))
-        for name, X in embeddings.items()
-    }
-    totals = {name: score["total"] for name, score in scores.items()}
-    bio = {name: score["avg_bio"] for name, score in scores.items()}
-    assert sorted(totals, key=totals.get, reverse=True) == list(embeddings)
-    assert max(bio, key=bio.get) == "one-hot"
-    assert min(bio, key=bio.get) == "shuffled"
-    assert scores["one-hot"]["nmi"] == scores["one-hot"]["ari"] == pytest.approx(1)
-    assert scores["shuffled within types"]["bras"] > scores["as it is"]["bras"]
-    assert abs(scores["shuffled"]["ari"]) < 0.02
-
-
 @settings(deadline=None)
 @given(hnp.arrays(np.int64, st.integers(2, 60), elements=st.integers(0, 4)), st.randoms(use_true_random=False))
 def test_weights_are_cells_repeated(labels, random):
@@ -173,17 +143,6 @@ def test_every_metric_is_a_statistic_of_weights(embedded):
         values = np.atleast_2d(values).mean(axis=0)
         assert values[0] == pytest.approx(values[1], abs=2e-3), name  # twice the cells; pairs of ari count a cell twice
         assert values[0] != values[2], name
-
-
-def test_chance_is_what_permuted_labels_reach(cells):
-    X, labels, batches, _ = cells
-    rng = np.random.default_rng(0)
-    runs = [tasks.zeroshot_integration(X, rng.permutation(labels), batches) for _ in range(8)]
-    for name in runs[0].chance:
-        reached = [run[name] for run in runs]
-        # The best of ten resolutions, chosen by the labels themselves, is a little above.
-        assert np.mean(reached) == pytest.approx(runs[0].chance[name], abs=0.05), name
-    assert set(runs[0].chance) == {*integration.BIO, "nmi_fixed", "ari_fixed", "graph_connectivity", "avg_bio"}
 
 
 def test_ceiling_is_what_batches_permuted_within_labels_reach(cells):

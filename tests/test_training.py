@@ -147,7 +147,7 @@ def test_cells_are_counted_that_were_drawn():
 def test_a_bar_with_loss_and_rate_is_shown_in_a_terminal(tmp_path, terminal):
     ours, theirs = os.openpty()
     termios.tcsetwinsize(ours, (24, 120))
-    command = [sys.executable, str(Path(__file__).with_name("shared_fit.py")), str(tmp_path / "a.npz"), "head"]
+    command = [sys.executable, str(Path(__file__).with_name("shared_fit.py")), str(tmp_path), "head"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"}  # after every step
     shown = b""
     with subprocess.Popen(command, env=environment, stderr=theirs if terminal else subprocess.PIPE) as process:

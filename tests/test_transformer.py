@@ -78,16 +78,21 @@ def padded(packed, offsets, fill):
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 7]])
-def test_logits_are_those_of_bert(lengths):
+def test_logits_and_embedding_are_those_of_bert(lengths):
     encoder = encoder_with_every_weight_random().eval()
     bert = bert_with_the_weights_of(encoder).eval()
     ids, offsets = packed_batch(lengths)
     real = padded(torch.ones_like(ids), offsets, 0)
     with torch.no_grad():
         ours = encoder.logits(encoder.hidden(ids, Layout(offsets)))
-        theirs = bert(input_ids=padded(ids, offsets, 0), attention_mask=real).logits[real.bool()]
-    assert theirs.std() > 0.5  # weights large enough for a mistake to show
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        theirs = bert(input_ids=padded(ids, offsets, 0), attention_mask=real, output_hidden_states=True)
+    assert theirs.logits.std() > 0.5  # weights large enough for a mistake to show
+    torch.testing.assert_close(ours, theirs.logits[real.bool()], atol=1e-4, rtol=0)
+    embedding = encoder.embed(ids, Layout(offsets))
+    assert embedding.dtype == torch.float32
+    assert not embedding.requires_grad
+    of_cells = [cell[:n].mean(dim=0) for cell, n in zip(theirs.hidden_states[-2], lengths, strict=True)]
+    torch.testing.assert_close(embedding, torch.stack(of_cells), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 7]])
@@ -198,20 +203,6 @@ def test_what_follows_attention_is_compiled_in_one_piece():
     for n in (7, 12):
         x, attended = torch.randn(2, n, 32)
         torch.testing.assert_close(compiled(layer, x, attended), layer.finish(x, attended))
-
-
-def test_embedding_is_the_mean_of_berts_second_to_last_layer():
-    encoder = encoder_with_every_weight_random().eval()
-    bert = bert_with_the_weights_of(encoder).eval()
-    ids, offsets = packed_batch()
-    real = padded(torch.ones_like(ids), offsets, 0)
-    with torch.no_grad():
-        states = bert(input_ids=padded(ids, offsets, 0), attention_mask=real, output_hidden_states=True).hidden_states
-    theirs = torch.stack([cell[:n].mean(dim=0) for cell, n in zip(states[-2], LENGTHS, strict=True)])
-    ours = encoder.embed(ids, Layout(offsets))
-    assert ours.dtype == torch.float32
-    assert not ours.requires_grad
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_an_empty_sequence_is_refused():

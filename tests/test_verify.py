@@ -52,13 +52,6 @@ def test_key_that_is_not_of_the_record_is_named(run):
     assert verify.problems(folder) == [f"store/split/{keys['split']}: its key is not that of its record"]
 
 
-def test_removed_artifact_of_the_results_is_a_problem(run):
-    folder, keys = run
-    shutil.rmtree(place(run, "evaluation"))
-    expected = f"store/evaluation/{keys['evaluation']}: is missing, and results.csv has numbers of it"
-    assert verify.problems(folder) == [expected]
-
-
 def test_removed_artifact_that_others_were_made_from_is_told(run):
     folder, keys = run
     shutil.rmtree(place(run, "split"))

@@ -36,6 +36,13 @@ def training_step(module, loss_of, optimiser=torch.optim.AdamW, clip_norm=None, 
     return step
 
 
+def copy_weights(module, peer):
+    """A peer's weights are ours: the same in the same order, but for the layout of the first layer."""
+    with torch.no_grad():
+        for mine, theirs in zip(module.parameters(), peer.parameters(), strict=True):
+            theirs.copy_(mine if mine.shape == theirs.shape else mine.T)
+
+
 def seconds_of(run):
     """Seconds that one call takes, with what it leaves to a GPU."""
     wait()

@@ -24,17 +24,10 @@ from pathlib import Path
 import numpy as np
 
 STUDY = {
-    "study": "curation",
-    "corpus": "simulated",
-    "strategies": ["random", "celltype_reweighted", "geometric_sketching"],
-    "percentages": [1, 10, 25, 100],
-    "seeds": [0],
-    "models": ["PretrainedPCA"],
-    "steps": 1,
-    "tasks": ["zeroshot_classification"],
-    "donor_key": "donor_id",
-    "held_out": 0.2,
-}
+    "study": "curation", "corpus": "simulated", "donor_key": "donor_id", "held_out": 0.2, "steps": 1, "seeds": [0],
+    "strategies": ["random", "celltype_reweighted", "geometric_sketching"], "percentages": [1, 10, 25, 100],
+    "models": ["PretrainedPCA"], "tasks": ["zeroshot_classification"],
+}  # fmt: skip
 
 
 def curate(n_cells):

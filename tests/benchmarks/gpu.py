@@ -3,24 +3,22 @@
     python tests/benchmarks/gpu.py            # on a GPU, at the original's sizes; at most six minutes
     python tests/benchmarks/gpu.py --small    # a rehearsal on a CPU, which says nothing of speed
 
-It needs torch, numpy, scipy and what `datawall.models.sparse` imports (pandas, pydantic, safetensors, tqdm); no data.
+It needs torch, numpy and what `datawall.models.transformer` imports; no data.
 
 The peer is the same network with the same weights, run as `BertForMaskedLM` runs it: every cell padded to 2,048, a
 mask handed to SDPA, the head at every position, all logits at once (`tests/test_transformer.py` holds ours against
-transformers' own, number for number). The sparse layers are held against a dense product and a dense squared error.
-A share of the peak counts a multiplication and an addition as two operations, and no work that is done twice.
+transformers' own, number for number). `masked_autoencoder.py` has the sparse layers, on a GPU too. A share of the
+peak counts a multiplication and an addition as two operations, and no work that is done twice.
 """
 
 import argparse
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from alternate import in_turn, seconds_of, training_step, wait
 
 from datawall.models import transformer
-from datawall.models.sparse import Cells, Reconstruction, SparseLinear
 from datawall.models.transformer import (
     IGNORED,
     N_SPECIAL,
@@ -154,37 +152,6 @@ def pretraining(name, config, n_cells):
     print(f"{name}: 10,000 cells embedded in {scaled:.1f} s (the original took {ORIGINAL_SECONDS})", flush=True)
 
 
-def sparse_layers(n_cells, n_genes, n_detected, width):
-    """First layer and reconstruction of SSL and SCimilarity, there and back, against dense ones."""
-    rng = np.random.default_rng(0)
-    indices = np.concatenate([np.sort(rng.choice(n_genes, n_detected, replace=False)) for _ in range(n_cells)])
-    values = rng.gamma(4, 0.3, len(indices)).astype(np.float32)
-    X = sp.csr_matrix((values, indices, np.arange(n_cells + 1) * n_detected), shape=(n_cells, n_genes))
-    first, last = SparseLinear(n_genes, width).to(where), Reconstruction(width, n_genes).to(where)
-    cells, x = Cells.of(X), torch.from_numpy(X.toarray()).to(where)
-
-    def ours():
-        with half():
-            loss = last(first(cells), cells)
-        loss.backward()
-        return loss
-
-    def peer():
-        with half():
-            hidden = x @ first.weight + first.bias
-            loss = F.mse_loss(F.linear(hidden, last.weight, last.bias).float(), x)
-        loss.backward()
-        return loss
-
-    assert abs(ours().item() / peer().item() - 1) < 0.01
-    theirs, own, ratio = in_turn(peer, ours)
-    print(
-        f"sparse layers, {n_cells} cells of {n_genes:,} genes: {n_cells / own:,.0f} cells a second; dense "
-        f"{n_cells / theirs:,.0f}; ratio {ratio:.1f}; {peak_memory(ours)}, dense {peak_memory(peer)}",
-        flush=True,
-    )
-
-
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--small", action="store_true", help="sizes for a CPU")
 parser.add_argument("--profile", action="store_true", help="the kernels of one step")
@@ -197,8 +164,6 @@ print(f"{name_of_device}, torch {torch.__version__}, layers compiled: {on_gpu an
 parity()
 if arguments.small:
     pretraining("2 x 64", EncoderConfig(vocab_size=1_000, max_length=128, n_layers=2, n_embd=64, n_inner=128), 8)
-    sparse_layers(64, 2_000, 170, 32)
 else:
     pretraining("6 x 256", EncoderConfig(vocab_size=25_426), 24)
     pretraining("12 x 512", EncoderConfig(25_426, n_layers=12, n_heads=8, n_embd=512, n_inner=1024), 24)
-    sparse_layers(1_024, 19_331, 1_660, 512)

@@ -13,7 +13,7 @@ from itertools import pairwise, repeat
 
 import numpy as np
 import torch
-from alternate import N_GENES, cells, report, training_step
+from alternate import N_GENES, cells, copy_weights, report, training_step
 from torch import nn
 
 from datawall.models import training
@@ -31,18 +31,6 @@ def dense(widths, dropout):
     return nn.Sequential(*hidden, nn.Linear(*widths[-2:]))
 
 
-def copy_weights(module, encoder, decoder):
-    """The peer's weights are ours, but for the layout of the first layer."""
-    ours = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, weight in encoder.named_parameters():
-            mine = ours[f"encoder.{name}"]
-            weight.copy_(mine.T if name == "0.weight" else mine)
-        for name, weight in decoder.named_parameters():
-            last = name.startswith(f"{len(decoder) - 1}.")
-            weight.copy_(ours[f"reconstruction.{name.split('.')[1]}" if last else f"decoder.{name}"])
-
-
 def peer_loss(x):
     keep = torch.empty_like(x).bernoulli_(1 - h.mask)
     predicted = decoder(encoder(x * keep / (1 - h.mask)))
@@ -58,10 +46,11 @@ x = torch.from_numpy(X.toarray()).to(training.device())
 module = Autoencoder(N_GENES, h).to(training.device())
 widths = [N_GENES, *h.n_hidden, h.n_latent]
 encoder, decoder = (dense(each, h.dropout).to(training.device()) for each in (widths, widths[::-1]))
-copy_weights(module, encoder, decoder)
+peer = nn.ModuleList([encoder, decoder])
+copy_weights(module, peer)
 begin = module(Cells.of(X)).item(), peer_loss(x).item()
 assert abs(begin[0] / begin[1] - 1) < 0.01, begin  # masks are drawn anew; tests compare with masks given
 settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True, "clip_norm": h.clip_norm}
 rows = np.arange(N_CELLS)
-peer = training_step(nn.ModuleList([encoder, decoder]), lambda: peer_loss(x), **settings)
-report("cells", N_CELLS, peer, training_step(module, lambda: module(Cells.of(X[rows])), **settings))
+theirs, ours = training_step(peer, lambda: peer_loss(x), **settings), lambda: module(Cells.of(X[rows]))
+report("cells", N_CELLS, theirs, training_step(module, ours, **settings))

@@ -14,7 +14,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from alternate import N_GENES, cells, report, training_step
+from alternate import N_GENES, cells, copy_weights, report, training_step
 from torch import nn
 
 from datawall.models import training
@@ -64,13 +64,6 @@ def mine(latent, types, studies, margin):
                 if len(suitable):
                     triplets.append((anchor, positive, rng.choice(suitable)))
     return torch.tensor(triplets).T
-
-
-def copy_weights(module, peer):
-    """The peer's weights are ours: the same in the same order, but for the layout of the first layer."""
-    with torch.no_grad():
-        for mine, theirs in zip(module.parameters(), peer.parameters(), strict=True):
-            theirs.copy_(mine if mine.shape == theirs.shape else mine.T)
 
 
 def contest(h):

@@ -1,10 +1,19 @@
+import fcntl
+import os
+
 import pytest
 from harness import run
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    status, _, errors = run(folder)
-    assert status == 0, errors
+    """Made once, by whichever of the processes that test comes first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (base / "undisturbed.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder := base / "undisturbed").exists():
+            status, _, errors = run(base / "half-made")
+            assert status == 0, errors
+            (base / "half-made").rename(folder)
     return folder

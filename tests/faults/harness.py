@@ -13,6 +13,7 @@ import nbformat
 import psutil
 
 import datawall as dw
+import run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = os.environ.get("DATAWALL_TESTS") == "more"
@@ -26,7 +27,7 @@ def settings(*given):
 
 
 STAGES = [] if FULL else ["--stages", "2,3"]
-STUDY = ["run_all.py", "params/tiny.yaml", *settings("workers=2", *(() if FULL else PART))]
+STUDY = ["run_all.py", str(ROOT / "params" / "tiny.yaml"), *settings("workers=2", *(() if FULL else PART))]
 SECONDS = 900  # for one command, on a busy machine
 
 
@@ -50,6 +51,12 @@ def run(folder, *words, **options):
     with start(folder, "--set", "workers=1", *words, **options) as process:
         out, errors = process.communicate(timeout=SECONDS)
     return process.returncode, out, errors
+
+
+def verify(folder, capsys):
+    """Do `run_all.py --verify` on a folder, here; returns exit status and the lines that it printed."""
+    capsys.readouterr()
+    return run_all.main([*STUDY[1:], "--out", str(folder), "--verify"]), capsys.readouterr().out.splitlines()
 
 
 def processes(of):

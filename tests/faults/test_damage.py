@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from harness import artifacts, redone, run, same_results, told
+from harness import artifacts, redone, run, same_results, told, verify
 
 import datawall as dw
 
@@ -44,11 +44,11 @@ def test_damaged_artifacts_are_named_and_made_again(folder, undisturbed, capsys)
     for parent in (folder, folder / "store" / "model"):  # of a process that was killed
         (parent / f".making-{32 * 'a'}").mkdir()
 
-    status, printed, _ = run(folder, "--verify")
+    status, printed = verify(folder, capsys)
     assert status == 1
-    assert len(printed.splitlines()) == len(damaged) + 1
+    named = [f"store/{name.replace(' ', '/')}" for name in (*damaged, f"evaluation {lost.name}")]
+    assert sorted(line.partition(": ")[0] for line in printed) == sorted(named)
     assert f"store/evaluation/{lost.name}: is missing, and results.csv has numbers of it" in printed
-    assert all(f"store/{name.replace(' ', '/')}: " in printed for name in damaged)
 
     status, _, errors = run(folder)
     assert status == 0, errors
@@ -62,10 +62,9 @@ def test_damaged_artifacts_are_named_and_made_again(folder, undisturbed, capsys)
 
 
 @pytest.mark.parametrize("name", ["results.parquet", "results.csv"])
-def test_damaged_results_are_named_and_refused(name, folder, undisturbed):
+def test_damaged_results_are_named_and_refused(name, folder, undisturbed, capsys):
     flip_a_byte(folder / name)
-    status, printed, _ = run(folder, "--verify")
-    assert (status, printed.strip()) == (1, f"{name} is missing, or not as it was written")
+    assert verify(folder, capsys) == (1, [f"{name} is missing, or not as it was written"])
     if name == "results.parquet":
         with pytest.raises(ValueError, match=r"results\.parquet is missing, or not as it was written; run the study"):
             dw.read_results(folder)

@@ -204,6 +204,7 @@ def budgets(table: pd.DataFrame) -> Figure:
 
 def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
     """A downstream score against the pretraining loss that is gone (`results.loss_and_score`), a panel per model."""
+    table = style.in_order(table)
     models, colours = list(table["model"].unique()), by_size(table["percentage"])
     if not models:
         return style.nothing("the study has no runs with both a pretraining loss and this score")

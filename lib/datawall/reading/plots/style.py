@@ -53,7 +53,7 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
 def by_size(sizes: Iterable[float]) -> dict[float, Any]:
     """A colour for each size, darker for smaller ones; none so light that a line of it is lost."""
     sizes = sorted(set(sizes))
-    return dict(zip(sizes, sns.color_palette("cividis", len(sizes) + 1), strict=False))
+    return dict(zip(sizes, sns.color_palette("viridis", len(sizes) + 1), strict=False))
 
 
 def panels(n_rows: int, n_columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
