@@ -179,6 +179,7 @@ def test_only_known_diversity_is_told():
 def test_a_study_without_random_subsets_says_so(runs):
     few = runs[runs["strategy"] != "random"]
     assert titles.learning_curves(few, "micro_f1").startswith("The study has no random subsets")
+    plots.learning_curves(runs[:0], "micro_f1")  # of a task that is left out
 
 
 def test_models_of_ones_own_go_by_their_class():

@@ -12,10 +12,8 @@ import pandas as pd
 from datawall.engine import disk
 from datawall.tasks import uncertainty
 
-COLUMNS = [
-    *("study", "model", "strategy", "percentage", "seed", "n_cells"),
-    *("task", "dataset", "metric", "value", "split", "run_id"),
-]
+COLUMNS = ["study", "model", "strategy", "percentage", "seed", "n_cells"]
+COLUMNS += ["task", "dataset", "metric", "value", "split", "run_id"]
 RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
 JUDGED = ["task", "dataset", "metric", "split"]
 KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are known

@@ -16,10 +16,8 @@ AGAINST = {"win": "above", "tie": "level with", "loss": "below"}
 AGAINST |= dict.fromkeys(["unknown", results.ONE_SEED], "not told from")
 NOTHING = {"baseline": None, "baseline_value": np.nan, "difference": np.nan, "against": None}  # without a baseline
 CURVE = ["task", "dataset", "model"]
-COLUMNS = [
-    *("model", "strategy", "task", "dataset", "percentage", "low", "high", "plateau", "verdict", "decides", "spread"),
-    *("gain", "gain_low", "gain_high", "metric", "value", "size", *NOTHING),
-]
+COLUMNS = ["model", "strategy", "task", "dataset", "percentage", "low", "high", "plateau", "verdict", "decides"]
+COLUMNS += ["spread", "gain", "gain_low", "gain_high", "metric", "value", "size", *NOTHING]
 
 
 def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:

@@ -212,7 +212,7 @@ def verdicts(gains: pd.DataFrame, margin: float = 0.005, label_error: float | No
 
     The wall is the suspect whose doubling or swap gains most, where it gains `margin` or more, its interval (corrected
     for the number of suspects) excludes zero, and it is the largest in 95 % of the draws. It is `labels or metric`
-    where the error left is no more than `label_error`, the share of cells that two labellings name differently, or
+    where less than the margin is left beyond `label_error`, the share of cells that two labellings name differently, or
     where no suspect may gain as much as the margin. Otherwise it is not told.
     """
     rows = []
@@ -223,7 +223,7 @@ def verdicts(gains: pd.DataFrame, margin: float = 0.005, label_error: float | No
         low, high, best = ends.iloc[0], ends.iloc[1], point.idxmax()
         largest = drawn.idxmax(axis=1).value_counts(normalize=True)
         told = f"{best} gains {1000 * point[best]:.1f} ({1000 * low[best]:.1f} to {1000 * high[best]:.1f}) in 1,000"
-        if label_error is not None and error <= label_error:
+        if label_error is not None and error - label_error <= margin:
             wall, why = LABELS, f"{1000 * error:.0f} of 1,000 wrong, labels differ in {1000 * label_error:.0f}; {told}"
         elif point[best] >= margin and low[best] > 0 and largest.get(best, 0) >= 0.95:
             wall, why = best, told

@@ -23,10 +23,8 @@ COUNTED = ("cells", "models", "tasks")  # packages whose modules decide what is 
 # What a module assigns that is in no key, though such modules import it: the records of units have its values.
 UNCOUNTED = "IN_NO_KEY"
 # Those that compute what is stored.
-RECORDED_PACKAGES = (
-    *("datawall", "anndata", "igraph", "numba", "numpy", "pandas", "pynndescent", "scanpy", "scikit-learn", "scipy"),
-    *("torch", "umap-learn"),
-)
+RECORDED_PACKAGES = ["datawall", "anndata", "igraph", "numba", "numpy", "pandas", "pynndescent", "scanpy"]
+RECORDED_PACKAGES += ["scikit-learn", "scipy", "torch", "umap-learn"]
 
 
 def read_sources(library: Path) -> dict[str, str]:

@@ -37,10 +37,8 @@ WITHOUT = {  # what a study does without a role
     "donor": "cells are split whoever they are from",
     "perturbation": "perturbation response is left out",
 }
-CONTROL = (
-    r"ctrl|control|untreated|unstim|vehicle|dmso|mock|pbs|naive|baseline|normal|healthy|wild.?type|non.?target|scrambl|"
-    r"^(wt|none|ntc?)$"
-)
+CONTROL = r"ctrl|control|untreated|unstim|vehicle|dmso|mock|pbs|naive|baseline|normal|healthy"
+CONTROL += r"|wild.?type|non.?target|scrambl|^(wt|none|ntc?)$"
 KEYS = {role: role if role == "control" else f"{role}_key" for role in QUESTIONS}  # of the study file
 NONE = "none"  # the answer that leaves a role out
 MANY = 1000  # distinct values; a column with more labels no cells

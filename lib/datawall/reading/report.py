@@ -32,10 +32,8 @@ from datawall.study.study import Study, open_study
 TEMPLATES = paths.PACKAGE_DATA / "report"
 DEFAULT = "quick"  # the study that others are compared with
 # The summary shows the first three of these figures that the run has.
-SHOWN = (
-    *("learning_curves_zeroshot_classification", "saturation_points", "beside_published"),
-    *("learning_curves_perturbation_response", "learning_curves_finetuned_classification"),
-)
+SHOWN = ["learning_curves_zeroshot_classification", "saturation_points", "beside_published"]
+SHOWN += ["learning_curves_perturbation_response", "learning_curves_finetuned_classification"]
 # Parameters that no number depends on.
 IN_NO_NUMBER = {"study", "executor", "storage", "workers", "gpus", "retries", "time_limit", "memory_gib"}
 KINDS = ("corpus", "dataset", "split", "contamination", "sketch", "subset", "model", "embedding", "evaluation")

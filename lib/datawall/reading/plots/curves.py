@@ -68,7 +68,7 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     ceiling, the cross at 0 % the untrained control. Chance is written beside the metric. A model with a label, such as
     `SSL@wide`, is left to `variants` where SSL is shown.
     """
-    without_label = results["model"].str.partition("@")[0]
+    without_label = results["model"].str.split("@").str[0]
     shown = (without_label == results["model"]) | ~without_label.isin(results["model"])
     results = style.in_order(results[shown])
     runs = mean_over_splits(select(results, metric=metric))
