@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def late():
 
 def fit(name, counts, **settings):
     model = models.create(name, **settings, keep="last", dropout=0.0, batch_size=15, learning_rate=0.01)
-    history = model.fit(counts, None, steps=30, seed=0)
+    history = model.fit(counts, pd.DataFrame(index=range(counts.shape[0])), steps=30, seed=0)
     return model.module, history
 
 
@@ -55,9 +56,8 @@ def geneformer():
     from datawall.models import geneformer, transformer
 
     def mask(ids, vocab_size):
-        chosen = ids % 5 == 0
-        targets = torch.where(chosen, ids, torch.full_like(ids, transformer.IGNORED))
-        return torch.where(chosen, torch.full_like(ids, transformer.MASK), ids), targets
+        chosen = (ids % 5 == 0).nonzero().view(-1)
+        return ids.index_fill(0, chosen, transformer.MASK), chosen, ids[chosen]
 
     geneformer.mask_tokens = mask
     rng = np.random.default_rng(0)

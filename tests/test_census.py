@@ -345,15 +345,15 @@ def test_what_cannot_be_used_is_named(tmp_path, obo):
     twice, half, negative = genes.copy(), counts.copy(), counts.copy()
     twice[1], half[cell, first], negative[cell, first] = genes[0], 0.5, -2
     for name, made, message in (
-        ("half", (obs, genes, half), r"X\['raw'\] holds fractions .*0.5\) in cells .*; counts must be"),
-        ("negative", (obs, genes, negative), r"X\['raw'\] holds negative values .*-2\) in cells .*; counts must be"),
+        ("half", (obs, genes, half), r"census: X holds fractions .*0.5\); counts must be"),
+        ("negative", (obs, genes, negative), r"census: X holds negative values .*-2\); counts must be"),
         ("gaps", (gaps, genes, counts), "donor_id is missing for 5 cells"),
         ("twice", (obs, twice, counts), f"gene {genes[0]} occurs more than once"),
     ):
         plain = ("donor_id",) if name == "gaps" else ("assay", "feature_id")
         spoiled = recipe.model_copy(update={"uri": write_census(tmp_path / name, *made, plain)})
         with pytest.raises(CorpusError, match=message):
-            list(census.blocks(spoiled, census.select(spoiled)))
+            [corpus.align(block, "census") for block in census.blocks(spoiled, census.select(spoiled))]
 
 
 def test_a_corpus_is_known_by_what_its_ontology_says(tmp_path, obo):

@@ -158,14 +158,6 @@ def test_without_triplets_the_rest_of_the_loss_is_left():
     torch.testing.assert_close(whole, 0.75 * F.mse_loss(x_hat, x), rtol=1e-4, atol=0)
 
 
-def test_the_sum_of_many_absolute_weights_is_exact():
-    weight = torch.empty(3000, 1000).uniform_(-0.01, 0.01).requires_grad_()
-    total = scimilarity._Absolute.apply(weight)
-    (3 * total).backward()
-    assert total.item() == pytest.approx(weight.double().abs().sum().item(), rel=1e-6)
-    assert (weight.grad == 3 * weight.sign()).all()
-
-
 def test_the_input_is_dropped_in_training_alone():
     module, (_, cells, *_, pairs, negatives) = autoencoder(input_dropout=0.4), batch(400)
     seen = []

@@ -235,8 +235,8 @@ def test_duplicates_within_and_between_files_are_dropped_and_told(tmp_path):
         names = set(read_all(source, size).obs_names)
         gone = {"a_cell17", "b_cell5", "b_cell11", "b_cell39", "b_cell20"}
         assert names == {f"a_{n}" for n in first.obs_names}.union(f"b_{n}" for n in second.obs_names) - gone
-        assert source.report.duplicates.to_numpy().tolist() == [["a", "a", 1], ["a", "b", 3], ["b", "b", 1]]
-        assert source.report.cells["duplicate"].tolist() == [1, 4]
+        assert source.reports["duplicates"].to_numpy().tolist() == [["a", "a", 1], ["a", "b", 3], ["b", "b", 1]]
+        assert source.reports["cells"]["duplicate"].tolist() == [1, 4]
     kept = open_source(paths, LABELS, Options(drop_duplicates=False))
     assert sum(block.n_obs for block in kept.blocks()) == 70
 
@@ -251,7 +251,7 @@ def test_cells_without_counts_are_dropped_and_told(tmp_path):
     adata.var_names = [*adata.var_names[:-1], "novel"]
     source = open_source([write(adata, tmp_path / "a.h5ad")], LABELS)
     assert read_all(source).obs_names.tolist() == [f"cell{i}" for i in range(20) if i not in (2, 5, 9)]
-    assert source.report.cells.iloc[0].tolist() == ["a", 20, 3, 0, 0, 17]
+    assert source.reports["cells"].iloc[0].tolist() == ["a", 20, 3, 0, 0, 17]
 
 
 MITO = TABLE.index[TABLE["feature_name"].str.startswith("MT-")]
@@ -277,7 +277,7 @@ def test_quality_is_measured_and_filters_are_off_by_default(tmp_path):
     good = (n_genes >= 20) & (n_counts >= 30) & (mito <= 0.2)
     assert 20 < good.sum() < full.sum()
     assert read_all(source, 64).obs_names.tolist() == adata.obs_names[good].tolist()
-    assert source.report.cells.iloc[0].tolist() == ["a", 500, (~full).sum(), (full & ~good).sum(), 0, good.sum()]
+    assert source.reports["cells"].iloc[0].tolist() == ["a", 500, (~full).sum(), (full & ~good).sum(), 0, good.sum()]
 
 
 def test_filters_that_do_nothing_and_that_leave_nothing_are_told(tmp_path, caplog):

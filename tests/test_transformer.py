@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from datawall.models import transformer
-from datawall.models.transformer import IGNORED, MASK, Encoder, EncoderConfig, Layout, mask_tokens, to_predict
+from datawall.models.transformer import MASK, Encoder, EncoderConfig, Layout
 
 LENGTHS = [5, 12, 1, 9]
 SMALL = EncoderConfig(vocab_size=50, max_length=12, n_layers=3, n_heads=4, n_embd=32, n_inner=48, dropout=0.0)
@@ -73,6 +75,23 @@ def packed_batch(lengths=LENGTHS, seed=1):
     return ids, torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))
 
 
+def masked_at(ids, vocab_size, seed, share=0.15):
+    torch.manual_seed(seed)
+    with mock.patch.object(transformer, "SHARE", share):
+        return transformer.mask_tokens(ids, vocab_size)
+
+
+def logits(encoder, hidden):
+    return nn.functional.linear(
+        encoder.head_norm(encoder.head(hidden).relu()), encoder.tokens.weight, encoder.head_bias
+    )
+
+
+def labels(ids, chosen, originals):
+    """What transformers learns from: the token id at each position, or -100."""
+    return torch.full_like(ids, -100).index_copy(0, chosen, originals)
+
+
 def padded(packed, offsets, fill):
     return nn.utils.rnn.pad_sequence(packed.split(offsets.diff().tolist()), batch_first=True, padding_value=fill)
 
@@ -84,7 +103,7 @@ def test_logits_and_embedding_are_those_of_bert(lengths):
     ids, offsets = packed_batch(lengths)
     real = padded(torch.ones_like(ids), offsets, 0)
     with torch.no_grad():
-        ours = encoder.logits(encoder.hidden(ids, Layout(offsets)))
+        ours = logits(encoder, encoder.hidden(ids, Layout(offsets)))
         theirs = bert(input_ids=padded(ids, offsets, 0), attention_mask=real, output_hidden_states=True)
     assert theirs.logits.std() > 0.5  # weights large enough for a mistake to show
     torch.testing.assert_close(ours, theirs.logits[real.bool()], atol=1e-4, rtol=0)
@@ -100,12 +119,10 @@ def test_training_loss_and_gradients_are_those_of_bert(lengths):
     encoder = encoder_with_every_weight_random().train()
     bert = bert_with_the_weights_of(encoder).train()
     ids, offsets = packed_batch(lengths)
-    masked, targets = mask_tokens(ids, SMALL.vocab_size, torch.Generator().manual_seed(2), share=0.4)
-    real = padded(torch.ones_like(ids), offsets, 0)
-    ours = encoder(masked, Layout(offsets), *to_predict(targets))
-    theirs = bert(
-        input_ids=padded(masked, offsets, 0), attention_mask=real, labels=padded(targets, offsets, IGNORED)
-    ).loss
+    masked, *hidden = masked_at(ids, SMALL.vocab_size, 2, share=0.4)
+    real, targets = padded(torch.ones_like(ids), offsets, 0), padded(labels(ids, *hidden), offsets, -100)
+    ours = encoder(masked, Layout(offsets), *hidden)
+    theirs = bert(input_ids=padded(masked, offsets, 0), attention_mask=real, labels=targets).loss
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     ours.backward()
     theirs.backward()
@@ -131,7 +148,7 @@ def test_all_ways_of_attending_give_the_same(lengths):
         torch.testing.assert_close(half.float(), torch.cat(expected).float(), atol=0.03, rtol=0.03)
 
 
-def test_what_attends_is_chosen_by_device_and_may_be_overridden():
+def test_what_attends_is_chosen_by_device(monkeypatch):
     assert transformer.attention(torch.device("cpu"), 64) is transformer.attend_in_turn
     assert transformer.attention(torch.device("meta"), 64) is transformer.attend_padded
     encoder, calls = encoder_with_every_weight_random().eval(), []
@@ -142,7 +159,7 @@ def test_what_attends_is_chosen_by_device_and_may_be_overridden():
         calls.append(arguments[3:])
         return transformer.attend_padded(*arguments)
 
-    encoder.attend = attend
+    monkeypatch.setattr(transformer, "attention", lambda *_: attend)
     torch.testing.assert_close(encoder.embed(ids, Layout(offsets)), expected, atol=1e-5, rtol=0)
     assert len(calls) == SMALL.n_layers - 1
     assert all(longest == max(LENGTHS) and begins.dtype == torch.int32 for begins, _, longest, _ in calls)
@@ -152,13 +169,12 @@ def test_a_step_never_waits_for_the_device():
     """On the meta device there are no values: what asks for one (`.item()`, `.tolist()`, a boolean index) fails."""
     encoder = Encoder(EncoderConfig(vocab_size=50, max_length=12, n_layers=2, n_embd=32, n_inner=48)).to("meta").train()
     ids, offsets = packed_batch()
-    masked, targets = mask_tokens(ids, 50)
-    chosen = (each.to("meta") for each in to_predict(targets))
-    encoder(masked.to("meta"), Layout(offsets, "meta"), *chosen).backward()
+    masked, *hidden = (each.to("meta") for each in masked_at(ids, 50, 0))
+    encoder(masked, Layout(offsets, "meta"), *hidden).backward()
     assert all(weight.grad.shape == weight.shape for weight in encoder.parameters())
     for waits in (lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x[x > 0], torch.nonzero):
         with pytest.raises((RuntimeError, NotImplementedError)):
-            waits(masked.to("meta"))
+            waits(masked)
 
 
 @pytest.mark.parametrize("n_logits", [1, 170, 2**22])
@@ -166,12 +182,12 @@ def test_loss_and_gradients_do_not_depend_on_the_logits_at_once(monkeypatch, n_l
     monkeypatch.setitem(transformer.LOGITS_AT_ONCE, "cpu", n_logits)
     encoder = encoder_with_every_weight_random()
     ids, offsets = packed_batch()
-    chosen, originals = to_predict(mask_tokens(ids, 50, torch.Generator().manual_seed(3), share=0.5)[1])
+    _, chosen, originals = masked_at(ids, 50, 3, share=0.5)
     loss = encoder(ids, Layout(offsets), chosen, originals)
     (3 * loss).backward()
     ours = [weight.grad.clone() for weight in encoder.parameters()]
     encoder.zero_grad()
-    whole = nn.functional.cross_entropy(encoder.logits(encoder.hidden(ids, Layout(offsets))[chosen]), originals)
+    whole = nn.functional.cross_entropy(logits(encoder, encoder.hidden(ids, Layout(offsets))[chosen]), originals)
     (3 * whole).backward()
     torch.testing.assert_close(loss, whole, atol=1e-6, rtol=1e-6)
     for weight, expected in zip(encoder.parameters(), ours, strict=True):
@@ -263,9 +279,8 @@ def within_five_sigma(n_hits, n, p):
 def test_masking_follows_its_shares(share):
     n, vocab_size = 200_000, 1_000
     ids = torch.randint(transformer.N_SPECIAL, vocab_size, (n,), generator=torch.Generator().manual_seed(0))
-    masked, targets = mask_tokens(ids, vocab_size, torch.Generator().manual_seed(1), share)
-    chosen = targets != IGNORED
-    n_chosen = int(chosen.sum())
+    masked, chosen, originals = masked_at(ids, vocab_size, 1, share)
+    n_chosen = len(chosen)
     assert within_five_sigma(n_chosen, n, share)
     hidden, same = masked[chosen] == MASK, masked[chosen] == ids[chosen]
     random = ~hidden & ~same
@@ -273,26 +288,26 @@ def test_masking_follows_its_shares(share):
     in_vocabulary = vocab_size - transformer.N_SPECIAL  # a random token is the original once in so many
     assert within_five_sigma(int(random.sum()), n_chosen, 0.1 * (1 - 1 / in_vocabulary))
     assert within_five_sigma(int(same.sum()), n_chosen, 0.1 * (1 + 1 / in_vocabulary))
-    assert torch.equal(masked[~chosen], ids[~chosen])
-    assert torch.equal(targets[chosen], ids[chosen])
+    assert torch.equal(masked.index_copy(0, chosen, originals), ids)
+    assert torch.equal(originals, ids[chosen])
 
 
 def test_random_tokens_are_any_gene_and_never_special():
     ids = torch.full((20_000,), 3)
-    masked, _ = mask_tokens(ids, 6, torch.Generator().manual_seed(0), share=1.0)
+    masked, *_ = masked_at(ids, 6, 0, share=1.0)
     assert set(masked[masked != MASK].tolist()) == {2, 3, 4, 5}
 
 
 def test_at_least_one_token_is_chosen():
     for seed in range(50):
-        masked, targets = mask_tokens(torch.tensor([7, 8]), 10, torch.Generator().manual_seed(seed), share=1e-6)
-        assert (targets != IGNORED).sum() == 1
+        masked, chosen, _ = masked_at(torch.tensor([7, 8]), 10, seed, share=1e-6)
+        assert len(chosen) == 1
         assert (masked == MASK).sum() == 1
 
 
 def test_masking_repeats_with_its_seed_and_leaves_the_ids():
     ids = torch.arange(2, 502)
-    first, again, other = (mask_tokens(ids, 502, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    first, again, other = (masked_at(ids, 502, seed) for seed in (3, 3, 4))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])

@@ -19,16 +19,7 @@ import torch.nn.functional as F
 from alternate import in_turn, seconds_of, training_step, wait
 
 from datawall.models import transformer
-from datawall.models.transformer import (
-    IGNORED,
-    N_SPECIAL,
-    Encoder,
-    EncoderConfig,
-    Layout,
-    mask_tokens,
-    send,
-    to_predict,
-)
+from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}  # dense bf16
 ORIGINAL_SECONDS = 116  # to embed 10,000 tokenised cells
@@ -55,14 +46,15 @@ def half():
     return torch.autocast(where.type, torch.bfloat16, enabled=on_gpu)
 
 
-def padded_loss(encoder, ids, offsets, targets):
+def padded_loss(encoder, ids, offsets, chosen, originals):
     """The loss as `BertForMaskedLM` takes it."""
     config, lengths = encoder.config, offsets.diff().tolist()
+    targets = torch.full_like(ids, -100).index_copy(0, chosen, originals)
     rows = [
         torch.stack([F.pad(row, (0, config.max_length - len(row)), value=fill) for row in each.split(lengths)]).to(
             where
         )
-        for each, fill in ((ids, 0), (targets, IGNORED), (torch.ones_like(ids), 0))
+        for each, fill in ((ids, 0), (targets, -100), (torch.ones_like(ids), 0))
     ]
     mask = rows[2].bool()[:, None, None]
 
@@ -75,7 +67,8 @@ def padded_loss(encoder, ids, offsets, targets):
     layout = Layout(torch.tensor([0, len(x)]))  # not looked at by `attend`
     for layer in encoder.layers:
         x = layer.finish(x, layer.attention(x, layout, attend))
-    return F.cross_entropy(encoder.logits(x).float(), rows[1].flatten(), ignore_index=IGNORED)
+    x = F.linear(encoder.head_norm(F.relu(encoder.head(x))), encoder.tokens.weight, encoder.head_bias)
+    return F.cross_entropy(x.float(), rows[1].flatten())
 
 
 def operations(encoder, offsets, n_masked):
@@ -92,12 +85,13 @@ def parity():
     torch.manual_seed(0)
     encoder = Encoder(config)
     ids, offsets = batch(6, config)
-    masked, targets = mask_tokens(ids, config.vocab_size)
+    batch_of_step = mask_tokens(ids, config.vocab_size)
     found = {}
     for name, there, autocast in (("CPU", "cpu", False), ("float32", where, False), ("bf16", where, True)):
         encoder.to(there).zero_grad()
         with torch.autocast(torch.device(there).type, torch.bfloat16, enabled=autocast):
-            loss = encoder(send(masked, there), Layout(offsets, there), *(send(x, there) for x in to_predict(targets)))
+            masked, *hidden = (send(part, there) for part in batch_of_step)
+            loss = encoder(masked, Layout(offsets, there), *hidden)
         loss.backward()
         found[name] = loss.item(), torch.cat([weight.grad.flatten() for weight in encoder.parameters()]).cpu()
     for name in ("float32", "bf16"):
@@ -109,17 +103,16 @@ def pretraining(name, config, n_cells):
     torch.manual_seed(0)
     encoder = Encoder(config).to(where)
     ids, offsets = batch(n_cells, config)
-    masked, targets = mask_tokens(ids, config.vocab_size)
-    n_masked = int((targets != IGNORED).sum())
+    masked, chosen, originals = mask_tokens(ids, config.vocab_size)
 
     def ours():
-        hidden = (send(each, where) for each in to_predict(targets))
+        hidden = send(chosen, where), send(originals, where)
         with half():
             return encoder(send(masked, where), Layout(offsets, where), *hidden)
 
     def peer():
         with half():
-            return padded_loss(encoder, masked, offsets, targets)
+            return padded_loss(encoder, masked, offsets, chosen, originals)
 
     with torch.no_grad():
         encoder.eval()
@@ -128,7 +121,7 @@ def pretraining(name, config, n_cells):
     assert abs(both[0] - both[1]) < 0.02, both
     peer_step, our_step = (training_step(encoder.train(), each, lr=1e-4, fused=True) for each in (peer, ours))
     theirs, own, ratio = in_turn(peer_step, our_step)
-    n_operations = operations(encoder, offsets, n_masked)
+    n_operations = operations(encoder, offsets, len(chosen))
     share = f"{n_operations / own / peak:.0%} of the peak" if peak else "peak not known"
     print(
         f"{name}, {n_cells} cells, {len(ids):,} tokens, {attends}: {len(ids) / own:,.0f} tokens a second, {share}, "

@@ -21,7 +21,6 @@ from datawall.cells.corpus import CorpusError, check_shape, no_column
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".h5ad", ".zarr")
 # What files of other formats are called, and how to convert them: two lines of Python, or of R.
 PYTHON, R = "`adata = {}`, then `adata.write_h5ad('cells.h5ad')`", "convert it in R: `{}`, then `{}`"
 TENX = "10x", PYTHON.format("scanpy.read_10x_h5({path!r})")
@@ -40,7 +39,7 @@ PANEL = 2**26  # counts of a matrix stored by column that are held at once: abou
 
 def names_file(name: str) -> bool:
     """Whether a data set's name is that of a file: its ending says so."""
-    return Path(name).suffix.lower() in SUFFIXES
+    return Path(name).suffix.lower() in (".h5ad", ".zarr")
 
 
 @contextmanager
@@ -52,22 +51,10 @@ def reading(file: str) -> Iterator[None]:
         raise
     except Exception as error:
         if "unable to lock file" in str(error):
-            raise CorpusError(
-                f"{file}: another program has it open for writing; close it there, or set the environment variable "
-                "HDF5_USE_FILE_LOCKING=FALSE if nothing is being written."
-            ) from error
-        raise CorpusError(
-            f"{file}: not readable as an AnnData file ({type(error).__name__}: {error}); "
-            "write it again with anndata's write_h5ad or write_zarr."
-        ) from error
-
-
-def _of_r(path: Path) -> bool:
-    """Whether a file begins as R's do, which are compressed as a rule."""
-    if not path.is_file() or path.suffix == ".gz":
-        return False
-    with path.open("rb") as file:
-        return file.read(2) in (b"\x1f\x8b", b"X\n", b"RD")
+            remedy = "close it there, or set HDF5_USE_FILE_LOCKING=FALSE if nothing is being written"
+            raise CorpusError(f"{file}: another program has it open for writing; {remedy}.") from error
+        what = f"not readable as an AnnData file ({type(error).__name__}: {error})"
+        raise CorpusError(f"{file}: {what}; write it again with anndata.") from error
 
 
 def foreign(path: Path) -> str | None:
@@ -75,13 +62,15 @@ def foreign(path: Path) -> str | None:
     known = ENDINGS.get(path.suffix.lower())
     if path.is_dir() and any(path.glob("*.mtx*")):
         known = MTX
-    elif _of_r(path):
-        known = SEURAT
     elif path.is_file() and h5py.is_hdf5(path):
         with reading(str(path)), h5py.File(path, "r") as file:
-            if any(isinstance(node, h5py.Group) and "barcodes" in node for node in file.values()):
+            if "obs" not in file and any(isinstance(node, h5py.Group) and "barcodes" in node for node in file.values()):
                 known = TENX
             known = next((INSIDE[key] for key in INSIDE if key in file), known)
+    elif path.is_file() and path.suffix != ".gz":
+        with path.open("rb") as file:
+            if file.read(2) in (b"\x1f\x8b", b"X\n", b"RD"):  # as R's files begin, which are compressed as a rule
+                known = SEURAT
     return known and f"{path}: a {known[0]} file, no AnnData; {known[1].format(path=str(path))}."
 
 
@@ -90,19 +79,15 @@ class CellFile(AbstractContextManager):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        if not path.exists():
-            raise CorpusError(f"{path}: no such file; correct the path (from {Path.cwd()}).")
-        if not names_file(path.name) or _of_r(path):
-            told = foreign(path) or f"{path}: its name must end in {' or '.join(SUFFIXES)}; write it with anndata."
-            raise CorpusError(told)
+        if other_format := foreign(path):
+            raise CorpusError(other_format)
         with reading(self.name), ExitStack() as if_it_fails:
             is_hdf5 = path.suffix.lower() == ".h5ad"
             self._root = h5py.File(path, "r") if is_hdf5 else zarr.open_group(path, mode="r")
             if_it_fails.push(self)
             for part in ("obs", "var"):
-                if "mod" in self._root or part not in self._root or hasattr(self._at(part), "dtype"):
-                    old = f"{path}: {part} is no table of anndata 0.7 or newer; write it again with anndata."
-                    raise CorpusError(foreign(path) or old)
+                if part not in self._root or hasattr(self._at(part), "dtype"):
+                    raise CorpusError(f"{path}: {part} is no table of anndata 0.7 or newer; write it again.")
             self._obs = self._at("obs")
             self._obs_names = self._at(f"obs/{_index(self._obs)}")
             self.n_cells = _length(self._obs_names)
@@ -114,11 +99,12 @@ class CellFile(AbstractContextManager):
             self._root.close()
 
     def places(self) -> dict[str, str]:
-        """Where in the file a matrix lies, by place: `X`, `raw.X`, and the layers, as `layers['counts']`."""
+        """Where in the file a matrix lies, by place: `layers['counts']`, `X`, `raw.X`, and the other layers."""
         with reading(self.name):
             held = self._at("layers") if "layers" in self._root else ()
             layers = () if hasattr(held, "dtype") else sorted(held)
-            places = {"X": "X", "raw.X": "raw/X"} | {f"layers['{layer}']": f"layers/{layer}" for layer in layers}
+            places = {"layers['counts']": "layers/counts", "X": "X", "raw.X": "raw/X"}
+            places |= {f"layers['{layer}']": f"layers/{layer}" for layer in layers}
             return {place: key for place, key in places.items() if key in self._root and _kind(self._at(key)) != "null"}
 
     def _at(self, key: str) -> Any:
@@ -128,10 +114,7 @@ class CellFile(AbstractContextManager):
             link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
             elsewhere = getattr(node[part], "is_virtual", False) or getattr(node[part], "external", None)
             if elsewhere or isinstance(link, h5py.ExternalLink):
-                raise CorpusError(
-                    f"{self.name}: {key} lies in another file, whose changes would go unnoticed; read the file with "
-                    "anndata and write it as one."
-                )
+                raise CorpusError(f"{self.name}: {key} lies in another file; write both as one with anndata.")
             node = node[part]
         return node
 

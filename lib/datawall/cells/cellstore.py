@@ -15,16 +15,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import zarr
 from pandas.api.types import union_categoricals
-
-if TYPE_CHECKING:
-    import anndata as ad
-    import zarr
+from zarr.codecs import BloscCodec
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +44,6 @@ def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     counts and, for each cell, twelve bytes and the codes of its labels. Raises ValueError if there are no cells, or
     blocks differ in genes or columns.
     """
-    import anndata as ad
-    import zarr
-
     root = zarr.create_group(folder / NAME, zarr_format=3, attributes=_encoding("anndata"))
     X, obs = root.create_group("X"), root.create_group("obs")
     data, indices = _Growing(X, "data", np.uint8, SHARD), _Growing(X, "indices", np.int32, SHARD)
@@ -132,9 +128,6 @@ class _Growing:
         self.array[n:] = some
 
     def _create(self, name: str) -> zarr.Array:
-        import zarr
-        from zarr.codecs import BloscCodec
-
         dtype = self.waiting.dtype
         if dtype.hasobject:
             kind = {"dtype": "string", "chunks": (self.file_size,), "attributes": _encoding("string-array", "0.2.0")}
@@ -162,7 +155,7 @@ class Cells:
     """Cells that stay on disk: all of a store, or some. Rows are positions among them."""
 
     path: Path
-    rows: np.ndarray | None = None  # which of the store's cells, sorted; None is all
+    rows: np.ndarray | None = None  # which of the store's cells; None is all
 
     @property
     def n_obs(self) -> int:
@@ -186,8 +179,8 @@ class Cells:
     def var(self) -> pd.DataFrame:
         return self._file.var
 
-    def take(self, rows: np.ndarray) -> Cells:
-        """Some of these cells, of sorted rows."""
+    def take(self, rows: np.ndarray | None) -> Cells:
+        """Some of these cells."""
         return Cells(self.path, self._positions(rows))
 
     def names(self, rows: np.ndarray | None = None) -> np.ndarray:
@@ -196,7 +189,7 @@ class Cells:
 
     def within(self, memory_gib: float) -> sp.csr_matrix | Cells:
         """Raw counts of all if they fit in memory, together with a copy that a model prepares; if not, these cells."""
-        gib = 2 * self.nbytes() / 2**30
+        gib = 2 * self.nbytes() / 2**30  # as `counts` takes, too, while it puts blocks together
         streamed = gib > memory_gib
         how = "streamed from the disk" if streamed else "kept in memory"
         log.info("%d cells take %.1f GiB in training: %s, as %.1f GiB are allowed.", self.n_obs, gib, how, memory_gib)
@@ -204,21 +197,15 @@ class Cells:
 
     def counts(self, rows: np.ndarray | None = None) -> sp.csr_matrix:
         """Raw counts of cells in the order given, float32, in memory."""
-        positions = self._positions(rows)
-        indptr = np.concatenate([[0], np.cumsum(self._lengths(positions))])
-        index = np.int32 if indptr[-1] < 2**31 else np.int64
-        data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], index)
-        for first in range(0, len(positions), CELLS_AT_ONCE):
-            block = next(self._file.read([positions[first : first + CELLS_AT_ONCE]]))
-            some = slice(indptr[first], indptr[first] + block.nnz)
-            data[some], indices[some] = block.data, block.indices
-        return sp.csr_matrix((data, indices, indptr.astype(index)), shape=(len(positions), self.n_vars))
+        none = sp.csr_matrix((0, self.n_vars), dtype=np.float32)
+        return sp.vstack([none, *self.take(rows).count_blocks()], format="csr")
 
     __getitem__ = counts
 
     def nbytes(self) -> int:
         """Memory that `counts` of all takes."""
-        n_values = int(self._lengths(self._positions(None)).sum())
+        positions, indptr = self._positions(None), self._file.indptr
+        n_values = int((indptr[positions + 1] - indptr[positions]).sum())
         index = 4 if n_values < 2**31 else 8
         return n_values * (4 + index) + (self.n_obs + 1) * index
 
@@ -246,8 +233,6 @@ class Cells:
 
     def to_memory(self) -> ad.AnnData:
         """All cells, with their names."""
-        import anndata as ad
-
         return ad.AnnData(self.counts(), obs=self.obs.set_index(pd.Index(self.names())), var=self.var)
 
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
@@ -259,9 +244,6 @@ class Cells:
         if rows is None:
             return np.arange(self.n_obs) if self.rows is None else self.rows
         return rows if self.rows is None else self.rows[rows]
-
-    def _lengths(self, positions: np.ndarray) -> np.ndarray:
-        return self._file.indptr[positions + 1] - self._file.indptr[positions]
 
     @property
     def _file(self) -> _File:
@@ -276,9 +258,6 @@ def floats(counts: sp.csr_matrix) -> sp.csr_matrix:
 
 def add_labels(folder: Path, name: str, labels: pd.Categorical) -> None:
     """Add a column to `obs` of the store in a folder; `Cells` opened before do not see it."""
-    import anndata as ad
-    import zarr
-
     obs = zarr.open_group(folder / NAME)["obs"]
     ad.io.write_elem(obs, name, labels, dataset_kwargs={"chunks": (min(NAMES, len(labels)),)})
     obs.update_attributes({"column-order": [*obs.attrs["column-order"], name]})
@@ -289,8 +268,6 @@ class _File:
     """What of a store is kept in memory, and how its counts are read; a sampler of annbatch's, for one request."""
 
     def __init__(self, path: Path) -> None:
-        import zarr
-
         self.root = zarr.open_group(path, mode="r")
         self.indptr = self.root["X/indptr"][:].astype(np.int64)
         self.n_vars = self.root["X"].attrs["shape"][1]
@@ -304,28 +281,21 @@ class _File:
     @cached_property
     def loader(self) -> Any:
         """Made when counts are read: annbatch imports torch, and labels are asked for without counts."""
-        import anndata as ad
         from annbatch import Loader
 
         return Loader(batch_sampler=self).add_dataset(ad.io.sparse_dataset(self.root["X"]))
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        import anndata as ad
-
         obs = self.root["obs"]
         columns = {name: ad.io.read_elem(obs[name]) for name in obs.attrs["column-order"]}
         return pd.DataFrame(columns, index=pd.RangeIndex(len(self.indptr) - 1))
 
     @cached_property
     def var(self) -> pd.DataFrame:
-        import anndata as ad
-
         return ad.io.read_elem(self.root["var"])
 
     def read(self, batches: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
-        import zarr
-
         positions, place = np.unique(np.concatenate(batches), return_inverse=True)
         gaps = np.diff(positions, prepend=positions[:1])
         gaps[gaps > NEARBY] = 1  # not read, so that what follows comes next in memory

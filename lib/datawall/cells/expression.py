@@ -105,13 +105,7 @@ def principal_axes(X: sp.csr_matrix | np.ndarray, n_components: int) -> tuple[np
     n_components = max(1, min(n_components, dense.shape[0] - 1, dense.shape[1]))
     solver = "covariance_eigh" if dense.shape[0] >= dense.shape[1] else "full"
     pca = PCA(n_components, svd_solver=solver).fit(dense)
-    return _with_fixed_signs(pca.components_), pca.mean_
-
-
-def _with_fixed_signs(axes: np.ndarray) -> np.ndarray:
-    """Each axis turned so that its largest loading is positive."""
-    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1, keepdims=True), axis=1)
-    return axes * np.sign(largest)
+    return pca.components_, pca.mean_
 
 
 def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = COMPONENTS) -> np.ndarray:
@@ -149,6 +143,7 @@ def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks = lambda: ()) -> np
 def streamed_axes(blocks: Blocks, genes: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray, int]:
     """`principal_axes` of the chosen genes, their mean, and the number of cells."""
     from scipy.linalg import eigh
+    from sklearn.utils.extmath import svd_flip
 
     n_genes, n_cells = int(genes.sum()), 0
     total, products = np.zeros(n_genes), np.zeros((n_genes, n_genes))
@@ -161,4 +156,5 @@ def streamed_axes(blocks: Blocks, genes: np.ndarray, n_components: int) -> tuple
     products -= n_cells * np.outer(mean, mean)
     n_components = max(1, min(n_components, n_cells - 1, n_genes))
     _, vectors = eigh(products, subset_by_index=[n_genes - n_components, n_genes - 1], overwrite_a=True)
-    return _with_fixed_signs(vectors.T[::-1]), mean, n_cells
+    _, axes = svd_flip(None, np.array(vectors.T[::-1]), u_based_decision=False)
+    return axes, mean, n_cells

@@ -30,9 +30,7 @@ def read(file: str | Path, *, relations: tuple[str, ...] = ("is_a", "relationshi
     develops_from, …). Raises FileNotFoundError, and ValueError if the file holds no terms or one without an identifier.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(
-            f"{file}: no such ontology file; the Cell Ontology's are at https://obofoundry.org/ontology/cl."
-        )
+        raise FileNotFoundError(f"{file}: no such ontology file; see https://obofoundry.org/ontology/cl for some.")
     word = {"is_a": 0, "relationship": 1}  # "is_a: parent ! comment", "relationship: kind parent ! comment"
     identifiers, parents = {}, {}
     text = Path(file).read_text(encoding="utf-8", errors="replace")

@@ -62,17 +62,15 @@ class Atlas(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        parents = _parents()
+        known = _lineages()
         for key, names in (("composition", self.composition or ()), ("responsive", self.responsive)):
-            if unknown := [name for name in names if name not in parents]:
-                near = ", ".join(map(repr, get_close_matches(unknown[0], parents, n=3))) or "see its names"
+            if unknown := [name for name in names if name not in known]:
+                near = ", ".join(map(repr, get_close_matches(unknown[0], known, n=3))) or "see its names"
                 raise ValueError(f"{key}: {unknown[0]!r} is no cell type of {ONTOLOGY.name}; did you mean {near}?")
-        lineages = {above for name in self.composition or parents for above in _lineage(name)}
-        if self.treated and self.response and not lineages.intersection(self.responsive):
-            raise ValueError(
-                f"responsive: no cell type of the composition is of a lineage among {self.responsive}; name lineages "
-                "that it has, or set treated to 0"
-            )
+        there = set().union(*(known[name] for name in self.composition or known))
+        if self.treated and self.response and not there.intersection(self.responsive):
+            what = f"no cell type of the composition is of a lineage among {self.responsive}"
+            raise ValueError(f"responsive: {what}; name lineages that it has, or set treated to 0")
         return self
 
 
@@ -116,23 +114,16 @@ class Truth:
 
 
 @cache
-def _parents() -> dict[str, str]:
-    """Parent of every term of the ontology that comes along, by name; that of the root is empty."""
+def _lineages() -> dict[str, set[str]]:
+    """Every term of the ontology that comes along, by name, with its ancestors."""
     terms = ontology.read(ONTOLOGY, relations=("is_a",))
     names = {identifier: name for name, identifier in terms.identifiers.items()}
-    return {name: "".join(map(names.get, terms.parents[identifier])) for name, identifier in terms.identifiers.items()}
-
-
-@cache
-def _lineage(name: str) -> tuple[str, ...]:
-    """A term and its ancestors, itself first."""
-    above = _parents()[name]
-    return (name, *(_lineage(above) if above else ()))
+    return {name: {name, *map(names.get, terms.ancestors(name))} for name in terms.identifiers}
 
 
 def _belongs(types: pd.Index, terms: Iterable[str]) -> pd.DataFrame:
     """Which types are of which lineages, (n_types, n_terms) bool."""
-    return pd.DataFrame({term: [term in _lineage(name) for name in types] for term in terms}, index=types)
+    return pd.DataFrame({term: [term in _lineages()[name] for name in types] for term in terms}, index=types)
 
 
 def truth(atlas: Atlas) -> Truth:
@@ -142,7 +133,7 @@ def truth(atlas: Atlas) -> Truth:
     genes = corpus.gene_table().iloc[chosen][["feature_name"]].copy()
     weight = pd.Series(atlas.composition or pd.read_csv(COMPOSITION, index_col="cell_type")["n_cells"], dtype=float)
     share = (weight / weight.sum()).rename_axis("cell_type")
-    carried = _belongs(share.index, _parents())
+    carried = _belongs(share.index, _lineages())
     # A programme for every set of types that a term tells apart, named after the last such term.
     carried = carried.loc[:, carried.any() & ~carried.all() & ~carried.T.duplicated(keep="last")]
     responds = _belongs(share.index, atlas.responsive if atlas.treated and atlas.response else [])
@@ -311,24 +302,23 @@ class Cells:
 
     def block(self, begin: int, end: int) -> ad.AnnData:
         """Cells `begin` to `end` of the atlas (see `blocks`)."""
-        made = [self._chunk(number) for number in range(begin // CHUNK, -(-end // CHUNK))]
-        codes = [np.concatenate(column) for column in zip(*(codes for codes, _ in made), strict=True)]
+        chunks = [self._chunk(number) for number in range(begin // CHUNK, -(-end // CHUNK))]
         within = slice(begin % CHUNK, begin % CHUNK + end - begin)
-        type_, donor, treated = (column[within] for column in codes)
-        counts = sp.vstack([counts for _, counts in made], format="csr", dtype=np.int32)[within]
+        type_, donor, treated = np.hstack([codes for codes, _ in chunks])[:, within]
+        counts = sp.vstack([counts for _, counts in chunks], format="csr", dtype=np.int32)[within]
         donors = self.truth.donors
         values = {
             "cell_type": pd.Categorical.from_codes(type_, self.truth.types.index),
             "donor_id": pd.Categorical.from_codes(donor, donors.index),
             "dataset_id": pd.Categorical(donors["dataset_id"].iloc[donor], donors["dataset_id"].unique()),
             "assay": pd.Categorical(donors["assay"].iloc[donor], donors["assay"].unique()),
-            "condition": pd.Categorical.from_codes(treated.astype(np.int8), [CONTROL, TREATED]),
+            "condition": pd.Categorical.from_codes(treated, [CONTROL, TREATED]),
         }
         obs = pd.DataFrame(values, index=[f"cell_{row}" for row in range(begin, end)])
         return ad.AnnData(counts, obs=obs, var=self.truth.genes[["feature_name"]])
 
-    def _chunk(self, number: int) -> tuple[tuple[np.ndarray, ...], sp.csr_matrix]:
-        """Type, donor and treatment of the cells of a chunk, and their counts."""
+    def _chunk(self, number: int) -> tuple[np.ndarray, sp.csr_matrix]:
+        """Type, donor and treatment of the cells of a chunk, (3, n_cells), and their counts."""
         planted, atlas = self.truth, self.truth.atlas
         rng = np.random.Generator(np.random.SFC64([atlas.seed, 1, number]))
         type_ = np.searchsorted(self.type_edges, rng.random(CHUNK), side="right")
@@ -345,7 +335,7 @@ class Cells:
         size = self.size[donor] * np.exp(atlas.counts_spread * rng.standard_normal(CHUNK))
         molecules = (size / weights.sum(axis=1))[:, None] * weights
         n_bursts = rng.poisson(molecules * self.bursts_per_molecule[programmes])
-        return (type_, donor, treated), self._counts(programmes, n_bursts, donor, rng)
+        return np.stack([type_, donor, treated]), self._counts(programmes, n_bursts, donor, rng)
 
     def _counts(
         self, programmes: np.ndarray, n_bursts: np.ndarray, donor: np.ndarray, rng: np.random.Generator

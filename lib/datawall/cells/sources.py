@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -23,9 +22,9 @@ from datawall.cells.duplicates import SeenCells, cell_hashes
 log = logging.getLogger(__name__)
 
 SAMPLE = 2048  # rows at the beginning, middle and end of a matrix by which the place of the counts is chosen
-PREFERRED = ("layers['counts']", "X", "raw.X")  # of places that are alike, before other layers
 PARTS = ("spliced", "unspliced", "ambiguous", "nascent", "mature")  # layers with a part of the counts
 SCAN = 65_536  # rows of names and labels read at once
+RULE = 'counts must be finite, non-negative integers in every cell; put them into layers["counts"]'
 QUALITY = ("n_genes", "n_counts", "mito_share")  # of a cell, see `quality`
 
 type Columns = Mapping[str, str | Mapping[str, str]]
@@ -42,24 +41,12 @@ class Options:
     max_mito: float = 1.0  # greatest share of a cell's counts in the 13 mitochondrial genes of the gene table
     drop_duplicates: bool = True
 
-    def renamed(self, role: str) -> Mapping[str, str]:
-        """What labels of a role are to be called."""
-        return self.labels if role == "cell_type" else {}
-
-
-class Report(NamedTuple):
-    """What became of the cells, as tables."""
-
-    cells: pd.DataFrame  # a row per file: dataset, read, empty, filtered, duplicate, kept
-    duplicates: pd.DataFrame  # kept_in, dropped_from, n_cells
-
 
 @dataclass(frozen=True)
 class _File:
     path: Path
-    name: str
+    match: GeneMatch  # its `dataset` is the file's name
     n_cells: int
-    place: str  # of the counts
     position: np.ndarray  # column in the source of each column of the file, or -1
     keys: dict[str, str]  # column of obs by role
 
@@ -74,7 +61,9 @@ class Source:
     notes: list[str]  # what a reader should know of the files: where counts and names of genes are, odd labels
     var: pd.DataFrame  # genes that some file has, by Ensembl id in the gene table's order; zero where one lacks them
     options: Options
-    report: Report | None = None  # from the end of `blocks` on
+    # What became of the cells, once `blocks` has ended. `cells` has a row per file: dataset, read, empty, filtered,
+    # duplicate, kept; `duplicates` kept_in, dropped_from, n_cells.
+    reports: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def n_cells(self) -> int:
@@ -95,7 +84,7 @@ class Source:
         in `var`. Raises CorpusError if a file is damaged or holds what is no count, or if no cell is left.
         """
         outcomes = ["read", "empty", "filtered", "duplicate", "kept"]
-        names = [file.name for file in self.files]
+        names = [match.dataset for match in self.matches]
         tally, twice, seen = pd.DataFrame(0, range(len(names)), outcomes), Counter(), SeenCells()
         with tqdm(total=self.n_cells, desc="reading cells", unit="cell", leave=False, delay=5) as bar:
             for number, file in enumerate(self.files):
@@ -108,7 +97,8 @@ class Source:
                     bar.update(block.n_obs)
         pairs = [(names[i], names[j], n) for (i, j), n in sorted(twice.items())]
         tally.insert(0, "dataset", names)
-        self.report = Report(tally, pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"]))
+        duplicates = pd.DataFrame(pairs, columns=["kept_in", "dropped_from", "n_cells"])
+        self.reports = {"cells": tally, "duplicates": duplicates}
         if not tally["kept"].sum():
             paths, (_, empty, filtered, duplicate, _) = [str(file.path) for file in self.files], tally[outcomes].sum()
             raise CorpusError(
@@ -118,24 +108,22 @@ class Source:
 
     def _aligned(self, file: _File, block_size: int) -> Iterator[ad.AnnData]:
         """All cells of a file in blocks, with the source's genes and categories, and their quality."""
-        prefix = f"{file.name}_" if len(self.files) > 1 else ""
+        name, place = file.match.dataset, file.match.counts_from
+        prefix = f"{name}_" if len(self.files) > 1 else ""
         with CellFile(file.path) as cells:
-            counts = cells.counts(file.place)
+            counts, renamed = cells.counts(place), {"cell_type": self.options.labels}
             for start in range(0, file.n_cells, block_size):
                 stop = min(start + block_size, file.n_cells)
                 values = counts(start, stop)
                 if fault := corpus.count_fault(values):
-                    raise CorpusError(
-                        f"{file.path}: {file.place} {fault} in cells {start} to {stop - 1}; counts must be finite, "
-                        'non-negative integers in every cell. Put them into layers["counts"].'
-                    )
+                    raise CorpusError(f"{file.path}: {place} {fault} in cells {start} to {stop - 1}; {RULE}.")
                 X = corpus.place_columns(values, file.position, len(self.var))
-                obs = {"dataset_id": np.full(stop - start, file.name, dtype=object)}
+                obs = {"dataset_id": np.full(stop - start, name, dtype=object)}
                 for role, key in file.keys.items():
-                    codes, texts = corpus.label_codes(cells.column(key, role, start, stop), self.options.renamed(role))
+                    codes, texts = corpus.label_codes(cells.column(key, role, start, stop), renamed.get(role))
                     obs[role] = texts[codes]
                 obs = {role: pd.Categorical(obs[role], self.labels[role]) for role in (*file.keys, *obs)}
-                names = [f"{prefix}{name}" for name in cells.cell_names(start, stop)]
+                names = [f"{prefix}{cell}" for cell in cells.cell_names(start, stop)]
                 yield ad.AnnData(X, obs=pd.DataFrame(obs | quality(X, self.var), index=names), var=self.var)
 
     def _outcomes(self, block: ad.AnnData, number: int, seen: SeenCells) -> tuple[np.ndarray, np.ndarray]:
@@ -173,9 +161,8 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     names = _file_names(paths)
     table = corpus.gene_table()
     mitochondrial = table["feature_name"].str.startswith("MT-").to_numpy()
-    files, matches, found = [], [], {role: Counter() for role in (*columns, "dataset_id")}
-    named = [*zip(paths, names, strict=True)]
-    for path, name in tqdm(named, desc="opening files", unit="file", leave=False, delay=5):
+    files, found = [], {role: Counter() for role in (*columns, "dataset_id")}
+    for path, name in tqdm([*zip(paths, names, strict=True)], desc="opening files", unit="file", leave=False, delay=5):
         with CellFile(path) as cells:
             position, match = _counts_and_genes(cells, name, options)
             _check_cell_names(cells)
@@ -183,14 +170,14 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
                 log.warning("%s: has no mitochondrial gene, so that max_mito keeps all its cells.", path)
             keys = {role: _key(columns, role, name, path) for role in columns}
             for role, key in keys.items():
-                found[role].update(_all_labels(cells, key, role, options.renamed(role)))
-            files.append(_File(path, name, cells.n_cells, match.counts_from, position, keys))
-        matches.append(match)
+                found[role].update(_all_labels(cells, key, role, {"cell_type": options.labels}.get(role)))
+            files.append(_File(path, match, cells.n_cells, position, keys))
     if "dataset_id" not in columns:
         found["dataset_id"] = Counter(names)
     var, columns_of = corpus.compacted([file.position for file in files])
     files = [replace(file, position=of_file) for file, of_file in zip(files, columns_of, strict=True)]
     labels = {role: sorted(values) for role, values in found.items()}
+    matches = [file.match for file in files]
     notes = [f"{match.dataset}: {note}" for match in matches for note in match.notes]
     for role, key in columns.items():
         where = f"{', '.join(names)}: {key if isinstance(key, str) else role!r}"
@@ -230,13 +217,6 @@ class _Place:
     weights: np.ndarray  # (n_genes,) sums
     doubt: str | None  # what is odd about the counts
 
-    @property
-    def worth(self) -> tuple[bool, int, int]:
-        """What it is chosen by."""
-        name = self.match.counts_from
-        preferred = -PREFERRED.index(name) if name in PREFERRED else -len(PREFERRED)
-        return self.doubt is None, self.match.matched, preferred
-
 
 def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[np.ndarray, GeneMatch]:
     """Row of each gene of the best place in the gene table, and the record of the match."""
@@ -259,11 +239,8 @@ def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[np.
         if refusal and len(faults) == 1:
             raise refusal
         told = "; ".join(f"{place} {fault}" for place, fault in faults.items())
-        raise CorpusError(
-            f"{cells.name}: no raw counts found ({told or 'X is empty'}); counts must be finite, non-negative "
-            'integers. Put them into layers["counts"].'
-        )
-    best = max(places, key=lambda place: place.worth)
+        raise CorpusError(f"{cells.name}: no raw counts found ({told or 'X is empty'}); {RULE}.")
+    best = max(places, key=lambda place: (place.doubt is None, place.match.matched))  # of equal ones, the first
     chosen = best.match.counts_from
     corpus.check_match(best.match, best.var, options.min_matched)
     notes = [f"{chosen} {best.doubt}: are these raw counts?"] if best.doubt else []
@@ -304,7 +281,7 @@ def _check_cell_names(cells: CellFile) -> None:
             raise CorpusError(f"{cells.name}: cell name {one[:100]!r} occurs more than once; make obs_names unique.")
 
 
-def _all_labels(cells: CellFile, key: str, role: str, renamed: Mapping[str, str]) -> Counter[str]:
+def _all_labels(cells: CellFile, key: str, role: str, renamed: Mapping[str, str] | None) -> Counter[str]:
     """Every label of a column, which must be complete, and its cells."""
     found, n_missing = Counter(), 0
     for start in range(0, cells.n_cells, SCAN):

@@ -1,7 +1,5 @@
 """What every model family can do, and how models lie on disk (safetensors and JSON, never pickles)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -189,7 +187,7 @@ def choose_panel(counts: sp.csr_matrix | Cells, n_genes: int | None) -> np.ndarr
 
 
 def hold_out(
-    model: Any, counts: sp.csr_matrix | Cells, obs: pd.DataFrame | None, rows: np.ndarray, *, seed: int
+    model: Network, counts: sp.csr_matrix | Cells, obs: pd.DataFrame, rows: np.ndarray, *, seed: int
 ) -> tuple[np.ndarray, Callable[[], float] | None]:
     """Rows of a subset to train on, and the loss, in evaluation mode, of the others, by which weights are kept.
 
@@ -201,7 +199,7 @@ def hold_out(
     rows = np.random.default_rng([seed, 1]).permutation(rows)
     n_held = min(HELD_OUT, max(1, len(rows) // 10))
     held = np.sort(rows[:n_held])
-    held_counts, held_obs = counts[held], None if obs is None else obs.iloc[held]
+    held_counts, held_obs = counts[held], obs.iloc[held]
 
     def loss() -> float:
         torch.manual_seed(0)  # the same masks at every look; the next step has its own seed
@@ -213,9 +211,7 @@ def hold_out(
 def check_genes(counts: sp.csr_matrix, n_genes: int, family: str) -> None:
     """Refuse counts over another number of genes than the model was made for."""
     if counts.shape[1] != n_genes:
-        raise ValueError(
-            f"{family}: counts have {counts.shape[1]} genes, the model {n_genes}; align them to its corpus."
-        )
+        raise ValueError(f"{family}: counts have {counts.shape[1]} genes, the model {n_genes}; align them.")
 
 
 def variance(lognormalised: sp.csr_matrix) -> float:

@@ -1,7 +1,5 @@
 """What a user brings: a model as a class in a file of its own, and embeddings that were made elsewhere."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util
@@ -139,10 +137,8 @@ def read_embedding(name: str, key: str, cells: pd.Index, dataset: str) -> np.nda
         raise ValueError(f"{name}: cell name {twice} occurs more than once; cells are matched by obs_names.")
     rows = names.get_indexer(cells)
     if (rows < 0).any():
-        raise ValueError(
-            f"{name}: lacks {(rows < 0).sum()} of the {len(cells)} cells of {dataset} (first: {cells[rows < 0][0]}); "
-            "cells are matched by obs_names: embed every cell of the data set under its own name."
-        )
+        absent = f"{(rows < 0).sum()} of the {len(cells)} cells of {dataset} (first: {cells[rows < 0][0]})"
+        raise ValueError(f"{name}: lacks {absent}; cells are matched by obs_names: embed each under its own name.")
     try:
         embedding = np.asarray(embedding[rows], dtype=np.float32)
     except (TypeError, ValueError):

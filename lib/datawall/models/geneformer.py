@@ -1,7 +1,5 @@
 """Geneformer: a transformer that predicts masked genes in a cell's ranking of its genes (Theodoris et al. 2023)."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from datawall.cells.cellstore import Cells
 from datawall.models import base, training
 from datawall.models.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
-from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send, to_predict
+from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class Geneformer(base.Network):
         if n_empty := int((np.diff(tokens.offsets) == 0).sum()):
             log.warning("%d cells express no gene of the vocabulary; they embed as zero.", n_empty)
         for cells in _of_like_length(tokens):
-            embedding[cells] = module.embed(*_packed(tokens[cells], training.device())).cpu().numpy()
+            embedding[cells] = module.embed(*_packed(tokens[cells])).cpu().numpy()
         return embedding
 
     def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
@@ -83,7 +81,7 @@ class Geneformer(base.Network):
         def encode(counts: sp.csr_matrix) -> Tensor:
             tokens = self.prepare(counts)
             expressing = np.flatnonzero(np.diff(tokens.offsets))
-            ids, layout = _packed(tokens[expressing], training.device())
+            ids, layout = _packed(tokens[expressing])
             means = layout.mean(encoder.hidden(ids, layout, n_layers).float())  # (n_expressing, n_embd)
             rows = torch.from_numpy(expressing).to(training.device())
             return means.new_zeros(counts.shape[0], means.shape[1]).index_copy(0, rows, means)
@@ -109,9 +107,9 @@ class Geneformer(base.Network):
 
     def _masked(self, tokens: Tokens) -> tuple[Tensor, Layout, Tensor, Tensor]:
         """What the encoder learns from, on its device: ids with some tokens hidden, their layout, what is hidden."""
-        ids, targets = mask_tokens(torch.from_numpy(tokens.ids).long(), len(self.medians) + N_SPECIAL)
-        hidden = (send(part, training.device()) for part in to_predict(targets))
-        return send(ids, training.device()), Layout(torch.from_numpy(tokens.offsets), training.device()), *hidden
+        ids, *hidden = mask_tokens(torch.from_numpy(tokens.ids).long(), len(self.medians) + N_SPECIAL)
+        masked = Tokens(ids.numpy(), tokens.offsets)
+        return *_packed(masked), *(send(part, training.device()) for part in hidden)
 
 
 def _of_like_length(tokens: Tokens) -> list[np.ndarray]:
@@ -123,6 +121,7 @@ def _of_like_length(tokens: Tokens) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(batch)) + 1) if len(order) else []
 
 
-def _packed(tokens: Tokens, where: torch.device) -> tuple[Tensor, Layout]:
-    """Token ids and their layout on a device."""
+def _packed(tokens: Tokens) -> tuple[Tensor, Layout]:
+    """Token ids and their layout, on the device."""
+    where = training.device()
     return send(torch.from_numpy(tokens.ids).long(), where), Layout(torch.from_numpy(tokens.offsets), where)

@@ -1,7 +1,5 @@
 """PretrainedPCA: principal axes of the pretraining cells' variable genes, applied to any cell."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,23 +18,14 @@ class PretrainedPCA:
 
     Counts are normalised to 10,000 a cell and log-transformed; genes variable among the pretraining cells (scanpy's
     default cut-offs) are centred and decomposed. The embedding is the product with the axes, not centred, which no
-    distance sees. `fit` is exact: steps and seeds change nothing.
+    distance sees. `fit` is exact: steps, seeds and checkpoints are of no use to it.
     """
 
     def __init__(self, **hyperparameters: Any) -> None:
         self.hyperparameters = check("PretrainedPCA", hyperparameters)
         self.axes: np.ndarray | None = None  # (n_components, n_genes), zero for genes that are not variable
 
-    def fit(
-        self,
-        counts: sp.csr_matrix | Cells,
-        obs: pd.DataFrame,
-        *,
-        steps: int = 0,
-        seed: int = 0,
-        init_seed: int | None = None,
-        checkpoint: Path | None = None,
-    ) -> None:
+    def fit(self, counts: sp.csr_matrix | Cells, obs: pd.DataFrame, **_: Any) -> None:
         n_components = self.hyperparameters.n_components
         if isinstance(counts, Cells):
             variable = expression.streamed_variable_genes(counts.count_blocks)

@@ -1,7 +1,5 @@
 """SCimilarity: an autoencoder shaped by cell-type labels, after Heimberg et al. (2025, Nature 638:1085)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -49,7 +47,8 @@ class TripletAutoencoder(nn.Module):
             seen = cells.thinned(kept, 1 / (1 - h.input_dropout))
         latent = self.encode(seen)  # (B, L)
         loss = (1 - h.triplet_weight) * self.reconstruction(self.decoder(latent), cells)
-        loss = loss + h.l1 * rate * _Absolute.apply(self.encoder[0 if h.l1_layer == "first" else -1].weight)
+        weight = self.encoder[0 if h.l1_layer == "first" else -1].weight
+        loss = loss + h.l1 * rate * torch.linalg.vector_norm(weight, 1, dim=1).sum()  # all at once loses digits
         with torch.autocast(latent.device.type, enabled=False):
             distance = 2 - 2 * latent.detach() @ latent.detach().T  # (B, B) d² on the unit sphere
         anchor, positive, negative = semihard_triplets(distance, pairs, negatives, h.margin)
@@ -61,19 +60,6 @@ class TripletAutoencoder(nn.Module):
     def encode(self, cells: Cells) -> Tensor:
         """Points on the unit sphere, (n_cells, n_latent) float32."""
         return F.normalize(self.encoder(cells).float())
-
-
-class _Absolute(torch.autograd.Function):
-    """Sum of absolute values, without torch's three copies of the weights."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return torch.linalg.vector_norm(weight, 1, dim=1).sum()  # of all at once it is half a per cent off
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return ctx.saved_tensors[0].sign().mul_(gradient)
 
 
 def semihard_triplets(
@@ -103,10 +89,8 @@ def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
     """
     terms = read_ontology(paths.located(ontology))
     if unknown := [str(label) for label in labels if label not in terms.identifiers]:
-        raise ValueError(
-            f"SCimilarity: {ontology} has no term named {', '.join(map(repr, unknown))}; rename these cell types to "
-            "terms of the ontology, or leave `ontology` out."
-        )
+        absent = f"{ontology} has no term named {', '.join(map(repr, unknown))}"
+        raise ValueError(f"SCimilarity: {absent}; rename these cell types to its terms, or leave `ontology` out.")
     own = [terms.identifiers[label] for label in labels]
     lineages = [{term, *terms.ancestors(label)} for term, label in zip(own, labels, strict=True)]
     descends = np.array([[term in lineage for term in own] for lineage in lineages], dtype=bool)
@@ -199,10 +183,8 @@ def _codes(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise ValueError("SCimilarity: there are no cells to train on.")
     if LABEL not in obs or obs[LABEL].isna().any():
         missing = f"{obs[LABEL].isna().sum()} cells have no value in" if LABEL in obs else "there is no column"
-        raise ValueError(
-            f"SCimilarity learns from cell types, and {missing} obs[{LABEL!r}]: label every cell of the corpus, or "
-            "leave SCimilarity out of the study."
-        )
+        remedy = "label every cell of the corpus, or leave SCimilarity out"
+        raise ValueError(f"SCimilarity learns from cell types, and {missing} obs[{LABEL!r}]: {remedy}.")
     labels, types = pd.factorize(obs[LABEL].astype(str))
     several = (obs[name] for name in STUDIES if name in obs and (obs[name] != obs[name].iloc[0]).any())
     study = next(several, pd.Series(0, index=obs.index))

@@ -4,8 +4,6 @@ Nine in ten counts are zero: the encoder reads the others alone, and gamma funct
 the likelihood is taken with its gradient in blocks of cells that stay in a processor's cache.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -39,7 +37,7 @@ class ScVI(base.Network):
 
     family = "scVI"
 
-    def network(self, n_genes: int) -> Autoencoder:
+    def network(self, n_genes: int) -> nn.Module:
         return Autoencoder(n_genes, self.hyperparameters)
 
     def prepare(self, counts: sp.csr_matrix) -> sp.csr_matrix:

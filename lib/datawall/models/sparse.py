@@ -1,7 +1,5 @@
 """Layers of autoencoders that read and reconstruct sparse expression: cells are nine tenths zeros, never made dense."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from itertools import pairwise

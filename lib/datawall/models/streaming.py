@@ -1,7 +1,5 @@
 """Cells for training: from memory, or read ahead from a store on disk; the same batches, to the bit, either way."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator

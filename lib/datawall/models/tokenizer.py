@@ -1,11 +1,10 @@
 """Rank-value encoding: a cell as the list of its genes, most over-expressed first (Theodoris et al. 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ class Tokens:
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.ids, self.offsets))
 
-    def __getitem__(self, cells: np.ndarray) -> Tokens:
+    def __getitem__(self, cells: np.ndarray) -> Self:
         """The sequences of some cells, in the order given."""
         lengths = np.diff(self.offsets)[cells]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -132,9 +131,7 @@ class RankTokenizer:
         which a test holds all of this to.
         """
         if counts.shape[1] != len(self.medians):
-            raise ValueError(
-                f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them first."
-            )
+            raise ValueError(f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them.")
         counts = sp.csr_matrix(counts)
         if not (counts.has_sorted_indices and counts.data.all()):
             counts = counts.sorted_indices()  # a copy

@@ -6,8 +6,6 @@ do its cells: a run that is killed and resumed ends with the same bits as one th
 Needs torch, numpy and tqdm only, so that it runs on a machine that has little else.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import logging
@@ -170,7 +168,7 @@ def train(
     validation_loss
         Looked at every `recipe.validate_every` steps and at the end.
     checkpoint
-        File written about once a minute, and resumed from where it exists.
+        An `.npz` file, written about once a minute, and resumed from where it exists.
     """
     where = next(module.parameters()).device
     rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -181,25 +179,22 @@ def train(
         state.resume(checkpoint)
     if batches is None:
         batches = minibatches(n_cells, recipe.batch_size, recipe.steps, seed=seed)
+    begun = len(state.losses)  # steps of before the run was resumed
     taken: deque[tuple[int, np.ndarray]] = deque()  # by `load`, which may be ahead, and not used yet
     drawn = np.zeros(0, bool)  # whether each row was: a byte a cell, whatever the number of steps
 
-    def note(rows: np.ndarray) -> None:
-        nonlocal drawn
-        drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
-        drawn[rows] = True
-
     def shares() -> Shares:
-        numbered = enumerate(itertools.islice(batches, recipe.steps))
-        for _, rows in itertools.islice(numbered, len(state.losses)):  # steps of before a run was resumed
-            note(rows)
-        for step, rows in numbered:
-            taken.append((step, rows))
-            yield step, rows[rank::n_processes]
+        nonlocal drawn
+        for step, rows in enumerate(itertools.islice(batches, recipe.steps)):
+            drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
+            drawn[rows] = True
+            if step >= begun:
+                taken.append((step, rows))
+                yield step, rows[rank::n_processes]
 
     module.train()
     shown = None if rank == 0 else True  # None: where stderr is a terminal
-    bar = tqdm(total=recipe.steps, initial=len(state.losses), desc="training", disable=shown, leave=False)
+    bar = tqdm(total=recipe.steps, initial=begun, desc="training", disable=shown, leave=False)
     # Not `torch.manual_seed`: it also queues a call for GPUs that are not there, with a traceback, at every step.
     generators = [torch.default_generator]  # of a GPU's run too: masks are drawn on the CPU
     if where.type == "cuda":
@@ -209,7 +204,6 @@ def train(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for cells in load(shares()) if load else (rows for _, rows in shares()):
             step, rows = taken.popleft()
-            note(rows)
             step_seed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
             for generator in generators:
                 generator.manual_seed(step_seed)
@@ -229,7 +223,7 @@ def train(
             settle = look or last or len(pending) == LOSSES_AT_ONCE[where.type]
             save = settle and checkpoint and rank == 0 and time.monotonic() - saved >= CHECKPOINT_SECONDS
             if settle:
-                _settle(pending, state, recipe, module, n_processes)
+                _settle(pending, state, recipe, n_processes)
                 bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
             optimiser.zero_grad()
             loss.backward()
@@ -268,32 +262,6 @@ def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
 
 
-def _settle(
-    pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, module: nn.Module, n_processes: int
-) -> None:
-    """Move waiting losses into the history, averaged over processes; stop at one that is not finite."""
-    losses = torch.stack([loss for _, _, loss in pending]).double()
-    if n_processes > 1:
-        dist.all_reduce(losses)
-    for (step, rows, _), loss in zip(pending, (losses / n_processes).tolist(), strict=True):
-        if not np.isfinite(loss):
-            later = pending[-1][0] - step
-            remedy = "Lower the learning rate or lengthen the warm-up."
-            if all(weight.isfinite().all() for weight in module.parameters()):
-                cause = "the weights are finite, so the cause is in these cells, or the learning rate is too high."
-            elif later:  # which have spoiled the weights, whatever the cause
-                cause = f"seen {later} steps later: the cause is in these cells, or training diverged. {remedy}"
-            else:
-                cause = f"the weights are no longer finite: training diverged. {remedy}"
-            cells = ", ".join(str(row) for row in rows[:5])
-            raise NonFiniteLossError(
-                f"the loss is {loss} at step {step + 1} of {recipe.steps}, learning rate {recipe.rate(step):.2g}, on "
-                f"the batch of cells {cells}, … (rows of the subset); {cause}"
-            )
-        state.losses.append(loss)
-    pending.clear()
-
-
 class _State:
     """What a run must remember to be resumed, in one `.npz` without pickles; all else follows from the step."""
 
@@ -321,18 +289,9 @@ class _State:
         parts |= {f"optimiser/{i}": moments for i, moments in self.optimiser.state_dict()["state"].items()}
         arrays = {f"{part}/{name}": x.cpu().numpy() for part, values in parts.items() for name, x in values.items()}
         looks = np.array(self.looks, dtype=np.float64).reshape(-1, 2)
-        arrays |= {
-            "identity": self.identity,
-            "losses": self.losses,
-            "looks": looks,
-            "best": [self.best, self.best_look],
-        }
-
-        def write(scratch: Path) -> None:
-            with scratch.open("wb") as file:
-                np.savez(file, **arrays)
-
-        disk.write_atomically(path, write)
+        arrays |= {"identity": self.identity, "losses": self.losses, "looks": looks}
+        arrays["best"] = [self.best, self.best_look]
+        disk.write_atomically(path, lambda scratch: np.savez(scratch, **arrays))
 
     def resume(self, path: Path) -> None:
         """Take up the state of a checkpoint, if there is a sound one; one of another run is refused."""
@@ -350,14 +309,37 @@ class _State:
         for part, slash, name in (key.rpartition("/") for key in arrays):
             if slash:
                 parts.setdefault(part, {})[name] = torch.from_numpy(arrays[f"{part}/{name}"])
-        where = next(self.module.parameters()).device
         self.module.load_state_dict(parts.pop("weight"))
-        self.best_weights = {name: weight.to(where) for name, weight in parts.pop("best").items()} or None
+        self.best_weights = parts.pop("best") or None
         moments = {int(part.removeprefix("optimiser/")): values for part, values in parts.items()}
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         self.losses = arrays["losses"].tolist()
         self.looks = [(int(step), value) for step, value in arrays["looks"].tolist()]
         self.best, self.best_look = float(arrays["best"][0]), int(arrays["best"][1])
+
+
+def _settle(pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe: Recipe, n_processes: int) -> None:
+    """Move waiting losses into the history, averaged over processes; stop at one that is not finite."""
+    losses = torch.stack([loss for _, _, loss in pending]).double()
+    if n_processes > 1:
+        dist.all_reduce(losses)
+    for (step, rows, _), loss in zip(pending, (losses / n_processes).tolist(), strict=True):
+        if not np.isfinite(loss):
+            later = pending[-1][0] - step
+            remedy = "Lower the learning rate or lengthen the warm-up."
+            if all(weight.isfinite().all() for weight in state.module.parameters()):
+                cause = "the weights are finite, so the cause is in these cells, or the learning rate is too high."
+            elif later:  # which have spoiled the weights, whatever the cause
+                cause = f"seen {later} steps later: the cause is in these cells, or training diverged. {remedy}"
+            else:
+                cause = f"the weights are no longer finite: training diverged. {remedy}"
+            cells = ", ".join(str(row) for row in rows[:5])
+            raise NonFiniteLossError(
+                f"the loss is {loss} at step {step + 1} of {recipe.steps}, learning rate {recipe.rate(step):.2g}, on "
+                f"the batch of cells {cells}, … (rows of the subset); {cause}"
+            )
+        state.losses.append(loss)
+    pending.clear()
 
 
 class Head(nn.Sequential):

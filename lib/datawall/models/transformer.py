@@ -6,8 +6,6 @@ masked positions alone. What a step must know of its batch (lengths, masked posi
 with it, so that a GPU is never waited for. Nothing here knows about single cells; only torch is imported.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 MASK = 1  # id of the mask token; 0 stays free, for padding elsewhere
 N_SPECIAL = 2
-IGNORED = -100
+SHARE = 0.15  # of tokens that are to be predicted
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of the prediction head, whose output is never whole in memory
 COMPILED = os.environ.get("DATAWALL_COMPILE", "1") == "1"  # whether layers are compiled on a GPU
 
@@ -43,6 +41,35 @@ class EncoderConfig:
     dropout: float = 0.02  # on embeddings, attention weights and the two outputs of a layer
     init_std: float = 0.02  # standard deviation of the normal initial weights
     layer_norm_eps: float = 1e-12
+
+
+class Layout:
+    """Where the sequences of a packed batch lie; none may be empty, as attention over no keys is undefined.
+
+    `offsets`, (B + 1,) int64 on the CPU, are the first token of each sequence and the total at the end; `where` is the
+    device of the batch.
+    """
+
+    def __init__(self, offsets: Tensor, where: torch.device | str = "cpu") -> None:
+        lengths = offsets.diff()
+        if (lengths < 1).any():
+            raise ValueError("a packed sequence is empty; drop cells without any token first.")
+        self.longest = int(lengths.max())
+        sequence = torch.repeat_interleave(lengths)  # (T,) which sequence a token belongs to
+        position = torch.arange(len(sequence)) - offsets[sequence]  # (T,)
+        self.offsets = send(offsets.to(torch.int32), where)
+        self.sequence, self.position = send(sequence, where), send(position, where)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of the tokens of each sequence: (T, C) to (B, C)."""
+        lengths = self.offsets.diff()
+        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, self.sequence, x) / lengths[:, None]
+
+
+def send(tensor: Tensor, where: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device, which is not waited for."""
+    where = torch.device(where)
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 class Attention(nn.Module):
@@ -130,43 +157,12 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, l
     return y.transpose(1, 2)[place]  # (B, L, H, D) to (T, H, D)
 
 
-class Layout:
-    """Where the sequences of a packed batch lie; none may be empty, as attention over no keys is undefined.
-
-    `offsets`, (B + 1,) int64 on the CPU, are the first token of each sequence and the total at the end; `where` is the
-    device of the batch.
-    """
-
-    def __init__(self, offsets: Tensor, where: torch.device | str = "cpu") -> None:
-        lengths = offsets.diff()
-        if (lengths < 1).any():
-            raise ValueError("a packed sequence is empty; drop cells without any token first.")
-        self.longest = int(lengths.max())
-        sequence = torch.repeat_interleave(lengths)  # (T,) which sequence a token belongs to
-        position = torch.arange(len(sequence)) - offsets[sequence]  # (T,)
-        self.offsets = send(offsets.to(torch.int32), where)
-        self.sequence, self.position = send(sequence, where), send(position, where)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean of the tokens of each sequence: (T, C) to (B, C)."""
-        lengths = self.offsets.diff()
-        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, self.sequence, x) / lengths[:, None]
-
-
-def send(tensor: Tensor, where: torch.device | str) -> Tensor:
-    """A tensor of the CPU on a device, which is not waited for."""
-    where = torch.device(where)
-    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
-
-
 class Encoder(nn.Module):
     """BERT for masked tokens (Devlin et al. 2019), with tied input and output embeddings.
 
-    Gives the logits of `transformers.BertForMaskedLM` with the same weights. BERT's token-type embedding is left out:
+    Gives the loss of `transformers.BertForMaskedLM` with the same weights. BERT's token-type embedding is left out:
     with one type it is a constant that the position embedding absorbs.
     """
-
-    attend: Attend | None = None  # set it to attend in another way than `attention` chooses
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -190,20 +186,16 @@ class Encoder(nn.Module):
     def hidden(self, ids: Tensor, layout: Layout, n_layers: int | None = None) -> Tensor:
         """Token vectors (T, C) after the first `n_layers` layers; after all of them by default."""
         x = self.dropout(self.norm(self.tokens(ids) + self.positions(layout.position)))
-        attend = self.attend or attention(x.device, self.config.n_embd // self.config.n_heads)
+        attend = attention(x.device, self.config.n_embd // self.config.n_heads)
         for layer in self.layers[:n_layers]:
             x = layer(x, layout, attend)
         return x
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every token id, (N, V), for N token vectors (N, C)."""
-        return F.linear(self.head_norm(F.relu(self.head(hidden))), self.tokens.weight, self.head_bias)
 
     def forward(self, ids: Tensor, layout: Layout, chosen: Tensor, originals: Tensor) -> Tensor:
         """Mean cross-entropy, in nats, of the tokens at some positions.
 
         `ids`, (T,), are the token ids of the packed sequences, masked ones replaced; `chosen` and `originals`, (N,),
-        the positions to predict and the token ids that belong there, as of `to_predict`. All are int64.
+        the positions to predict and the token ids that belong there, as of `mask_tokens`. All are int64.
         """
         hidden = self.hidden(ids, layout).index_select(0, chosen)  # (T, C) to (N, C)
         hidden = self.head_norm(F.relu(self.head(hidden)))
@@ -246,31 +238,24 @@ class _CrossEntropy(torch.autograd.Function):
         return *(part.mul_(gradient / ctx.n_rows) for part in parts), None, None
 
 
-def mask_tokens(
-    ids: Tensor, vocab_size: int, generator: torch.Generator | None = None, share: float = 0.15
-) -> tuple[Tensor, Tensor]:
+def mask_tokens(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Choose tokens to predict and hide them (Devlin et al. 2019, section 3.1).
 
-    Each token is chosen with probability `share`; a chosen one becomes the mask token in 80 % of cases, a random
-    token, never a special one, in 10 % and stays itself in 10 %. At least one token is chosen. Random by the
-    generator, or by torch's global one. Gives masked ids and targets, both (T,) int64 as the ids; targets are
-    `IGNORED` where nothing is to be predicted.
+    Each token is chosen with probability `SHARE`; a chosen one becomes the mask token in 80 % of cases, a random
+    token, never a special one, in 10 % and stays itself in 10 %. At least one token is chosen. Random by torch's
+    global generator. `ids`, (T,) int64, are on the CPU, where nobody waits. Gives the masked ids, the chosen positions
+    and the token ids that were there, (N,) int64 both.
     """
-    draw = torch.rand(ids.shape, generator=generator, device=ids.device)
+    draw = torch.rand(ids.shape)
     draw[draw.argmin()] = 0.0
-    chosen = draw < share
+    chosen = draw < SHARE
     # The same uniform number, rescaled within the chosen share, decides what a chosen token becomes.
-    fate = draw / share
-    random_ids = torch.randint(N_SPECIAL, vocab_size, ids.shape, generator=generator, device=ids.device)
-    masked = torch.where(chosen & (fate < 0.8), torch.full_like(ids, MASK), ids)
+    fate = draw / SHARE
+    random_ids = torch.randint(N_SPECIAL, vocab_size, ids.shape)
+    masked = torch.where(chosen & (fate < 0.8), MASK, ids)
     masked = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), random_ids, masked)
-    return masked, torch.where(chosen, ids, torch.full_like(ids, IGNORED))
-
-
-def to_predict(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions that `mask_tokens` chose, and the token ids that were there; taken on the CPU, where nobody waits."""
-    chosen = torch.nonzero(targets != IGNORED).view(-1)
-    return chosen, targets[chosen]
+    positions = chosen.nonzero().view(-1)
+    return masked, positions, ids[positions]
 
 
 def chance_loss(vocab_size: int) -> float:

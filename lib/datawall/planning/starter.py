@@ -79,8 +79,8 @@ def look(corpora: Sequence[str], keys: Iterable[str] = (), *, min_matched: float
     """Look into a named data set, which is loaded, or files, of which counts are sampled and labels read.
 
     Columns named by `keys` are looked at if they are there, whatever is in them; others if they are likely to label
-    cells, with few values and no fractions. For `min_matched` see `corpus.check_match`. Raises CorpusError or
-    DatasetError if a data set breaks a rule, columns apart.
+    cells, with few values and no fractions. For `min_matched` see `corpus.check_match`. Raises CorpusError if a data
+    set breaks a rule, columns apart.
     """
     name = ", ".join(corpora)
     if name in datasets.DATASETS:
@@ -134,7 +134,7 @@ def new(
 
     What is `given`, columns by role and the control (keys of `QUESTIONS`) or `none`, is taken as it is; what is absent
     or None is asked for, or else proposed. `say` tells what is found; `settings` are more keys of the study file.
-    Raises FileExistsError, ValueError (as are ParamsError and CorpusError) or DatasetError.
+    Raises FileExistsError, or ValueError (as are ParamsError and CorpusError).
     """
     path, settings = paths.repository() / "params" / f"{name}.yaml", settings or {}
     if taken := [role for role, key in KEYS.items() if key in settings]:

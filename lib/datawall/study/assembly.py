@@ -42,7 +42,7 @@ def make_corpus(p: Params, folder: Path) -> None:
 
     `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
     genes were matched, `notes.json` what a reader should know of the sources, and `report_<table>.parquet` what became
-    of the cells on the way. Raises CorpusError or DatasetError if a source, the control or a context breaks a rule.
+    of the cells on the way. Raises CorpusError if a source, the control or a context breaks a rule.
     """
     reports = {}
     cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
@@ -84,7 +84,7 @@ def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
     for block in source.blocks():
         block.obs = block.obs.drop(columns=list(sources.QUALITY), errors="ignore")
         yield block
-    tables = tables or {name: table for name, table in source.report._asdict().items() if table is not None}
+    tables = tables or source.reports
     genes = [{**match.row(), "in_corpus": match.matched} for match in source.matches]
     reports.update({"genes": genes, "notes": source.notes, "n_spiked": 0, **tables})
     if p.spike_in is not None:
@@ -119,22 +119,20 @@ class Loaded:
         for cells in self.cells:
             aligned, match = corpus.align(cells, self.name, min_matched=self.p.min_matched_genes)
             columns = self.columns | ({"dataset_id": "dataset_id"} if "dataset_id" in cells.obs else {})
-            obs = {role: self._labels(aligned, role, key) for role, key in columns.items()}
+            obs, renamed = {}, {"cell_type": self.p.labels}
+            for role, key in columns.items():
+                obs[role] = corpus.column(aligned, self.name, key, role, renamed.get(role))
             obs.setdefault("dataset_id", pd.Categorical([self.name] * aligned.n_obs))
             aligned.obs = pd.DataFrame(obs, index=aligned.obs_names)
             n_read, n_kept = n_read + cells.n_obs, n_kept + aligned.n_obs
             for role, counted in n_cells.items():
                 counted.update(aligned.obs[role].value_counts().to_dict())
-            for first in range(0, aligned.n_obs, cellstore.CELLS_AT_ONCE):
-                yield aligned[first : first + cellstore.CELLS_AT_ONCE].copy()
+            yield aligned
         self.matches, self.notes = [match], [f"{self.name}: {note}" for note in match.notes]
         for role, counted in n_cells.items():
             self.notes += corpus.label_notes(counted, f"{self.name}: {role!r}", role)
         became = {"dataset": [self.name], "read": [n_read], "empty": [n_read - n_kept], "kept": [n_kept]}
-        self.report = sources.Report(cells=pd.DataFrame(became), duplicates=None)
-
-    def _labels(self, cells: ad.AnnData, role: str, key: str) -> pd.Categorical:
-        return corpus.column(cells, self.name, key, role, self.p.labels if role == "cell_type" else None)
+        self.reports = {"cells": pd.DataFrame(became)}
 
 
 def _files(p: Params, names: list[str], columns: sources.Columns, **options: Any) -> sources.Source:
@@ -222,7 +220,7 @@ def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
 def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, np.ndarray, dict[str, Any], list[str]]:
     """An evaluation set with the genes of the corpus, which of them it measures, how they were matched, and notes.
 
-    Raises CorpusError or DatasetError if it breaks a rule, or shares no gene with the corpus.
+    Raises CorpusError if it breaks a rule, or shares no gene with the corpus.
     """
     dataset = p.evaluation_sets()[name]
     source = _beside(p, dataset.file, partial(dataset_columns, p, name), dataset.source)
@@ -233,7 +231,7 @@ def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, n
         aligned.obs[role] = aligned.obs[role].cat.remove_unused_categories()
     joining.check_control(p, dataset, aligned.obs)
     notes = list(source.notes)
-    if n_empty := int(source.report.cells["empty"].sum()):
+    if n_empty := int(source.reports["cells"]["empty"].sum()):
         notes.append(f"{name}: {n_empty:,} cells have no count in any known gene and are left out")
     measured = var.index.isin(aligned.var_names)
     if not measured.any():
