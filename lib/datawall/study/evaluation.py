@@ -239,6 +239,8 @@ def levers(study: Study) -> pd.DataFrame:
     """
     p, tables = study.params, []
     for name in ("results", "budgets"):
+        if not (study.folder / f"{name}.parquet").is_file():
+            continue  # no run has another budget
         rows = results.read_results(study.folder, name)
         rows = rows[rows["percentage"] > 0].assign(steps=rows.get("budget", 1.0))
         tables += [results.mean_over_splits(some).assign(steps=steps) for steps, some in rows.groupby("steps")]
