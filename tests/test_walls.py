@@ -11,7 +11,7 @@ from scipy import stats
 from small import small_study
 
 from datawall import models
-from datawall.analysis import walls
+from datawall.analysis import results, walls
 from datawall.cells import sampling
 from datawall.models import ssl
 from datawall.reading.plots import walls as figures
@@ -104,8 +104,8 @@ def test_levers_say_what_was_varied_in_each_run(tmp_path):
     )
     study.pretrain()
     evaluation.evaluate(study, "zeroshot_classification")
-    table = evaluation.levers(study)
-    table = table[table["metric"] == "micro_f1"].set_index(["label", "strategy", "cells", "steps"]).sort_index()
+    whole = evaluation.levers(study)
+    table = whole[whole["metric"] == "micro_f1"].set_index(["label", "strategy", "cells", "steps"]).sort_index()
     shown = table[["varied", "depth", "width", "samples"]].apply(tuple, axis=1).to_dict()
     assert shown == {
         ("SSL", "depth_10", 0.5, 1.0): ("depth", 0.1, 1.0, 128),
@@ -119,6 +119,12 @@ def test_levers_say_what_was_varied_in_each_run(tmp_path):
         ("SSL@other", "random", 1.0, 1.0): ("several", 1.0, 2.0, 128),
     }
     assert set(table["model"]) == set(table["family"]) == {"SSL"}
+    rows = results.read_results(study.folder)
+    given = rows[rows["percentage"] == 50].assign(model="given")  # an embedding made elsewhere, on a subset
+    results.write_tables({"results": pd.concat([rows, given])}, study.folder, {})
+    pd.testing.assert_frame_equal(evaluation.levers(study), whole)
+    results.write_tables({"results": given, "budgets": given.iloc[:0]}, study.folder, {})
+    assert walls.sentences(evaluation.levers(study)) == []
     random, thinned = (
         study.cells(run.subset) for run in study.pretraining_runs()[:1] + study.pretraining_runs()[-3:-2]
     )

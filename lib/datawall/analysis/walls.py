@@ -1,7 +1,5 @@
 """Which wall a model meets: what twice the cells, depth, steps or width, other cells or another loss would gain."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +65,7 @@ def means(levers: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     rows = select(levers, metric=metric)
     errors = rows["value"] if lower_is_better(metric) else 1 - rows["value"]
-    rows = rows.assign(log=np.log(errors.clip(lower=EXACT)), unique=rows["n_cells"])
+    rows = rows.assign(log=np.log(errors.astype(float).clip(lower=EXACT)), unique=rows["n_cells"])
     keys = [*CURVE, "family", "label", "strategy", "varied", *LEVERS]
     by_key = rows.groupby(keys, sort=False)
     table = by_key[["unique", "samples", "log"]].mean().assign(n=by_key.size(), squares=by_key["log"].var().fillna(0))

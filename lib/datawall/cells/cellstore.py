@@ -204,8 +204,7 @@ class Cells:
 
     def nbytes(self) -> int:
         """Memory that `counts` of all takes."""
-        positions, indptr = self._positions(None), self._file.indptr
-        n_values = int((indptr[positions + 1] - indptr[positions]).sum())
+        n_values = int(self.genes_detected.sum())
         index = 4 if n_values < 2**31 else 8
         return n_values * (4 + index) + (self.n_obs + 1) * index
 
@@ -229,7 +228,7 @@ class Cells:
     @property
     def genes_detected(self) -> np.ndarray:
         """(n_cells,) of how many genes each cell has counts."""
-        return self._lengths(self._positions(None))
+        return np.diff(self._file.indptr)[self._positions(None)]
 
     def to_memory(self) -> ad.AnnData:
         """All cells, with their names."""

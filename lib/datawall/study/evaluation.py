@@ -24,6 +24,10 @@ from datawall.study.study import CHOSEN, Study
 from datawall.study.units import Evaluation, Run
 from datawall.tasks import baselines
 
+LEVERS = [  # columns of `levers`
+    *("model", "family", "label", "strategy", "seed", "n_cells", "samples", "varied"),
+    *("cells", "depth", "steps", "width", "task", "dataset", "metric", "value"),
+]
 LEFT_OUT = {
     "random": "what random subsets tell, such as what more cells are worth",
     "untrained": "what untrained models tell: what pretraining changes",
@@ -239,11 +243,13 @@ def levers(study: Study) -> pd.DataFrame:
     """
     p, tables = study.params, []
     for name in ("results", "budgets"):
-        if not (study.folder / f"{name}.parquet").is_file():
-            continue  # no run has another budget
-        rows = results.read_results(study.folder, name)
-        rows = rows[rows["percentage"] > 0].assign(steps=rows.get("budget", 1.0))
-        tables += [results.mean_over_splits(some).assign(steps=steps) for steps, some in rows.groupby("steps")]
+        if (study.folder / f"{name}.parquet").is_file():  # where no run has another budget, there may be but one
+            rows = results.read_results(study.folder, name)
+            rows = rows[(rows["percentage"] > 0) & rows["model"].isin(p.specs)]  # no baseline, nor a given embedding
+            rows = rows.assign(steps=rows.get("budget", 1.0))
+            tables += [results.mean_over_splits(some).assign(steps=steps) for steps, some in rows.groupby("steps")]
+    if not tables:
+        return pd.DataFrame(columns=LEVERS)
     table = pd.concat(tables, ignore_index=True).rename(columns={"model": "label"})
     settings = pd.DataFrame([_setting(p, label) for label in table["label"].unique()]).set_index("label")
     table = table.join(settings, on="label")
@@ -253,8 +259,7 @@ def levers(study: Study) -> pd.DataFrame:
     by_strategy = np.where(table["depth"] < 1, "depth", np.where(table["strategy"] == "random", "", "strategy"))
     both = (table["varied"] != "") & (by_strategy != "")
     table["varied"] = np.where(both, "several", table["varied"] + by_strategy)
-    columns = ["model", "family", "label", "strategy", "seed", "n_cells", "samples", "varied"]
-    return table[[*columns, "cells", "depth", "steps", "width", "task", "dataset", "metric", "value"]]
+    return table[LEVERS]
 
 
 def _setting(p: Params, label: str) -> dict[str, Any]:
@@ -263,12 +268,13 @@ def _setting(p: Params, label: str) -> dict[str, Any]:
     spec, own = p.specs[label], hyperparameters.resolve(base, p.hyperparameters, schedule=p.budget)
     values, own_values = (each.hyperparameters.model_dump() for each in (spec, own))
     differ = {name for name in values if values[name] != own_values[name]}
-    widths = [np.ravel(each.get("n_hidden") or each.get("n_embd") or 1)[0] for each in (values, own_values)]
-    wide = widths[0] != widths[1] and differ <= {"n_hidden", "n_latent", "n_embd", "learning_rate"}
-    varied = "width" if wide else "".join(differ) if differ <= {"weight_decay"} else "several"
+    wide = bool(differ & {"n_hidden", "n_embd"})
+    widths = [np.ravel(each.get("n_hidden") or each["n_embd"])[0] for each in (values, own_values) if wide] or [1, 1]
+    only_width = wide and differ <= {"n_hidden", "n_latent", "n_embd", "learning_rate"}
+    varied = "width" if only_width else "".join(differ) if differ <= {"weight_decay"} else "several"
     samples = p.steps_of(label) * values.get("batch_size", 0)
-    told = {"label": label, "model": base, "family": spec.family, "varied": varied}
-    return told | {"width": float(widths[0] / widths[1]), "samples": samples}
+    told = {"label": label, "model": base, "family": spec.family, "varied": varied, "samples": samples}
+    return told | {"width": float(widths[0] / widths[1])}
 
 
 def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:

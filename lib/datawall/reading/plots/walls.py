@@ -1,7 +1,5 @@
 """Figures of `analysis.walls`: errors over one lever at a time, and what a doubling or a swap of each is worth."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
