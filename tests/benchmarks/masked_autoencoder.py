@@ -54,3 +54,7 @@ settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True
 rows = np.arange(N_CELLS)
 theirs, ours = training_step(peer, lambda: peer_loss(x), **settings), lambda: module(Cells.of(X[rows]))
 report("cells", N_CELLS, theirs, training_step(module, ours, **settings))
+contrastive = Autoencoder(N_GENES, h.model_copy(update={"loss": "contrastive"})).to(training.device())
+twin = training_step(contrastive, lambda: contrastive(Cells.of(X[rows])), **settings)
+print("a step of the contrastive twin (the second) beside one of the masked:")
+report("cells", N_CELLS, training_step(module, ours, **settings), twin)
