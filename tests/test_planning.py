@@ -378,5 +378,5 @@ def test_simulated_cells_beyond_the_corpus_are_a_data_set(tmp_path):
 
 @pytest.mark.parametrize("file", ["simulated:900-1100", "simulated:1200-1100", "simulated:1000"])
 def test_simulated_cells_of_the_corpus_or_of_none_are_refused(file, tmp_path):
-    with pytest.raises((params.ParamsError, RuntimeError), match="simulated:"):
+    with pytest.raises(ValueError, match="simulated:"):
         study_of(tmp_path, evaluation=[{"file": file, "name": "beyond"}]).dataset("beyond")
