@@ -181,6 +181,11 @@ class ModelSpec:
         return self.model_class(**self.hyperparameters.model_dump())
 
 
+def without_label(name: str) -> str:
+    """A model's name without its label: of `SSL@wide`, SSL; one of the user's own, `module:Class`, has none."""
+    return name if ":" in name else name.partition("@")[0]
+
+
 def resolve(
     name: str, given: Mapping[str, Mapping[str, Any]] | None = None, *, schedule: Schedule | None = None
 ) -> ModelSpec:
@@ -191,7 +196,7 @@ def resolve(
     whole name: `SSL@wide` has all that SSL has, and more of its own. `schedule` is for a family that has one and is
     given none.
     """
-    base = name if ":" in name else name.partition("@")[0]
+    base = without_label(name)
     if base not in FAMILIES and base not in VARIANTS and ":" not in name:
         raise ValueError(
             f"{name!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"

@@ -96,8 +96,7 @@ class Site:
         if other := [key for key in now if key not in IN_NO_NUMBER and then and then.get(key) != now[key]]:
             told = f"they are of other {', '.join(other)}. Its own come with the stages of its tasks."
             return [f"The results are not those of study.yaml as it is now: {told}"]
-        levers = evaluation.levers(self.study) if len(self.results) else pd.DataFrame()
-        return [*verdicts.sentences(self.verdicts), *(walls.sentences(levers) if len(levers) else ())]
+        return [*verdicts.sentences(self.verdicts), *walls.sentences(evaluation.levers(self.study))]
 
     def write(self) -> Path:
         """Write the pages into the folder of the run; returns the path of the first."""

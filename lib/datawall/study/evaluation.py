@@ -264,7 +264,7 @@ def levers(study: Study) -> pd.DataFrame:
 
 def _setting(p: Params, label: str) -> dict[str, Any]:
     """What sets a labelled model apart from the one without its label."""
-    base = label if ":" in label else label.partition("@")[0]
+    base = hyperparameters.without_label(label)
     spec, own = p.specs[label], hyperparameters.resolve(base, p.hyperparameters, schedule=p.budget)
     values, own_values = (each.hyperparameters.model_dump() for each in (spec, own))
     differ = {name for name in values if values[name] != own_values[name]}

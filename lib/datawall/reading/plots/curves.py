@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from datawall.analysis.results import CHANCE, ORACLE, REFERENCES, mean_over_splits, rank_correlations, select, sign_of
 from datawall.analysis.saturation import errors_of
-from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve
+from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve, without_label
 from datawall.reading import titles
 from datawall.reading.plots import style
 from datawall.reading.plots.style import SPIKED, STRATEGIES, WIDTH, by_size, finish, panels, size_axis
@@ -68,8 +68,8 @@ def learning_curves(results: pd.DataFrame, metric: str) -> Figure:
     ceiling, the cross at 0 % the untrained control. Chance is written beside the metric. A model with a label, such as
     `SSL@wide`, is left to `variants` where SSL is shown.
     """
-    without_label = results["model"].str.split("@").str[0]
-    shown = (without_label == results["model"]) | ~without_label.isin(results["model"])
+    base = results["model"].map(without_label)
+    shown = (base == results["model"]) | ~base.isin(results["model"])
     results = style.in_order(results[shown])
     runs = mean_over_splits(select(results, metric=metric))
     chance = runs[runs["model"] == CHANCE].set_index("dataset")["value"]
