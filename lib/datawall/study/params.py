@@ -73,7 +73,7 @@ class Params(BaseModel):
     strategies: Some[StrategyName]
     percentages: Some[Percentage]  # of the pretraining cells
     seeds: Some[Seed]
-    adaptive: bool = False  # random subsets only until each verdict is settled: see `evaluation.pretrain_adaptively`
+    adaptive: bool = False  # random subsets only until each verdict is settled: see `questions.pretrain_adaptively`
     margin: Annotated[float, Field(gt=0)] = 0.02  # difference in a score that does not matter
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
@@ -181,10 +181,8 @@ class Params(BaseModel):
 
     def _mistakes_of_embeddings(self) -> Iterator[str]:
         """Embeddings of data sets, or from subsets, that the study does not have."""
-        entries, sets = (
-            [(given.model, given.dataset, given.subset) for given in self.embeddings],
-            self.evaluation_sets(),
-        )
+        entries = [(given.model, given.dataset, given.subset) for given in self.embeddings]
+        sets = self.evaluation_sets()
         for model, dataset, subset in entries:
             if dataset not in sets:
                 yield f"embeddings: {model}: {dataset!r} is no evaluation data set; there are {', '.join(sets)}"
