@@ -19,7 +19,7 @@ from datawall.cells import datasets, simulate
 from datawall.engine import disk
 from datawall.models import external
 from datawall.study import dataset, evaluation, params
-from datawall.study.units import Embedding, Evaluation, EvaluationSet
+from datawall.study.records import Embedding, Evaluation, EvaluationSet
 
 README = (Path(__file__).resolve().parents[1] / "params" / "README.md").read_text()
 SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]

@@ -15,7 +15,7 @@ import datawall as dw
 from datawall import models, tasks
 from datawall.engine import code, paths
 from datawall.study import evaluation, study
-from datawall.study.units import Evaluation, Run, Subset
+from datawall.study.records import Evaluation, Run, Subset
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from datawall.planning import plan as planning
 from datawall.planning import preflight
 from datawall.reading import plots
 from datawall.study import dataset, evaluation, joining, params, questions
-from datawall.study.units import Evaluation, EvaluationSet
+from datawall.study.records import Evaluation, EvaluationSet
 
 TASKS = tuple(tasks.TASKS)
 ATLAS = atlas(300, n_datasets=2, donors_per_dataset=3, responsive=["myeloid leukocyte", "lymphocyte"])

@@ -29,8 +29,8 @@ from datawall.engine import code, disk, store
 from datawall.models import training
 from datawall.planning import starter
 from datawall.study import params
+from datawall.study.records import Run, Subset
 from datawall.study.study import Study
-from datawall.study.units import Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Run("PretrainedPCA", Subset("random", 100.0, 0))

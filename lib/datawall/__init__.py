@@ -30,7 +30,7 @@ PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.item
 PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks", "plots": "datawall.reading.plots"}
 PLACES |= {
     "Study": "datawall.study.study:Study",
-    "Subset": "datawall.study.units:Subset",
+    "Subset": "datawall.study.records:Subset",
     "open_study": "datawall.study.study:open_study",
     "read_results": "datawall.analysis.results:read_results",
 }

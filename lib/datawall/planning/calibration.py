@@ -29,8 +29,8 @@ from datawall.models import training
 from datawall.study import curation, evaluation
 from datawall.study.costs import calibration_file, size_of, work
 from datawall.study.params import Params
+from datawall.study.records import Evaluation, Run, Subset
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run, Subset
 from datawall.tasks import TASKS, baselines
 
 CELLS = 800, 3200  # of the miniature's corpora, of which 70 % are pretrained on

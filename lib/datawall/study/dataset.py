@@ -32,8 +32,6 @@ KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the on
 class WithDatasets(WithCorpus):
     """A study with its split, its evaluation data sets and what these share with the corpus."""
 
-    # The split
-
     @cached_property
     def split_unit(self) -> Unit:
         """Which cells of the corpus are pretrained on, and which are held out."""

@@ -17,7 +17,7 @@ from datawall.engine import cluster
 from datawall.engine.store import Artifact, Unit
 from datawall.models import external
 from datawall.study.model import WithModels, makers_of
-from datawall.study.units import Embedding, Run, Source
+from datawall.study.records import Embedding, Run, Source
 from datawall.tasks import baselines
 
 TIMED, TIMES = 1000, 5  # cells that a timing embeds at most, and how often

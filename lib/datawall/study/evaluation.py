@@ -16,8 +16,8 @@ from datawall.cells.corpus import CorpusError
 from datawall.engine import cluster, disk
 from datawall.engine.store import Artifact, Unit
 from datawall.study import joining
+from datawall.study.records import Evaluation, Run
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run
 from datawall.tasks import baselines
 from datawall.tasks.metrics import Metrics
 

@@ -9,7 +9,7 @@ import pandas as pd
 from datawall.cells import sampling
 from datawall.cells.corpus import CorpusError
 from datawall.study.params import Params
-from datawall.study.units import EvaluationSet
+from datawall.study.records import EvaluationSet
 
 FEWEST = 20  # cells of a data set to judge on
 FEWEST_OF_TYPE = 5  # cells of a type: with fewer, one of three folds may have none to train on

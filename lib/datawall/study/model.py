@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from datawall.engine.store import Artifact, Unit
 from datawall.models import external, hyperparameters
 from datawall.study import params
 from datawall.study.costs import Costs
+from datawall.study.records import Run, Source, Subset
 from datawall.study.subset import WithSubsets
-from datawall.study.units import Run, Source
 
 CHOSEN = "chosen.json"  # of an adaptive study: percentages and seeds by model
 
@@ -45,9 +45,13 @@ class WithModels(WithSubsets):
         return [run for run, size in sizes if run.subset.untrained or size in chosen.get(run.model, ())]
 
     def budget_runs(self) -> list[Run]:
-        """The runs of `budget_check`: those of `pretraining_runs`, with other budgets."""
-        main = {(run.model, run.subset) for run in self.pretraining_runs()}
-        return [run for run in self.params.budget_runs() if (run.model, run.subset) in main]
+        """The runs of `budget_check`: some of `pretraining_runs`, by models that take steps, with other budgets."""
+        if (check := self.params.budget_check) is None:
+            return []
+        subsets = [Subset("random", percentage, seed) for percentage in check.percentages for seed in check.seeds]
+        models = [name for name in self.params.models if self.params.specs[name].takes_steps]
+        wanted, runs = [Run(model, subset) for model in models for subset in subsets], self.pretraining_runs()
+        return [replace(run, budget=share) for run in wanted if run in runs for share in check.budgets]
 
     def all_runs(self) -> list[Run]:
         """Every run: `pretraining_runs`, then `budget_runs`."""

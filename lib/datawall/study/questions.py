@@ -18,8 +18,8 @@ from datawall.study import curation, joining
 from datawall.study.evaluation import evaluate, evaluation_unit, evaluations
 from datawall.study.model import CHOSEN
 from datawall.study.params import Params
+from datawall.study.records import Run
 from datawall.study.study import Study
-from datawall.study.units import Run
 
 LEVERS = [  # columns of `levers`
     *("model", "family", "label", "strategy", "seed", "n_cells", "samples", "varied"),

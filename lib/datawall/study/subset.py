@@ -9,7 +9,7 @@ import numpy as np
 from datawall.cells import cellstore, expression, sampling
 from datawall.engine.store import Unit
 from datawall.study.dataset import WithDatasets
-from datawall.study.units import Subset
+from datawall.study.records import Subset
 
 
 class WithSubsets(WithDatasets):
