@@ -55,7 +55,7 @@ class WithCorpus:
 
         `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
         genes were matched, `notes.json` what a reader should know of the sources, and `report_<table>.parquet` what
-        became of the cells on the way. Raises CorpusError if a source or the control breaks a rule.
+        became of the cells on the way. Raises CorpusError if a source, the control or a context breaks a rule.
         """
         p, reports = self.params, {}
         cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
@@ -70,7 +70,9 @@ class WithCorpus:
                 disk.write_json(folder / f"{name}.json", content)
         if p.cell_type_key == CLUSTERS:
             cellstore.add_labels(folder, "cell_type", clusters(cells))
-        joining.check_control(p, p.evaluation_sets()[p.held_out_name], cellstore.Cells(folder / cellstore.NAME).obs)
+        obs = cellstore.Cells(folder / cellstore.NAME).obs
+        joining.check_contexts(p, obs["cell_type"].unique())
+        joining.check_control(p, p.evaluation_sets()[p.held_out_name], obs)
 
     @cached_property
     def corpus_artifact(self) -> Artifact:
