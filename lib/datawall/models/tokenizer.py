@@ -145,8 +145,8 @@ class RankTokenizer:
             values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
             # The bits of a positive float32, read as an integer, rise with its value, so their complement sorts it
             # descending: 2.0 is 0x40000000 and 1.5 0x3FC00000, which become 0xBFFFFFFF and 0xC03FFFFF. numpy sorts
-            # integers of 16 bits by counting, and stably, which keeps ties in gene order; so entries are sorted by their
-            # cell, by the upper halves of the keys, 0xBFFF < 0xC03F, and where these are equal by the lower halves.
+            # integers of 16 bits by counting, and stably, which keeps ties in gene order; so entries are sorted by
+            # cell, then by the upper halves of keys, 0xBFFF < 0xC03F, and where these are equal by the lower halves.
             keys, cells = ~values.view(np.uint32), np.repeat(np.arange(len(lengths), dtype=np.uint8), lengths)
             ranked = np.lexsort((keys.astype(np.uint16), (keys >> 16).astype(np.uint16), cells))
             if len(lengths) and lengths.max() > self.max_length:
