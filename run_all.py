@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
+    # dask asks for it, and does without: it loads numba, for a quarter of a second, which this process never needs.
+    sys.modules.setdefault("sparse", None)
     from datawall.engine import disk, paths
     from datawall.planning import plan as planning
     from datawall.study import params
