@@ -14,6 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from datawall import models
 from datawall.models import training
@@ -23,7 +24,7 @@ def head(checkpoint=None):
     rng = np.random.default_rng(0)
     X = torch.from_numpy(rng.standard_normal((60, 5)).astype(np.float32))
     y = X @ torch.arange(5.0)[:, None]
-    module = training.seeded(lambda: training.Head(5, 1, n_hidden=16, dropout=0), 0)
+    module = training.seeded(lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 1)), 0)
     recipe = training.Recipe(steps=30, batch_size=15, learning_rate=1e-2, clip_norm=1.0)
 
     def loss_of(forward, rows, step):

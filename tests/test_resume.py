@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from small import FAMILIES, STUDY
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import datawall as dw
@@ -71,7 +72,7 @@ def train_to(monkeypatch):
                 raise KeyboardInterrupt
             return forward(X[rows]).square().mean()
 
-        module = training.seeded(lambda: training.Head(6, 1, n_hidden=16), 0).cpu()
+        module = training.seeded(lambda: nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 1)), 0).cpu()
         recipe = training.Recipe(steps=steps, batch_size=8, learning_rate=1e-2, validate_every=3, patience=100)
         looks = iter(np.arange(100.0, 0, -1))
         options = {"seed": seed, "validation_loss": lambda: next(looks), "checkpoint": checkpoint}

@@ -1,6 +1,5 @@
 """The tasks on small made-up cells: by hand, against other implementations, and with inputs that must fail."""
 
-import copy
 import re
 
 import numpy as np
@@ -21,6 +20,7 @@ from datawall import tasks
 from datawall.cells import sampling
 from datawall.models import training
 from datawall.tasks import classification, finetuning, perturbation
+from datawall.tasks.heads import Heads
 
 
 def blobs(n_types=3, n_each=60, *, noise=0.3, seed=0):
@@ -97,28 +97,52 @@ def test_balanced_weights_are_scikit_learns():
     np.testing.assert_allclose(folds.weight.cpu()[0, :2], expected, rtol=1e-6)
 
 
+def test_a_head_has_the_published_shape():
+    head = Heads(1, 10, 4)
+    assert [tuple(weight.shape) for weight in head.parameters()] == [(1, 10, 128), (1, 1, 128), (1, 4, 128), (1, 4, 1)]
+    assert head.dropout == 0.2
+
+
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_gradients_of_heads_are_autograds(class_weight):
+    X, y = blobs()
+    part = np.stack([np.roll(np.arange(len(y)) % 5 % 3, i) for i in range(2)])
+    folds = finetuning._Folds(y, part, class_weight)
+    heads = Heads(2, 8, 3).to(training.device())
+    with torch.no_grad():
+        heads.last_weight[1] *= 2
+    rows = folds.alike(0)
+    inputs = torch.from_numpy(X[rows]).to(training.device())
+
+    def gradients(loss_of):
+        torch.manual_seed(0)
+        heads.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        return [loss.detach(), *(weight.grad for weight in heads.parameters())]
+
+    def judge(logits):
+        losses, slope = folds.loss(logits, rows)
+        return losses.sum(), slope
+
+    by_hand = gradients(lambda: heads.loss(inputs, judge))
+    torch.testing.assert_close(by_hand, gradients(lambda: folds.loss(heads(inputs), rows)[0].sum()))
+
+
 def test_heads_side_by_side_are_each_as_alone():
-    """Where nothing is random: weights begin alike, all cells are a batch, and nothing is dropped out."""
     X, y = blobs(n_each=39, noise=5)
     fold = np.arange(len(y)) // 3 % 3
     parts = np.stack([np.where(fold == i, 2, np.where(fold == (i + 1) % 3, 1, 0)) for i in range(3)])
-    recipe = training.Recipe(steps=300, batch_size=500, learning_rate=0.01, decay="none", validate_every=10, patience=2)
-    begin = training.Head(X.shape[1], 3, dropout=0.0)
+    recipe = training.Recipe(steps=300, batch_size=16, learning_rate=0.01, decay="none", validate_every=10, patience=2)
 
-    def fitted(part):
+    def outputs(part):
         folds = finetuning._Folds(y, part, None)
         scaled = torch.stack([finetuning._scaling(X[rows])(torch.from_numpy(X)) for rows in folds.rows[0]])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "Head", lambda *_: copy.deepcopy(begin))
-            patch.setattr(training, "minibatches", lambda n, *_, **__: iter([np.arange(n)] * 300))
-            return finetuning._fit_heads(scaled, folds, 0, recipe), scaled
+        return finetuning._fit_heads(scaled, folds, 0, recipe)(scaled).detach().cpu()
 
-    together, scaled = fitted(parts)
+    together = outputs(parts)
     for i, part in enumerate(parts):
-        alone, X_of_fold = fitted(part)
-        with torch.no_grad():
-            expected, found = alone.outputs(0, X_of_fold[0]), together.outputs(i, scaled[i])
-        np.testing.assert_allclose(found.cpu(), expected.cpu(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(together[i], outputs(part)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_every_cell_is_tested_once_by_the_other_folds():

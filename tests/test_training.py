@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from datawall.models import training
-from datawall.models.training import Head, NonFiniteLossError, Recipe, minibatches, seeded, train
+from datawall.models.training import NonFiniteLossError, Recipe, minibatches, seeded, train
 
 
 def test_every_cell_comes_once_a_pass():
@@ -74,7 +74,7 @@ def noisy_problem(seed=0):
     rng = np.random.default_rng(0)
     X = torch.from_numpy(rng.standard_normal((40, 6)).astype(np.float32))
     y = torch.from_numpy(rng.standard_normal((40, 1)).astype(np.float32))
-    module = seeded(lambda: Head(6, 1, n_hidden=16, dropout=0.5), seed).cpu()
+    module = seeded(lambda: nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 1)), seed).cpu()
     return module, lambda forward, rows, step: ((forward(X[rows]) - y[rows]) ** 2).mean()
 
 
@@ -236,9 +236,3 @@ def test_linear_regression_is_recovered():
     np.testing.assert_allclose(module.weight.detach(), slope, atol=1e-3)
     np.testing.assert_allclose(module.bias.detach(), intercept, atol=1e-3)
     assert history.loss[-1] < 1e-5 < history.loss[0]
-
-
-def test_a_head_has_the_published_shape():
-    shapes = [tuple(weight.shape) for weight in Head(10, 4).parameters()]
-    assert shapes == [(128, 10), (128,), (4, 128), (4,)]
-    assert [layer.p for layer in Head(10, 4) if isinstance(layer, nn.Dropout)] == [0.2]

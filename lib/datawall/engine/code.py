@@ -71,7 +71,7 @@ def closure(makers: tuple[str, ...], packages: tuple[str, ...] = COUNTED) -> lis
 def _imports(name: str) -> set[str]:
     """Library modules that a module imports, also within functions, or that one function of it uses."""
     module, _, function = name.partition(":")
-    tree, imported = _Running().visit(ast.parse(SOURCES[module])), set()
+    tree, imported = _running(SOURCES[module]), set()
     used = {node.id for part in _functions(tree, function) for node in ast.walk(part) if isinstance(node, ast.Name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "datawall":
@@ -90,10 +90,16 @@ def code_version(name: str) -> str:
     Of a module whose functions make things of several kinds, one of them can be named: `curated:_make_subset`.
     """
     module, _, function = name.partition(":")
-    tree = _Running().visit(ast.parse(SOURCES[module]))
+    tree = _running(SOURCES[module])
     if function:
-        tree.body = _functions(tree, function)
+        tree = ast.Module(_functions(tree, function), type_ignores=[])
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+@cache
+def _running(source: str) -> ast.Module:
+    """What runs of a module, from its text."""
+    return _Running().visit(ast.parse(source))
 
 
 class _Running(ast.NodeTransformer):

@@ -208,8 +208,8 @@ def _sound(folder: Path, place: Path, where: str = "") -> Artifact | None:
 
 def _files(folder: Path) -> list[str]:
     """Names of the files of an artifact, but for its manifest, in order."""
-    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for name in there if name != MANIFEST)
+    there = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+    return sorted(name for path in there if (name := path.removeprefix(f"{folder}/")) != MANIFEST)
 
 
 def _remove_damaged(folder: Path, aside: Path) -> None:

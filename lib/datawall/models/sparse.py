@@ -164,11 +164,11 @@ def bernoulli(n: int, share: float, where: torch.device) -> Tensor:
     if where.type != "cpu":
         return torch.empty(n, dtype=torch.uint8, device=where).bernoulli_(share)
     digits = f"{min(max(round(share * 2**32), 1), 2**32 - 1):032b}".rstrip("0")
-    words = torch.zeros(-(-n // 64), dtype=torch.int64)
-    for digit in reversed(digits):
-        fair = torch.empty_like(words).random_(-(2**63), None)
-        words = words | fair if digit == "1" else words & fair
-    return torch.from_numpy(np.unpackbits(words.numpy().view(np.uint8), count=n))
+    fair = torch.empty(len(digits), -(-n // 64), dtype=torch.int64).random_(-(2**63), None).numpy()
+    words = np.zeros_like(fair[0])
+    for digit, bits in zip(reversed(digits), fair, strict=True):
+        (np.bitwise_or if digit == "1" else np.bitwise_and)(words, bits, out=words)
+    return torch.from_numpy(np.unpackbits(words.view(np.uint8), count=n))
 
 
 class SparseNetwork(base.Network):

@@ -170,7 +170,8 @@ def train(
     checkpoint
         An `.npz` file, written about once a minute, and resumed from where it exists.
     """
-    where = next(module.parameters()).device
+    weights = list(module.parameters())
+    where = weights[0].device
     rank, n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     forward = DistributedDataParallel(module) if n_processes > 1 else module
     optimiser = _optimiser(module, recipe)
@@ -186,7 +187,8 @@ def train(
     def shares() -> Shares:
         nonlocal drawn
         for step, rows in enumerate(itertools.islice(batches, recipe.steps)):
-            drawn = np.pad(drawn, (0, max(0, int(rows.max()) + 1 - len(drawn))))
+            if (n_more := int(rows.max()) + 1 - len(drawn)) > 0:
+                drawn = np.pad(drawn, (0, n_more))
             drawn[rows] = True
             if step >= begun:
                 taken.append((step, rows))
@@ -225,10 +227,11 @@ def train(
             if settle:
                 _settle(pending, state, recipe, n_processes)
                 bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
-            optimiser.zero_grad()
+            for weight in weights:
+                weight.grad = None
             loss.backward()
             if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
+                nn.utils.clip_grad_norm_(weights, recipe.clip_norm)
             optimiser.step()
             bar.update()
             if look:
@@ -253,12 +256,11 @@ def train(
 
 def _optimiser(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser over a module's weights."""
-    matrices = [weight for weight in module.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": recipe.weight_decay if recipe.decay_vectors else 0.0},
-    ]
+    by_decay: dict[float, list[nn.Parameter]] = {}
+    for weight in module.parameters():
+        decays = weight.ndim > 1 or recipe.decay_vectors
+        by_decay.setdefault(recipe.weight_decay if decays else 0.0, []).append(weight)
+    groups = [{"params": weights, "weight_decay": decay} for decay, weights in by_decay.items()]
     return getattr(torch.optim, recipe.optimiser)(groups, eps=recipe.epsilon, fused=True)
 
 
@@ -340,13 +342,6 @@ def _settle(pending: list[tuple[int, np.ndarray, Tensor]], state: _State, recipe
             )
         state.losses.append(loss)
     pending.clear()
-
-
-class Head(nn.Sequential):
-    """The small network on top of a frozen embedding: Linear, ReLU, dropout 0.2, Linear (original study: 128 wide)."""
-
-    def __init__(self, n_inputs: int, n_outputs: int, *, n_hidden: int = 128, dropout: float = 0.2) -> None:
-        super().__init__(nn.Linear(n_inputs, n_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(n_hidden, n_outputs))
 
 
 def seeded[Module: nn.Module](build: Callable[[], Module], seed: int) -> Module:

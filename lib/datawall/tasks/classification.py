@@ -102,17 +102,15 @@ def _balanced_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "micro_f1": lambda truth, predicted: np.mean(truth == predicted),
-    "macro_f1": lambda truth, predicted: np.mean(list(f1_by_type(truth, predicted).values())),
+    "macro_f1": lambda truth, predicted: f1_by_type(truth, predicted).mean(),
     "balanced_accuracy": _balanced_accuracy,
     "error_rate": lambda truth, predicted: 1 - np.mean(truth == predicted),
-}  # of true and predicted labels; a line here, and one in metrics.csv, adds a metric
+}  # of true and predicted labels, as whole numbers; a line here, and one in metrics.csv, adds a metric
 
 
-def f1_by_type(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """F1 of each type among the true labels."""
-    types = np.unique(truth)
-    scores = f1_score(truth, predicted, labels=types, average=None, zero_division=0)
-    return dict(zip(types.tolist(), scores.tolist(), strict=True))
+def f1_by_type(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """F1 of each type among the true labels, in their order."""
+    return f1_score(truth, predicted, labels=np.unique(truth), average=None, zero_division=0)
 
 
 def classification_metrics(
@@ -124,18 +122,20 @@ def classification_metrics(
     of the training cells are for the levels of chance (see `uncertainty.chance_levels`).
     """
     truth, predicted = np.asarray(truth), np.asarray(predicted)
-    values = {name: metric(truth, predicted) for name, metric in METRICS.items()}
+    types = np.unique(np.concatenate([truth, predicted]))
+    true, called = (np.searchsorted(types, labels) for labels in (truth, predicted))  # sklearn is slow at strings
+    values = {name: metric(true, called) for name, metric in METRICS.items()}
     intervals = uncertainty.classification_intervals(truth, predicted)
     chance = {} if train_labels is None else uncertainty.chance_levels(train_labels, truth)
     if added := [name for name in METRICS if name not in intervals]:
         draws = np.random.default_rng(0).integers(len(truth), size=(uncertainty.N_RESAMPLES, len(truth)))
         for name in added:
-            resampled = np.array([METRICS[name](truth[cells], predicted[cells]) for cells in draws])
+            resampled = np.array([METRICS[name](true[cells], called[cells]) for cells in draws])
             intervals[name] = uncertainty.interval(values[name], resampled)
     if by_type:
-        types, support = np.unique(truth, return_counts=True)
-        values |= {f"f1[{name}]": f1 for name, f1 in f1_by_type(truth, predicted).items()}
-        values |= {f"support[{name}]": n for name, n in zip(types, support, strict=True)}
+        present, support = np.unique(true, return_counts=True)
+        for kind, numbers in (("f1", f1_by_type(true, called)), ("support", support)):
+            values |= {f"{kind}[{name}]": number for name, number in zip(types[present], numbers, strict=True)}
     return Metrics(values, intervals, chance, predicted=predicted)
 
 

@@ -6,12 +6,11 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse as sp
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datawall.models import training
-from datawall.models.sparse import bernoulli
 from datawall.tasks.classification import check_embedding, classification_metrics
+from datawall.tasks.heads import Heads
 from datawall.tasks.metrics import Metrics
 
 # Budget, warm-up and patience are in steps, so that a small data set trains as long as a large one: the original's, in
@@ -46,7 +45,8 @@ def finetuned_classification(
     X = torch.from_numpy(embedding.astype(np.float32)).to(training.device())
     X = torch.stack([_scaling(embedding[rows])(X) for rows in folds.rows[TRAIN]])
     heads = _fit_heads(X, folds, seed, recipe)
-    return folds.score([heads.outputs(i, X[i, rows]) for i, rows in enumerate(folds.rows[TEST])])
+    with torch.no_grad():
+        return folds.score([heads(X[:, rows])[fold] for fold, rows in enumerate(folds.rows[TEST])])
 
 
 def fully_finetuned_classification(
@@ -79,7 +79,7 @@ def fully_finetuned_classification(
 def _fully_finetuned(
     model: Any, counts: sp.csr_matrix, fold: "_Folds", seed: int, recipe: training.Recipe, head_recipe: training.Recipe
 ) -> Tensor:
-    """Logits of the test cells of one fold."""
+    """Logits of the test cells of one fold, (n_types, n_cells)."""
     train, validation, test = (rows for (rows,) in fold.rows)
     encoder, encode = model.finetunable()
     encoder.to(training.device()).eval()
@@ -89,21 +89,21 @@ def _fully_finetuned(
     scaled = _scaling(embedding[train])
     head = _fit_heads(scaled(torch.from_numpy(embedding).to(training.device()))[None], fold, seed, head_recipe)
 
-    def logits(embedded: Tensor) -> Tensor:
-        return head(scaled(embedded)[None])[0]
+    def logits(embedded: list[Tensor]) -> Tensor:
+        return torch.cat([head(scaled(block)[None]) for block in embedded], dim=2)  # (1, n_types, n_cells)
 
-    def scores(cells: np.ndarray) -> Tensor:
-        return torch.cat([logits(embedded) for embedded in _embedded(encode, counts, cells)])
+    def loss(embedded: list[Tensor], cells: np.ndarray) -> Tensor:
+        return fold.loss(logits(embedded), cells[None])[0].sum()
 
     training.train(
         nn.ModuleList([encoder, head]),
-        lambda forward, cells, step: fold.loss(logits(encode(counts[train[cells]]))[None], train[cells][None]).sum(),
+        lambda forward, cells, step: loss([encode(counts[train[cells]])], train[cells]),
         len(train),
         recipe,
         seed=seed,
-        validation_loss=lambda: fold.loss(scores(validation)[None], validation[None]).item(),
+        validation_loss=lambda: loss(_embedded(encode, counts, validation), validation).item(),
     )
-    return scores(test)
+    return logits(_embedded(encode, counts, test))[0]
 
 
 class _Folds:
@@ -134,47 +134,25 @@ class _Folds:
         length = max(map(len, self.rows[part]))
         return np.stack([np.resize(rows, length) for rows in self.rows[part]])
 
-    def loss(self, logits: Tensor, rows: np.ndarray) -> Tensor:
-        """Mean weighted cross-entropy of each fold's cells, (n_folds,); logits (n_folds, n_rows, n_types)."""
-        target = self.target[torch.from_numpy(rows)]  # (n_folds, n_rows)
-        weight = self.weight.gather(1, target)
-        entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-        return (weight * entropy).sum(1) / weight.sum(1)
+    def loss(self, logits: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Mean weighted cross-entropy of each fold's cells, (n_folds,), and its gradient by the logits.
+
+        These are (n_folds, n_types, n_rows), and rows (n_folds, n_rows).
+        """
+        target = self.target[torch.from_numpy(rows)][:, None]  # (n_folds, 1, n_rows)
+        weight = self.weight.gather(1, target[:, 0])[:, None]
+        weight = weight / weight.sum(2, keepdim=True)
+        log_p = logits.log_softmax(1)
+        gradient = log_p.detach().exp().scatter_add_(1, target, torch.full_like(weight, -1)) * weight
+        return -(log_p.gather(1, target) * weight).sum((1, 2)), gradient
 
     def score(self, logits: list[Tensor], *, by_type: bool = True) -> Metrics:
-        """Metrics of the test cells of all folds."""
+        """Metrics of the test cells of all folds; logits (n_types, n_test_cells) of each."""
         test = np.concatenate(self.rows[TEST])
-        predicted = self.types[torch.cat(logits).argmax(dim=1).cpu().numpy()]
+        predicted = self.types[torch.cat(logits, dim=1).argmax(dim=0).cpu().numpy()]
         order = np.argsort(test)  # predictions in the order of the cells
         train = self.labels if len(self.part) > 1 else self.labels[self.rows[TRAIN][0]]
         return classification_metrics(self.labels[test[order]], predicted[order], train, by_type=by_type)
-
-
-class Heads(nn.Module):
-    """Heads as `training.Head`, one a fold, side by side: (n_heads, n_cells, n_inputs) to (…, n_outputs)."""
-
-    def __init__(self, n_heads: int, n_inputs: int, n_outputs: int) -> None:
-        super().__init__()
-        heads = [training.Head(n_inputs, n_outputs) for _ in range(n_heads)]
-        self.dropout = heads[0][2].p
-        for name, layer in (("first", 0), ("last", 3)):
-            weight = torch.stack([head[layer].weight.detach().T for head in heads]).contiguous()
-            bias = torch.stack([head[layer].bias.detach() for head in heads])[:, None]
-            setattr(self, f"{name}_weight", nn.Parameter(weight))  # (n_heads, n_inputs, n_outputs)
-            setattr(self, f"{name}_bias", nn.Parameter(bias))  # (n_heads, 1, n_outputs)
-
-    def forward(self, X: Tensor) -> Tensor:
-        hidden = torch.baddbmm(self.first_bias, X, self.first_weight).relu()  # (n_heads, n_cells, 128)
-        if self.training:  # torch's own dropout would take a third of a step
-            kept = bernoulli(hidden.numel(), 1 - self.dropout, hidden.device)
-            hidden = hidden * kept.view_as(hidden) / (1 - self.dropout)
-        return torch.baddbmm(self.last_bias, hidden, self.last_weight)
-
-    @torch.no_grad()
-    def outputs(self, head: int, X: Tensor) -> Tensor:
-        """Outputs of a head, (n_cells, n_outputs)."""
-        hidden = (X @ self.first_weight[head] + self.first_bias[head]).relu()
-        return hidden @ self.last_weight[head] + self.last_bias[head]
 
 
 def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> Heads:
@@ -192,16 +170,21 @@ def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> 
 
     def validation_loss() -> float:
         nonlocal lowest, waited
-        losses = folds.loss(heads(held), validation)
+        losses, _ = folds.loss(heads(held), validation)
         better = (losses < lowest) & (waited < patience)
         lowest, waited = torch.where(better, losses, lowest), torch.where(better, 0.0, waited + 1)
         for kept, weight in zip(best, heads.parameters(), strict=True):
             kept[better] = weight[better]
         return lowest.sum().item()
 
-    def loss_of(forward: training.Forward, cells: np.ndarray, step: int) -> Tensor:
+    def loss_of(_: training.Forward, cells: np.ndarray, step: int) -> Tensor:
         rows = train[:, cells]
-        return folds.loss(forward(X[which, torch.from_numpy(rows)]), rows).sum()
+
+        def judge(logits: Tensor) -> tuple[Tensor, Tensor]:
+            losses, gradient = folds.loss(logits, rows)
+            return losses.sum(), gradient
+
+        return heads.loss(X[which, torch.from_numpy(rows)], judge)
 
     training.train(heads, loss_of, train.shape[1], recipe, seed=seed, validation_loss=validation_loss)
     with torch.no_grad():

@@ -40,6 +40,7 @@ class Embedded:
     unintegrated: np.ndarray | None  # (n_cells, n_components)
     distances: np.ndarray  # (n_cells, at most N_LOCAL) to the nearest cells, itself first
     indices: np.ndarray  # of these
+    nearness: np.ndarray  # weights of these in LISI
 
     @cached_property
     def graph(self) -> sp.csr_matrix:
@@ -71,12 +72,6 @@ class Embedded:
     def silhouettes(self) -> np.ndarray:
         """Silhouette of each cell among labels."""
         return silhouette_samples(self.embedding, self.labels)
-
-    @cached_property
-    def nearness(self) -> np.ndarray:
-        """Weights of each cell's neighbours in LISI, (n_cells, n_neighbours)."""
-        itself = self.indices == np.arange(len(self.indices))[:, None]
-        return neighbourhood.lisi_weights(self.distances, itself, perplexity=self.indices.shape[1] // 3)
 
 
 def zeroshot_integration(
@@ -136,7 +131,9 @@ def _embedded(
     # Each cell is its own first neighbour, as scanpy and scib-metrics count them.
     neighbours = NearestNeighbors(n_neighbors=min(N_LOCAL, len(embedding))).fit(embedding)
     distances, indices = neighbours.kneighbors(embedding)
-    return Embedded(embedding, *codes, unintegrated, distances.astype(np.float32), indices)
+    distances, itself = distances.astype(np.float32), indices == np.arange(len(indices))[:, None]
+    nearness = neighbourhood.lisi_weights(distances, itself, perplexity=indices.shape[1] // 3)
+    return Embedded(embedding, *codes, unintegrated, distances, indices, nearness)
 
 
 # Metrics of distances between cells

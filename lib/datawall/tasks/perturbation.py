@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
@@ -14,6 +13,7 @@ from sklearn.metrics import euclidean_distances
 from datawall.models import training
 from datawall.tasks import uncertainty
 from datawall.tasks.classification import check_embedding
+from datawall.tasks.heads import Heads
 from datawall.tasks.metrics import Metrics
 
 RECIPE = training.Recipe(steps=200, batch_size=128, learning_rate=1e-3)
@@ -75,17 +75,23 @@ def perturbation_response(
         return torch.from_numpy(scaled.astype(np.float32)).to(where)
 
     X, y = inputs(source), torch.from_numpy(target).to(where)
-    Y = torch.from_numpy(targets.astype(np.float32)).to(where)
-    head = training.seeded(lambda: training.Head(X.shape[1], expression.shape[1]), seed)
+    Y = torch.from_numpy(targets.T.astype(np.float32)).to(where)  # (n_genes, n_targets)
+    head = training.seeded(lambda: Heads(1, X.shape[1], expression.shape[1]), seed)
     # Starting from the mean response leaves the steps to what tells contexts apart.
     with torch.no_grad():
-        head[-1].bias.copy_(Y[y].mean(dim=0))
-    training.train(
-        head, lambda forward, rows, step: F.mse_loss(forward(X[rows]), Y[y[rows]]), len(source), recipe, seed=seed
-    )
+        head.last_bias[0] = Y[:, y].mean(dim=1, keepdim=True)
+
+    def loss_of(_: training.Forward, rows: np.ndarray, step: int) -> torch.Tensor:
+        def judge(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            error = outputs.sub_(Y.index_select(1, y[rows]))
+            return error.square().mean(), error.mul_(2 / error.numel())
+
+        return head.loss(X[None, rows], judge)
+
+    training.train(head, loss_of, len(source), recipe, seed=seed)
     test = ~treated & (context == held_out)
     with torch.no_grad():
-        predicted = head(inputs(test)).cpu().numpy()
+        predicted = head(inputs(test)[None])[0].T.cpu().numpy()
     others = changes(expression, treated, context, train_contexts)
     return response_metrics(predicted, expression[treated & (context == held_out)], expression[test], others)
 

@@ -1,5 +1,7 @@
 """What a number is worth: its confidence interval over cells, and the level that chance reaches."""
 
+from functools import cache
+
 import numpy as np
 from scipy.stats import beta, binom
 
@@ -115,11 +117,15 @@ def chance_levels(train_labels: np.ndarray, test_labels: np.ndarray) -> dict[str
     types, n = np.unique(test_labels, return_counts=True)
     q = np.array([np.mean(train_labels == name) for name in types])
     n_cells = len(test_labels)
-    m = np.arange(n_cells + 1)
-    f1 = [
-        binom.pmf(m, n_cells, share) @ (2 * size * m / n_cells / (size + m)) for size, share in zip(n, q, strict=True)
-    ]
+    f1 = [_chance_f1(size, share, n_cells) for size, share in zip(n.tolist(), q.tolist(), strict=True)]
     right = float(n @ q / n_cells)
     levels = {"micro_f1": right, "macro_f1": np.mean(f1), "balanced_accuracy": q.mean(), "error_rate": 1 - right}
     levels |= {f"f1[{name}]": of_type for name, of_type in zip(types, f1, strict=True)}
     return {name: float(level) for name, level in levels.items()}
+
+
+@cache
+def _chance_f1(n: int, share: float, n_cells: int) -> float:
+    """Expected F1 of a type with n of the test cells and a share of the training cells."""
+    m = np.arange(n_cells + 1)
+    return binom.pmf(m, n_cells, share) @ (2 * n * m / n_cells / (n + m))
