@@ -152,19 +152,15 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
 
 def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str) -> Metrics:
     """Metrics of a prediction that needs no embedding, or of the ceiling, `Oracle`."""
-    here = context == held_out
-    control, truth = X[~treated & here], X[treated & here]
+    response = tasks.perturbation.Response.of(X, treated, context, held_out)
+    control, elsewhere = response.control, context != held_out
     if name == "Oracle":
-        return tasks.perturbation.oracle(truth, control)
-    contexts = tasks.perturbation.usable_contexts(treated, context)
-    contexts.remove(held_out)
-    others = tasks.perturbation.changes(X, treated, context, contexts)
-    predicted = {
-        "NoChange": control,
-        "TreatedMean": baselines.treated_mean(X[treated & ~here], context[treated & ~here]),
-        "MeanShift": control + others.mean(axis=0),  # in which each of the other contexts counts alike
-    }
-    return tasks.perturbation.response_metrics(predicted[name], truth, control, others)
+        return tasks.perturbation.oracle(response.treated, control)
+    if name == "NoChange":
+        return response.metrics(control)
+    if name == "TreatedMean":
+        return response.metrics(baselines.treated_mean(X[treated & elsewhere], context[treated & elsewhere]))
+    return response.metrics(control + response.others.mean(axis=0))  # in which each other context counts alike
 
 
 def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
