@@ -20,7 +20,7 @@ from datawall.engine.store import Record
 from datawall.models.hyperparameters import ModelSpec
 from datawall.study import joining
 from datawall.study.params import Params
-from datawall.study.units import Evaluation, Run, Source
+from datawall.study.records import Evaluation, Run, Source
 
 SHIPPED = paths.PACKAGE_DATA / "calibration"  # measured elsewhere, each names its machine
 DEFAULT = "quick"  # the study whose calibration stands in for others
