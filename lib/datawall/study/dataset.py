@@ -115,10 +115,8 @@ class WithDatasets(WithCorpus):
         if (adata := self._in_memory.pop(name, None)) is None:
             while sum(map(sys.getsizeof, self._in_memory.values())) > KEPT:
                 del self._in_memory[next(iter(self._in_memory))]
-            if name == self.params.held_out_name:
-                adata = self.held_out_cells.to_memory()
-            else:
-                adata = ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")
+            file = self.dataset_artifact(name).folder / "cells.h5ad"
+            adata = self.held_out_cells.to_memory() if name == self.params.held_out_name else ad.read_h5ad(file)
         self._in_memory[name] = adata
         return adata
 
