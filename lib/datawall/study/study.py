@@ -28,7 +28,7 @@ from datawall.engine.store import Artifact, Unit
 from datawall.models import external, hyperparameters
 from datawall.models.hyperparameters import ModelSpec
 from datawall.study import params
-from datawall.study.costs import Costs
+from datawall.study.costs import Costs, speed
 from datawall.study.curated import Curated
 from datawall.study.units import Embedding, Layout, Run, Source
 from datawall.tasks import baselines
@@ -199,7 +199,9 @@ class Study(Curated):
         table = pd.DataFrame({"step": steps, **curve, "validation_loss": looks.to_numpy()})
         table.to_parquet(folder / "history.parquet", index=False)
         spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
-        return {"device": training.device().type, **spent}
+        size = self.corpus.n_vars, float(cells.genes_detected.mean())
+        timed = speed(self.params.specs[run.model], *size, history, training.device_name())
+        return {"device": training.device().type, **spent, "training": timed}
 
     def embedding_unit(self, source: Source, dataset: str) -> Unit:
         """Embedding of a data set: by a pretrained model, from a file, or by a baseline fitted to the data set."""
