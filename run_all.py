@@ -10,6 +10,7 @@ python run_all.py --check params/mine.yaml         what it would do with the dat
 from __future__ import annotations
 
 import argparse
+import json
 import locale
 import logging
 import math
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ STAGES = {
     7: "07_figures",
 }
 BETWEEN_WRITES = 5.0  # seconds, of a notebook that is executed
+FINISHED = "finished.json"  # of a run folder: what the last run of all stages was made with, left, and said
 TASKS = {
     3: "zeroshot_classification",
     4: "zeroshot_integration",
@@ -59,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
+    # dask asks for it, and does without: it loads numba, for a quarter of a second, which this process never needs.
+    sys.modules.setdefault("sparse", None)
     from datawall.engine import disk, paths
     from datawall.planning import plan as planning
     from datawall.study import params
@@ -98,6 +102,12 @@ def _follow(options: argparse.Namespace) -> int:
         print("To make all of them anew, give a new folder with --out.")
     try:
         with disk.reserve(study.folder):
+            # Only a network could tell what the Census has.
+            by_itself = not (left or options.stages or options.first or parameters.census)
+            if by_itself and (said := _as_finished(study)):
+                print("nothing to do: all is as the last run left it; --from 1 executes the notebooks again.")
+                print(*said, sep="\n")
+                return 0
             return _run(study, stages, left)
     except BlockingIOError as error:
         print(error, file=sys.stderr)
@@ -129,6 +139,9 @@ def _look_into(folder: Path, key: str | None) -> int:
 
 def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
     """Execute the notebooks of stages in turn, then write the report; returns the command's exit status."""
+    from datawall.engine import disk
+
+    begun_with = _surroundings(study)
     study.write_params()
     _write_notebooks_whole()
     threading.Thread(target=import_module, args=("datawall.reading.report",), daemon=True).start()  # ready at the end
@@ -146,25 +159,64 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
             failed = STAGES[number]
             break
     try:
-        _conclude(study, failed)
+        said = _conclusions(study, failed)
     except ValueError as error:  # of damaged results
         print(f"no report: {error}", file=sys.stderr)
         return 1
+    print(*said, sep="\n")
+    if stages == list(STAGES) and not failed:
+        disk.write_json(study.folder / FINISHED, {"with": begun_with, "left": _left(study), "said": said})
     return 1 if failed else 0
 
 
-def _conclude(study: Any, failed: str | None) -> None:
-    """Write the report and say where it is, what failed or else what the study found."""
+def _conclusions(study: Any, failed: str | None) -> list[str]:
+    """Write the report; returns, a line each, where it is, what failed or else what the study found."""
     from datawall.reading import report
 
     site = report.Site(study)
-    print(f"report: {_shown(site.write())}")
+    where = f"report: {_shown(site.write())}"
     if failed:
-        print(f"failed: {failed}")
-        return
-    if len(site.intervals):
-        print(f"numbers: {_shown(study.folder / 'results.csv')}", *site.sentences, sep="\n")
-    print("nothing failed")
+        return [where, f"failed: {failed}"]
+    found = [f"numbers: {_shown(study.folder / 'results.csv')}", *site.sentences] if len(site.intervals) else []
+    return [where, *found, "nothing failed"]
+
+
+def _as_finished(study: Any) -> list[str]:
+    """What the last run of all stages said, if one would end as it did and what it left is whole; else nothing."""
+    from datawall.reading import verify
+
+    try:
+        last = json.loads((study.folder / FINISHED).read_text(encoding="utf-8"))
+        same = (last["with"], last["left"]) == (_surroundings(study), _left(study))
+        return last["said"] if same and not verify.problems(study.folder) else []
+    except (OSError, LookupError, TypeError, ValueError):
+        return []
+
+
+def _surroundings(study: Any) -> dict[str, Any]:
+    """What decides, beside the cells, what a run leaves: its study, the notebooks, the library, the packages."""
+    from datawall.engine import disk, paths
+
+    notebooks = (paths.repository() / "notebooks" / f"{name}.ipynb" for name in STAGES.values())
+    library = (path for path in paths.LIBRARY.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {
+        "study": study.params.model_dump(mode="json"),
+        "folder": str(study.folder),
+        "files": {str(path): disk.file_sha256(path) for path in sorted([*notebooks, *library])},
+        "packages": sorted(f"{package.name} {package.version}" for package in metadata.distributions()),
+        "python": sys.version,
+    }
+
+
+def _left(study: Any) -> dict[str, Any]:
+    """What is in a run folder: hashes of its files and, in the store, the keys of artifacts, which have their own."""
+    from datawall.engine import disk
+    from datawall.reading import verify
+
+    files = [path for name in ("figures", "notebooks", "report") for path in (study.folder / name).rglob("*.*")]
+    files += [path for path in study.folder.glob("*.*") if path.name not in (FINISHED, disk.LOCK)]
+    hashes = {str(path.relative_to(study.folder)): disk.file_sha256(path) for path in sorted(files) if path.is_file()}
+    return {"files": hashes, "store": sorted(verify.artifacts(study.folder))}
 
 
 def _new(options: argparse.Namespace) -> int:

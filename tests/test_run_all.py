@@ -197,6 +197,23 @@ def test_damaged_results_end_a_run_in_one_line(succeeds, copy, capsys, without_k
     )
 
 
+def test_second_run_executes_no_notebook_unless_something_has_changed(copy, capsys, without_kernels):
+    every, begun = list(run_all.STAGES), without_kernels(True)
+
+    def run(*words):
+        begun.clear()
+        assert run_all.main([TINY, "--out", str(copy), *words]) == 0
+        return [*begun], capsys.readouterr().out.partition("report: ")[2]
+
+    executed, said = run()
+    assert executed == every  # what is recorded is of the folder that this is a copy of
+    assert run() == ([], said)
+    assert run("--from", "1") == (every, said)
+    for changed in (copy / run_all.FINISHED, copy / "figures" / "verdicts.png", *copy.glob("store/subset/*/rows.npy")):
+        changed.write_bytes(b"")
+        assert run() == (every, said)
+
+
 def test_interrupted_before_anything_is_done(tmp_path, capsys, monkeypatch, without_kernels):
     def interrupted(study):
         raise KeyboardInterrupt

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -16,7 +15,7 @@ from datawall.models.transformer import N_SPECIAL
 
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
-CELLS_PER_BLOCK = 64  # encoded at once: what is made of them stays in a core's cache
+CELLS_PER_BLOCK = 32  # encoded at once, 256 at most: what is made of them stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -141,18 +140,18 @@ class RankTokenizer:
 
         def encode_block(first: int) -> None:
             bounds = counts.indptr[first : first + CELLS_PER_BLOCK + 1]
-            entries = slice(bounds[0], bounds[-1])
+            entries, lengths = slice(bounds[0], bounds[-1]), np.diff(bounds)
             genes = counts.indices[entries].astype(np.int32, copy=False)
             values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
             # The bits of a positive float32, read as an integer, rise with its value, so their complement sorts it
             # descending: 2.0 is 0x40000000 and 1.5 0x3FC00000, which become 0xBFFFFFFF and 0xC03FFFFF. numpy sorts
-            # integers of 16 bits by counting, and stably, which keeps ties in gene order; so the keys go in as their
-            # upper halves, 0xBFFF < 0xC03F, and their lower halves, 0xFFFF each, which count where the upper are equal.
-            keys = ~values.view(np.uint32)
-            tokens, upper, lower = genes + N_SPECIAL, (keys >> 16).astype(np.uint16), keys.astype(np.uint16)
-            for cell, (a, b) in enumerate(pairwise((bounds - bounds[0]).tolist()), first):
-                ranked = np.lexsort((lower[a:b], upper[a:b]))[: self.max_length]
-                tokens[a:b].take(ranked, out=ids[offsets[cell] : offsets[cell + 1]], mode="clip")
+            # integers of 16 bits by counting, and stably, which keeps ties in gene order; so entries are sorted by
+            # cell, then by the upper halves of keys, 0xBFFF < 0xC03F, and where these are equal by the lower halves.
+            keys, cells = ~values.view(np.uint32), np.repeat(np.arange(len(lengths), dtype=np.uint8), lengths)
+            ranked = np.lexsort((keys.astype(np.uint16), (keys >> 16).astype(np.uint16), cells))
+            if len(lengths) and lengths.max() > self.max_length:
+                ranked = ranked[np.arange(len(ranked)) - (bounds - bounds[0])[cells] < self.max_length]
+            np.add(genes.take(ranked), N_SPECIAL, out=ids[offsets[first] : offsets[first + len(lengths)]])
 
         # numpy sorts without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
