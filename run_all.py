@@ -105,7 +105,7 @@ def _follow(options: argparse.Namespace) -> int:
             # Only a network could tell what the Census has.
             by_itself = not (left or options.stages or options.first or parameters.census)
             if by_itself and (said := _as_finished(study)):
-                print("nothing to do: all is as the last run left it; --from 1 executes the notebooks again.")
+                print("nothing to do: all is as it was written; --from 1 executes the notebooks again.")
                 print(*said, sep="\n")
                 return 0
             return _run(study, stages, left)
@@ -187,8 +187,10 @@ def _as_finished(study: Any) -> list[str]:
 
     try:
         last = json.loads((study.folder / FINISHED).read_text(encoding="utf-8"))
-        same = (last["with"], last["left"]) == (_surroundings(study), _left(study))
-        return last["said"] if same and not verify.problems(study.folder) else []
+        if (last["with"], last["left"]) != (_surroundings(study), _left(study)):
+            return []
+        print("study, notebooks, code and packages are those of the last run; what it left is checked …", flush=True)
+        return [] if verify.problems(study.folder) else last["said"]
     except (OSError, LookupError, TypeError, ValueError):
         return []
 

@@ -15,7 +15,7 @@ from datawall.models.transformer import N_SPECIAL
 
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
-CELLS_PER_BLOCK = 32  # encoded at once, 256 at most: what is made of them stays in a core's cache
+CELLS_PER_BLOCK = 64  # encoded at once, 256 at most: what is made of them stays in a core's cache
 
 
 @dataclass(frozen=True)
