@@ -9,7 +9,7 @@ from small import atlas, small_study
 from datawall.cells import cellstore, corpus, datasets, simulate
 from datawall.planning import preflight
 from datawall.study import curation, params
-from datawall.study.units import Subset
+from datawall.study.records import Subset
 
 ATLAS = atlas(100, 600)
 

@@ -23,8 +23,8 @@ from datawall.models import training
 from datawall.planning import calibration
 from datawall.planning import plan as planning
 from datawall.study import costs, evaluation, params
+from datawall.study.records import Evaluation, Run, Subset
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"once": 1.0, "cell": 0.01, "step": 0.5, "step_cell": 0.002, "n_latent": 8, "bytes": 400}

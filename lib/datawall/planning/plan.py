@@ -17,8 +17,8 @@ from datawall.engine.processes import Need
 from datawall.study import evaluation
 from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
 from datawall.study.params import Params
+from datawall.study.records import Embedding, Evaluation, Run
 from datawall.study.study import Study
-from datawall.study.units import Embedding, Evaluation, Run
 from datawall.tasks import TASKS
 
 NOTEBOOK = 0.5  # of the time that a process takes to import all: a notebook's tables and figures

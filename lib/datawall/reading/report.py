@@ -26,7 +26,7 @@ from datawall.engine.store import Artifact
 from datawall.planning import plan as planning
 from datawall.reading import notebooks
 from datawall.reading.titles import label
-from datawall.study import evaluation, params
+from datawall.study import params, questions
 from datawall.study.costs import TRAINED
 from datawall.study.study import Study, open_study
 
@@ -88,7 +88,7 @@ class Site:
     def verdicts(self) -> pd.DataFrame:
         """What the results say (`verdicts.table`)."""
         margin = results.parameters(self.study.folder).get("margin")
-        return verdicts.table(self.intervals, self.budgets, margin, evaluation.right_cells(self.study))
+        return verdicts.table(self.intervals, self.budgets, margin, questions.right_cells(self.study))
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -97,7 +97,7 @@ class Site:
         if other := [key for key in now if key not in IN_NO_NUMBER and then and then.get(key) != now[key]]:
             told = f"they are of other {', '.join(other)}. Its own come with the stages of its tasks."
             return [f"The results are not those of study.yaml as it is now: {told}"]
-        return [*verdicts.sentences(self.verdicts), *walls.sentences(evaluation.levers(self.study))]
+        return [*verdicts.sentences(self.verdicts), *walls.sentences(questions.levers(self.study))]
 
     def write(self) -> Path:
         """Write the pages into the folder of the run; returns the path of the first."""

@@ -21,7 +21,7 @@ from datawall.engine.store import Record
 from datawall.models.hyperparameters import ModelSpec
 from datawall.study import joining
 from datawall.study.params import Params
-from datawall.study.units import Evaluation, Run, Source
+from datawall.study.records import Evaluation, Run, Source
 
 if TYPE_CHECKING:
     from datawall.models.training import History
