@@ -210,7 +210,7 @@ def test_work_is_the_weights_that_a_cell_meets():
 def test_speed_of_training_is_that_of_the_tokens_that_were_seen():
     spec, nothing = models.resolve("Geneformer"), [np.empty(0)] * 4
     history = training.History(*nothing, 80, 40, seconds=2.0, n_timed=50, n_averaged=750)
-    told = costs.speed(spec, 500, 7.0, history, "NVIDIA H200")
+    told = costs.speed(spec, 500, 7.0, history)
     assert (told["tokens"], told["cells"]) == (5000, 50)
     assert told["operations"] == pytest.approx(6e6 * costs.work(spec, 500, 100) * 50)
     assert (processes.peak("NVIDIA H200"), processes.peak("NVIDIA H200 MIG 1g.18gb")) == (989e12, None)

@@ -42,7 +42,7 @@ def score(model, percentage, seed):
     return 0.9 + 0.01 * seed if model == "PretrainedPCA" else 0.5 + 0.1 * SIZES.index(percentage) + 0.01 * seed
 
 
-TRAINING = {"machine": "NVIDIA H100", "gpus": 2, "seconds": 2.0, "cells": 1000, "operations": 9.89e14}
+TRAINING = {"machine": "NVIDIA H100", "gpus": 2, "seconds": 2.0, "cells": 1000, "tokens": 0, "operations": 9.89e14}
 
 
 @pytest.fixture(scope="module")

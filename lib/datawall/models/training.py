@@ -94,11 +94,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name() -> str:
-    """The name of the GPU; CPU without one."""
-    return torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
-
-
 def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: int) -> Iterator[np.ndarray]:
     """Rows of each step's batch, (batch_size,) int64: shuffled passes over the cells, laid end to end and cut.
 

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.optimize import nnls
 from tqdm import tqdm
 
@@ -58,7 +59,7 @@ def calibrate(p: Params) -> Path:
 def machine() -> str:
     """What is timed here, in words."""
     if training.device().type == "cuda":
-        return f"GPU {training.device_name()}"
+        return f"GPU {torch.cuda.get_device_name()}"
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"one core of {names[0] if names else platform.machine()}, no GPU"

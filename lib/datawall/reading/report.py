@@ -224,16 +224,16 @@ def costs(artifacts: Iterable[Artifact]) -> pd.DataFrame:
 def speeds(artifacts: Iterable[Artifact]) -> pd.DataFrame:
     """How fast models were trained, a row per family and device, over all their steps: see `study.costs.speed`."""
     trained = [artifact for artifact in artifacts if artifact.made.get("training", {}).get("operations")]
-    rows = [{"family": artifact.record["model"], "tokens": 0, **artifact.made["training"]} for artifact in trained]
-    columns = ["family", "machine", "gpus", "seconds", "cells", "tokens", "operations"]
+    rows = [{"family": artifact.record["model"], **artifact.made["training"]} for artifact in trained]
+    keys, sums = ["family", "machine", "gpus"], ["seconds", "cells", "tokens", "operations"]
     table = []
-    for key, of_family in pd.DataFrame(rows, columns=columns).groupby(columns[:3], sort=False):
-        seconds, n_cells, n_tokens, operations = of_family[columns[3:]].sum()
-        peak, n, each = processes.peak(key[1]), n_tokens or n_cells, "tokens" if n_tokens else "cells"
+    for key, of_family in pd.DataFrame(rows, columns=[*keys, *sums]).groupby(keys, sort=False):
+        seconds, n_cells, n_tokens, operations = of_family[sums].sum()
+        n, each, peak = n_tokens or n_cells, "tokens" if n_tokens else "cells", processes.peak(key[1])
         share = f"{operations / seconds / peak / key[2]:.0%}" if peak else "– (its peak is not known)"
         table.append((*key, each, n / seconds, operations / TRAINED / n, operations / seconds / 1e9, share))
-    heads = ["family", "on", "GPUs or processes", "of", "a second", "million multiplications each", "GFLOP/s"]
-    return pd.DataFrame(table, columns=[*heads, "of the peak"])
+    heads = [*keys, "of", "a second", "million multiplications each", "GFLOP/s", "of the peak"]
+    return pd.DataFrame(table, columns=heads)
 
 
 def _cell(value: Any, column: str, digits: int) -> str:

@@ -9,7 +9,7 @@ cells. What reads counts grows with the genes that a cell has.
 import json
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from datawall.models.hyperparameters import ModelSpec
 from datawall.study import joining
 from datawall.study.params import Params
 from datawall.study.records import Evaluation, Run, Source
-
-if TYPE_CHECKING:
-    from datawall.models.training import History
 
 SHIPPED = paths.PACKAGE_DATA / "calibration"  # measured elsewhere, each names its machine
 DEFAULT = "quick"  # the study whose calibration stands in for others
@@ -61,19 +58,17 @@ def size_of(p: Params) -> tuple[int, float]:
     return p.simulation.n_genes, cells.X.nnz / cells.n_obs
 
 
-def panel(spec: ModelSpec, n_genes: int) -> float:
-    """Share of the corpus's genes that a model sees."""
-    return min(spec.hyperparameters.n_genes or n_genes, n_genes) / n_genes
+def work(spec: ModelSpec, n_genes: int, genes_per_cell: float, n_tokens: float = 0) -> float:
+    """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs.
 
-
-def work(spec: ModelSpec, n_genes: int, genes_per_cell: float) -> float:
-    """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
+    A transformer's cell has so many tokens or, if they were not counted, its share of the genes in the panel.
+    """
     h = spec.hyperparameters
     if spec.is_external or not hasattr(h, "n_genes"):
         return genes_per_cell / 1e6
-    share = panel(spec, n_genes)
+    share = min(h.n_genes or n_genes, n_genes) / n_genes  # of the corpus's genes, those in the panel
     if hasattr(h, "max_length"):  # a transformer
-        length = min(h.max_length, genes_per_cell * share)
+        length = n_tokens or min(h.max_length, genes_per_cell * share)
         per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + MASKED * n_genes * share * h.n_embd
         return length * per_token / 1e6
     widths = h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
@@ -81,19 +76,19 @@ def work(spec: ModelSpec, n_genes: int, genes_per_cell: float) -> float:
     return (widths[0] * share * (genes_per_cell + n_genes) + 2 * others) / 1e6  # there and back
 
 
-def speed(spec: ModelSpec, n_genes: int, genes_per_cell: float, history: "History", machine: str) -> Record:
-    """How fast a model was trained: seconds of its steps, their cells, operations and, of a transformer, tokens.
+def speed(spec: ModelSpec, n_genes: int, genes_per_cell: float, history: Any) -> Record:
+    """How fast a model was trained: seconds of its steps, their cells, tokens and operations, and on what.
 
-    Operations are those of the model, by `work`, whatever a device does twice or in vain; of the user's own, none.
+    Operations are those of the model, by `work`, whatever is done twice or in vain; of one of the user's own, none.
     """
-    record = {"machine": machine, "gpus": history.n_processes}
-    record |= {"seconds": round(history.seconds, 3), "cells": history.n_timed}
-    if spec.is_external:
-        return record
-    if hasattr(spec.hyperparameters, "max_length") and history.n_timed:
-        record["tokens"] = round(history.n_averaged / MASKED)
-        genes_per_cell = record["tokens"] / history.n_timed / panel(spec, n_genes)
-    return record | {"operations": TRAINED * work(spec, n_genes, genes_per_cell) * history.n_timed}
+    import torch
+
+    n_cells, is_transformer = history.n_timed, not spec.is_external and hasattr(spec.hyperparameters, "max_length")
+    n_tokens = round(history.n_averaged / MASKED) if is_transformer else 0
+    millions = 0.0 if spec.is_external else work(spec, n_genes, genes_per_cell, n_tokens / max(n_cells, 1))
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    record = {"machine": machine, "gpus": history.n_processes, "seconds": round(history.seconds, 3)}
+    return record | {"cells": n_cells, "tokens": n_tokens, "operations": TRAINED * millions * n_cells}
 
 
 class Costs:
@@ -126,7 +121,7 @@ class Costs:
 
     def run(self, run: Run) -> Need:
         """Pretraining a model."""
-        cost, _ = self.model(run.model)
+        cost = self.model(run.model)[0]
         n_cells, steps = self.n_pretraining * run.subset.percentage / 100, self.steps(run)
         bytes_of_counts = 2 * n_cells * self.size[1] * BYTES_PER_COUNT
         streamed = bytes_of_counts > self.p.memory_gib * 2**30

@@ -4,7 +4,7 @@ A layout is a picture of an embedding, a timing says how long a model takes to e
 """
 
 import timeit
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ LAID_OUT = 2000  # cells of a layout
 class WithEmbeddings(WithModels):
     """A study with its embeddings: by a run, from a file, or by one of `baselines.EMBEDDINGS`."""
 
-    @cache  # noqa: B019
     def embedding_unit(self, source: Source, dataset: str) -> Unit:
         """Embedding of a data set: by a pretrained model, from a file, or by a baseline fitted to the data set."""
         if isinstance(source, Run):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     return by_dataset + [Evaluation(task, embedding.dataset, embedding) for embedding in given]
 
 
-@cache
 def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
     """The metrics of an evaluation."""
     task, source, p = evaluation.task, evaluation.source, study.params

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ class WithModels(WithSubsets):
         """What its units cost, about."""
         return Costs(self.params)
 
-    @cache  # noqa: B019 - with the keys of thousands of units that are made of it
     def model_unit(self, run: Run) -> Unit:
         """A pretrained model."""
         spec = self.params.specs[run.model]
@@ -104,7 +103,7 @@ class WithModels(WithSubsets):
         table.to_parquet(folder / "history.parquet", index=False)
         spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
         size = self.corpus.n_vars, float(cells.genes_detected.mean())
-        timed = speed(p.specs[run.model], *size, history, training.device_name())
+        timed = speed(p.specs[run.model], *size, history)
         return {"device": training.device().type, **spent, "training": timed}
 
     def model_artifact(self, run: Run, *, together: bool = True) -> Artifact:
