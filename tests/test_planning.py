@@ -246,7 +246,7 @@ def test_stages_take_their_units_and_what_is_around_them():
     of = study.costs = costs_of(study)
     curation, pretraining, *tasks, figures = planning.stages(study)
     assert curation.computing_seconds(2) == pytest.approx(1.0 + 0.1 * 1000)
-    assert [len(stage.needs) for stage in (pretraining, *tasks)] == [6, 6 + 4, 6 + 4]
+    assert [len(stage.units) for stage in (pretraining, *tasks)] == [6, 6 + 4, 6 + 4]
     trained = sum(of.run(run).seconds for run in study.pretraining_runs())
     assert pretraining.computing_seconds(1) == pytest.approx(trained)
     # The first task embeds, so that the second finds the embeddings there.

@@ -34,26 +34,19 @@ class Stage:
 
     name: str
     around: float  # seconds before and after its units
-    needs: list[Need] = field(default_factory=list)  # of each unit,
-    told: list[tuple[str, int, float]] = field(default_factory=list)  # its family, optimiser steps and GPU-hours
+    # Of each unit the family of its model, what it needs, optimiser steps, and hours on GPUs.
+    units: list[tuple[str, Need, int, float]] = field(default_factory=list)
     in_turn: float = 0.0  # seconds of units that the notebook makes itself
-    memory_gib: float = BASE_GIB  # of a process at most
+    memory_gib: float = BASE_GIB  # of a process that makes no unit
     n_bytes: float = 0.0  # stored
-
-    def add(self, need: Need, told: tuple[str, int, float], n_bytes: float) -> None:
-        """Count a unit."""
-        self.needs.append(need)
-        self.told.append(told)
-        self.memory_gib = max(self.memory_gib, need.memory_gib)
-        self.n_bytes += n_bytes
 
     def computing_seconds(self, n_workers: int) -> float:
         """Time by the clock in which units are made, so many side by side."""
-        return self.in_turn + makespan((need.seconds for need in self.needs), n_workers)
+        return self.in_turn + makespan((need.seconds for _, need, *_ in self.units), n_workers)
 
     def wall_seconds(self, n_workers: int) -> float:
         """Time by the clock, all in all."""
-        return self.around + SECONDS_PER_UNIT * len(self.needs) + self.computing_seconds(n_workers)
+        return self.around + SECONDS_PER_UNIT * len(self.units) + self.computing_seconds(n_workers)
 
 
 def makespan(seconds: Iterable[float], n_workers: int) -> float:
@@ -134,13 +127,10 @@ def _pretraining(study: Study, missing: Callable[[Run], bool]) -> Stage:
     costs = study.costs
     stage = Stage("pretraining", NOTEBOOK * costs.known["start"])
     for run in filter(missing, study.all_runs()):
-        need, steps = costs.run(run), costs.steps(run)
-        told = (
-            study.params.specs[run.model].family,
-            steps,
-            costs.gpu_hours(need, run, steps * costs.batch_size(run.model)),
-        )
-        stage.add(need, told, costs.model_bytes(run.model) + BYTES_PER_STEP * steps)
+        need, steps, family = costs.run(run), costs.steps(run), study.params.specs[run.model].family
+        hours = costs.gpu_hours(need, run, steps * costs.batch_size(run.model))
+        stage.units.append((family, need, steps, hours))
+        stage.n_bytes += costs.model_bytes(run.model) + BYTES_PER_STEP * steps
     return stage
 
 
@@ -150,13 +140,14 @@ def _task(study: Study, task: str, missing: Callable[[Evaluation], bool], embedd
     stage = Stage(task, NOTEBOOK * costs.known["start"])
     for item in filter(missing, evaluation.evaluations(study, task)):
         embedding = item.source, item.dataset
-        need, n_bytes, n_cells = costs.evaluation(item, embedded=embedding in embedded), BYTES_PER_EVALUATION, 0
+        need, n_cells = costs.evaluation(item, embedded=embedding in embedded), 0
         if isinstance(item.source, Run) and TASKS[task].judges == "embeddings" and embedding not in embedded:
             embedded.add(embedding)
             n_cells = costs.cells_of_set[item.dataset]
-            n_bytes += 4 * n_cells * costs.model(item.source.model)[0]["n_latent"]
+            stage.n_bytes += 4 * n_cells * costs.model(item.source.model)[0]["n_latent"]
         family = study.params.specs[item.source.model].family if isinstance(item.source, Run) else "others"
-        stage.add(need, (family, 0, costs.gpu_hours(need, item.source, n_cells / 3)), n_bytes)
+        stage.units.append((family, need, 0, costs.gpu_hours(need, item.source, n_cells / 3)))
+    stage.n_bytes += BYTES_PER_EVALUATION * len(stage.units)
     return stage
 
 
@@ -172,7 +163,7 @@ def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
         return unit.key not in made
 
     here = code.versions()
-    begun = [stage for stage in stages(study, missing) if stage.needs]
+    begun = [stage for stage in stages(study, missing) if stage.units]
     return {stage.name: stage.computing_seconds(workers(study)) for stage in begun}, otherwise
 
 
@@ -205,11 +196,11 @@ def table(study: Study) -> str:
 def by_stage(made: list[Stage], n_workers: int) -> pd.DataFrame:
     """What each stage costs, and all of them together."""
     columns = {
-        "units": [len(stage.needs) for stage in made],
+        "units": [len(stage.units) for stage in made],
         "time": [stage.wall_seconds(n_workers) for stage in made],
         "core-hours": [stage.wall_seconds(1) / 3600 for stage in made],
-        "GPU-hours": [sum(hours for *_, hours in stage.told) for stage in made],
-        "GiB of memory": [stage.memory_gib for stage in made],
+        "GPU-hours": [sum(hours for *_, hours in stage.units) for stage in made],
+        "GiB of memory": [max(stage.memory_gib, *(unit[1].memory_gib for unit in stage.units), 0) for stage in made],
         "GiB on disk": [stage.n_bytes / 2**30 for stage in made],
     }
     table = pd.DataFrame(columns, [stage.name for stage in made])
@@ -219,9 +210,9 @@ def by_stage(made: list[Stage], n_workers: int) -> pd.DataFrame:
 
 def by_family(made: list[Stage]) -> pd.DataFrame:
     """What each family costs to pretrain and to evaluate; baselines and embeddings from files are `others`."""
-    units = [(stage, *both) for stage in made for both in zip(stage.needs, stage.told, strict=True)]
-    rows = [(stage.name == "pretraining", need.seconds / 3600, *told) for stage, need, told in units]
-    table = pd.DataFrame(rows, columns=["trains", "core-hours", "family", "steps", "GPU-hours"])
+    units = [(stage.name == "pretraining", *unit) for stage in made for unit in stage.units]
+    table = pd.DataFrame(units, columns=["trains", "family", "need", "steps", "GPU-hours"])
+    table["core-hours"] = [need.seconds / 3600 for need in table["need"]]
     trained, judged = (table[table["trains"] == trains].groupby("family") for trains in (True, False))
     columns = {"models": trained.size(), "steps": trained["steps"].sum()}
     for part, of_part in {"pretrain": trained, "evaluate": judged}.items():
@@ -232,7 +223,7 @@ def by_family(made: list[Stage]) -> pd.DataFrame:
 def speeds(costs: Costs) -> str:
     """How fast models train, as calibrated, as text: a line each."""
     lines, peak = [], processes.peak(costs.known["machine"])
-    for model in filter(costs.operations, costs.p.models):
+    for model in filter(costs.step_seconds, costs.p.models):
         seconds = costs.step_seconds(model)
         rate = costs.batch_size(model) * costs.operations(model) / seconds
         share = f"{rate / peak:.0%} of the peak" if peak else "the peak is not known"
