@@ -21,7 +21,6 @@ from datawall.study.records import Evaluation, Run
 from datawall.study.study import Study
 from datawall.tasks import baselines
 from datawall.tasks.metrics import Metrics
-from datawall.tasks.perturbation import Response
 
 
 def evaluations(study: Study, task: str) -> list[Evaluation]:
@@ -84,20 +83,19 @@ def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]
 
 def zeroshot_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """Each half of the cells by the other."""
-    p, obs = study.params, study.dataset(evaluation.dataset).obs
-    embedding, labels = study.embedding(evaluation.source, evaluation.dataset), obs["cell_type"].to_numpy().astype(str)
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.labels(evaluation.dataset)
+    labels, p = obs["cell_type"].to_numpy().astype(str), study.params
     for split, half in joining.halves(p, obs):
         yield split, tasks.classification.crossvalidated_classification(embedding, labels, half, p.k, more_k=p.more_k)
 
 
 def zeroshot_integration(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """All cells at once, or the same sample for every model: nothing is fitted to labels, so nothing is split."""
-    obs = study.dataset(evaluation.dataset).obs
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.labels(evaluation.dataset)
     rows = np.sort(np.random.default_rng(0).permutation(len(obs))[: study.params.integration_cells])
     labels, batches = (obs[key].to_numpy().astype(str)[rows] for key in ("cell_type", "batch"))
-    embedding = study.embedding(evaluation.source, evaluation.dataset)[rows]
     unintegrated = study.embedding("PCA", evaluation.dataset)[rows]
-    yield "all cells", tasks.zeroshot_integration(embedding, labels, batches, unintegrated=unintegrated)
+    yield "all cells", tasks.zeroshot_integration(embedding[rows], labels, batches, unintegrated=unintegrated)
 
 
 def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
@@ -165,13 +163,13 @@ def _expression(study: Study, name: str) -> tuple[sp.csr_matrix, np.ndarray, np.
 
 
 @lru_cache(maxsize=8)
-def _response(study: Study, name: str, treatment: str, held_out: str) -> Response:
+def _response(study: Study, name: str, treatment: str, held_out: str) -> "tasks.perturbation.Response":
     _, *cells = _screen(study, name, treatment)
-    return Response.of(*cells, held_out)
+    return tasks.perturbation.Response.of(*cells, held_out)
 
 
 def _baseline_response(
-    name: str, response: Response, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str
+    name: str, response: Any, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str
 ) -> Metrics:
     """Metrics of a prediction that needs no embedding, or of the ceiling, `Oracle`."""
     control, elsewhere = response.control, treated & (context != held_out)
@@ -194,8 +192,7 @@ def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, 
 
 def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """A task that this page does not know, a line in `tasks.TASKS`: it gets the embedding and the table of cells."""
-    obs = study.dataset(evaluation.dataset).obs
-    embedding = study.embedding(evaluation.source, evaluation.dataset)
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.dataset(evaluation.dataset).obs
     yield "all cells", Metrics(tasks.TASKS[evaluation.task].function(embedding, obs, seed=evaluation.seed))
 
 
