@@ -177,8 +177,7 @@ def _mean_over_seeds(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
     """In words, how each model at the best of its sizes compares with its untrained control and the baselines.
 
-    `above` or `below` by more than `margin`, in the metric's units, or else `within`; `unknown` without random subsets
-    or an untrained control. Rows and sizes are those of `headline`.
+    `above` or `below` by more than `margin`, else `within`; `unknown` without random subsets or a control to compare.
     """
     table = headline(results, metric)
     best = table.filter(like="%").max(axis=1)

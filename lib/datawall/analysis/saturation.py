@@ -64,9 +64,8 @@ def saturation_points(
       `margin`, by default twice the standard deviation over seeds at 100 %: a convenience, since a margin should be
       chosen before the runs are seen. A strategy without runs at 100 % borrows those of `random`, unless it is a
       spike-in. The tests of all sizes and curves are one family, corrected by Benjamini and Hochberg (1995, J R Stat
-      Soc B 57:289). Two more columns are the margin used, and the verdict `plateau`, `still improving` (no plateau, and
-      the full corpus is better than the largest subset of at most half of it, by a one-sided Welch test corrected over
-      the curves) or `undecided`.
+      Soc B 57:289). Two more columns are the margin used, and the verdict `plateau`, `still improving` (the full corpus
+      is better than the largest subset of at most half of it, by a corrected one-sided Welch test) or `undecided`.
 
     The interval is of a bootstrap of runs within each size, with their deviations scaled by √(n / (n - 1)), widened to
     hold the point; a bound is NaN where it is not established, both where a size has a single run or `n_resamples` is

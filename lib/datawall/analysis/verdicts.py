@@ -24,8 +24,7 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     """What half and twice the steps change in the headline metrics: means over the seeds that were checked.
 
     From the tables `intervals` and `budgets` of a study. Columns task, dataset, model, percentage, half, once, twice
-    (the score after so many of the model's steps), seeds (that were checked) and change (twice less once; of an error,
-    with its sign turned).
+    (the score after so many of the model's steps), seeds (that were checked) and change (twice less once, as a score).
     """
     heads = pd.Series(tasks.HEADLINE, name="metric").rename_axis("task").reset_index()
     own = results.mean_over_splits(select(intervals, strategy="random")).assign(budget=1.0)

@@ -90,8 +90,7 @@ def points(means: pd.DataFrame) -> pd.DataFrame:
 def surface(points: pd.DataFrame, *, n_draws: int = 200) -> Surface:
     """Fit a surface to mean errors (`points`): least squares of logarithms, robust by Huber's loss, from many starts.
 
-    A draw of the bootstrap is fitted to means with normal noise: of their standard error or, where that is more, of
-    how far the surface mostly misses them.
+    Draws are fitted to means with normal noise, of their standard error or of how far the surface mostly misses them.
     """
     varied = [lever for lever in LEVERS if points[lever].nunique() > 2]
     names = ["floor"]

@@ -168,8 +168,7 @@ def find_genes(var: pd.DataFrame, dataset: str, counts_from: str, weights: np.nd
     Columns of `var` are asked in one order, whatever their order in the file: `NAME_COLUMNS`, then others of which more
     than half of the values name genes. A gene has the first name that is given to it, an id or a symbol: an id, without
     its version, is trusted, and a gene whose id is not in the table is missing, whatever its symbol. In a column of
-    ids, what is no id is no gene. `weights` are each gene's counts in some cells. Raises CorpusError if two of the
-    columns that are known to name genes name different ones in most rows.
+    ids, what is no id is no gene. `weights` are counts in some cells. CorpusError if `NAME_COLUMNS` mostly differ.
     """
     table, notes, apart = gene_table(), [], other_features(var)
     names = pd.Series(var.index.astype(str), dtype=object)

