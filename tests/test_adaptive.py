@@ -12,7 +12,7 @@ from datawall.analysis import adaptive
 from datawall.analysis.adaptive import Plan, settle
 from datawall.analysis.results import mean_over_splits, read_results, select
 from datawall.analysis.saturation import saturation_points
-from datawall.study import evaluation
+from datawall.study import evaluation, questions
 
 GRID = (1, 10, 25, 50, 75, 100)
 
@@ -190,7 +190,7 @@ def full(tmp_path_factory):
 def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full, tmp_path):
     study = small_study(tmp_path, **GROWN, adaptive=True, margin=margin)
     assert len(study.pretraining_runs()) == 3 * 4 + 3 * 3 + 3  # at most
-    grown = evaluation.pretrain_adaptively(study)
+    grown = questions.pretrain_adaptively(study)
     runs = mean_over_splits(select(full, metric="micro_f1", strategy="random")).set_index(["percentage", "seed"])
     found = settle(
         lambda percentage, seed: runs["value"][percentage, seed],
@@ -208,5 +208,5 @@ def test_an_adaptive_study_makes_what_its_verdict_takes_and_no_more(margin, full
         assert set(zip(rows["percentage"], rows["seed"], strict=True)) == expected
     assert len(study.pretraining_runs()) == len(study.pretrain()) < 24 or margin < 0.1
     artifacts = sorted(tmp_path.glob("store/*/*"))
-    pd.testing.assert_frame_equal(evaluation.pretrain_adaptively(study), grown)
+    pd.testing.assert_frame_equal(questions.pretrain_adaptively(study), grown)
     assert sorted(tmp_path.glob("store/*/*")) == artifacts

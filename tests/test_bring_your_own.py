@@ -18,8 +18,8 @@ from datawall.analysis import results
 from datawall.cells import datasets, simulate
 from datawall.engine import disk
 from datawall.models import external
-from datawall.study import curated, evaluation, params, scoring
-from datawall.study.units import Embedding, Evaluation, EvaluationSet
+from datawall.study import dataset, evaluation, params
+from datawall.study.records import Embedding, Evaluation, EvaluationSet
 
 README = (Path(__file__).resolve().parents[1] / "params" / "README.md").read_text()
 SECTION = README.partition("## Bring your own")[2].partition("\n## ")[0]
@@ -60,13 +60,13 @@ def study_of(folder, **values):
 def evaluated(study, task):
     """Results of a task, made in this process: the only one that knows what a test adds."""
     for one in evaluation.evaluations(study, task):
-        evaluation.make(study, one)
+        evaluation.evaluation_artifact(study, one)
     return evaluation.evaluate(study, task)
 
 
 def embed_elsewhere(study, file, key, scale=1.0):
     """Write what another tool would: the held-out cells in another order, and their labels as an embedding."""
-    data = study.dataset(study.held_out_name)
+    data = study.dataset(study.params.held_out_name)
     data = data[np.random.default_rng(0).permutation(data.n_obs)]
     types = pd.Categorical(data.obs["cell_type"]).codes
     noise = np.random.default_rng(1).normal(size=(data.n_obs, 3))
@@ -208,7 +208,7 @@ def test_embeddings_from_files_are_scored_under_their_models_name(here):
     assert ours[["strategy", "percentage", "seed", "n_cells"]].tolist() == ["random", 50, 0, 56]
     assert ours["value"] < 0.9
     head = Evaluation("finetuned_classification", "corpus_held_out", study.params.embeddings[0])
-    found = {split: metrics["micro_f1"] for split, metrics in scoring.score(study, head)}
+    found = {split: metrics["micro_f1"] for split, metrics in evaluation.score(study, head)}
     assert found == {"cells 0": 1, "cells 1": 1}
 
 
@@ -307,7 +307,7 @@ def test_data_sets_stay_in_memory_as_far_as_it_goes(here, monkeypatch):
         study.dataset(name)
     assert not read
     study = study_of(here, evaluation=records)
-    monkeypatch.setattr(curated, "KEPT", size)  # one beside the one that is worked on
+    monkeypatch.setattr(dataset, "KEPT", size)  # one beside the one that is worked on
     for name in "abcacb":
         study.dataset(name)
     assert [path.parent for path in read] == [study.dataset_artifact(name).folder for name in "abcab"]

@@ -240,7 +240,7 @@ def test_a_network_on_several_gpus_is_trained_by_torchrun_where_there_are_some(n
     assert launched == [2] * (n_gpus > 0)
     assert table[["steps", "samples_seen"]].to_numpy().tolist() == [[4, 32]]
     assert not list((given.folder / "checkpoints").glob("*"))
-    assert given.embedding(given.pretraining_runs()[0], given.held_out_name).shape[1] == 16
+    assert given.embedding(given.pretraining_runs()[0], given.params.held_out_name).shape[1] == 16
     alone = Study(given.params.model_copy(update={"gpus": {}}), given.folder)
     assert alone.pretrain()["seconds"].tolist() == table["seconds"].tolist()  # is the same unit, and found
 

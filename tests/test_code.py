@@ -15,7 +15,7 @@ import datawall as dw
 from datawall import models, tasks
 from datawall.engine import code, paths
 from datawall.study import evaluation, study
-from datawall.study.units import Run, Subset
+from datawall.study.records import Evaluation, Run, Subset
 
 
 @pytest.fixture
@@ -77,37 +77,40 @@ def test_units_name_the_code_that_makes_them_and_none_beside_it(tmp_path):
     run = lambda name: Run(name, Subset("random", 100.0, 3))  # noqa: E731
     made_by = {name: last(of.model_unit(run(name)).code) for name in FAMILIES}
     made_by |= {kind: last(getattr(of, f"{kind}_unit").code) for kind in ("corpus", "split", "sketch")}
-    made_by |= {task: last(code.closure(evaluation.makers(task))) for task in tasks.TASKS}
+    evaluated = (Evaluation(task, of.params.held_out_name, run("scVI")) for task in tasks.TASKS)
+    made_by |= {item.task: last(evaluation.evaluation_unit(of, item).code) for item in evaluated}
     expected = {
         "PretrainedPCA": {"pca", "base", "expression"},
         "scVI": {"scvi", "sparse", "base", "training", "streaming", "expression", "cellstore"},
         "SSL": {"ssl", "sparse", "training", "streaming"},
         "Geneformer": {"geneformer", "tokenizer", "transformer", "training", "streaming"},
         "SCimilarity": {"scimilarity", "sparse", "ontology", "training"},
-        "corpus": {"assembly", "sources", "backed", "duplicates", "simulate", "census", "cellstore", "corpus"},
-        "split": {"assembly", "sampling", "curated:_make_split"},
-        "sketch": {"expression"},
-        "zeroshot_classification": {"classification", "uncertainty", "scoring", "sampling", "baselines"},
+        "corpus": {"sources", "backed", "duplicates", "simulate", "census", "cellstore", "corpus"},
+        "split": {"dataset", "sampling"},
+        "sketch": {"subset", "expression"},
+        "zeroshot_classification": {"classification", "uncertainty", "evaluation", "joining", "sampling", "baselines"},
         "zeroshot_integration": {"integration", "classification", "neighbourhood", "uncertainty"},
         "finetuned_classification": {"finetuning", "classification", "training"},
-        "perturbation_response": {"perturbation", "classification", "training", "curated:response_genes"},
-        "reconstruction": {"pretraining_loss", "scoring"},
+        "perturbation_response": {"perturbation", "classification", "training"},
+        "reconstruction": {"pretraining_loss", "evaluation"},
     }
     for kind, names in expected.items():
         assert names <= made_by[kind], kind
         beside = {"curves", "titles", "labels", "report", "results", "saturation", "planning", "cluster", "processes"}
         assert not made_by[kind] & beside, kind
     for name in FAMILIES:
-        assert not made_by[name] & {"scoring", "classification", "uncertainty", "baselines"}, name
+        assert not made_by[name] & {"evaluation", "classification", "uncertainty", "baselines"}, name
         assert sum(other in made_by[name] for other in ("pca", "scvi", "ssl", "geneformer", "scimilarity")) == 1
 
 
 def test_makers_are_there(tmp_path):
     of = study_of(tmp_path)
-    units = [of.corpus_unit, of.split_unit, of.sketch_unit, of.contamination_unit(of.held_out_name)]
-    units += [of.embedding_unit(source, of.held_out_name) for source in ("PCA", *of.pretraining_runs())]
-    makers = {name for unit in units for name in unit.makers}.union(*map(evaluation.makers, tasks.TASKS))
-    for name in makers:
+    units = [of.corpus_unit, of.split_unit, of.sketch_unit, of.contamination_unit(of.params.held_out_name)]
+    units += [of.embedding_unit(source, of.params.held_out_name) for source in ("PCA", *of.pretraining_runs())]
+    evaluated = [Evaluation(task, of.params.held_out_name, of.pretraining_runs()[0]) for task in tasks.TASKS]
+    units += [of.subset_unit(Subset("random", 100.0, 3)), *(evaluation.evaluation_unit(of, item) for item in evaluated)]
+    units.append(of.layout_unit(("PCA", of.params.held_out_name)))
+    for name in {name for unit in units for name in unit.makers}:
         module, _, function = name.partition(":")
         nodes = [node for node in ast.walk(ast.parse(code.SOURCES[module])) if isinstance(node, ast.FunctionDef)]
         assert not function or [node.name for node in nodes].count(function) == 1, name

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import anndata as ad
 import numpy as np
@@ -25,8 +26,8 @@ from datawall.cells import simulate
 from datawall.planning import plan as planning
 from datawall.planning import preflight
 from datawall.reading import plots
-from datawall.study import assembly, evaluation, joining, params, scoring
-from datawall.study.units import Evaluation, EvaluationSet
+from datawall.study import dataset, evaluation, joining, params, questions
+from datawall.study.records import Evaluation, EvaluationSet
 
 TASKS = tuple(tasks.TASKS)
 ATLAS = atlas(300, n_datasets=2, donors_per_dataset=3, responsive=["myeloid leukocyte", "lymphocyte"])
@@ -56,7 +57,7 @@ def study(folder):
     study = study_of(folder)
     for task in TASKS:
         for one in evaluation.evaluations(study, task):
-            evaluation.make(study, one)  # in this process, which has all loaded
+            evaluation.evaluation_artifact(study, one)  # in this process, which has all loaded
         evaluation.evaluate(study, task)
     return study
 
@@ -70,13 +71,11 @@ def tables(study):
 
 
 def cells_of(labels, donors=None, *, splits=3):
-    """What `scoring` asks of a study, with one data set."""
+    """Parameters and labels of cells, as `joining` divides them."""
     obs = pd.DataFrame({"cell_type": labels})
     if donors is not None:
         obs["donor_id"] = pd.Categorical(donors)
-    data = ad.AnnData(np.zeros((len(obs), 1)), obs=obs.set_index(obs.index.astype(str)))
-    of = SimpleNamespace(splits=splits, finetuned_splits=None, k=5, more_k=[])
-    return SimpleNamespace(dataset=lambda name: data, params=of)
+    return SimpleNamespace(splits=splits, finetuned_splits=None, k=5, more_k=[]), obs
 
 
 LABELS = np.repeat(["T", "B"], [60, 40])
@@ -87,13 +86,13 @@ BY_CELL = ["cells 0", "cells 1", "cells 2"]
 
 def test_no_donor_is_on_both_sides_of_a_split_by_donor():
     donors = np.arange(100) % 7
-    halves = dict(scoring.halves(cells_of(LABELS, donors), "any"))
+    halves = dict(joining.halves(*cells_of(LABELS, donors)))
     assert list(halves) == [*BY_CELL, "donors 0", "donors 1", "donors 2"]
     for split, half in halves.items():
         shared = set(donors[half == 1]) & set(donors[half == 0])
         assert (not shared) == split.startswith("donors")
         assert 40 <= half.sum() <= 60
-    parts = dict(scoring.three_parts(cells_of(LABELS, donors), "any"))
+    parts = dict(joining.three_parts(*cells_of(LABELS, donors)))
     assert {*BY_CELL, "donors 0"} <= set(parts) <= set(halves)
     for split, part in parts.items():
         folds = np.atleast_2d(part)
@@ -107,20 +106,20 @@ def test_no_donor_is_on_both_sides_of_a_split_by_donor():
 
 def test_two_donors_are_parted_in_the_ways_there_are():
     donors = np.arange(100) % 2
-    halves = [half for split, half in scoring.halves(cells_of(LABELS, donors, splits=20), "any") if "donors" in split]
+    halves = [half for split, half in joining.halves(*cells_of(LABELS, donors, splits=20)) if "donors" in split]
     assert len(halves) == 2
     assert np.array_equal(halves[0], 1 - halves[1])
 
 
 @pytest.mark.parametrize("donors", [None, ["only"] * 100])
 def test_without_two_donors_there_is_no_split_by_donor(donors):
-    assert list(dict(scoring.halves(cells_of(LABELS, donors), "any"))) == BY_CELL
+    assert list(dict(joining.halves(*cells_of(LABELS, donors)))) == BY_CELL
 
 
 def test_a_large_data_set_is_split_once():
     large = cells_of(np.tile(LABELS, 50), np.arange(5000) % 4)
-    for split in (scoring.halves, scoring.three_parts):
-        assert list(dict(split(large, "any"))) == ["cells 0", "donors 0"]
+    for split in (joining.halves, joining.three_parts):
+        assert list(dict(split(*large))) == ["cells 0", "donors 0"]
 
 
 # A study
@@ -130,7 +129,7 @@ def test_values_are_those_of_scikit_learn_on_the_same_split(study, tables):
     run = study.pretraining_runs()[0]
     X, labels = study.embedding(run, "cells_held_out"), study.dataset("cells_held_out").obs["cell_type"].astype(str)
     rows = results.select(tables["results"], task=TASKS[0], model=run.model, strategy="random", percentage=10.0)
-    for split, half in scoring.halves(study, "cells_held_out"):
+    for split, half in joining.halves(study.params, study.dataset("cells_held_out").obs):
         for metric, k in (("micro_f1", 5), ("knn1_micro_f1", 1)):
             predicted = cross_val_predict(KNeighborsClassifier(k), X, labels, cv=PredefinedSplit(half))
             found = results.select(rows, metric=metric, split=split)["value"].tolist()
@@ -222,7 +221,7 @@ def test_whole_networks_are_trained_where_they_can_be(study):
     full = study_of(study.folder.parent, finetune="full", percentages=[100], strategies=["random"])
     scores = {}
     for run in full.pretraining_runs():
-        [(split, metrics), _] = scoring.score(full, Evaluation("finetuned_classification", "cells_held_out", run))
+        [(split, metrics), _] = evaluation.score(full, Evaluation("finetuned_classification", "cells_held_out", run))
         assert split == "cells 0"
         scores[run.model] = {name for name in metrics if name.startswith("full_")}
     assert scores == {
@@ -232,7 +231,7 @@ def test_whole_networks_are_trained_where_they_can_be(study):
 
 
 def test_extremes_are_the_best_the_worst_and_the_bests_control(study, tables):
-    chosen = evaluation.extremes(study, results.select(tables["results"], task=TASKS[0]), "micro_f1")
+    chosen = questions.extremes(study, results.select(tables["results"], task=TASKS[0]), "micro_f1")
     means = results.mean_over_splits(results.select(tables["results"], task=TASKS[0], metric="micro_f1"))
     means = means[means["strategy"] == "random"].sort_values("value")
     for kind, row in (("best", means.iloc[-1]), ("worst", means.iloc[0])):
@@ -259,7 +258,7 @@ def test_treatments_that_are_not_two_are_named(study):
     wrong = study_of(study.folder.parent, control="nothing", tasks=["perturbation_response"])
     one = Evaluation("perturbation_response", "cells_held_out", "NoChange")
     with pytest.raises(dw.corpus.CorpusError, match=r"\['ctrl', 'treated'\].*'nothing'"):
-        list(scoring.score(wrong, one))
+        list(evaluation.score(wrong, one))
 
 
 @pytest.mark.parametrize("dataset", ["cells", "cells_held_out"])
@@ -340,8 +339,8 @@ def test_each_treatment_is_scored_as_if_it_were_the_only_one():
     p = params.check({**VALUES, "evaluation": [drug], "perturbation_genes": 50}, "mine")
 
     def splits(cells):
-        of = SimpleNamespace(params=p, dataset=lambda _: cells, held_out_name="other")
-        found = scoring.score(of, Evaluation("perturbation_response", "drug", "MeanShift"))
+        study = Mock(params=p, dataset=lambda _: cells)
+        found = evaluation.score(study, Evaluation("perturbation_response", "drug", "MeanShift"))
         return {split: dict(metrics) for split, metrics in found}
 
     both, alone = splits(data), splits(data[obs["perturbation"] != "b"].copy())
@@ -355,11 +354,11 @@ def test_whole_groups_of_any_column_are_held_out(by):
     role = "dataset_id" if by == "dataset_id" else "split"
     assert (p.split_role, p.columns().get("split")) == (role, None if by == "dataset_id" else "plate")
     obs = pd.DataFrame({role: pd.Categorical(np.repeat(list("abcd"), 10))})
-    held_out = assembly.held_out(p, obs)
+    held_out = dataset.hold_out(p, obs)
     assert held_out.sum() == 10
     assert len(set(obs.loc[held_out, role])) == 1
     with pytest.raises(dw.corpus.CorpusError, match=f"split_by: {by} has one value for all cells"):
-        assembly.held_out(p, obs[:10])
+        dataset.hold_out(p, obs[:10])
 
 
 def test_rare_types_are_not_held_out_of_perturbation_response_unless_named():
@@ -381,9 +380,8 @@ def test_a_type_with_one_treated_cell_does_not_stop_the_oracle(study):
     lone = np.flatnonzero(rare & (obs["perturbation"] != "ctrl").to_numpy())[1:]
     data = study.dataset("cells_held_out")[np.setdiff1d(np.arange(len(obs)), lone)]
     one = study_of(study.folder.parent, held_out_contexts=None).params
-    given = {"held_out_name": study.held_out_name, "response_genes": study.response_genes}
-    few = SimpleNamespace(params=one, dataset=lambda name: data, **given)
-    found = scoring.score(few, Evaluation("perturbation_response", "cells_held_out", "Oracle"))
+    few = Mock(params=one, dataset=lambda name: data, response_genes=study.response_genes)
+    found = evaluation.score(few, Evaluation("perturbation_response", "cells_held_out", "Oracle"))
     assert [split for split, _ in found] == ["classical monocyte held out", "naive B cell held out"]
 
 
@@ -504,7 +502,7 @@ def test_differences_paired_by_cell_hold_the_truth_and_are_narrower(n_cells, n_s
 
 
 def test_cells_named_right_make_up_micro_f1(study, tables):
-    right = evaluation.right_cells(study)
+    right = questions.right_cells(study)
     scores = results.mean_over_splits(results.select(tables["results"], metric="micro_f1")).set_index(right.index.names)
     scores = scores["value"].drop(index="Chance", level="model")
     assert right.map(np.mean).to_dict() == pytest.approx(scores.to_dict())

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from datawall.engine import paths
 from datawall.study import params
-from datawall.study.units import Subset
+from datawall.study.records import Subset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MINIMAL = {

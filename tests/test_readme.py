@@ -16,8 +16,8 @@ import datawall
 import run_all
 from datawall.engine import paths
 from datawall.study import params
+from datawall.study.records import Run, Subset
 from datawall.study.study import open_study
-from datawall.study.units import Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "params/README.md", "params/CLUSTER.md", "tests/benchmarks/README.md")]

@@ -29,8 +29,8 @@ from datawall.engine import code, disk, store
 from datawall.models import training
 from datawall.planning import starter
 from datawall.study import params
+from datawall.study.records import Run, Subset
 from datawall.study.study import Study
-from datawall.study.units import Run, Subset
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Run("PretrainedPCA", Subset("random", 100.0, 0))
@@ -105,10 +105,10 @@ def test_object_array_in_an_artifact(unit_of, name, load, study, trap, monkeypat
 
 
 def test_object_array_in_a_list_of_duplicates(study, trap):
-    unit = study.contamination_unit(study.held_out_name)
+    unit = study.contamination_unit(study.params.held_out_name)
     folder = plant(study, unit, "contamination.npz", object_archive(trap, "cells"))
     with pytest.raises((ValueError, KeyError)):
-        study.contamination(study.held_out_name)
+        study.contamination(study.params.held_out_name)
     with np.load(folder / "contamination.npz") as file, pytest.raises(ValueError, match="allow_pickle=False"):
         file["cells"]
 

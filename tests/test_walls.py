@@ -15,7 +15,7 @@ from datawall.analysis import results, walls
 from datawall.cells import sampling
 from datawall.models import ssl
 from datawall.reading.plots import walls as figures
-from datawall.study import evaluation, params
+from datawall.study import evaluation, params, questions
 
 # The contrastive twin
 
@@ -104,7 +104,7 @@ def test_levers_say_what_was_varied_in_each_run(tmp_path):
     )
     study.pretrain()
     evaluation.evaluate(study, "zeroshot_classification")
-    whole = evaluation.levers(study)
+    whole = questions.levers(study)
     table = whole[whole["metric"] == "micro_f1"].set_index(["label", "strategy", "cells", "steps"]).sort_index()
     shown = table[["varied", "depth", "width", "samples"]].apply(tuple, axis=1).to_dict()
     assert shown == {
@@ -122,9 +122,9 @@ def test_levers_say_what_was_varied_in_each_run(tmp_path):
     rows = results.read_results(study.folder)
     given = rows[rows["percentage"] == 50].assign(model="given")  # an embedding made elsewhere, on a subset
     results.write_tables({"results": pd.concat([rows, given])}, study.folder, {})
-    pd.testing.assert_frame_equal(evaluation.levers(study), whole)
+    pd.testing.assert_frame_equal(questions.levers(study), whole)
     results.write_tables({"results": given, "budgets": given.iloc[:0]}, study.folder, {})
-    assert walls.sentences(evaluation.levers(study)) == []
+    assert walls.sentences(questions.levers(study)) == []
     random, thinned = (
         study.cells(run.subset) for run in study.pretraining_runs()[:1] + study.pretraining_runs()[-3:-2]
     )

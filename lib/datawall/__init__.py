@@ -21,7 +21,7 @@ _MODULES = {
         *("adaptive", "effects", "known_answer", "power", "published", "results", "saturation", "scaling"),
         *("verdicts", "walls"),
     ),
-    "study": ("curated", "curation", "evaluation", "params"),
+    "study": ("curation", "evaluation", "params", "questions"),
     "engine": ("code", "paths", "store"),
     "reading": ("titles",),
 }
@@ -30,6 +30,7 @@ PLACES = {name: f"datawall.{package}.{name}" for package, names in _MODULES.item
 PLACES |= {"models": "datawall.models", "tasks": "datawall.tasks", "plots": "datawall.reading.plots"}
 PLACES |= {
     "Study": "datawall.study.study:Study",
+    "Subset": "datawall.study.records:Subset",
     "open_study": "datawall.study.study:open_study",
     "read_results": "datawall.analysis.results:read_results",
 }

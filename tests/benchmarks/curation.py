@@ -33,12 +33,12 @@ STUDY = {
 def curate(n_cells):
     """Print seconds and peak memory (MiB) of each step; returns cells and the totals."""
     import datawall as dw
-    from datawall.study.curated import Curated
+    from datawall.study.study import Study
 
     parameters = dw.params.check({**STUDY, "simulation": {"n_cells": n_cells, "n_genes": 19_331}}, "benchmark")
     tables = dw.curation
     with tempfile.TemporaryDirectory() as folder:
-        study = Curated(parameters, Path(folder))
+        study = Study(parameters, Path(folder))
         steps = {
             "simulate and write": lambda: study.corpus_artifact,
             "genes, cells, quality": lambda: (

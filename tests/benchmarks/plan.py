@@ -23,7 +23,7 @@ from datawall.engine import store
 from datawall.planning import plan as planning
 from datawall.reading import report
 from datawall.study import costs
-from datawall.study.units import Run
+from datawall.study.records import Run
 
 CURATION = ("corpus", "dataset", "contamination", "split", "subset", "sketch")
 MARGIN = 0.3

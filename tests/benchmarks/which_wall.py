@@ -22,7 +22,7 @@ SEEDS = 3
 
 
 def design() -> pd.DataFrame:
-    """The runs of params/which_wall.yaml, for one model and its twin: the columns of `evaluation.levers`, no value."""
+    """The runs of params/which_wall.yaml, for one model and its twin: the columns of `questions.levers`, no value."""
     random = [("SSL", "random", "", n, 1, 1, 1) for n in (0.01, 0.03, 0.1, 0.3, 1)]
     steps = [("SSL", "random", "", n, 1, s, 1) for n, s in product((0.1, 1), (0.25, 0.5, 2, 4, 16))]
     width = [(f"SSL@{w}x", "random", "width", n, 1, 1, w) for n, w in product((0.01, 0.1, 1), (0.5, 2, 4))]
@@ -121,7 +121,7 @@ def package(folders: list[str]) -> None:
 
     runs, ceiling = [], []
     for study in map(dw.open_study, folders):
-        table, intervals = dw.evaluation.levers(study), dw.read_results(study.folder, "intervals")
+        table, intervals = dw.questions.levers(study), dw.read_results(study.folder, "intervals")
         runs.append(table[table["metric"].isin(["micro_f1", "macro_f1", "explained"])])
         for metric in ("micro_f1", "macro_f1"):
             for (task, dataset), value in walls.reliability(intervals, metric).items():
@@ -129,7 +129,7 @@ def package(folders: list[str]) -> None:
         both = dw.curation.both_labels(study)
         if both.size:
             agree = sum(both.loc[name, name] for name in both.index.intersection(both.columns)) / both.to_numpy().sum()
-            ceiling.append(("zeroshot_classification", study.held_out_name, "micro_f1", "labels agree", agree))
+            ceiling.append(("zeroshot_classification", study.params.held_out_name, "micro_f1", "labels agree", agree))
     walls.TABLES.mkdir(exist_ok=True)
     compression = {"method": "gzip", "mtime": 0}
     pd.concat(runs).round({"value": 5}).to_csv(walls.TABLES / "runs.csv.gz", index=False, compression=compression)

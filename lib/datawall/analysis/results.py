@@ -227,7 +227,7 @@ def against_baselines(
     `Oracle` left out. An interval is of a bootstrap over seeds and splits, with normal noise of the variance over cells
     (of model and baseline, from their own intervals) added to each draw: as if the two did not err on the same cells,
     so that it is too wide rather than too narrow, and a tie may be a small win. Micro-F1 of the tasks that `right` has
-    (`evaluation.right_cells`) is paired by cell (`tasks.uncertainty.paired_interval`), as exactly as can be.
+    (`questions.right_cells`) is paired by cell (`tasks.uncertainty.paired_interval`), as exactly as can be.
 
     A row per task, data set and pretrained model, strategy and percentage: value, baseline (its name), baseline_value,
     difference (value - baseline_value), low, high, verdict: `win` or `loss` if the interval excludes zero, else `tie`;

@@ -46,7 +46,7 @@ def table(
 ) -> pd.DataFrame:
     """What results on random subsets say of every model, task and data set.
 
-    From the tables `intervals` and `budgets` of a study, and `evaluation.right_cells`, by which models and baselines
+    From the tables `intervals` and `budgets` of a study, and `questions.right_cells`, by which models and baselines
     are compared cell by cell. The verdict is that of the rule `equivalence`, the curves of a task being one family of
     tests. But a curve is budget-limited where twice the steps gain more than the margin at a size that was checked: it
     may tell of the budget, and is not read as a limit of the data. Without `checked`, or a margin, none is.

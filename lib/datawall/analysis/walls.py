@@ -58,7 +58,7 @@ class Surface:
 
 
 def means(levers: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean errors over seeds of the runs of `evaluation.levers`, a row for each way that a model was trained.
+    """Mean errors over seeds of the runs of `questions.levers`, a row for each way that a model was trained.
 
     Columns: task, dataset, model, family, label, strategy, varied, the levers, unique (cells), samples, error and `se`,
     the standard error of its logarithm, from the spread over seeds, pooled over all rows of a task, data set and model.
@@ -153,7 +153,7 @@ def held_out(points: pd.DataFrame) -> pd.DataFrame:
 def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFrame:
     """By how much a doubling, or a swap, of each suspect lowers the error of the reference; draw 0 is the estimate.
 
-    `levers` is of `evaluation.levers`. Doublings of steps and width are measured where they were run; those of cells
+    `levers` is of `questions.levers`. Doublings of steps and width are measured where they were run; those of cells
     and depth are the surface's. A swap is the difference of two means over seeds, at the largest size that both have:
     of the better of two strategies, of the best weight decay, of the other loss in the same family. That loss lowers
     errors of its own, so that it counts in scores alone. A part of the corpus that is chosen better is worth more
@@ -237,7 +237,7 @@ def sentences(levers: pd.DataFrame, metric: str = "micro_f1") -> list[str]:
 
 
 def packaged() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Runs of the studies which_wall, which_wall_simulated and spike_in (`evaluation.levers`), and what bounds scores.
+    """Runs of the studies which_wall, which_wall_simulated and spike_in (`questions.levers`), and what bounds scores.
 
     The second has task, dataset, metric, what (`reliability`, or `labels agree`: share of cells) and value.
     """

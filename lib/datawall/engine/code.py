@@ -87,7 +87,7 @@ def _imports(name: str) -> set[str]:
 def code_version(name: str) -> str:
     """Hash of the code of a library module, as this process has it; blind to comments, docstrings and layout.
 
-    Of a module whose functions make things of several kinds, one of them can be named: `curated:_make_subset`.
+    Of a module whose functions make things of several kinds, one of them can be named: `model:make_model`.
     """
     module, _, function = name.partition(":")
     tree = _running(SOURCES[module])

@@ -26,11 +26,11 @@ from datawall.cells import datasets, simulate
 from datawall.engine import disk, processes
 from datawall.engine.store import Record
 from datawall.models import training
-from datawall.study import curation, scoring
+from datawall.study import curation, evaluation
 from datawall.study.costs import calibration_file, size_of, work
 from datawall.study.params import Params
+from datawall.study.records import Evaluation, Run, Subset
 from datawall.study.study import Study
-from datawall.study.units import Evaluation, Run, Subset
 from datawall.tasks import TASKS, baselines
 
 CELLS = 800, 3200  # of the miniature's corpora, of which 70 % are pretrained on
@@ -110,7 +110,7 @@ def _data(first: Study, few: Study, many: Study) -> Record:
 
     def curate(study: Study) -> None:
         study.rows(Subset("geometric_sketching", 25.0, 0))  # of the corpus, its split and its sketch
-        study.contamination(study.held_out_name)
+        study.contamination(study.params.held_out_name)
         curation.quality(study)
         curation.marker_expression(study)
 
@@ -174,7 +174,7 @@ def _task(study: Study, task: str, run: Run) -> Record:
                 if isinstance(embedding, Run) or embedding in baselines.EMBEDDINGS:
                     study.embedding(embedding, n_cells)
             splits = []
-            whole = _seconds(splits.extend, scoring.score(study, Evaluation(task, n_cells, source)))
+            whole = _seconds(splits.extend, evaluation.score(study, Evaluation(task, n_cells, source)))
             seconds.append(max(whole / len(splits), 1e-6))
         power = math.log(seconds[2] / seconds[1]) / math.log(EVALUATED[1] / EVALUATED[0])
         costs[name] = [seconds[2], min(2.0, max(0.0, power))]

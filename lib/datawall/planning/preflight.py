@@ -14,7 +14,9 @@ from datawall.cells import corpus, duplicates, sampling
 from datawall.models import external
 from datawall.planning import plan as planning
 from datawall.planning.starter import FEW, MANY, look
-from datawall.study import assembly, curation, joining, params
+from datawall.study import curation, joining, params
+from datawall.study.corpus import read_corpus
+from datawall.study.dataset import dataset_columns, hold_out, read_dataset
 from datawall.study.params import Params
 from datawall.study.study import Study
 from datawall.tasks import TASKS
@@ -83,7 +85,7 @@ def _read(p: Params, findings: Findings) -> None:
     reports, sets, var = {}, {}, corpus.gene_table()
     with findings.errors_within():
         labels = []
-        for block in assembly.read_corpus(p, reports):
+        for block in read_corpus(p, reports):
             labels.append(block.obs)
         obs, var = pd.concat(labels), block.var
         obs = obs.iloc[: len(obs) - reports["n_spiked"]].astype("category")
@@ -92,7 +94,7 @@ def _read(p: Params, findings: Findings) -> None:
         became = reports["cells"].drop(columns="dataset").sum()
         told = ", ".join(f"{n:,} {what}" for what, n in became.items() if n or what == "kept")
         findings.facts.append(f"cells of the corpus: {told}")
-        held_out = assembly.held_out(p, obs)
+        held_out = hold_out(p, obs)
         if "cell_type" in obs:
             joining.check_contexts(p, obs["cell_type"].unique())
         joining.check_control(p, p.evaluation_sets()[p.held_out_name], obs)
@@ -100,7 +102,7 @@ def _read(p: Params, findings: Findings) -> None:
         sets[p.held_out_name], pretraining = obs[held_out], np.flatnonzero(~held_out)
     for name in [dataset.dataset for dataset in p.evaluation]:
         with findings.errors_within():
-            aligned, measured, genes, notes = assembly.read_dataset(p, name, var)
+            aligned, measured, genes, notes = read_dataset(p, name, var)
             findings.facts.append(curation.match_in_words(genes))
             findings.warnings += notes
             sets[name] = aligned.obs
@@ -119,7 +121,7 @@ def _read(p: Params, findings: Findings) -> None:
         _subsets(p, len(pretraining), findings, reports["n_spiked"])
     if p.labels and p.spike_in is None:
         keys = {name: p.key("cell_type", name) for name in p.sources()}
-        keys |= {each.file: assembly.dataset_columns(p, each.dataset)["cell_type"] for each in p.evaluation}
+        keys |= {each.file: dataset_columns(p, each.dataset)["cell_type"] for each in p.evaluation}
         types = [look([name], [key], min_matched=p.min_matched_genes).obs.get(key, ()) for name, key in keys.items()]
         if unused := sorted(set(p.labels).difference(*(map(str, labels) for labels in types))):
             findings.warnings.append(f"labels: no cell is of the types {unused}; correct them, or leave them out.")
@@ -131,7 +133,7 @@ def _read(p: Params, findings: Findings) -> None:
 
 def _contaminated(p: Params, obs: pd.DataFrame, cells: ad.AnnData, genes: pd.Index) -> np.ndarray:
     """Rows of the corpus with cells, or from donors, of an evaluation set; `genes` are those that both have."""
-    hashes = (duplicates.cell_hashes(block.X, block.var_names, genes) for block in assembly.read_corpus(p, {}))
+    hashes = (duplicates.cell_hashes(block.X, block.var_names, genes) for block in read_corpus(p, {}))
     donors = (each["donor_id"].array if "donor_id" in each else None for each in (cells.obs, obs))
     evaluated = duplicates.cell_hashes(cells.X, cells.var_names, genes)
     return duplicates.contamination(evaluated, hashes, *donors).rows_to_drop()

@@ -74,7 +74,7 @@ def beside_simulated(study: Study) -> dict[str, sp.csr_matrix]:
         return {}
     rows = np.sort(np.random.default_rng(0).permutation(held_out.n_obs)[:COMPARED])
     atlas = simulate.Atlas(n_cells=len(rows), n_genes=held_out.n_vars)
-    return {study.held_out_name: held_out.counts(rows), "simulated": simulate.load(atlas).X}
+    return {study.params.held_out_name: held_out.counts(rows), "simulated": simulate.load(atlas).X}
 
 
 def realism(counts: dict[str, sp.csr_matrix]) -> tuple[pd.DataFrame, pd.DataFrame]:

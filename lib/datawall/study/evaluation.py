@@ -1,37 +1,27 @@
-"""Evaluations of a study: every task on every model and baseline, and the tables they make."""
+"""Evaluations of a study, a task on a data set each: key, making (how a task is fed; `tasks` has metrics), reading."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from datawall import tasks
-from datawall.analysis import adaptive, results
+from datawall.analysis import results
+from datawall.cells import expression
 from datawall.cells.corpus import CorpusError
-from datawall.cells.sampling import STRATEGIES
 from datawall.engine import cluster, disk
 from datawall.engine.store import Artifact, Unit
-from datawall.models import hyperparameters
-from datawall.study import curation, scoring
-from datawall.study.params import Params
-from datawall.study.study import CHOSEN, Study
-from datawall.study.units import Evaluation, Run
+from datawall.study import joining
+from datawall.study.records import Evaluation, Run
+from datawall.study.study import Study
 from datawall.tasks import baselines
-
-LEVERS = [  # columns of `levers`
-    *("model", "family", "label", "strategy", "seed", "n_cells", "samples", "varied"),
-    *("cells", "depth", "steps", "width", "task", "dataset", "metric", "value"),
-]
-LEFT_OUT = {
-    "random": "what random subsets tell, such as what more cells are worth",
-    "untrained": "what untrained models tell: what pretraining changes",
-}  # by the strategy that a study lacks
+from datawall.tasks.metrics import Metrics
+from datawall.tasks.perturbation import Response
 
 
 def evaluations(study: Study, task: str) -> list[Evaluation]:
@@ -45,236 +35,12 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     names, runs = study.joined(task), study.all_runs()
     given = [embedding for embedding in p.embeddings if embedding.dataset in names]
     if tasks.TASKS[task].judges == "models":
-        names, given = [name for name in names if name == study.held_out_name], []
+        names, given = [name for name in names if name == study.params.held_out_name], []
         families = {name for name, spec in p.specs.items() if not spec.is_external}
         runs = [run for run in runs if run.model in families or hasattr(p.specs[run.model].model_class, "heldout_loss")]
     sources = [*tasks.TASKS[task].baselines, *runs]
     by_dataset = [Evaluation(task, name, source) for source in sources for name in names]
     return by_dataset + [Evaluation(task, embedding.dataset, embedding) for embedding in given]
-
-
-def evaluate(study: Study, task: str) -> pd.DataFrame:
-    """Make, or find, every evaluation of a task, and write the study's tables; returns the task's tidy results."""
-    missing = [item for item in evaluations(study, task) if not study.store.find(evaluation_unit(study, item))]
-    if missing:
-        for name in study.params.evaluation_sets():
-            study.dataset_artifact(name)
-        joined = study.joined(task)
-        missing = [item for item in missing if item.dataset in joined]
-    if (reasons := study.not_judged(task)) and not study.joined(task):
-        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}.")
-    if missing:
-        study.pretrain()
-    cluster.run_units(study, make, missing, task, lambda study, evaluation: study.costs.evaluation(evaluation))
-    return results.select(_tabulate(study), task=task)
-
-
-def _tabulate(study: Study) -> pd.DataFrame:
-    """Write the tables of all evaluations that have been made, unless this process has; returns the results."""
-    wanted = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
-    made = [(item, artifact) for item in wanted if (artifact := study.store.find(evaluation_unit(study, item)))]
-    keys = [artifact.key for _, artifact in made]
-    if study.tabulated is None or study.tabulated[0] != keys:
-        rows = [row for evaluation, artifact in made for row in _rows(study, evaluation, artifact)]
-        tables = results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
-        results.write_tables(tables, study.folder, study.params.model_dump(mode="json"))
-        study.tabulated = keys, tables["results"]
-    return study.tabulated[1]
-
-
-def pretrain_adaptively(study: Study) -> pd.DataFrame:
-    """Choose the runs of an adaptive study, and make them: sizes and seeds only until every verdict is settled.
-
-    Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
-    over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
-    and seed, and judged by all tasks. A second call finds all of it, and chooses the same. Columns: model, task,
-    verdict, percentage (where the plateau begins, or NaN), reason, runs (that it took) and share (of the full grid's).
-    """
-    p = study.params
-    plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
-    for name in p.evaluation_sets():
-        study.dataset_artifact(name)  # which tells what it can be judged by
-    headlines = {task: tasks.TASKS[task].headline for task in p.tasks if study.joined(task)}
-    headlines = {task: metric for task, metric in headlines.items() if metric and not results.lower_is_better(metric)}
-    scores = {(model, task): defaultdict(list) for model in p.models for task in headlines}
-    chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
-    while True:
-        steps = {key: adaptive.ask(known, plan) for key, known in scores.items()}
-        wanted = {key: runs for key, runs in steps.items() if not isinstance(runs, adaptive.Outcome)}
-        if not wanted:
-            break
-        for (model, _), runs in wanted.items():
-            chosen[model] += [run for run in runs if run not in chosen[model]]
-        disk.write_json(study.folder / CHOSEN, chosen)
-        study.pretrain()
-        found = {task: _scores(evaluate(study, task), metric) for task, metric in headlines.items()}
-        for (model, task), runs in wanted.items():
-            for percentage, seed in runs:
-                scores[model, task][percentage].append(found[task][model, percentage, seed])
-    columns = ["model", "task", "verdict", "percentage", "reason", "runs", "share"]
-    rows = ((*key, end.verdict, end.percentage, end.reason, len(end.runs), end.share) for key, end in steps.items())
-    return pd.DataFrame(sorted(rows, key=lambda row: row[:2]), columns=columns)
-
-
-def _scores(of_task: pd.DataFrame, metric: str) -> dict[tuple[str, float, int], float]:
-    """Mean over data sets of runs on random subsets, by model, percentage and seed."""
-    runs = results.mean_over_splits(results.select(of_task, metric=metric, strategy="random"))
-    return runs.groupby(["model", "percentage", "seed"])["value"].mean().to_dict()
-
-
-def panels(study: Study) -> pd.DataFrame:
-    """How many genes the panels of random subsets have, by percentage: means over seeds; the first network is asked.
-
-    Columns: genes, in_largest (how many the panel of the largest subset of the same seed has too), and for each
-    evaluation data set how many it measures; empty if no network of the study has a panel.
-    """
-    specs = (study.params.specs[name] for name in study.params.models)
-    if (model := next((spec.name for spec in specs if getattr(spec.hyperparameters, "n_genes", None)), None)) is None:
-        return pd.DataFrame()
-    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (model, "random")]
-    largest, rows = {}, []
-    folders = {each.dataset: study.dataset_artifact(each.dataset).folder for each in study.params.evaluation}
-    measured = {study.held_out_name: np.ones(study.corpus.n_vars, bool)}
-    measured |= {name: np.load(folder / "measured.npy") for name, folder in folders.items()}
-    for run in sorted(runs, key=lambda run: -run.subset.percentage):
-        panel = study.model(run).genes
-        shared = np.intersect1d(panel, largest.setdefault(run.subset.seed, panel))
-        n_measured = {dataset: int(genes[panel].sum()) for dataset, genes in measured.items()}
-        rows.append({"percentage": run.subset.percentage, "genes": len(panel), "in_largest": len(shared), **n_measured})
-    return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
-
-
-def _predictions(study: Study, task: str, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Columns of each model and baseline that is evaluated, and the labels it predicts of tested cells, by split."""
-    for evaluation in evaluations(study, task):
-        wanted = evaluation.dataset == dataset and getattr(evaluation.source, "budget", 1) == 1
-        if wanted and (artifact := study.store.find(evaluation_unit(study, evaluation))):
-            with np.load(artifact.folder / "predicted.npz", allow_pickle=False) as predicted:
-                yield study.columns_of(evaluation.source), dict(predicted)
-
-
-def second_opinion(study: Study) -> pd.DataFrame:
-    """Zero-shot predictions on held-out cells, by our labels, held against the authors', of the cells that have one.
-
-    Columns: model, strategy, percentage, seed, n_cells (of the subset), ours and authors (share of the cells with the
-    predicted type by either label) and judged (number of those cells); empty if none has labels.
-    """
-    cells = study.dataset(study.held_out_name).obs["cell_type"].astype(str)
-    theirs = curation.authors_labels(study, cells.index)
-    rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
-    table = []
-    for columns, predicted in _predictions(study, "zeroshot_classification", study.held_out_name) if judged else ():
-        shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
-        by_ours, by_theirs = np.mean(shares, axis=0)
-        table.append(columns | {"ours": by_ours, "authors": by_theirs, "judged": judged})
-    return pd.DataFrame(table)
-
-
-def right_cells(study: Study) -> pd.Series:
-    """Which cells are named right, by neighbours or by a head: a share of the splits that test it for each tested cell.
-
-    Arrays, (n_tested_cells,), by task, dataset, model, strategy, percentage and seed; for `results.against_baselines`.
-    """
-    right, keys = {}, ["model", "strategy", "percentage", "seed"]
-    for task in sorted({"zeroshot_classification", "finetuned_classification"} & set(study.params.tasks)):
-        for dataset in study.joined(task):
-            if (obs := study.labels(dataset)) is None:
-                continue  # nothing has been evaluated on it
-            labels = obs["cell_type"].to_numpy().astype(str)
-            for columns, predicted in _predictions(study, task, dataset):
-                right[task, dataset, *(columns[key] for key in keys)] = _share_right(study, dataset, labels, predicted)
-    index = pd.MultiIndex.from_tuples(right, names=["task", "dataset", *keys])
-    return pd.Series(right, index=index, dtype=object).sort_index()
-
-
-def _share_right(study: Study, dataset: str, labels: np.ndarray, predicted: dict[str, np.ndarray]) -> np.ndarray:
-    n_right, n_tests = np.zeros((2, len(labels)))
-    for split in results.splits_by_cell(predicted):
-        called = predicted[split]
-        cells = slice(None) if len(called) == len(labels) else _tested_cells(study, dataset)[split]
-        n_right[cells] += called == labels[cells]
-        n_tests[cells] += 1
-    return (n_right / n_tests)[n_tests > 0]
-
-
-@lru_cache(maxsize=1)
-def _tested_cells(study: Study, dataset: str) -> dict[str, np.ndarray]:
-    """Which cells each division of a large data set tests with heads: (n_cells,) bool, by the division's name."""
-    return {split: part == tasks.finetuning.TEST for split, part in scoring.three_parts(study, dataset)}
-
-
-def summary(study: Study, *tasks_told: str) -> str:
-    """How many models of how many subsets a study has, and what a notebook that tells of these tasks too leaves out."""
-    strategies = {run.subset.strategy for run in study.pretraining_runs()}
-    among = ", untrained ones among them," if "untrained" in strategies else ""
-    lines = [f"{len(study.pretraining_runs())} models{among} of {len(study.subsets())} subsets"]
-    lines += [f"left out: {told}" for name, told in LEFT_OUT.items() if name not in strategies]
-    lines += [f"left out: what {task} tells" for task in tasks_told if task not in study.params.tasks]
-    return "\n".join(lines)
-
-
-def extremes(study: Study, table: pd.DataFrame, metric: str) -> dict[str, Run]:
-    """The pretrained run with the best and the worst score on the first data set, and the best one's untrained control.
-
-    They are by title, for pictures of their embeddings; none if no model is pretrained. `table` is of one task.
-    """
-    first = study.first_dataset(table["task"].iloc[0])
-    means = results.mean_over_splits(results.select(table, metric=metric, dataset=first))
-    scores = means.set_index(["model", "strategy", "percentage", "seed"])["value"]
-    runs = {(run.model, *asdict(run.subset).values()): run for run in study.pretraining_runs()}
-    scores = scores[scores.index.isin([key for key, run in runs.items() if not run.subset.untrained])]
-    if scores.empty:
-        return {}
-    ends = scores.idxmax(), scores.idxmin()
-    best, worst = (runs[key] for key in (reversed(ends) if results.lower_is_better(metric) else ends))
-    titled = {"best": best, "worst": worst}
-    chosen = {f"{kind}: {run.model}, {run.subset.percentage:g} %": run for kind, run in titled.items()}
-    controls = [run for run in runs.values() if run.model == best.model and run.subset.untrained]
-    return chosen | {f"untrained: {run.model}": run for run in controls[:1]}
-
-
-def levers(study: Study) -> pd.DataFrame:
-    """Scores of all pretrained runs beside what was varied in them, for `walls`; a mean over splits a row.
-
-    Columns: model (without its label: of `SSL@2x`, SSL), family, label, strategy, seed, n_cells, samples (cells seen in
-    training, with repeats), varied, cells, depth, steps and width (multiples of the reference, which is the whole
-    corpus with the model's own settings), task, dataset, metric, value. `varied` is empty for random subsets with no
-    other setting, whatever their steps; else `width`, `weight_decay`, `depth` or `strategy`, or `several`.
-    """
-    p, tables = study.params, []
-    for name in ("results", "budgets"):
-        if (study.folder / f"{name}.parquet").is_file():  # where no run has another budget, there may be but one
-            rows = results.read_results(study.folder, name)
-            rows = rows[(rows["percentage"] > 0) & rows["model"].isin(p.specs)]  # no baseline, nor a given embedding
-            rows = rows.assign(steps=rows.get("budget", 1.0))
-            tables += [results.mean_over_splits(some).assign(steps=steps) for steps, some in rows.groupby("steps")]
-    if not tables:
-        return pd.DataFrame(columns=LEVERS)
-    table = pd.concat(tables, ignore_index=True).rename(columns={"model": "label"})
-    settings = pd.DataFrame([_setting(p, label) for label in table["label"].unique()]).set_index("label")
-    table = table.join(settings, on="label")
-    table["samples"] = table["samples"] * table["steps"]
-    table["cells"] = table["percentage"] / 100
-    table["depth"] = table["strategy"].map(lambda name: STRATEGIES[name].depth)
-    by_strategy = np.where(table["depth"] < 1, "depth", np.where(table["strategy"] == "random", "", "strategy"))
-    both = (table["varied"] != "") & (by_strategy != "")
-    table["varied"] = np.where(both, "several", table["varied"] + by_strategy)
-    return table[LEVERS]
-
-
-def _setting(p: Params, label: str) -> dict[str, Any]:
-    """What sets a labelled model apart from the one without its label."""
-    base = hyperparameters.without_label(label)
-    spec, own = p.specs[label], hyperparameters.resolve(base, p.hyperparameters, schedule=p.budget)
-    values, own_values = (each.hyperparameters.model_dump() for each in (spec, own))
-    differ = {name for name in values if values[name] != own_values[name]}
-    wide = bool(differ & {"n_hidden", "n_embd"})
-    widths = [np.ravel(each.get("n_hidden") or each["n_embd"])[0] for each in (values, own_values) if wide] or [1, 1]
-    only_width = wide and differ <= {"n_hidden", "n_latent", "n_embd", "learning_rate"}
-    varied = "width" if only_width else "".join(differ) if differ <= {"weight_decay"} else "several"
-    samples = p.steps_of(label) * values.get("batch_size", 0)
-    told = {"label": label, "model": base, "family": spec.family, "varied": varied, "samples": samples}
-    return told | {"width": float(widths[0] / widths[1])}
 
 
 def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
@@ -299,26 +65,173 @@ def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
         dataset = p.evaluation_sets()[evaluation.dataset]
         record |= {key: getattr(dataset, key) for key in ("control", "treatments", "held_out_contexts")}
         record |= {"genes": p.perturbation_genes, "matching": p.matching}
-    return Unit("evaluation", record, makers(task))
+    return Unit("evaluation", record, ("study/evaluation", "study/joining", f"tasks/{tasks.TASKS[task].module}"))
 
 
-def makers(task: str) -> tuple[str, ...]:
-    """What makes the metrics of a task: what feeds it, and its own module."""
-    genes = ("study/curated:response_genes",) if task == "perturbation_response" else ()
-    return "study/evaluation:make", "study/scoring", "study/joining", f"tasks/{tasks.TASKS[task].module}", *genes
+def make_evaluation(study: Study, evaluation: Evaluation, folder: Path) -> None:
+    """Write metrics by split and, of classification, the labels predicted of test cells, into a folder."""
+    splits = dict(score(study, evaluation))
+    disk.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
+    called = {name: split.predicted.astype(str) for name, split in splits.items() if split.predicted is not None}
+    if called:
+        np.savez_compressed(folder / "predicted.npz", **called)
 
 
-def make(study: Study, evaluation: Evaluation) -> Artifact:
-    """Make, or find, an evaluation: its metrics by split and, of classification, the labels predicted of test cells."""
+def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """Metrics of an evaluation, by split."""
+    return {feed.__name__: feed for feed in FED}.get(evaluation.task, own_task)(study, evaluation)
 
-    def write(folder: Path) -> None:
-        splits = dict(scoring.score(study, evaluation))
-        disk.write_json(folder / "metrics.json", {split: metrics.rows() for split, metrics in splits.items()})
-        called = {name: split.predicted.astype(str) for name, split in splits.items() if split.predicted is not None}
-        if called:
-            np.savez_compressed(folder / "predicted.npz", **called)
 
-    return study.store.find_or_make(evaluation_unit(study, evaluation), write)
+def zeroshot_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """Each half of the cells by the other."""
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.labels(evaluation.dataset)
+    labels, p = obs["cell_type"].to_numpy().astype(str), study.params
+    for split, half in joining.halves(p, obs):
+        yield split, tasks.classification.crossvalidated_classification(embedding, labels, half, p.k, more_k=p.more_k)
+
+
+def zeroshot_integration(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """All cells at once, or the same sample for every model: nothing is fitted to labels, so nothing is split."""
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.labels(evaluation.dataset)
+    rows = np.sort(np.random.default_rng(0).permutation(len(obs))[: study.params.integration_cells])
+    labels, batches = (obs[key].to_numpy().astype(str)[rows] for key in ("cell_type", "batch"))
+    unintegrated = study.embedding("PCA", evaluation.dataset)[rows]
+    yield "all cells", tasks.zeroshot_integration(embedding[rows], labels, batches, unintegrated=unintegrated)
+
+
+def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """Heads on frozen embeddings; with `finetune: full`, families that can are trained whole beside."""
+    p, source = study.params, evaluation.source
+    data = study.dataset(evaluation.dataset)
+    labels = data.obs["cell_type"].to_numpy().astype(str)
+    options = {"seed": evaluation.seed, "class_weight": p.class_weight}
+    model = study.model(source) if isinstance(source, Run) and p.finetune == "full" else None
+    for split, part in joining.three_parts(p, data.obs):
+        if source == "LogisticRegression":
+            predicted = np.empty_like(labels)
+            for fold in np.atleast_2d(part):
+                train, test = fold == tasks.finetuning.TRAIN, fold == tasks.finetuning.TEST
+                predicted[test] = baselines.logistic_regression(data.X[train], labels[train], data.X[test])
+            tested = np.atleast_2d(part == tasks.finetuning.TEST).any(axis=0)
+            yield split, tasks.classification.classification_metrics(labels[tested], predicted[tested], labels)
+            continue
+        embedding = study.embedding(source, evaluation.dataset)
+        metrics = tasks.finetuned_classification(embedding, labels, part, **options)
+        if model is not None and hasattr(model, "finetunable"):
+            full = tasks.finetuning.fully_finetuned_classification(model, data.X, labels, part, **options)
+            metrics = metrics.merged(full)
+        yield split, metrics
+
+
+def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """One context held out at a time, by genes that are chosen without a look at treated cells."""
+    obs, name, source = study.dataset(evaluation.dataset).obs, evaluation.dataset, evaluation.source
+    for treatment, contexts in joining.treatments(obs, study.params.evaluation_sets()[name]).items():
+        rows, *cells = _screen(study, name, treatment)
+        for held_out in contexts:
+            response = _response(study, name, treatment, held_out)
+            if isinstance(source, str):
+                metrics = _baseline_response(source, response, *cells, held_out)
+            else:
+                options = {"seed": evaluation.seed, "matching": study.params.matching, "response": response}
+                embedding = study.embedding(source, name)[rows]
+                metrics = tasks.perturbation_response(embedding, *cells, held_out, **options)
+            of_treatment = f"{treatment}, " if obs["perturbation"].nunique() > 2 else ""
+            yield f"{of_treatment}{held_out} held out", metrics
+
+
+def _screen(study: Study, name: str, treatment: str) -> tuple[np.ndarray, ...]:
+    """Rows of treated and control cells of a data set, their expression, whether each is treated, and its context."""
+    X, treatments, contexts = _expression(study, name)
+    rows = np.flatnonzero(np.isin(treatments, [treatment, study.params.evaluation_sets()[name].control]))
+    return rows, X[rows].toarray(), treatments[rows] == treatment, contexts[rows]
+
+
+@lru_cache(maxsize=1)  # for one model after the other, as below
+def _expression(study: Study, name: str) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+    """Log-normalised expression of the genes that are predicted, and the treatment and the context of each cell.
+
+    Of the corpus's held-out cells they are the most variable among the pretraining cells; of another data set, which
+    may measure few of those, the most variable among its own control cells.
+    """
+    data, control = study.dataset(name), study.params.evaluation_sets()[name].control
+    treatments, contexts = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
+    X = expression.lognormalise(data.X)
+    if name == study.params.held_out_name:
+        return X[:, study.response_genes], treatments, contexts
+    genes = expression.variable_genes(X[treatments == control], study.params.perturbation_genes)
+    return X[:, genes], treatments, contexts
+
+
+@lru_cache(maxsize=8)
+def _response(study: Study, name: str, treatment: str, held_out: str) -> Response:
+    _, *cells = _screen(study, name, treatment)
+    return Response.of(*cells, held_out)
+
+
+def _baseline_response(
+    name: str, response: Response, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str
+) -> Metrics:
+    """Metrics of a prediction that needs no embedding, or of the ceiling, `Oracle`."""
+    control, elsewhere = response.control, treated & (context != held_out)
+    if name == "Oracle":
+        return tasks.perturbation.oracle(response.treated, control)
+    predict = {
+        "NoChange": lambda: control,
+        "TreatedMean": lambda: baselines.treated_mean(X[elsewhere], context[elsewhere]),
+        "MeanShift": lambda: control + response.others.mean(axis=0),  # in which each of the other contexts counts alike
+    }
+    return response.metrics(predict[name]())
+
+
+def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """The pretraining loss of held-out cells, in the family's own units; of a sample where they are many."""
+    data = study.dataset(evaluation.dataset)
+    rows = np.sort(np.random.default_rng(0).permutation(data.n_obs)[: joining.RECONSTRUCTED])
+    yield "all cells", tasks.reconstruction(study.model(evaluation.source), data.X[rows], data.obs.iloc[rows], seed=0)
+
+
+def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
+    """A task that this page does not know, a line in `tasks.TASKS`: it gets the embedding and the table of cells."""
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.dataset(evaluation.dataset).obs
+    yield "all cells", Metrics(tasks.TASKS[evaluation.task].function(embedding, obs, seed=evaluation.seed))
+
+
+FED = zeroshot_classification, zeroshot_integration, finetuned_classification, perturbation_response, reconstruction
+
+
+def evaluation_artifact(study: Study, evaluation: Evaluation) -> Artifact:
+    """An evaluation on disk."""
+    return study.store.find_or_make(evaluation_unit(study, evaluation), partial(make_evaluation, study, evaluation))
+
+
+def evaluate(study: Study, task: str) -> pd.DataFrame:
+    """Make, or find, every evaluation of a task, and write the study's tables; returns the task's tidy results."""
+    missing = [item for item in evaluations(study, task) if not study.store.find(evaluation_unit(study, item))]
+    if missing:
+        for name in study.params.evaluation_sets():
+            study.dataset_artifact(name)
+        joined = study.joined(task)
+        missing = [item for item in missing if item.dataset in joined]
+    if (reasons := study.not_judged(task)) and not study.joined(task):
+        raise CorpusError(f"{task} is left out: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}.")
+    if missing:
+        study.pretrain()
+    cluster.run_units(study, evaluation_artifact, missing, task, lambda study, item: study.costs.evaluation(item))
+    return results.select(_tabulate(study), task=task)
+
+
+def _tabulate(study: Study) -> pd.DataFrame:
+    """Write the tables of all evaluations that have been made, unless this process has; returns the results."""
+    wanted = [evaluation for task in study.params.tasks for evaluation in evaluations(study, task)]
+    made = [(item, artifact) for item in wanted if (artifact := study.store.find(evaluation_unit(study, item)))]
+    keys = [artifact.key for _, artifact in made]
+    if study.tabulated is None or study.tabulated[0] != keys:
+        rows = [row for evaluation, artifact in made for row in _rows(study, evaluation, artifact)]
+        tables = results.tables(pd.DataFrame(rows, columns=results.ALL_COLUMNS))
+        results.write_tables(tables, study.folder, study.params.model_dump(mode="json"))
+        study.tabulated = keys, tables["results"]
+    return study.tabulated[1]
 
 
 def _rows(study: Study, evaluation: Evaluation, artifact: Artifact) -> Iterator[dict[str, Any]]:

@@ -1,18 +1,21 @@
-"""Which tasks a data set joins, told by its cells and their labels, and how often: known before anything is trained."""
+"""Which tasks a data set joins, by its cells and their labels, and how it is divided: known before any training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
+import numpy as np
 import pandas as pd
 
+from datawall.cells import sampling
 from datawall.cells.corpus import CorpusError
 from datawall.study.params import Params
-from datawall.study.units import EvaluationSet
+from datawall.study.records import EvaluationSet
 
 FEWEST = 20  # cells of a data set to judge on
 FEWEST_OF_TYPE = 5  # cells of a type: with fewer, one of three folds may have none to train on
 HELD_OUT_CELLS = 10  # of each treatment, at least, in a context that is held out unless contexts are named
 SMALL = 5_000  # cells; of a data set with fewer, one division would leave the score to chance
+FOLDS = 3  # of fine-tuning on a small data set, so that every cell is tested
 RECONSTRUCTED = 1_000  # cells at most
 # By labels: reconstruction needs none, and what a task of the user's own needs nobody knows.
 JUDGED = ("zeroshot_classification", "zeroshot_integration", "finetuned_classification", "perturbation_response")
@@ -123,3 +126,60 @@ def contexts_held_out(n_cells: pd.Series, named: list[str] | None) -> list[str]:
         remedy = "name some in held_out_contexts, or leave perturbation_response out"
         raise CorpusError(f"no cell type has {HELD_OUT_CELLS} control and treated cells each to hold out; {remedy}.")
     return contexts
+
+
+def halves(p: Params, obs: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+    """Divisions in two, the same for every model: by cell in proportion to types, and by donor where there are two.
+
+    Yields the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1.
+    """
+    labels = obs["cell_type"].to_numpy().astype(str)
+    times = n_splits(p, "zeroshot_classification", len(obs))
+    for seed in range(times):
+        yield f"cells {seed}", sampling.stratified_split(labels, [0.5, 0.5], seed=seed)
+    for seed, part in donor_splits(obs, [0.5, 0.5], times, fewest=max(p.k, *p.more_k, 0), in_turn=True):
+        yield f"donors {seed}", part
+
+
+def three_parts(p: Params, obs: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+    """Divisions into training, validation and test cells, the same for every model.
+
+    Of a small data set every cell is tested: each third in turn, with a tenth of the others to stop by. A larger one
+    has 80, 10 and 10 %. By donor, about a fifth of the cells are tested, those of whole donors. Yields the name of each
+    division, and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
+    """
+    labels = obs["cell_type"].to_numpy().astype(str)
+    times = n_splits(p, "finetuned_classification", len(obs))
+
+    def divided(tested: np.ndarray, validation: float, seed: int) -> np.ndarray:
+        part = np.full(len(labels), 2)
+        part[~tested] = sampling.stratified_split(labels[~tested], [1 - validation, validation], seed=seed)
+        return part
+
+    for seed in range(times):
+        if len(obs) < SMALL:
+            fold = sampling.stratified_split(labels, [1 / FOLDS] * FOLDS, seed=seed)
+            yield f"cells {seed}", np.stack([divided(fold == number, 1 / 10, seed) for number in range(FOLDS)])
+        else:
+            yield f"cells {seed}", sampling.stratified_split(labels, [0.8, 0.1, 0.1], seed=seed)
+    for seed, held_out in donor_splits(obs, [0.8, 0.2], times):
+        yield f"donors {seed}", divided(held_out == 1, 1 / 9, seed)
+
+
+def donor_splits(
+    obs: pd.DataFrame, shares: list[float], times: int, *, fewest: int = 10, in_turn: bool = False
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Seeds and parts of splits by whole donors, each split once; none where fewer than two donors are known.
+
+    There are `fewest` training cells at least, of two types: in the first part or, `in_turn`, in each.
+    """
+    if "donor_id" not in obs or obs["donor_id"].nunique() < 2:
+        return
+    seen = set()
+    for seed in range(times):
+        part = sampling.split_by_group(obs["donor_id"].array, shares, seed=seed)
+        trained_on = [obs["cell_type"].array[part == number] for number in range(2 if in_turn else 1)]
+        enough = all(len(types) >= fewest and len(types.unique()) > 1 for types in trained_on)
+        if enough and part.tobytes() not in seen:  # few donors leave few ways to part them
+            seen.add(part.tobytes())
+            yield seed, part

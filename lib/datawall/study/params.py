@@ -20,8 +20,8 @@ from datawall.cells.sampling import STRATEGIES
 from datawall.cells.simulate import Atlas
 from datawall.models import hyperparameters
 from datawall.models.hyperparameters import ModelSpec, Schedule
-from datawall.study import units
-from datawall.study.units import UNTRAINED, ModelName, Name, Percentage, Seed, Some, StrategyName, TaskName, Treatments
+from datawall.study import records
+from datawall.study.records import ModelName, Name, Percentage, Seed, Some, StrategyName, TaskName, Treatments
 
 EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # a number in YAML 1.2
 # Columns of the corpus, and the keys that name them.
@@ -29,8 +29,8 @@ ROLES = {"cell_type": "cell_type_key", "batch": "batch_key"}
 ROLES |= {"perturbation": "perturbation_key", "donor_id": "donor_key"}
 CLUSTERS = "leiden"  # as cell_type_key: the corpus has no labels, and is clustered
 MADE = {"simulated": "simulation", "census": "census"}  # corpora made by settings, and the keys of these
-RECORDS = {"simulation": Atlas, "census": Recipe, "also": units.Grid}  # keys whose values are records
-RECORDS |= {"evaluation": units.EvaluationSet, "embeddings": units.Embedding, "budget_check": units.BudgetCheck}
+RECORDS = {"simulation": Atlas, "census": Recipe, "also": records.Grid}  # keys whose values are records
+RECORDS |= {"evaluation": records.EvaluationSet, "embeddings": records.Embedding, "budget_check": records.BudgetCheck}
 
 Key = Name | dict[str, str]  # a column of obs; where files differ, by name of the file
 Steps = Annotated[int, Field(ge=1)]
@@ -66,14 +66,14 @@ class Params(BaseModel):
     split_by: Name = "cell"
     split_seed: Seed = 0  # of the cells or groups held out
     held_out_tasks: list[TaskName] | None = None  # of the cells held out; by default all that their columns allow
-    evaluation: list[units.EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
+    evaluation: list[records.EvaluationSet] = []  # more evaluation data sets: names, paths, or records with columns
     drop_contaminated: bool = False  # leave cells and donors of evaluation data sets out of pretraining
     spike_in: str | None = None  # perturbed cells for the strategies spikein_10 and spikein_50: a name or path
 
     strategies: Some[StrategyName]
     percentages: Some[Percentage]  # of the pretraining cells
     seeds: Some[Seed]
-    adaptive: bool = False  # random subsets only until each verdict is settled: see `evaluation.pretrain_adaptively`
+    adaptive: bool = False  # random subsets only until each verdict is settled: see `questions.pretrain_adaptively`
     margin: Annotated[float, Field(gt=0)] = 0.02  # difference in a score that does not matter
     nested: bool = False  # whether a smaller subset lies within the larger of its seed, for comparison in pairs
 
@@ -84,10 +84,10 @@ class Params(BaseModel):
     # rate. Its early stopping, in epochs as well (patience 45 and 30), is not reproduced: all steps are taken.
     budget: Schedule = "steps"
     init_seed: Seed | None = None  # of initial weights, untrained controls' too; by default the subset's seed
-    budget_check: units.BudgetCheck | None = None  # some runs with other budgets, of models that take steps
+    budget_check: records.BudgetCheck | None = None  # some runs with other budgets, of models that take steps
     hyperparameters: dict[ModelName, dict[str, Any]] = {}  # by model; what is not given is as in the original study
-    also: list[units.Grid] = []  # more runs, which the plan counts apart
-    embeddings: list[units.Embedding] = []  # models that enter by their embeddings of the evaluation data sets
+    also: list[records.Grid] = []  # more runs, which the plan counts apart
+    embeddings: list[records.Embedding] = []  # models that enter by their embeddings of the evaluation data sets
 
     tasks: Some[TaskName] = list(tasks.TASKS)
     splits: Annotated[int, Field(ge=1)] = 5  # times that a data set of under 5,000 cells is divided; larger ones, once
@@ -181,10 +181,8 @@ class Params(BaseModel):
 
     def _mistakes_of_embeddings(self) -> Iterator[str]:
         """Embeddings of data sets, or from subsets, that the study does not have."""
-        entries, sets = (
-            [(given.model, given.dataset, given.subset) for given in self.embeddings],
-            self.evaluation_sets(),
-        )
+        entries = [(given.model, given.dataset, given.subset) for given in self.embeddings]
+        sets = self.evaluation_sets()
         for model, dataset, subset in entries:
             if dataset not in sets:
                 yield f"embeddings: {model}: {dataset!r} is no evaluation data set; there are {', '.join(sets)}"
@@ -203,9 +201,9 @@ class Params(BaseModel):
         """Name of the evaluation data set made of the corpus's held-out cells."""
         return f"{Path(self.sources()[0]).stem}_held_out"
 
-    def evaluation_sets(self) -> dict[str, units.EvaluationSet]:
+    def evaluation_sets(self) -> dict[str, records.EvaluationSet]:
         """Every evaluation data set by name, the corpus's held-out cells first."""
-        held_out = units.EvaluationSet(
+        held_out = records.EvaluationSet(
             file=self.held_out_name,
             name=self.held_out_name,
             batch_key=self.batch_key and "batch",  # the corpus's columns are named by role
@@ -254,32 +252,23 @@ class Params(BaseModel):
         steps = self.steps_by_model.get(model, self.steps_by_model.get(self.specs[model].family, self.steps))
         return max(1, round(steps * budget))
 
-    def runs(self) -> list[units.Run]:
+    def runs(self) -> list[records.Run]:
         """Every pretraining run, once each: those of the study's grid, then those of `also`."""
         return list(dict.fromkeys(run for grid in (self, *self.also) for run in self.runs_of(grid)))
 
-    def runs_of(self, grid: Self | units.Grid) -> list[units.Run]:
+    def runs_of(self, grid: Self | records.Grid) -> list[records.Run]:
         """Every run of a grid; of the whole corpus only some strategies make a choice (`Strategy.of_all`)."""
         strategies, percentages = grid.strategies or self.strategies, grid.percentages or self.percentages
         subsets = [
-            units.Subset(strategy, percentage, seed)
+            records.Subset(strategy, percentage, seed)
             for strategy in strategies
-            for percentage in ([0.0] if strategy == UNTRAINED else sorted(percentages))
+            for percentage in ([0.0] if strategy == records.UNTRAINED else sorted(percentages))
             for seed in grid.seeds or self.seeds
             if percentage < 100 or STRATEGIES[strategy].of_all
         ]
-        return [units.Run(model, subset) for model in grid.models or self.models for subset in subsets]
+        return [records.Run(model, subset) for model in grid.models or self.models for subset in subsets]
 
-    def budget_runs(self) -> list[units.Run]:
-        """Every run of `budget_check`: by models that take steps, of the study's own runs."""
-        if (check := self.budget_check) is None:
-            return []
-        subsets = [units.Subset("random", percentage, seed) for percentage in check.percentages for seed in check.seeds]
-        models, runs = [model for model in self.models if self.specs[model].takes_steps], self.runs()
-        checked = [run for model in models for subset in subsets if (run := units.Run(model, subset)) in runs]
-        return [units.Run(run.model, run.subset, share) for run in checked for share in check.budgets]
-
-    def subsets(self) -> list[units.Subset]:
+    def subsets(self) -> list[records.Subset]:
         """Every subset that a run takes."""
         return list(dict.fromkeys(run.subset for run in self.runs()))
 

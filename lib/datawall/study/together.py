@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from datawall.study.records import Run, Subset
 from datawall.study.study import Study, open_study
-from datawall.study.units import Run, Subset
 
 
 def main() -> None:

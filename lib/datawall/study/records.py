@@ -150,14 +150,6 @@ type Source = Run | Embedding | str  # of an embedding; a string names a baselin
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A picture of an embedding: some cells of a data set in two dimensions."""
-
-    source: Source
-    dataset: str
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """A task on a data set, for a pretraining run, an embedding from a file, or a baseline (its name)."""
 

@@ -1,9 +1,12 @@
-"""From what a study names to its corpus and evaluation sets: read in blocks, labelled, and with genes in one order."""
+"""The corpus of a study: its key, how it is read in blocks from what the study names, written, and read back.
+
+Each kind of unit has a file like this: what decides its key (`…_unit`), what makes it (`make_…`), how it is read.
+"""
 
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +15,79 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from datawall.cells import backed, cellstore, census, corpus, datasets, expression, sampling, simulate, sources
-from datawall.cells.cellstore import Cells
-from datawall.engine import disk, store
+from datawall.cells import backed, cellstore, census, corpus, datasets, expression, simulate, sources
+from datawall.engine import disk
+from datawall.engine.store import Artifact, Store, Unit
 from datawall.study import joining
 from datawall.study.params import CLUSTERS, Params
 
 SPIKE_IN = "spike-in"  # in place of a label that spiked-in cells lack
 CLUSTERED = 20_000  # cells that clusters are found among; the others join that of their nearest neighbours
-LABELS = ["cell_type", "batch", "perturbation"]  # what held-out cells have in proportion
 
 
-def identity(p: Params) -> store.Record:
-    """What fixes the content of the corpus, as JSON values; raises DatasetError for a source that is not there."""
-    if p.simulation is not None:
-        source = simulate.identity(p.simulation)
-    elif p.census is not None:
-        source = census.identity(p.census)
-    else:
-        source = [datasets.identity(name) for name in p.sources()]
-    spike_in = None if p.spike_in is None else datasets.identity(p.spike_in)
-    given = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito", "labels"})
-    given |= {"columns": p.columns(), "clusters": p.cell_type_key == CLUSTERS}
-    return {"corpus": source, "spike_in": spike_in, **given}
+class WithCorpus:
+    """A checked study file, a run folder where all that is made goes, and the corpus."""
 
+    def __init__(self, parameters: Params, folder: Path) -> None:
+        self.params = parameters
+        self.folder = folder
+        self.store = Store(folder / "store", parameters.storage)
+        self._obs: dict[str, pd.DataFrame] = {}  # labels of evaluation data sets
+        self._in_memory: dict[str, ad.AnnData] = {}  # evaluation data sets, the one last used last
 
-def make_corpus(p: Params, folder: Path) -> None:
-    """Write the corpus into a folder, at constant memory.
-
-    `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
-    genes were matched, `notes.json` what a reader should know of the sources, and `report_<table>.parquet` what became
-    of the cells on the way. Raises CorpusError if a source, the control or a context breaks a rule.
-    """
-    reports = {}
-    cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
-    cells = cellstore.Cells(folder / cellstore.NAME)
-    np.save(folder / "spike_in.npy", np.arange(cells.n_obs - reports.pop("n_spiked"), cells.n_obs))
-    if p.simulation is not None:
-        simulate.truth(p.simulation).write(folder)
-    for name, content in reports.items():
-        if isinstance(content, pd.DataFrame):
-            content.to_parquet(folder / f"report_{name}.parquet", index=False)
+    @cached_property
+    def corpus_unit(self) -> Unit:
+        """The aligned corpus, with its labels; raises DatasetError for a source that is not there."""
+        p = self.params
+        if p.simulation is not None:
+            source = simulate.identity(p.simulation)
+        elif p.census is not None:
+            source = census.identity(p.census)
         else:
-            disk.write_json(folder / f"{name}.json", content)
-    if p.cell_type_key == CLUSTERS:
-        cellstore.add_labels(folder, "cell_type", clusters(cells))
-    obs = cellstore.Cells(folder / cellstore.NAME).obs
-    joining.check_contexts(p, obs["cell_type"].unique())
-    joining.check_control(p, p.evaluation_sets()[p.held_out_name], obs)
+            source = [datasets.identity(name) for name in p.sources()]
+        record = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito", "labels"})
+        record |= {"corpus": source, "spike_in": None if p.spike_in is None else datasets.identity(p.spike_in)}
+        record |= {"columns": p.columns(), "clusters": p.cell_type_key == CLUSTERS}
+        return Unit("corpus", record, ("study/corpus",))
+
+    def make_corpus(self, folder: Path) -> None:
+        """Write the corpus into a folder, at constant memory.
+
+        `cells.zarr` has the cells, those to spike in last, of which `spike_in.npy` has the rows. `genes.json` tells how
+        genes were matched, `notes.json` what a reader should know of the sources, and `report_<table>.parquet` what
+        became of the cells on the way. Raises CorpusError if a source, the control or a context breaks a rule.
+        """
+        p, reports = self.params, {}
+        cellstore.write(folder, tqdm(read_corpus(p, reports), desc="corpus", unit="block", leave=False, delay=5))
+        cells = cellstore.Cells(folder / cellstore.NAME)
+        np.save(folder / "spike_in.npy", np.arange(cells.n_obs - reports.pop("n_spiked"), cells.n_obs))
+        if p.simulation is not None:
+            simulate.truth(p.simulation).write(folder)
+        for name, content in reports.items():
+            if isinstance(content, pd.DataFrame):
+                content.to_parquet(folder / f"report_{name}.parquet", index=False)
+            else:
+                disk.write_json(folder / f"{name}.json", content)
+        if p.cell_type_key == CLUSTERS:
+            cellstore.add_labels(folder, "cell_type", clusters(cells))
+        obs = cellstore.Cells(folder / cellstore.NAME).obs
+        joining.check_contexts(p, obs["cell_type"].unique())
+        joining.check_control(p, p.evaluation_sets()[p.held_out_name], obs)
+
+    @cached_property
+    def corpus_artifact(self) -> Artifact:
+        """The corpus on disk."""
+        return self.store.find_or_make(self.corpus_unit, self.make_corpus)
+
+    @cached_property
+    def corpus(self) -> cellstore.Cells:
+        """The corpus, on disk: counts by row, genes by Ensembl id, `obs` with cell_type and what else is known.
+
+        Raises CorpusError if a source breaks a rule, or lacks a column that the study names.
+        """
+        cells = cellstore.Cells(self.corpus_artifact.folder / cellstore.NAME)
+        joining.check_contexts(self.params, cells.obs["cell_type"].unique())
+        return cells
 
 
 def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
@@ -94,7 +122,7 @@ def read_corpus(p: Params, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
 def _spike_in(p: Params, like: ad.AnnData, reports: dict[str, Any]) -> Iterator[ad.AnnData]:
     """Cells to spike in, with the genes and columns of a block of the corpus."""
     keys = {role: p.key(role, p.spike_in) for role in like.obs}
-    source = _beside(p, p.spike_in, lambda there: {role: key for role, key in keys.items() if key in there})
+    source = open_beside(p, p.spike_in, lambda there: {role: key for role, key in keys.items() if key in there})
     for block in source.blocks():
         known = [role for role, key in keys.items() if key is not None and role in block.obs]
         obs = {role: block.obs[role].astype(str).to_numpy() if role in known else SPIKE_IN for role in keys}
@@ -141,7 +169,7 @@ def _files(p: Params, names: list[str], columns: sources.Columns, **options: Any
     return sources.open_source([datasets.file(name) for name in names], columns, asked)
 
 
-def _beside(
+def open_beside(
     p: Params, name: str, columns_of: Callable[[Iterable[str]], dict[str, str]], origin: str | None = None
 ) -> sources.Source | Loaded:
     """A data set beside the corpus; `columns_of` tells, by role, which of its columns are wanted."""
@@ -156,7 +184,7 @@ def _beside(
     return Loaded(p, name, [cells], columns_of(cells.obs))
 
 
-def clusters(cells: Cells) -> pd.Categorical:
+def clusters(cells: cellstore.Cells) -> pd.Categorical:
     """Leiden clusters, for a corpus without labels, as in scanpy (resolution 1) on 50 principal components.
 
     They are found among `CLUSTERED` cells, drawn by a fixed seed, of which 15 neighbours vote on the cluster of others.
@@ -174,67 +202,3 @@ def clusters(cells: Cells) -> pd.Categorical:
         parts = [vote.predict(X[first : first + CLUSTERED]) for first in range(0, len(X), CLUSTERED)]
     names = [f"cluster {name}" for name in some.obs["leiden"].cat.categories]
     return pd.Categorical.from_codes(np.concatenate(parts), names)
-
-
-def held_out(p: Params, obs: pd.DataFrame) -> np.ndarray:
-    """(n_cells,) bool: which cells of the corpus are held out; raises CorpusError for groups if there is but one."""
-    shares = [1 - p.held_out, p.held_out]
-    if p.split_role is None:
-        strata = obs.groupby([name for name in LABELS if name in obs], observed=True, sort=True).ngroup()
-        return sampling.stratified_split(strata.to_numpy(), shares, seed=p.split_seed) == 1
-    if obs[p.split_role].nunique() < 2:
-        raise corpus.CorpusError(f"split_by: {p.split_by} has one value for all cells; name a column with more.")
-    return sampling.split_by_group(obs[p.split_role].array, shares, seed=p.split_seed) == 1
-
-
-def dataset_columns(p: Params, name: str, there: Iterable[str] | None = None) -> dict[str, str]:
-    """Columns of an evaluation set by role: those that it names itself, or else the study's for types and donors.
-
-    The study's column of donors is left out where it is not among the columns that are `there`.
-    """
-    dataset = p.evaluation_sets()[name]
-    keys = {
-        "cell_type": dataset.cell_type_key or p.key("cell_type", dataset.file),
-        "donor_id": dataset.donor_key or p.key("donor_id", dataset.file),
-        "batch": dataset.batch_key,
-        "perturbation": dataset.perturbation_key,
-    }
-    if there is not None and dataset.donor_key is None and keys["donor_id"] not in there:
-        del keys["donor_id"]
-    return {role: key for role, key in keys.items() if key is not None}
-
-
-def make_dataset(p: Params, name: str, var: pd.DataFrame, folder: Path) -> None:
-    """Write an evaluation set (see `read_dataset`) into a folder.
-
-    `cells.h5ad` has the cells; `genes.json` how their genes were matched, and how many the corpus has too, which are
-    marked in `measured.npy`; `notes.json` what a reader should know.
-    """
-    aligned, measured, genes, notes = read_dataset(p, name, var)
-    aligned.write_h5ad(folder / "cells.h5ad", compression="lzf")
-    np.save(folder / "measured.npy", measured)
-    disk.write_json(folder / "genes.json", [genes])
-    disk.write_json(folder / "notes.json", notes)
-
-
-def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, np.ndarray, dict[str, Any], list[str]]:
-    """An evaluation set with the genes of the corpus, which of them it measures, how they were matched, and notes.
-
-    Raises CorpusError if it breaks a rule, or shares no gene with the corpus.
-    """
-    dataset = p.evaluation_sets()[name]
-    source = _beside(p, dataset.file, partial(dataset_columns, p, name), dataset.source)
-    blocks = list(source.blocks())
-    aligned = ad.concat(blocks, merge="same") if len(blocks) > 1 else blocks[0]
-    aligned.obs = aligned.obs.drop(columns=list(sources.QUALITY), errors="ignore")
-    for role in aligned.obs:
-        aligned.obs[role] = aligned.obs[role].cat.remove_unused_categories()
-    joining.check_control(p, dataset, aligned.obs)
-    notes = list(source.notes)
-    if n_empty := int(source.reports["cells"]["empty"].sum()):
-        notes.append(f"{name}: {n_empty:,} cells have no count in any known gene and are left out")
-    measured = var.index.isin(aligned.var_names)
-    if not measured.any():
-        raise corpus.CorpusError(f"{dataset.file}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
-    genes = {**source.matches[0].row(), "dataset": name, "in_corpus": int(measured.sum())}
-    return ad.AnnData(corpus.to_genes(aligned, var.index), obs=aligned.obs, var=var), measured, genes, notes
