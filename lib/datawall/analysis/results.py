@@ -32,10 +32,7 @@ DONORS = "donors "  # how the names of splits by donor begin
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The tables of `read_results` from rows with `ALL_COLUMNS`.
-
-    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which may differ by their clusters.
-    """
+    """The tables of `read_results` from rows with `ALL_COLUMNS`; levels of chance make a baseline `Chance` as well."""
     of_type, checked = rows["metric"].str.match(OF_A_TYPE), rows["budget"].fillna(1.0) != 1
     budgets = rows.loc[checked & ~of_type, [*RUN, "budget", "split", "value"]]
     rows, of_type = rows[~checked], of_type[~checked]
@@ -52,7 +49,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _chance_rows(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the baseline `Chance`: one per task, data set, metric and split of which a baseline knows it."""
+    """Rows of the baseline `Chance`: one per task, data set, metric and split, the mean over baselines that know it."""
     known = scores[(scores["strategy"] == BASELINE) & scores["chance"].notna()]
     known = known[known["task"] != "perturbation_response"]  # whose level of chance is a baseline itself, NoChange
     level = known.groupby(JUDGED)["chance"].transform("mean")

@@ -112,10 +112,7 @@ def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.Data
 
 
 def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Saturation points and verdicts of curves of errors by the rule `equivalence`, NaN where none is established.
-
-    Both are (n_curves, ...), with the axes that the curves' runs have before their last.
-    """
+    """Saturation points, NaN without one, and verdicts of curves of errors by `equivalence`, both (n_curves, ...)."""
     points = points_of(curves, "equivalence", margin, 1 - confidence)
     p = adjust(np.array([one_sided_p(*curve.last_gain()) for curve in curves]).T).T
     verdict = np.select([np.isfinite(points), p <= 1 - confidence], [PLATEAU, IMPROVING], UNDECIDED)
@@ -157,11 +154,9 @@ def errors_of(results: pd.DataFrame, metric: str) -> list[Curve]:
 
 
 def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`.
-
-    Runs without a score on each data set that their model and strategy have are left out: means would not compare.
-    """
+    """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`."""
     runs = runs_of(results, metric)
+    # Runs without a score on each data set that their model and strategy have are left out: means would not compare.
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")
     run = [column for column in RUN if column != "dataset"]
     complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]

@@ -191,10 +191,7 @@ def scaling_curves(
 
 
 def predictions(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
-    """The curves of `scaling_curves` drawn out: model, strategy, task, dataset, curve, n_cells, error, low, high.
-
-    From the smallest size to four times the largest. Models that `scaling_curves` cannot fit are left out.
-    """
+    """The fitted `scaling_curves` up to four times the largest size: `KEY`, curve, n_cells, error, low, high."""
     tables = []
     for curve in errors_of(results, metric):
         if unfit(curve):

@@ -69,8 +69,7 @@ def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     for array in (data, indices, names):
         array.close()
     indptr = np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
-    if indptr[-1] < 2**31:
-        indptr = indptr.astype(np.int32)  # as long as that of the indices, which scipy expects
+    indptr = indptr.astype(sp.get_index_dtype(maxval=indptr[-1]))  # that of the indices, which scipy expects
     X.create_array("indptr", data=indptr, chunks=(min(NAMES, n_cells + 1),))
     X.update_attributes({**_encoding("csr_matrix"), "shape": [n_cells, len(var)]})
     for name, parts in columns.items():
@@ -122,9 +121,7 @@ class _Growing:
             self.array = self._create(self.name)
         elif self.array.dtype.itemsize < some.dtype.itemsize and not some.dtype.hasobject:
             self._widen()
-        n = self.array.size
-        self.array.resize((n + len(some),))
-        self.array[n:] = some
+        self.array.append(some)
 
     def _create(self, name: str) -> zarr.Array:
         dtype = self.waiting.dtype

@@ -70,10 +70,7 @@ class GeneMatch:
 
 @cache
 def gene_table() -> pd.DataFrame:
-    """The 19,331 protein-coding genes of scTab: symbol (`feature_name`) by Ensembl id, in scTab's order.
-
-    Source: Fischer et al. 2024 (doi 10.1038/s41467-024-51059-5), the gene space of the original study.
-    """
+    """scTab's 19,331 protein-coding genes (doi 10.1038/s41467-024-51059-5), in order: `feature_name` by Ensembl id."""
     return pd.read_csv(paths.PACKAGE_DATA / "sctab_genes.csv", index_col="feature_id")
 
 

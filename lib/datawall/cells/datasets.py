@@ -110,13 +110,11 @@ def _kang2018() -> ad.AnnData:
 
 
 def load_pbmc68k() -> ad.AnnData:
-    """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference.
-
-    The source keeps log-normalised values; counts are recovered by inverting them (greatest rounding error 0.08).
-    """
+    """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference."""
     scanpy = Path(importlib.util.find_spec("scanpy").origin)  # to import it takes a second
     source = ad.read_h5ad(scanpy.with_name("datasets") / "10x_pbmc68k_reduced.h5ad")
     n_counts = source.obs["n_counts"].to_numpy()[:, None]
+    # The source keeps log-normalised values, from which counts are recovered: the greatest rounding error is 0.08.
     counts = np.rint(np.expm1(source.raw.X.toarray()) * n_counts / 1e4)
     obs = source.obs[[]].assign(cell_type=source.obs["bulk_labels"], dataset_id="pbmc68k")
     return ad.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs=obs, var=source.raw.var[[]])
