@@ -70,7 +70,7 @@ class GeneMatch:
 
 @cache
 def gene_table() -> pd.DataFrame:
-    """The 19,331 protein-coding genes in scTab's order (doi 10.1038/s41467-024-51059-5): `feature_name` by Ensembl id."""
+    """The 19,331 protein-coding genes, in scTab's order (doi 10.1038/s41467-024-51059-5): symbol by Ensembl id."""
     return pd.read_csv(paths.PACKAGE_DATA / "sctab_genes.csv", index_col="feature_id")
 
 
