@@ -30,8 +30,8 @@ def library(monkeypatch):
 
     yield closure
     monkeypatch.undo()
-    code.closure.cache_clear()
-    code._imports.cache_clear()
+    for cached in (code.closure, code._imports, code.code_version):
+        cached.cache_clear()
 
 
 SOURCES = {
@@ -226,11 +226,8 @@ def test_code_key_sees_code_and_not_comments(library, monkeypatch):
         code.code_version.cache_clear()
         return code.code_key()
 
-    try:
-        first = key()
-        assert key(models__pca='"""A room."""\ny = 1  # one') == first
-        assert key(reading__report="z = 2", tasks__f="z = 2") == first
-        for changed in ({"models__pca": "y = 2"}, {"tasks__e": "y = 2"}, {"models__new": ""}):
-            assert key(**changed) != first, changed
-    finally:
-        code.code_version.cache_clear()
+    first = key()
+    assert key(models__pca='"""A room."""\ny = 1  # one') == first
+    assert key(reading__report="z = 2", tasks__f="z = 2") == first
+    for changed in ({"models__pca": "y = 2"}, {"tasks__e": "y = 2"}, {"models__new": ""}):
+        assert key(**changed) != first, changed

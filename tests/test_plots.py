@@ -84,6 +84,10 @@ def figures(runs, points):
     begins, needed = pd.Series({"lung": 1.0}), pd.Series({"lung": 3.0})
     types = "Effective number of cell types at 1 % of the corpus: random 2, cell-type reweighted 3, geometric sketch 4"
     tried = pd.DataFrame({"model": "SSL", "cells": 1.0, "steps": [0.25, 1, 4], "error": [0.02, 0.012, 0.01], "se": 0.1})
+    levers = "Errors in 1,000 cells from 0.25x to 4x the steps: SSL 20 to 10"
+    sizes = "Errors against cells, log axes: this corpus 98 to 9,799 cells, published 177,525 to 177,525 cells"
+    saturated = "By equivalence, 1 of 3 curves are saturated at 10 % of the corpus, 2 at none that is shown"
+    undecided = "Is it shown?\nOf 3 curves, 0 plateau, 3 undecided and 0 still improving"
     worth = pd.DataFrame({"model": "SSL", "suspect": ["data", "width"], "gain": [1.0, 2], "low": 0, "high": 3})
     worth = worth.assign(dataset="kang2018")
     return {
@@ -96,35 +100,20 @@ def figures(runs, points):
         "per_class_curves": (plots.per_class_curves(f1, n_types=1), "types: +0.05; lung, rarest types: +0.40"),
         "budgets": (plots.budgets(checked), "at most, over tasks and sizes: SSL +0.030, scVI -0.010"),
         "loss_and_score": (plots.loss_and_score(both, "micro_f1"), "gone and micro-F1: SSL +1.00, scVI -1.00"),
-        "beside_published": (
-            plots.beside_published(sized),
-            "Errors against cells, log axes: this corpus 98 to 9,799 cells, published 177,525 to 177,525 cells",
-        ),
+        "beside_published": (plots.beside_published(sized), sizes),
         "variants": (plots.variants(runs, "micro_f1"), "Best micro-F1 at 100 % of the corpus: SSL (lung)"),
         "embeddings": (plots.embeddings({"a": layout}, ["cell_type"], "Types lie apart"), "Types lie apart"),
-        "saturation_map": (
-            plots.saturation_map(select(points, rule="equivalence"), "equivalence"),
-            "By equivalence, 1 of 3 curves are saturated at 10 % of the corpus, 2 at none that is shown",
-        ),
-        "verdict_map": (
-            plots.verdict_map(published, "Is it shown?"),
-            "Is it shown?\nOf 3 curves, 0 plateau, 3 undecided and 0 still improving",
-        ),
+        "saturation_map": (plots.saturation_map(select(points, rule="equivalence"), "equivalence"), saturated),
+        "verdict_map": (plots.verdict_map(published, "Is it shown?"), undecided),
         "spike_ins": (plots.spike_ins(runs, "micro_f1"), "10 % perturbed cells -0.250"),
         "untrained": (plots.untrained(four, {"zeroshot_classification": "micro_f1"}), "zero-shot classification 0.31"),
         "embedding_seconds": (plots.embedding_seconds(seconds), "15 times as long as SSL: scVI"),
-        "scaling": (
-            plots.scaling(select(runs, model="SSL"), predictions, "micro_f1"),
-            "The best curve of the error, of 1: power law 1",
-        ),
+        "scaling": (plots.scaling(rising, predictions, "micro_f1"), "The best curve of the error, of 1: power law 1"),
         "rules": (plots.rules(points, "Here"), "published 2 of 3, equivalence none of 3"),
         "cells_saved": (plots.cells_saved(points), "published 96 %, equivalence 30 %"),
         "known_answer": (plots.known_answer(rising, begins, needed, "A plateau is planted"), "A plateau is planted"),
         "effects": (plots.effects(effects, "Worth?"), "in 1 of 2 comparisons: 1 better, 0 worse"),
-        "over_lever": (
-            plots.over_lever(tried, "steps", "cells"),
-            "Errors in 1,000 cells from 0.25x to 4x the steps: SSL 20 to 10",
-        ),
+        "over_lever": (plots.over_lever(tried, "steps", "cells"), levers),
         "suspects": (plots.suspects(worth, 0.005), "Gains most, if one thing is doubled or swapped: SSL width"),
     }
 

@@ -13,14 +13,13 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 from small import small_study
-from test_store import refuse_to_make
+from test_store import UNIT, refuse_to_make
 
 from datawall.engine import processes
 from datawall.engine.store import Store, Unit
 from datawall.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
-UNIT = Unit("subset", {"strategy": "random", "percentage": 1, "seed": 0}, ("cells/sampling",))
 
 
 def write_files(folder):
@@ -37,10 +36,9 @@ def s3():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
     with pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as nowhere:
-        for name, value in keys.items():
-            patch.setenv(name, value)
+        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
         command = [program, "-H", "127.0.0.1", "-p", str(port)]
         with subprocess.Popen(command, stdout=nowhere, stderr=nowhere) as server:
             try:
@@ -114,16 +112,15 @@ def tar_of(name, content):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:700],
-        lambda content: content.replace(b"first", b"worst"),
-        lambda content: tar_of("../../escaped", b"no"),
-        lambda content: b"",
-    ],
-    ids=["cut", "changed", "escaping", "empty"],
-)
+DAMAGES = {
+    "cut": lambda content: content[:700],
+    "changed": lambda content: content.replace(b"first", b"worst"),
+    "escaping": lambda content: tar_of("../../escaped", b"no"),
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_object_is_named_and_replaced(damage, url, tmp_path, caplog):
     Store(tmp_path / "one", url).find_or_make(UNIT, write_files)
     files, (path,) = objects(url)

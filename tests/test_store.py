@@ -79,15 +79,12 @@ def test_making_that_fails_leaves_nothing(error, tmp_path):
     study.find_or_make(UNIT, write_two_files)
 
 
-def flip_a_byte(folder):
-    content = bytearray((folder / "rows.bin").read_bytes())
-    content[1_000] ^= 1
-    (folder / "rows.bin").write_bytes(content)
+def edit(name, change):
+    """A damage by which a file has other bytes."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def truncate(folder):
-    content = (folder / "rows.bin").read_bytes()
-    (folder / "rows.bin").write_bytes(content[:-1])
+flip_a_byte = edit("rows.bin", lambda content: content[:999] + bytes([content[999] ^ 1]) + content[1_000:])
 
 
 def keep_of_the_manifest(*names):
@@ -98,24 +95,19 @@ def keep_of_the_manifest(*names):
     return keep
 
 
-def other_provenance(folder):
-    text = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(text.replace('"device": "cpu"', '"device": "gpu"'))
-
-
 damages = {
     "flipped byte": (flip_a_byte, "rows.bin"),
-    "truncated file": (truncate, "rows.bin"),
+    "truncated file": (edit("rows.bin", lambda content: content[:-1]), "rows.bin"),
     "missing file": (lambda folder: (folder / "note.txt").unlink(), "note.txt"),
     "file of another": (lambda folder: (folder / "0").write_text("more"), "0 does not belong there"),
-    "manifest with other provenance": (lambda folder: other_provenance(folder), "manifest.json is not"),
+    "other provenance": (edit(MANIFEST, lambda text: text.replace(b': "cpu"', b': "gpu"')), "manifest.json is not"),
     "missing manifest": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
-    "truncated manifest": (lambda folder: (folder / MANIFEST).write_text('{"kind": "subset", "fi'), ""),
-    "binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00\xfe"), ""),
+    "truncated manifest": (edit(MANIFEST, lambda _: b'{"kind": "subset", "fi'), ""),
+    "binary manifest": (edit(MANIFEST, lambda _: b"\xff\x00\xfe"), ""),
     "manifest without files": (keep_of_the_manifest("kind", "key", "record", "made"), "manifest.json is not"),
     "manifest without provenance": (keep_of_the_manifest("kind", "key", "record", "files"), "manifest.json is not"),
-    "manifest that is null": (lambda folder: (folder / MANIFEST).write_text("null"), ""),
-    "manifest that is a list": (lambda folder: (folder / MANIFEST).write_text("[]"), ""),
+    "manifest that is null": (edit(MANIFEST, lambda _: b"null"), ""),
+    "manifest that is a list": (edit(MANIFEST, lambda _: b"[]"), ""),
 }
 
 

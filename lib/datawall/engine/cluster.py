@@ -163,11 +163,7 @@ _dealing = Lock()
 
 
 def _beside(job: Job, mark: Path | None, software: dict[str, str], n_gpus: int | None) -> None:
-    """Do a job in a process beside this Dask worker, which then outlives a job that hangs or dies.
-
-    It has so many GPUs to itself of those that this Dask worker sees; by default, it sees the same. When who sent it
-    has gone, it ends: Dask then forgets, and cancels, the task that this thread is at.
-    """
+    """Do a job in a process beside this Dask worker, with so many of its GPUs, until it ends or nobody waits for it."""
     from dask.distributed import get_worker
 
     here, dask_worker = socket.gethostname(), get_worker()
@@ -178,6 +174,7 @@ def _beside(job: Job, mark: Path | None, software: dict[str, str], n_gpus: int |
         raise RuntimeError(f"{here} has other code or versions, in {paths.LIBRARY}: {other}; install the same.")
     with _worker(n_gpus) as worker:
         worker.begin(job)
+        # Dask cancels the task that this thread is at when who sent it has gone.
         while not (ended := worker.connection.poll(LOOK)) and task.state != "cancelled":
             pass
         error = worker.outcome() if ended else "nobody waits for it any more"

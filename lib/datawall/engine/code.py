@@ -85,10 +85,7 @@ def _imports(name: str) -> set[str]:
 
 @cache
 def code_version(name: str) -> str:
-    """Hash of the code of a library module, as this process has it; blind to comments, docstrings and layout.
-
-    Of a module whose functions make things of several kinds, one of them can be named: `model:make_model`.
-    """
+    """Hash of a module's code or of one function's (`study/model:make_model`), blind to comments and layout."""
     module, _, function = name.partition(":")
     tree = _running(SOURCES[module])
     if function:

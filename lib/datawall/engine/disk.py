@@ -71,10 +71,7 @@ def changed_files(path: Path) -> list[str]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder in another, so that what is in it can be moved into place there, until the block or this process ends.
-
-    A lock tells `reserve` that it is in use.
-    """
+    """A folder in another until the block or this process ends, with a lock that tells `reserve` that it is in use."""
     scratch = parent / f".making-{uuid.uuid4().hex}"
     scratch.mkdir(parents=True)
     descriptor = os.open(scratch, os.O_RDONLY)
@@ -115,12 +112,10 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise FileExistsError for a folder of other things, among which a run would strew its files, or for a file.
-
-    What a run writes before it has a study file is its lock and that file half-made.
-    """
+    """Raise FileExistsError for a folder of other things, among which a run would strew its files, or for a file."""
     if not folder.exists() or is_run_folder(folder):
         return
+    # What a run writes before it has a study file is its lock and that file half-made.
     if folder.is_file() or any(path.name != LOCK and not HALF_MADE.fullmatch(path.name) for path in folder.iterdir()):
         why = "neither empty nor the folder of a run (no study.yaml, no artifacts in store/)"
         raise FileExistsError(f"{folder}: {why}; give a new or an empty folder with --out.")

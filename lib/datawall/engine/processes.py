@@ -247,10 +247,7 @@ def peak(machine: str) -> float | None:
 
 
 def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> float:
-    """Memory of this machine, or the least that a control group around this process may take of it.
-
-    A container is such a group, a Slurm job and a systemd unit are groups within groups.
-    """
+    """Memory of this machine, or the least that a group around this process may take: a container, or a Slurm job."""
     files = {"": (groups, "memory.max"), "memory": (groups / "memory", "memory.limit_in_bytes")}  # Linux has two ways
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
@@ -264,15 +261,12 @@ def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/s
 
 
 def use_one_thread() -> None:
-    """Compute on one thread in this process: torch, and the linear algebra under numpy, scipy and scikit-learn.
-
-    numba is held to one thread as well: when first used, it would set torch's number to its own, and small networks
-    that share their cores then take many times as long.
-    """
+    """Compute on one thread in this process: torch, and the linear algebra under numpy, scipy and scikit-learn."""
     import scipy.linalg  # noqa: F401 - only libraries that are loaded can be limited
     import sklearn.neighbors  # noqa: F401
     from threadpoolctl import threadpool_limits
 
+    # When first used, numba would set torch's number to its own, and small networks that share cores take far longer.
     if "numba" in sys.modules:
         sys.modules["numba"].set_num_threads(1)  # starts its threads, which then leave torch's alone
     else:

@@ -78,17 +78,13 @@ class Store:
         self._checked: dict[str, Artifact] = {}  # found and verified by this process already
 
     def find(self, unit: Unit) -> Artifact | None:
-        """The artifact of a unit, or None if it was never made or is damaged.
-
-        A damaged artifact (a file missing, truncated or changed) is named in a warning and never used.
-        """
+        """The artifact of a unit; None if it was never made, or has a file missing or changed, as a warning says."""
         if unit.key in self._checked:
             return self._checked[unit.key]
         folder = self._folder(unit)
         made_here = folder.is_dir()
-        if not made_here and not self._fetch(unit, folder):
-            return None
-        if (artifact := _sound(folder, folder)) is None:
+        there = made_here or self._fetch(unit, folder)
+        if not there or not (artifact := _sound(folder, folder)):
             return None
         if self.shared and made_here:
             self.shared.put_if_missing(f"{unit.kind}/{unit.key}", folder)
@@ -179,10 +175,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def check(folder: Path, place: Path | None = None) -> tuple[Artifact | None, list[str]]:
-    """An artifact, if its manifest can be read, and all that is wrong with it and its files.
-
-    `place` is where it belongs, `kind/key`; by default, where it is.
-    """
+    """An artifact, if its manifest can be read, and all that is wrong with it there or, if given, in another place."""
     try:
         artifact = read(folder)
     except (OSError, ValueError) as error:

@@ -74,11 +74,8 @@ class Site:
         self.changes = changes(params.read(paths.repository() / "params" / f"{DEFAULT}.yaml"), study.params)
         figures = study.folder / "figures"
         self.figures = sorted(path.stem for path in figures.glob("*.svg"))
-        self.downloads = [
-            *(path for name in self.figures for path in sorted(figures.glob(f"{name}.*"))),
-            *sorted(study.folder.glob("*.csv")),
-            *sorted(study.folder.glob("study.yaml")),
-        ]
+        drawn = [path for name in self.figures for path in sorted(figures.glob(f"{name}.*"))]
+        self.downloads = [*drawn, *sorted(study.folder.glob("*.csv")), *study.folder.glob("study.yaml")]
 
     def _table(self, name: str) -> pd.DataFrame:
         there = (self.study.folder / f"{name}.parquet").is_file()

@@ -11,10 +11,7 @@ from datawall.engine.store import Artifact
 
 
 def problems(folder: Path) -> list[str]:
-    """All that is damaged in a run folder, or missing though results are made from it, a line each.
-
-    Every file of every artifact is read and hashed again.
-    """
+    """All that is damaged in a run folder, by every file's hash, or missing though results have it: a line each."""
     places = artifacts(folder)
     wrong = {place.relative_to(folder): store.check(place)[1] for place in places.values()}
     damaged = [f"{place}: {what}" for place, said in wrong.items() for what in said]

@@ -20,7 +20,7 @@ from datawall.reading.titles import drawn, plain
 
 WIDTH = 9.0  # inches: a page of text
 TITLE = 120  # letters in a line of it
-ROOM = 5  # sizes of which an axis has room for all labels
+ROOM = 5  # sizes of which an axis has room for all labels; of more, only powers of ten have one
 PALETTE = sns.color_palette("colorblind")
 # Colour and mark of each strategy; the others are drawn beside random subsets alone.
 STRATEGIES = {
@@ -127,10 +127,7 @@ def untrained_place(percentages: pd.Series) -> float:
 
 
 def size_axis(axis: plt.Axes, rows: pd.DataFrame, *, untrained: bool = False) -> None:
-    """Logarithmic axis with a tick for each percentage of `rows` and, where they have `n_cells`, the cells below it.
-
-    Of many sizes, only powers of ten have a label.
-    """
+    """Logarithmic axis with a tick for each percentage of `rows` and, where they have `n_cells`, the cells below it."""
     percentages = rows["percentage"]
     names = {size: f"{size:g}" for size in sorted(percentages[percentages > 0].unique())}
     if "n_cells" in rows:
