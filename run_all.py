@@ -83,7 +83,8 @@ def _follow(options: argparse.Namespace) -> int:
         if options.calibrate:
             from datawall.planning import calibration
 
-            print(f"written: {calibration.calibrate(parameters)}; --plan now counts with it")
+            path = calibration.calibrate(parameters)
+            print(planning.speeds(study.costs), f"written: {path}; --plan now counts with it", sep="\n")
             return 0
         work = f"{parameters.study}: " + "\n  ".join(planning.counts_in_words(study))
         if options.plan:

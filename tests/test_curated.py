@@ -8,7 +8,7 @@ from small import atlas, small_study
 
 from datawall.cells import cellstore, corpus, datasets, simulate
 from datawall.planning import preflight
-from datawall.study import curation, params
+from datawall.study import curation, dataset, params
 from datawall.study.records import Subset
 
 ATLAS = atlas(100, 600)
@@ -155,13 +155,17 @@ def test_contamination_that_leaves_no_cell_is_an_error(own_cells, tmp_path):
     assert "no cell of the corpus is left to pretrain on" in checked(study).errors[0]
 
 
-def test_counts_of_an_evaluation_set_may_lie_in_a_layer(own_cells, tmp_path):
+def test_counts_of_an_evaluation_set_may_lie_in_a_layer_and_are_read_in_blocks(own_cells, tmp_path, monkeypatch):
     other = own_cells[:10].copy()
     other.layers["counts"], other.X = other.X.copy(), other.X * 0.5
     other.write_h5ad(tmp_path / "other.h5ad")
     study = study_of(own_cells, tmp_path, evaluation=[str(tmp_path / "other.h5ad")])
     found = study.dataset("other")
     assert np.array_equal(found.X.toarray(), study.corpus.counts(np.arange(10)).toarray())
+    monkeypatch.setattr(dataset, "AT_ONCE", 3)
+    for name in ("other", "mine_held_out"):
+        read = np.concatenate([counts.toarray() for counts in study.count_blocks(name)])
+        assert np.array_equal(read, study.dataset(name).X.toarray())
     assert curation.gene_matches(study)["counts_from"].tolist() == ["X", "layers['counts']"]
 
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import anndata as ad
 import numpy as np
@@ -338,8 +339,8 @@ def test_each_treatment_is_scored_as_if_it_were_the_only_one():
     p = params.check({**VALUES, "evaluation": [drug], "perturbation_genes": 50}, "mine")
 
     def splits(cells):
-        of = SimpleNamespace(params=p, dataset=lambda _: cells)
-        found = evaluation.score(of, Evaluation("perturbation_response", "drug", "MeanShift"))
+        study = Mock(params=p, dataset=lambda _: cells)
+        found = evaluation.score(study, Evaluation("perturbation_response", "drug", "MeanShift"))
         return {split: dict(metrics) for split, metrics in found}
 
     both, alone = splits(data), splits(data[obs["perturbation"] != "b"].copy())
@@ -379,7 +380,7 @@ def test_a_type_with_one_treated_cell_does_not_stop_the_oracle(study):
     lone = np.flatnonzero(rare & (obs["perturbation"] != "ctrl").to_numpy())[1:]
     data = study.dataset("cells_held_out")[np.setdiff1d(np.arange(len(obs)), lone)]
     one = study_of(study.folder.parent, held_out_contexts=None).params
-    few = SimpleNamespace(params=one, dataset=lambda name: data, response_genes=study.response_genes)
+    few = Mock(params=one, dataset=lambda name: data, response_genes=study.response_genes)
     found = evaluation.score(few, Evaluation("perturbation_response", "cells_held_out", "Oracle"))
     assert [split for split, _ in found] == ["classical monocyte held out", "naive B cell held out"]
 

@@ -17,8 +17,9 @@ from small import small_study
 
 from datawall import models
 from datawall.cells import simulate
-from datawall.engine import code
+from datawall.engine import code, processes
 from datawall.engine.processes import Need
+from datawall.models import training
 from datawall.planning import calibration
 from datawall.planning import plan as planning
 from datawall.study import costs, evaluation, params
@@ -206,6 +207,15 @@ def test_work_is_the_weights_that_a_cell_meets():
     assert work * 1e6 == pytest.approx(100 * (layers + attention + output))
 
 
+def test_speed_of_training_is_that_of_the_tokens_that_were_seen():
+    spec, nothing = models.resolve("Geneformer"), [np.empty(0)] * 4
+    history = training.History(*nothing, 80, 40, seconds=2.0, n_timed=50, n_averaged=750)
+    told = costs.speed(spec, 500, 7.0, history)
+    assert (told["tokens"], told["cells"]) == (5000, 50)
+    assert told["operations"] == pytest.approx(6e6 * costs.work(spec, 500, 100) * 50)
+    assert (processes.peak("NVIDIA H200"), processes.peak("NVIDIA H200 MIG 1g.18gb")) == (989e12, None)
+
+
 def test_a_model_of_ones_own_may_have_hyperparameters_of_any_meaning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, **given): ...\n")
@@ -236,7 +246,7 @@ def test_stages_take_their_units_and_what_is_around_them():
     of = study.costs = costs_of(study)
     curation, pretraining, *tasks, figures = planning.stages(study)
     assert curation.computing_seconds(2) == pytest.approx(1.0 + 0.1 * 1000)
-    assert [len(stage.needs) for stage in (pretraining, *tasks)] == [6, 6 + 4, 6 + 4]
+    assert [len(stage.units) for stage in (pretraining, *tasks)] == [6, 6 + 4, 6 + 4]
     trained = sum(of.run(run).seconds for run in study.pretraining_runs())
     assert pretraining.computing_seconds(1) == pytest.approx(trained)
     # The first task embeds, so that the second finds the embeddings there.
@@ -327,7 +337,8 @@ def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
         assert min(parts) >= 0 < max(parts)
     shown = planning.table(study_of(tasks=study.params.tasks))
     assert f"calibrated for mine on {calibration.machine()}" in shown
-    assert "--calibrate" not in shown
+    assert not re.search("--calibrate|GPU-hours", shown)
+    assert re.fullmatch(r"SSL: \S+ s a step, \S+ GFLOP/s \(the peak is not known\)", planning.speeds(study.costs))
 
 
 def test_a_line_through_two_measurements_never_falls():
@@ -353,9 +364,12 @@ def test_plan_of_the_published_study_needs_no_network(tmp_path):
     assert "paper: 80 subsets, 400 models, 6,400 experiments, 52 baselines\n" in shown
     assert "besides, spike-ins of 50 %: 15 subsets, 45 models, 720 experiments\n" in shown
     stages = ["curation", "pretraining", *shipped("paper").params.tasks, "figures", "all"]
-    amounts = r" +[\d,]+ +[\d,.]+\s(s|min|h|days) +[\d,]+\.\d\d +[\d,]+\.\d\d +[\d.]+ GiB +[\d,.]+ GiB"
-    for stage in stages:
-        assert re.search(rf"^{stage}{amounts}$", shown, re.M), stage
+    rows = dict.fromkeys(stages, r"[\d,]+ +[\d,.]+\s(s|min|h|days)") | {
+        "Geneformer": "280 +[\\d,]+",
+        "scVI": "220 +[\\d,]+",
+    }
+    for name, amounts in rows.items():
+        assert re.search(rf"^{name} +{amounts}( +[\d,]+\.\d\d){{4}}$", shown, re.M), name
     assert "8 side by side" in shown
     assert json.loads((costs.SHIPPED / "paper.json").read_text())["machine"] in shown
     assert "--calibrate" in shown

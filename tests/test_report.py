@@ -42,6 +42,9 @@ def score(model, percentage, seed):
     return 0.9 + 0.01 * seed if model == "PretrainedPCA" else 0.5 + 0.1 * SIZES.index(percentage) + 0.01 * seed
 
 
+TRAINING = {"machine": "NVIDIA H100", "gpus": 2, "seconds": 2.0, "cells": 1000, "tokens": 0, "operations": 9.89e14}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder as a study leaves it, its numbers made up, a cell type's name full of markup."""
@@ -51,9 +54,10 @@ def run(tmp_path_factory):
     made = Store(folder / "store")
     rows = []
 
-    def add(kind, record, **content):
+    def add(kind, record, how=None, **content):
         def make(scratch):
             disk.write_json(scratch / "content.json", content)
+            return how
 
         return made.find_or_make(Unit(kind, record, ()), make).key
 
@@ -61,7 +65,8 @@ def run(tmp_path_factory):
     split = add("split", {"corpus": corpus, "held_out": 0.3})
     for name, percentage, seed in [(m, p, s) for m in ("PretrainedPCA", "SSL") for p in SIZES for s in (0, 1)]:
         subset = add("subset", {"strategy": "random", "percentage": percentage, "seed": seed, "split": split})
-        model = add("model", {"model": name, "hyperparameters": {"n_latent": 8}, "seed": seed, "subset": subset})
+        how = {"training": TRAINING} if name == "SSL" else None
+        model = add("model", {"model": name, "hyperparameters": {"n_latent": 8}, "seed": seed, "subset": subset}, how)
         key = add("evaluation", {"task": "zeroshot_classification", "dataset": split, "model": model})
         of = ["small", name, "random", percentage, seed, int(percentage * 10), *WHERE]
         value = score(name, percentage, seed)
@@ -207,6 +212,8 @@ def test_costs_add_up_to_the_manifests_and_the_disk(run):
     n_bytes = sum(path.stat().st_size for path in run.glob("store/*/*/*"))
     assert table["disk (MB)"].sum() == pytest.approx(n_bytes / 1e6)
     assert table.loc["model: SSL", "artifacts"] == 6
+    (speed,) = report.speeds(artifacts).itertuples(index=False, name=None)
+    assert speed == ("SSL", "NVIDIA H100", 2, "cells", 500, pytest.approx(989e3 / 6), pytest.approx(494_500), "25%")
     assert table["peak memory (MiB)"].max() == max(each["made"]["peak_memory_mib"] for each in manifests)
 
 

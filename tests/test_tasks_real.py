@@ -151,7 +151,7 @@ def test_response_is_learnt_from_the_other_types(stimulated):
         # Other types differ from this one, drug or no drug: that alone must not explain the agreement.
         after, control = sides(X, treated, context, held_out)
         others = X[~treated & (context != held_out)].mean(axis=0)
-        untreated.append(perturbation.response_metrics(others, after, control)["pearson_delta"])
+        untreated.append(perturbation.Response(after, control).metrics(others)["pearson_delta"])
     assert min(learnt) > 0.1
     assert np.mean(learnt) > 0.4
     assert np.mean(learnt) > np.mean(untreated) + 0.1
@@ -177,7 +177,7 @@ def test_mean_shift_beats_no_change_and_the_oracle_beats_all(stimulated):
             "mean shift": control + changes.mean(axis=0),
             "treated mean": baselines.treated_mean(X[other], context[other]),
         }
-        scores = {name: perturbation.response_metrics(cells, after, control) for name, cells in predicted.items()}
+        scores = {name: perturbation.Response(after, control).metrics(cells) for name, cells in predicted.items()}
         ceiling = perturbation.oracle(after, control)
         assert scores["mean shift"]["pearson_delta"] > 0.4
         assert scores["no change"]["pearson_delta"] == scores["no change"]["direction_accuracy"] == 0

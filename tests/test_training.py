@@ -110,7 +110,7 @@ def test_history_counts_what_was_seen():
     assert len(history.loss) == 25
     assert np.isfinite(history.loss).all()
     np.testing.assert_allclose(history.learning_rate, [1e-2 * (25 - step) / 25 for step in range(25)])
-    assert (history.samples_seen, history.unique_cells) == (200, 40)
+    assert (history.samples_seen, history.unique_cells, history.n_timed, history.n_averaged) == (200, 40, 200, 200)
     assert len(history.validation_step) == len(history.validation_loss) == 0
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from alternate import in_turn, seconds_of, training_step, wait
 
+from datawall.engine import processes
 from datawall.models import transformer
 from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}  # dense bf16
 ORIGINAL_SECONDS = 116  # to embed 10,000 tokenised cells
 
 
@@ -152,7 +152,7 @@ arguments = parser.parse_args()
 on_gpu = torch.cuda.is_available()
 where = torch.device("cuda" if on_gpu else "cpu")
 name_of_device = torch.cuda.get_device_name() if on_gpu else "CPU, where nothing here says what a GPU does"
-peak = next((peak for name, peak in PEAKS.items() if name in name_of_device), None)
+peak = processes.peak(name_of_device)
 print(f"{name_of_device}, torch {torch.__version__}, layers compiled: {on_gpu and transformer.COMPILED}", flush=True)
 parity()
 if arguments.small:

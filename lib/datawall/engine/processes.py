@@ -30,6 +30,8 @@ from datawall.engine import forkserver
 log = logging.getLogger(__name__)
 
 OUT_OF_TIME = "stopped after {:g} seconds, the time limit of a unit"
+# Operations a second that GPUs are capable of, dense and in bfloat16, by what is in their name; by their makers.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
 GPU = re.compile(r"\d+|(GPU|MIG)-.+")  # how CUDA_VISIBLE_DEVICES names one
 
 
@@ -237,6 +239,11 @@ def visible_gpus() -> list[str]:
         return []
     asked = [program, "--query-gpu=uuid", "--format=csv,noheader"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+
+
+def peak(machine: str) -> float | None:
+    """Operations a second that a GPU of that name is capable of (`PEAKS`); None if that is not known."""
+    return None if "MIG" in machine else next((peak for name, peak in PEAKS.items() if name in machine), None)
 
 
 def memory_gib(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> float:

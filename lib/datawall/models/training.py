@@ -79,6 +79,10 @@ class History:
     validation_loss: np.ndarray  # (n_looks,)
     samples_seen: int  # cells drawn, repeats counted
     unique_cells: int  # different cells among them
+    seconds: float = 0.0  # of the steps that were timed: of a run that was resumed, those since
+    n_timed: int = 0  # cells of these steps, over all processes, and what their losses are means of:
+    n_averaged: int = 0  # these cells, or such as hidden tokens
+    n_processes: int = 1
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -202,7 +206,8 @@ def train(
     if where.type == "cuda":
         generators.append(torch.cuda.default_generators[where.index or 0])
     pending: list[tuple[int, np.ndarray, Tensor]] = []
-    saved = time.monotonic()
+    n_averaged_in_all, started = 0, time.monotonic()
+    saved = started
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), bar:
         for cells in load(shares()) if load else (rows for _, rows in shares()):
             step, rows = taken.popleft()
@@ -214,6 +219,7 @@ def train(
             with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                 loss = loss_of(forward, cells, step)
             loss, n_averaged = loss if isinstance(loss, tuple) else (loss, len(rows[rank::n_processes]))
+            n_averaged_in_all += n_averaged * n_processes
             if n_processes > 1:  # a process weighs as much as what its loss is a mean of; 1 on average
                 total = torch.tensor(float(n_averaged), device=where)
                 dist.all_reduce(total)
@@ -251,6 +257,10 @@ def train(
         validation_loss=np.array([value for _, value in state.looks]),
         samples_seen=len(state.losses) * recipe.batch_size,
         unique_cells=int(drawn.sum()),
+        seconds=time.monotonic() - started,
+        n_timed=(len(state.losses) - begun) * recipe.batch_size,
+        n_averaged=n_averaged_in_all,
+        n_processes=n_processes,
     )
 
 

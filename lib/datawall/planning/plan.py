@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import pandas as pd
 from dask.system import CPU_COUNT
 
 from datawall.analysis import power
 from datawall.engine import code, processes, store
 from datawall.engine.processes import Need
 from datawall.study import evaluation
-from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, calibration_file
+from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
 from datawall.study.params import Params
 from datawall.study.records import Embedding, Evaluation, Run
 from datawall.study.study import Study
@@ -33,26 +34,19 @@ class Stage:
 
     name: str
     around: float  # seconds before and after its units
-    needs: list[Need] = field(default_factory=list)  # of each unit
+    # Of each unit the family of its model, what it needs, optimiser steps, and hours on GPUs.
+    units: list[tuple[str, Need, int, float]] = field(default_factory=list)
     in_turn: float = 0.0  # seconds of units that the notebook makes itself
-    assumed: float = 0.0  # seconds of a GPU of `costs.FLOPS`
-    memory_gib: float = BASE_GIB  # of a process at most
+    memory_gib: float = BASE_GIB  # of a process that makes no unit
     n_bytes: float = 0.0  # stored
-
-    def add(self, need: Need, assumed: float, n_bytes: float) -> None:
-        """Count a unit."""
-        self.needs.append(need)
-        self.assumed += assumed
-        self.memory_gib = max(self.memory_gib, need.memory_gib)
-        self.n_bytes += n_bytes
 
     def computing_seconds(self, n_workers: int) -> float:
         """Time by the clock in which units are made, so many side by side."""
-        return self.in_turn + makespan((need.seconds for need in self.needs), n_workers)
+        return self.in_turn + makespan((need.seconds for _, need, *_ in self.units), n_workers)
 
     def wall_seconds(self, n_workers: int) -> float:
         """Time by the clock, all in all."""
-        return self.around + SECONDS_PER_UNIT * len(self.needs) + self.computing_seconds(n_workers)
+        return self.around + SECONDS_PER_UNIT * len(self.units) + self.computing_seconds(n_workers)
 
 
 def makespan(seconds: Iterable[float], n_workers: int) -> float:
@@ -74,7 +68,8 @@ def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
     evaluated = Counter(item.source for task in p.tasks for item in evaluation.evaluations(study, task))
     grids = [(p.study, p.runs_of(p)), *((grid.name, p.runs_of(grid)) for grid in p.also)]
     if checked := study.budget_runs():
-        grids.append(("half and twice the steps", checked))
+        budgets = dict.fromkeys(f"{run.budget:g}" for run in checked)
+        grids.append((f"{' or '.join(budgets)} times the steps", checked))
     for name, of_grid in grids:
         new = set(of_grid).intersection(study.all_runs()) - runs
         drawn = {run.subset for run in new if not run.subset.untrained} - subsets
@@ -132,9 +127,10 @@ def _pretraining(study: Study, missing: Callable[[Run], bool]) -> Stage:
     costs = study.costs
     stage = Stage("pretraining", NOTEBOOK * costs.known["start"])
     for run in filter(missing, study.all_runs()):
-        steps = costs.steps(run)
-        there_and_back = 3 * steps * costs.batch_size(run.model) * costs.gpu_seconds_per_cell(run.model)
-        stage.add(costs.run(run), there_and_back, costs.model_bytes(run.model) + BYTES_PER_STEP * steps)
+        need, steps, family = costs.run(run), costs.steps(run), study.params.specs[run.model].family
+        hours = costs.gpu_hours(need, run, steps * costs.batch_size(run.model))
+        stage.units.append((family, need, steps, hours))
+        stage.n_bytes += costs.model_bytes(run.model) + BYTES_PER_STEP * steps
     return stage
 
 
@@ -144,13 +140,14 @@ def _task(study: Study, task: str, missing: Callable[[Evaluation], bool], embedd
     stage = Stage(task, NOTEBOOK * costs.known["start"])
     for item in filter(missing, evaluation.evaluations(study, task)):
         embedding = item.source, item.dataset
-        need, n_bytes, assumed = costs.evaluation(item, embedded=embedding in embedded), BYTES_PER_EVALUATION, 0.0
+        need, n_cells = costs.evaluation(item, embedded=embedding in embedded), 0
         if isinstance(item.source, Run) and TASKS[task].judges == "embeddings" and embedding not in embedded:
             embedded.add(embedding)
             n_cells = costs.cells_of_set[item.dataset]
-            n_bytes += 4 * n_cells * costs.model(item.source.model)[0]["n_latent"]
-            assumed = n_cells * costs.gpu_seconds_per_cell(item.source.model)
-        stage.add(need, assumed, n_bytes)
+            stage.n_bytes += 4 * n_cells * costs.model(item.source.model)[0]["n_latent"]
+        family = study.params.specs[item.source.model].family if isinstance(item.source, Run) else "others"
+        stage.units.append((family, need, 0, costs.gpu_hours(need, item.source, n_cells / 3)))
+    stage.n_bytes += BYTES_PER_EVALUATION * len(stage.units)
     return stage
 
 
@@ -166,7 +163,7 @@ def seconds_left(study: Study) -> tuple[dict[str, float], dict[str, int]]:
         return unit.key not in made
 
     here = code.versions()
-    begun = [stage for stage in stages(study, missing) if stage.needs]
+    begun = [stage for stage in stages(study, missing) if stage.units]
     return {stage.name: stage.computing_seconds(workers(study)) for stage in begun}, otherwise
 
 
@@ -179,24 +176,56 @@ def duration(seconds: float) -> str:
 
 
 def table(study: Study) -> str:
-    """A study's stages and their costs, as text."""
-    n_workers, known, rows = workers(study), study.costs.known, []
-    for stage in stages(study):
-        gpu_seconds = sum(need.gpus * need.seconds for need in stage.needs) if study.costs.on_gpu else stage.assumed
-        seconds = stage.wall_seconds(n_workers), stage.wall_seconds(1) / 3600, gpu_seconds / 3600
-        rows.append((stage.name, len(stage.needs), *seconds, stage.memory_gib, stage.n_bytes / 2**30))
-    _, units, wall, cores, gpus, memory, disk = zip(*rows, strict=True)
-    rows.append(("all", sum(units), sum(wall), sum(cores), sum(gpus), max(memory), sum(disk)))
-    head = f"{'stage':26}{'units':>8}{'time':>14}{'core-hours':>14}{'GPU-hours':>14}{'memory':>12}{'disk':>14}"
-    lines = [
-        f"{name:26}{units:>8,}{duration(wall):>14}{cores:>14,.2f}{gpus:>14,.2f}{memory:>8.1f} GiB{disk:>10,.2f} GiB"
-        for name, units, wall, cores, gpus, memory, disk in rows
-    ]
+    """What a study's stages and families cost, as text; GPU-hours only where GPUs are asked for."""
+    n_workers, known, made = workers(study), study.costs.known, stages(study)
+    tables = [by_stage(made, n_workers), by_family(made)]
     notes = [f"time: {n_workers} side by side; costs as calibrated for {known['study']} on {known['machine']}"]
     if not calibration_file(study.params.study).exists():
         notes.append("a calibration that came along; --calibrate in place of --plan measures on this machine")
-    if not study.costs.on_gpu:
-        notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one")
+    if not study.params.gpus and not study.costs.on_gpu:
+        tables = [each.drop(columns=each.filter(like="GPU")) for each in tables]
+    elif not study.costs.on_gpu:
+        notes.append(f"GPU-hours: no GPU was calibrated, {FLOPS / 1e12:g} TFLOP/s are assumed of one, for all families")
     notes.append("memory: of one process at most; what comes over a network is not counted")
     notes.append(f"verdicts: {verdicts_to_expect(study.params)[0]}")
-    return "\n".join([head, *lines, *notes])
+    written = dict.fromkeys(("units", "models", "steps", "evaluations"), "{:,.0f}".format) | {"time": duration}
+    shown = [each.to_string(formatters=written, float_format="{:,.2f}".format) for each in tables]
+    return "\n\n".join([*shown, "\n".join(notes)])
+
+
+def by_stage(made: list[Stage], n_workers: int) -> pd.DataFrame:
+    """What each stage costs, and all of them together."""
+    columns = {
+        "units": [len(stage.units) for stage in made],
+        "time": [stage.wall_seconds(n_workers) for stage in made],
+        "core-hours": [stage.wall_seconds(1) / 3600 for stage in made],
+        "GPU-hours": [sum(hours for *_, hours in stage.units) for stage in made],
+        "GiB of memory": [max(stage.memory_gib, *(unit[1].memory_gib for unit in stage.units), 0) for stage in made],
+        "GiB on disk": [stage.n_bytes / 2**30 for stage in made],
+    }
+    table = pd.DataFrame(columns, [stage.name for stage in made])
+    table.loc["all"] = {**table.sum(), "GiB of memory": table["GiB of memory"].max()}
+    return table
+
+
+def by_family(made: list[Stage]) -> pd.DataFrame:
+    """What each family costs to pretrain and to evaluate; baselines and embeddings from files are `others`."""
+    units = [(stage.name == "pretraining", *unit) for stage in made for unit in stage.units]
+    table = pd.DataFrame(units, columns=["trains", "family", "need", "steps", "GPU-hours"])
+    table["core-hours"] = [need.seconds / 3600 for need in table["need"]]
+    trained, judged = (table[table["trains"] == trains].groupby("family") for trains in (True, False))
+    columns = {"models": trained.size(), "steps": trained["steps"].sum()}
+    for part, of_part in {"pretrain": trained, "evaluate": judged}.items():
+        columns |= {f"{hours} to {part}": of_part[hours].sum() for hours in ("core-hours", "GPU-hours")}
+    return pd.DataFrame(columns).fillna(0).rename_axis(index=None)
+
+
+def speeds(costs: Costs) -> str:
+    """How fast models train, as calibrated, as text: a line each."""
+    lines, peak = [], processes.peak(costs.known["machine"])
+    for model in filter(costs.step_seconds, costs.p.models):
+        seconds = costs.step_seconds(model)
+        rate = costs.batch_size(model) * costs.operations(model) / seconds
+        share = f"{rate / peak:.0%} of the peak" if peak else "the peak is not known"
+        lines.append(f"{model}: {seconds:.3g} s a step, {rate / 1e9:,.1f} GFLOP/s ({share})")
+    return "\n".join(lines)

@@ -21,12 +21,13 @@ import pandas as pd
 from datawall import tasks
 from datawall.analysis import results, verdicts, walls
 from datawall.analysis.results import select
-from datawall.engine import disk, paths, store
+from datawall.engine import disk, paths, processes, store
 from datawall.engine.store import Artifact
 from datawall.planning import plan as planning
 from datawall.reading import notebooks
 from datawall.reading.titles import label
 from datawall.study import params, questions
+from datawall.study.costs import TRAINED
 from datawall.study.study import Study, open_study
 
 TEMPLATES = paths.PACKAGE_DATA / "report"
@@ -44,7 +45,7 @@ RUN = {"model": "model", "strategy": "strategy", "percentage": "% of corpus", "s
 RUN |= {"dataset": "data set"}
 WRITTEN = dict.fromkeys(("time", "time, all", "time, longest"), planning.duration)
 WRITTEN |= dict.fromkeys(("% of corpus", "seed"), "{:g}".format) | {"disk (MB)": "{:,.2f}".format}
-WRITTEN |= dict.fromkeys(("artifacts", "cells", "peak memory (MiB)"), "{:,.0f}".format)
+WRITTEN |= dict.fromkeys(("artifacts", "cells", "peak memory (MiB)", "a second"), "{:,.0f}".format)
 
 
 def write(run_dir: str | Path) -> Path:
@@ -143,6 +144,7 @@ class Site:
             "cells": cells,
             "figures": [name for name in SHOWN if name in self.figures][:3],
             "costs": costs(self.made),
+            "speeds": speeds(self.made),
             "versions": {package: sorted({*by_artifact.dropna()}) for package, by_artifact in versions.items()},
             "devices": sorted({made.made["device"] for made in self.made}),
             "of": date.fromtimestamp((self.study.folder / "study.yaml").stat().st_mtime).isoformat(),
@@ -217,6 +219,21 @@ def costs(artifacts: Iterable[Artifact]) -> pd.DataFrame:
         "on": ("device", lambda devices: ", ".join(sorted(set(devices)))),
     }
     return table.groupby("made", sort=False).agg(**columns).reset_index()
+
+
+def speeds(artifacts: Iterable[Artifact]) -> pd.DataFrame:
+    """How fast models were trained, a row per family and device, over all their steps: see `study.costs.speed`."""
+    trained = [artifact for artifact in artifacts if artifact.made.get("training", {}).get("operations")]
+    rows = [{"family": artifact.record["model"], **artifact.made["training"]} for artifact in trained]
+    keys, sums = ["family", "machine", "gpus"], ["seconds", "cells", "tokens", "operations"]
+    table = []
+    for key, of_family in pd.DataFrame(rows, columns=[*keys, *sums]).groupby(keys, sort=False):
+        seconds, n_cells, n_tokens, operations = of_family[sums].sum()
+        n, each, peak = n_tokens or n_cells, "tokens" if n_tokens else "cells", processes.peak(key[1])
+        share = f"{operations / seconds / peak / key[2]:.0%}" if peak else "– (its peak is not known)"
+        table.append((*key, each, n / seconds, operations / TRAINED / n, operations / seconds / 1e9, share))
+    heads = [*keys, "of", "a second", "million multiplications each", "GFLOP/s", "of the peak"]
+    return pd.DataFrame(table, columns=heads)
 
 
 def _cell(value: Any, column: str, digits: int) -> str:

@@ -9,6 +9,7 @@ cells. What reads counts grows with the genes that a cell has.
 import json
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,8 @@ GENES_PER_CELL = 1_660.0  # and genes of which such a cell has counts
 RECONSTRUCTION = 5  # times an embedding of the same cells
 CONTEXTS = 4  # of perturbation response, where the study does not name those to hold out
 FLOPS = 20e12  # of a GPU, sustained: assumed where none was calibrated
+MASKED = 0.15  # of a cell's tokens are predicted
+TRAINED = 6e6  # operations of a million multiplications: each is followed by an addition; there once, back twice
 
 
 def calibration_file(study: str) -> Path:
@@ -55,19 +58,37 @@ def size_of(p: Params) -> tuple[int, float]:
     return p.simulation.n_genes, cells.X.nnz / cells.n_obs
 
 
-def work(spec: ModelSpec, n_genes: int, genes_per_cell: float) -> float:
-    """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
+def work(spec: ModelSpec, n_genes: int, genes_per_cell: float, n_tokens: float = 0) -> float:
+    """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs.
+
+    A transformer's cell has so many tokens or, if they were not counted, its share of the genes in the panel.
+    """
     h = spec.hyperparameters
     if spec.is_external or not hasattr(h, "n_genes"):
         return genes_per_cell / 1e6
     share = min(h.n_genes or n_genes, n_genes) / n_genes  # of the corpus's genes, those in the panel
-    if hasattr(h, "max_length"):  # a transformer; it predicts the 15 % of genes that are masked
-        length = min(h.max_length, genes_per_cell * share)
-        per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + 0.15 * n_genes * share * h.n_embd
+    if hasattr(h, "max_length"):  # a transformer
+        length = n_tokens or min(h.max_length, genes_per_cell * share)
+        per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + MASKED * n_genes * share * h.n_embd
         return length * per_token / 1e6
     widths = h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
     others = sum(a * b for a, b in zip(widths, [*widths[1:], h.n_latent], strict=True))  # but for an encoder's first
     return (widths[0] * share * (genes_per_cell + n_genes) + 2 * others) / 1e6  # there and back
+
+
+def speed(spec: ModelSpec, n_genes: int, genes_per_cell: float, history: Any) -> Record:
+    """How fast a model was trained: seconds of its steps, their cells, tokens and operations, and on what.
+
+    Operations are those of the model, by `work`, whatever is done twice or in vain; of one of the user's own, none.
+    """
+    import torch
+
+    n_cells, is_transformer = history.n_timed, not spec.is_external and hasattr(spec.hyperparameters, "max_length")
+    n_tokens = round(history.n_averaged / MASKED) if is_transformer else 0
+    millions = 0.0 if spec.is_external else work(spec, n_genes, genes_per_cell, n_tokens / max(n_cells, 1))
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    record = {"machine": machine, "gpus": history.n_processes, "seconds": round(history.seconds, 3)}
+    return record | {"cells": n_cells, "tokens": n_tokens, "operations": TRAINED * millions * n_cells}
 
 
 class Costs:
@@ -100,13 +121,12 @@ class Costs:
 
     def run(self, run: Run) -> Need:
         """Pretraining a model."""
-        cost, scale = self.model(run.model)
+        cost = self.model(run.model)[0]
         n_cells, steps = self.n_pretraining * run.subset.percentage / 100, self.steps(run)
         bytes_of_counts = 2 * n_cells * self.size[1] * BYTES_PER_COUNT
         streamed = bytes_of_counts > self.p.memory_gib * 2**30
-        per_cell = cost["step_cell"] * scale + (self.line("read", 1) if streamed else 0)
-        seconds = cost["once"] + cost["cell"] * self.density * n_cells
-        seconds += steps * (cost["step"] * scale + per_cell * self.batch_size(run.model))
+        read = self.line("read", 1) * self.batch_size(run.model) if streamed else 0
+        seconds = cost["once"] + cost["cell"] * self.density * n_cells + steps * (self.step_seconds(run.model) + read)
         in_memory = min(bytes_of_counts / 2**30, self.p.memory_gib)
         memory = BASE_GIB + in_memory + 4 * self.model_bytes(run.model) / 2**30  # and an optimiser's
         return Need(self.p.gpus.get(run.model, 1) if steps else 0, memory, seconds)
@@ -191,10 +211,20 @@ class Costs:
         spec = self.p.specs[model]
         return 0 if spec.is_external else getattr(spec.hyperparameters, "batch_size", 0)
 
+    def step_seconds(self, model: str) -> float:
+        """Of an optimiser step; 0 for a model that takes none."""
+        cost, scale = self.model(model)
+        return (cost["step"] + cost["step_cell"] * self.batch_size(model)) * scale
+
     @cache  # noqa: B019
-    def gpu_seconds_per_cell(self, model: str) -> float:
-        """Of a GPU of `FLOPS`, for a cell's way through a model."""
-        return 2e6 * work(self.p.specs[model], *self.size) / FLOPS if self.batch_size(model) else 0.0
+    def operations(self, model: str) -> float:
+        """Of training a model with one cell; 0 if it takes no steps."""
+        return TRAINED * work(self.p.specs[model], *self.size) if self.batch_size(model) else 0.0
+
+    def gpu_hours(self, need: Need, source: Source, n_trained: float) -> float:
+        """Of a unit, as calibrated, or those of a GPU of `FLOPS` that trains its model with so many cells."""
+        operations = self.operations(source.model) if isinstance(source, Run) else 0.0
+        return (need.gpus * need.seconds if self.on_gpu else n_trained * operations / FLOPS) / 3600
 
 
 def _cells_in(name: str) -> int:

@@ -15,6 +15,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from datawall.cells import datasets, duplicates, expression, sampling, sources
 from datawall.cells.cellstore import Cells
@@ -27,6 +28,7 @@ from datawall.study.params import Params
 
 LABELS = ["cell_type", "batch", "perturbation"]  # what held-out cells have in proportion
 KEPT = 2**28  # bytes of evaluation data sets that a process keeps beside the one it works on
+AT_ONCE = 16_384  # cells of an evaluation data set that are read in turn
 
 
 class WithDatasets(WithCorpus):
@@ -113,12 +115,19 @@ class WithDatasets(WithCorpus):
         if (adata := self._in_memory.pop(name, None)) is None:
             while sum(map(sys.getsizeof, self._in_memory.values())) > KEPT:
                 del self._in_memory[next(iter(self._in_memory))]
-            if name == self.params.held_out_name:
-                adata = self.held_out_cells.to_memory()
-            else:
-                adata = ad.read_h5ad(self.dataset_artifact(name).folder / "cells.h5ad")
+            file = self.dataset_artifact(name).folder / "cells.h5ad"
+            adata = self.held_out_cells.to_memory() if name == self.params.held_out_name else ad.read_h5ad(file)
         self._in_memory[name] = adata
         return adata
+
+    def count_blocks(self, name: str) -> Iterator[sp.csr_matrix]:
+        """Raw counts of an evaluation data set in turn, of which it need not be in memory."""
+        if name == self.params.held_out_name:
+            yield from (counts for _, counts in self.held_out_cells.blocks(AT_ONCE))
+        else:
+            with h5py.File(self.dataset_artifact(name).folder / "cells.h5ad") as file:
+                X = ad.io.sparse_dataset(file["X"])
+                yield from (X[first : first + AT_ONCE] for first in range(0, X.shape[0], AT_ONCE))
 
     def labels(self, name: str) -> pd.DataFrame | None:
         """`obs` of an evaluation data set; None if that has not been made."""
@@ -142,18 +151,15 @@ class WithDatasets(WithCorpus):
 
     def make_contamination(self, name: str, folder: Path) -> None:
         """Write what is shared, of genes that the data set has, in blocks, at 36 bytes a cell of the data set."""
-        if name == self.params.held_out_name:
-            dataset, cells = self.held_out_cells, self.pretraining_cells
-        else:
-            dataset, cells = self.dataset(name), self.corpus
+        cells = self.pretraining_cells if name == self.params.held_out_name else self.corpus
         genes = cells.var.index[self.measured(name)]
 
-        def hashes(of_cells: ad.AnnData | Cells) -> Iterator[np.ndarray]:
-            blocks = of_cells.count_blocks() if isinstance(of_cells, Cells) else [of_cells.X]
+        def hashes(blocks: Iterable[sp.csr_matrix]) -> Iterator[np.ndarray]:
             return (duplicates.cell_hashes(counts, cells.var.index, genes) for counts in blocks)
 
-        donors = (obs["donor_id"].array if "donor_id" in obs else None for obs in (dataset.obs, cells.obs))
-        duplicates.contamination(np.concatenate([*hashes(dataset)]), hashes(cells), *donors).write(folder)
+        ours = np.concatenate([*hashes(self.count_blocks(name))])
+        donors = (obs["donor_id"].array if "donor_id" in obs else None for obs in (self.labels(name), cells.obs))
+        duplicates.contamination(ours, hashes(cells.count_blocks()), *donors).write(folder)
 
     def contamination(self, name: str) -> duplicates.Contamination:
         """What an evaluation data set shares with the corpus, whose rows count: equal cells, and donors of one name."""

@@ -40,18 +40,19 @@ class WithEmbeddings(WithModels):
 
     def make_embedding(self, source: Source, dataset: str, folder: Path) -> None:
         """Write an embedding; raises ValueError if a model of the user's own gives none, or a file breaks a rule."""
-        cells = self.dataset(dataset)
         if isinstance(source, Run):
-            embedding = np.asarray(self.model(source).embed(cells.X), dtype=np.float32)
-            if embedding.ndim != 2 or len(embedding) != cells.n_obs:
-                told = f"embed gave an array of shape {embedding.shape} for {cells.n_obs} cells"
+            model = self.model(source)
+            parts = [np.asarray(model.embed(counts), dtype=np.float32) for counts in self.count_blocks(dataset)]
+            embedding, n_cells = np.concatenate(parts), len(self.labels(dataset))
+            if embedding.ndim != 2 or len(embedding) != n_cells:
+                told = f"embed gave an array of shape {embedding.shape} for {n_cells} cells"
                 raise ValueError(f"{source.model}: {told}; it must give a row a cell.")
         elif isinstance(source, Embedding):
-            embedding = external.read_embedding(source.file, source.obsm_key, cells.obs_names, dataset)
+            embedding = external.read_embedding(source.file, source.obsm_key, self.dataset(dataset).obs_names, dataset)
         elif (n_components := baselines.EMBEDDINGS[source]) is None:
-            embedding = baselines.variable_gene_embedding(cells.X)
+            embedding = baselines.variable_gene_embedding(self.dataset(dataset).X)
         else:
-            embedding = baselines.pca_embedding(cells.X, n_components)
+            embedding = baselines.pca_embedding(self.dataset(dataset).X, n_components)
         np.save(folder / "embedding.npy", embedding)
 
     def embedding(self, source: Source, dataset: str) -> np.ndarray:

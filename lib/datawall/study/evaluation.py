@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from datawall import tasks
 from datawall.analysis import results
@@ -20,6 +21,7 @@ from datawall.study.records import Evaluation, Run
 from datawall.study.study import Study
 from datawall.tasks import baselines
 from datawall.tasks.metrics import Metrics
+from datawall.tasks.perturbation import Response
 
 
 def evaluations(study: Study, task: str) -> list[Evaluation]:
@@ -82,20 +84,19 @@ def score(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]
 
 def zeroshot_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """Each half of the cells by the other."""
-    p, obs = study.params, study.dataset(evaluation.dataset).obs
-    embedding, labels = study.embedding(evaluation.source, evaluation.dataset), obs["cell_type"].to_numpy().astype(str)
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.labels(evaluation.dataset)
+    labels, p = obs["cell_type"].to_numpy().astype(str), study.params
     for split, half in joining.halves(p, obs):
         yield split, tasks.classification.crossvalidated_classification(embedding, labels, half, p.k, more_k=p.more_k)
 
 
 def zeroshot_integration(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """All cells at once, or the same sample for every model: nothing is fitted to labels, so nothing is split."""
-    obs = study.dataset(evaluation.dataset).obs
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.labels(evaluation.dataset)
     rows = np.sort(np.random.default_rng(0).permutation(len(obs))[: study.params.integration_cells])
     labels, batches = (obs[key].to_numpy().astype(str)[rows] for key in ("cell_type", "batch"))
-    embedding = study.embedding(evaluation.source, evaluation.dataset)[rows]
     unintegrated = study.embedding("PCA", evaluation.dataset)[rows]
-    yield "all cells", tasks.zeroshot_integration(embedding, labels, batches, unintegrated=unintegrated)
+    yield "all cells", tasks.zeroshot_integration(embedding[rows], labels, batches, unintegrated=unintegrated)
 
 
 def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
@@ -123,47 +124,64 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
 
 
 def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
-    """One context held out at a time, by genes that are chosen without a look at treated cells.
+    """One context held out at a time, by genes that are chosen without a look at treated cells."""
+    obs, name, source = study.dataset(evaluation.dataset).obs, evaluation.dataset, evaluation.source
+    for treatment, contexts in joining.treatments(obs, study.params.evaluation_sets()[name]).items():
+        rows, *cells = _screen(study, name, treatment)
+        for held_out in contexts:
+            response = _response(study, name, treatment, held_out)
+            if isinstance(source, str):
+                metrics = _baseline_response(source, response, *cells, held_out)
+            else:
+                options = {"seed": evaluation.seed, "matching": study.params.matching, "response": response}
+                embedding = study.embedding(source, name)[rows]
+                metrics = tasks.perturbation_response(embedding, *cells, held_out, **options)
+            of_treatment = f"{treatment}, " if obs["perturbation"].nunique() > 2 else ""
+            yield f"{of_treatment}{held_out} held out", metrics
+
+
+def _screen(study: Study, name: str, treatment: str) -> tuple[np.ndarray, ...]:
+    """Rows of treated and control cells of a data set, their expression, whether each is treated, and its context."""
+    X, treatments, contexts = _expression(study, name)
+    rows = np.flatnonzero(np.isin(treatments, [treatment, study.params.evaluation_sets()[name].control]))
+    return rows, X[rows].toarray(), treatments[rows] == treatment, contexts[rows]
+
+
+@lru_cache(maxsize=1)  # for one model after the other, as below
+def _expression(study: Study, name: str) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+    """Log-normalised expression of the genes that are predicted, and the treatment and the context of each cell.
 
     Of the corpus's held-out cells they are the most variable among the pretraining cells; of another data set, which
     may measure few of those, the most variable among its own control cells.
     """
-    data, dataset = study.dataset(evaluation.dataset), study.params.evaluation_sets()[evaluation.dataset]
-    treatment, context = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
+    data, control = study.dataset(name), study.params.evaluation_sets()[name].control
+    treatments, contexts = (data.obs[key].to_numpy().astype(str) for key in ("perturbation", "cell_type"))
     X = expression.lognormalise(data.X)
-    if evaluation.dataset == study.params.held_out_name:
-        X = X[:, study.response_genes]
-    else:
-        X = X[:, expression.variable_genes(X[treatment == dataset.control], study.params.perturbation_genes)]
-    for name, contexts in joining.treatments(data.obs, dataset).items():
-        rows = np.flatnonzero(np.isin(treatment, [name, dataset.control]))
-        cells = X[rows].toarray(), treatment[rows] == name, context[rows]
-        for held_out in contexts:
-            if isinstance(evaluation.source, str):
-                metrics = _baseline_response(evaluation.source, *cells, held_out)
-            else:
-                embedding = study.embedding(evaluation.source, evaluation.dataset)[rows]
-                options = {"seed": evaluation.seed, "matching": study.params.matching}
-                metrics = tasks.perturbation_response(embedding, *cells, held_out, **options)
-            of_treatment = f"{name}, " if data.obs["perturbation"].nunique() > 2 else ""
-            yield f"{of_treatment}{held_out} held out", metrics
+    if name == study.params.held_out_name:
+        return X[:, study.response_genes], treatments, contexts
+    genes = expression.variable_genes(X[treatments == control], study.params.perturbation_genes)
+    return X[:, genes], treatments, contexts
 
 
-def _baseline_response(name: str, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str) -> Metrics:
+@lru_cache(maxsize=8)
+def _response(study: Study, name: str, treatment: str, held_out: str) -> Response:
+    _, *cells = _screen(study, name, treatment)
+    return Response.of(*cells, held_out)
+
+
+def _baseline_response(
+    name: str, response: Response, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str
+) -> Metrics:
     """Metrics of a prediction that needs no embedding, or of the ceiling, `Oracle`."""
-    here = context == held_out
-    control, truth = X[~treated & here], X[treated & here]
+    control, elsewhere = response.control, treated & (context != held_out)
     if name == "Oracle":
-        return tasks.perturbation.oracle(truth, control)
-    contexts = tasks.perturbation.usable_contexts(treated, context)
-    contexts.remove(held_out)
-    others = tasks.perturbation.changes(X, treated, context, contexts)
+        return tasks.perturbation.oracle(response.treated, control)
     predict = {
         "NoChange": lambda: control,
-        "TreatedMean": lambda: baselines.treated_mean(X[treated & ~here], context[treated & ~here]),
-        "MeanShift": lambda: control + others.mean(axis=0),  # in which each of the other contexts counts alike
+        "TreatedMean": lambda: baselines.treated_mean(X[elsewhere], context[elsewhere]),
+        "MeanShift": lambda: control + response.others.mean(axis=0),  # in which each of the other contexts counts alike
     }
-    return tasks.perturbation.response_metrics(predict[name](), truth, control, others)
+    return response.metrics(predict[name]())
 
 
 def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
@@ -175,8 +193,7 @@ def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, 
 
 def own_task(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """A task that this page does not know, a line in `tasks.TASKS`: it gets the embedding and the table of cells."""
-    obs = study.dataset(evaluation.dataset).obs
-    embedding = study.embedding(evaluation.source, evaluation.dataset)
+    embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.dataset(evaluation.dataset).obs
     yield "all cells", Metrics(tasks.TASKS[evaluation.task].function(embedding, obs, seed=evaluation.seed))
 
 

@@ -18,7 +18,7 @@ from datawall.engine import cluster, code, disk, paths, processes
 from datawall.engine.store import Artifact, Unit
 from datawall.models import external, hyperparameters
 from datawall.study import params
-from datawall.study.costs import Costs
+from datawall.study.costs import Costs, speed
 from datawall.study.records import Run, Source, Subset
 from datawall.study.subset import WithSubsets
 
@@ -102,7 +102,9 @@ class WithModels(WithSubsets):
         table = pd.DataFrame({"step": steps, **curve, "validation_loss": looks.to_numpy()})
         table.to_parquet(folder / "history.parquet", index=False)
         spent = {"steps": len(steps), "samples_seen": history.samples_seen, "unique_cells": history.unique_cells}
-        return {"device": training.device().type, **spent}
+        size = self.corpus.n_vars, float(cells.genes_detected.mean())
+        timed = speed(p.specs[run.model], *size, history)
+        return {"device": training.device().type, **spent, "training": timed}
 
     def model_artifact(self, run: Run, *, together: bool = True) -> Artifact:
         """A pretrained model on disk, with its training history if it took steps; made by several GPUs `together`.

@@ -1,7 +1,7 @@
 """Perturbation response: predict the treated expression of a context never seen treated."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -32,10 +32,12 @@ def perturbation_response(
     seed: int,
     recipe: training.Recipe = RECIPE,
     matching: Literal["mean", "nearest", "ot"] = "mean",
+    response: "Response | None" = None,
 ) -> Metrics:
     """Train an MLP head from control embeddings to treated expression on all contexts but one; score it on that.
 
-    The prediction is the head's output for each control cell of the held-out context, judged by `response_metrics`. The
+    The prediction is the head's output for each control cell of the held-out context, judged by `response`: that of
+    the same cells, made for another embedding of them, or by default anew. The
     embedding is (n_cells, n_latent), that of treated cells is to match them alone; expression, (n_cells, n_genes), is
     log-normalised; `treated`, (n_cells,) bool, tells treated cells from control; a context is a cell type, cell line or
     patient. The seed is that of the initial weights, the order of cells, dropout, and of the cells that are matched.
@@ -92,8 +94,7 @@ def perturbation_response(
     test = ~treated & (context == held_out)
     with torch.no_grad():
         predicted = head(inputs(test)[None])[0].T.cpu().numpy()
-    others = changes(expression, treated, context, train_contexts)
-    return response_metrics(predicted, expression[treated & (context == held_out)], expression[test], others)
+    return (response or Response.of(expression, treated, context, held_out)).metrics(predicted)
 
 
 def usable_contexts(treated: np.ndarray, context: np.ndarray) -> list[str]:
@@ -120,39 +121,55 @@ def _matched(
     return np.stack([before[rows], after[columns]])
 
 
-def response_metrics(
-    predicted: np.ndarray, treated: np.ndarray, control: np.ndarray, others: np.ndarray | None = None
-) -> Metrics:
-    """How well predicted expression agrees with that of treated cells, by every metric of the task (`metrics.csv`).
+class Response:
+    """What a treatment does to the cells of a context, for predictions of their expression to be judged by.
 
-    Log-normalised expression of predicted cells, or their mean, and of the context's treated and control cells is
-    (n_cells, n_genes) each. `others` are `changes` of other contexts, among which the right one is to be told: without
-    them, there is no `context_discrimination`. Intervals are over the treated cells, the prediction and the control
-    cells being as they are; the top genes, and the weights, are those of all treated cells throughout. Chance is what
-    predicting no change reaches. `pearson_r`, which the original study prints as R2, is high for any prediction: genes
-    differ in abundance far more than a treatment changes them. A prediction that is a mean misses the spread of cells,
-    and is far from them in `energy_distance` by that alone.
+    Log-normalised expression of the context's treated and control cells is (n_cells, n_genes) each. `others` are
+    `changes` of other contexts, among which the right one is to be told: without them, there is no
+    `context_discrimination`.
     """
-    predicted, treated, control = (
-        np.atleast_2d(np.asarray(X, dtype=np.float32)) for X in (predicted, treated, control)
-    )
-    top, genes = differential_genes(treated, control), response_weights(treated, control)
-    weights = np.vstack([np.ones(len(treated)), uncertainty.resamples(len(treated))]).astype(np.float32)
-    means = (weights / len(treated)) @ treated
 
-    def drawn(prediction: np.ndarray) -> dict[str, np.ndarray]:
-        mean, before = prediction.mean(axis=0), control.mean(axis=0)
+    def __init__(self, treated: np.ndarray, control: np.ndarray, others: np.ndarray | None = None) -> None:
+        self.treated, self.control = (np.atleast_2d(np.asarray(X, dtype=np.float32)) for X in (treated, control))
+        self.others, self.before = others, self.control.mean(axis=0)
+        self.top = differential_genes(self.treated, self.control)
+        self.genes = response_weights(self.treated, self.control)
+        n_cells = len(self.treated)
+        self.weights = np.vstack([np.ones(n_cells), uncertainty.resamples(n_cells)]).astype(np.float32)
+        self.means = (self.weights / n_cells) @ self.treated
+        self.energy_distance = energy_distance(self.treated, self.weights)
+        self.chance = {name: float(values[0]) for name, values in self._draws(self.control).items()}
+
+    @classmethod
+    def of(cls, expression: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str) -> Self:
+        """That of a context of a screen, beside its other contexts; arrays as in `perturbation_response`."""
+        here, others = context == held_out, usable_contexts(treated, context)
+        others.remove(held_out)
+        changed = changes(expression, treated, context, others)
+        return cls(expression[treated & here], expression[~treated & here], changed)
+
+    def metrics(self, predicted: np.ndarray) -> Metrics:
+        """How well predicted expression agrees with that of treated cells, by every metric of the task (`metrics.csv`).
+
+        It is that of predicted cells, (n_cells, n_genes), or their mean. Intervals are over the treated cells, the
+        prediction and the control cells being as they are; the top genes, and the weights, are those of all treated
+        cells throughout. Chance is what predicting no change reaches. `pearson_r`, which the original study prints as
+        R2, is high for any prediction: genes differ in abundance far more than a treatment changes them. A prediction
+        that is a mean misses the spread of cells, and is far from them in `energy_distance` by that alone.
+        """
+        return Metrics.of_draws(self._draws(np.atleast_2d(np.asarray(predicted, dtype=np.float32))), self.chance)
+
+    def _draws(self, prediction: np.ndarray) -> dict[str, np.ndarray]:
+        """The metrics' values over all treated cells, and over each resample of them."""
+        mean, before, means, top, genes = prediction.mean(axis=0), self.before, self.means, self.top, self.genes
         draws = {name: metric(mean, means, before) for name, metric in METRICS.items()}
         draws |= {name: metric(mean[top], means[:, top], before[top]) for name, metric in TOP_METRICS.items()}
         draws |= {name: metric(mean, means, before, genes) for name, metric in WEIGHTED_METRICS.items()}
-        if others is not None:
+        if self.others is not None:
             own = np.square(means - mean) @ genes
-            further = np.square(others - (mean - before)) @ genes
+            further = np.square(self.others - (mean - before)) @ genes
             draws["context_discrimination"] = (further > own[:, None]).mean(axis=1)
-        return draws | {"energy_distance": energy_distance(prediction, treated, weights)}
-
-    chance = {name: float(values[0]) for name, values in drawn(control).items()}
-    return Metrics.of_draws(drawn(predicted), chance)
+        return draws | {"energy_distance": self.energy_distance(prediction)}
 
 
 def differential_genes(treated: np.ndarray, control: np.ndarray, n: int = N_TOP) -> np.ndarray:
@@ -211,31 +228,36 @@ WEIGHTED_METRICS = {
 }
 
 
-def energy_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """2 E|x - y| - E|x - x'| - E|y - y'| between two samples of cells, at Euclidean distance over all genes.
+def energy_distance(y: np.ndarray, weights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of a sample of cells, x: 2 E|x - y| - E|x - x'| - E|y - y'|, at Euclidean distance over all genes.
 
     Of Székely and Rizzo (2013), unbiased: x' and y' are other cells than x and y, so that two samples of one
     population are about 0 apart, now and then a little less. Samples are (n_cells, n_genes) expression; of more than
-    500 cells, that many evenly spaced ones are taken. The cells of a sample of one are no distance apart. Given
-    (n_weights, n_cells) weights of the cells of y, there is a value for each.
+    500 cells, that many evenly spaced ones are taken. The cells of a sample of one are no distance apart. The function
+    gives a value for each of the (n_weights, n_cells) weights of the cells of y.
     """
-    some, kept = (np.linspace(0, n - 1, min(n, ENERGY_CELLS)).astype(int) for n in (len(x), len(y)))
-    x, y, weights = x[some], y[kept], weights[:, kept]
-    weights = weights / weights.sum(axis=1, keepdims=True)
+
+    def some(cells: np.ndarray) -> np.ndarray:
+        return cells[np.linspace(0, len(cells) - 1, min(len(cells), ENERGY_CELLS)).astype(int)]
 
     def apart(X: np.ndarray, weights: np.ndarray) -> np.ndarray:
         others = 1 - np.square(weights).sum(axis=1)  # of all pairs, those of two cells
         return ((weights @ euclidean_distances(X)) * weights).sum(axis=1) / np.where(others > 1e-9, others, 1)
 
-    return (
-        2 * weights @ euclidean_distances(x, y).mean(axis=0)
-        - apart(x, np.full((1, len(x)), 1 / len(x)))
-        - apart(y, weights)
-    )
+    y, weights = some(y), some(weights.T).T
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    among_y = apart(y, weights)
+
+    def of(x: np.ndarray) -> np.ndarray:
+        x = some(x)
+        among_x = apart(x, np.full((1, len(x)), 1 / len(x)))
+        return 2 * weights @ euclidean_distances(x, y).mean(axis=0) - among_x - among_y
+
+    return of
 
 
 def oracle(treated: np.ndarray, control: np.ndarray) -> Metrics:
-    """The ceiling of `response_metrics`: what the true means would reach against the means of so few treated cells.
+    """The ceiling of `Response.metrics`: what the true means would reach against the means of so few treated cells.
 
     A metric compares a prediction with the mean of the treated cells that there are, whose error is known: its variance
     is that of cells over their number. So a prediction that is the truth has that for its mean squared error, and for
