@@ -44,6 +44,11 @@ def test_a_packages_first_page_says_what_it_serves_and_may_import(package):
     assert re.search(r"May import|Imports nothing", text)
 
 
+def test_a_plan_and_a_check_do_not_wait_for_torch():
+    code = "import datawall.planning.plan, datawall.planning.preflight, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_module_is_in_a_package():
     assert [path.name for path in LIBRARY.glob("*.py")] == ["__init__.py"]
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/gpu.py            # on a GPU, at the original's sizes; at most six minutes
     python tests/benchmarks/gpu.py --small    # a rehearsal on a CPU, which says nothing of speed
 
-It needs torch, numpy and what `datawall.models.transformer` imports; no data.
+It needs torch, numpy and what `datawall.models.transformer` and `datawall.engine.processes` import; no data.
 
 The peer is the same network with the same weights, run as `BertForMaskedLM` runs it: every cell padded to 2,048, a
 mask handed to SDPA, the head at every position, all logits at once (`tests/test_transformer.py` holds ours against

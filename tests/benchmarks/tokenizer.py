@@ -10,8 +10,8 @@ keys take 12 microseconds in four counting passes, or 11 by the AVX-512 sort of 
 the rank of each pair of gene and count before, and of the gene of each rank after it; medians, keys and tokens take 4.
 So numpy's floor is 15 microseconds where the peer takes 140: a ratio of 9 a core, 18 on two. Ours takes a fifth pass, 4
 microseconds, over the numbers of the cells, by which a block of cells is one call, in which threads do not wait for
-Python's lock. A call a cell would be a fifth faster on one core and, waiting, a quarter slower on two; on a panel of
-1,000 genes, of which a cell has 86, it would take twice as long.
+Python's lock. A call a cell would be a fifth faster on one core, on two as fast or, while other work keeps them busy, a
+third slower; on a panel of 1,000 genes, of which a cell has 86, it would take twice as long.
 """
 
 import numpy as np

@@ -59,16 +59,13 @@ def size_of(p: Params) -> tuple[int, float]:
 
 
 def work(spec: ModelSpec, n_genes: int, genes_per_cell: float, n_tokens: float = 0) -> float:
-    """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs.
-
-    A transformer's cell has so many tokens or, if they were not counted, its share of the genes in the panel.
-    """
+    """Multiplications for one cell on its way through a model, in millions: with it grows what a step costs."""
     h = spec.hyperparameters
     if spec.is_external or not hasattr(h, "n_genes"):
         return genes_per_cell / 1e6
     share = min(h.n_genes or n_genes, n_genes) / n_genes  # of the corpus's genes, those in the panel
     if hasattr(h, "max_length"):  # a transformer
-        length = n_tokens or min(h.max_length, genes_per_cell * share)
+        length = n_tokens or min(h.max_length, genes_per_cell * share)  # where tokens were not counted
         per_token = h.n_layers * (8 * h.n_embd**2 + 2 * length * h.n_embd) + MASKED * n_genes * share * h.n_embd
         return length * per_token / 1e6
     widths = h.n_hidden if isinstance(h.n_hidden, list) else [h.n_hidden] * h.n_layers
@@ -77,10 +74,7 @@ def work(spec: ModelSpec, n_genes: int, genes_per_cell: float, n_tokens: float =
 
 
 def speed(spec: ModelSpec, n_genes: int, genes_per_cell: float, history: Any) -> Record:
-    """How fast a model was trained: seconds of its steps, their cells, tokens and operations, and on what.
-
-    Operations are those of the model, by `work`, whatever is done twice or in vain; of one of the user's own, none.
-    """
+    """How fast a model was trained, and where: seconds of its steps, their cells, tokens and operations, by `work`."""
     import torch
 
     n_cells, is_transformer = history.n_timed, not spec.is_external and hasattr(spec.hyperparameters, "max_length")

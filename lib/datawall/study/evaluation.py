@@ -21,7 +21,6 @@ from datawall.study.records import Evaluation, Run
 from datawall.study.study import Study
 from datawall.tasks import baselines
 from datawall.tasks.metrics import Metrics
-from datawall.tasks.perturbation import Response
 
 
 def evaluations(study: Study, task: str) -> list[Evaluation]:
@@ -164,13 +163,13 @@ def _expression(study: Study, name: str) -> tuple[sp.csr_matrix, np.ndarray, np.
 
 
 @lru_cache(maxsize=8)
-def _response(study: Study, name: str, treatment: str, held_out: str) -> Response:
+def _response(study: Study, name: str, treatment: str, held_out: str) -> "tasks.perturbation.Response":
     _, *cells = _screen(study, name, treatment)
-    return Response.of(*cells, held_out)
+    return tasks.perturbation.Response.of(*cells, held_out)
 
 
 def _baseline_response(
-    name: str, response: Response, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str
+    name: str, response: Any, X: np.ndarray, treated: np.ndarray, context: np.ndarray, held_out: str
 ) -> Metrics:
     """Metrics of a prediction that needs no embedding, or of the ceiling, `Oracle`."""
     control, elsewhere = response.control, treated & (context != held_out)
