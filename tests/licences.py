@@ -43,6 +43,7 @@ FILES = {
         "scores of models that this project trained, on Kang et al. and on simulated cells",
         "MIT",
     ),
+    "lib/datawall/data/pbmc_markers.csv": ("symbols of genes, by the sources in `cells/annotation.py`", "MIT"),
     "lib/datawall/data/power.csv": ("simulated by this project", "MIT"),
     "lib/datawall/data/published/*": (STUDY, "MIT"),
     "lib/datawall/data/report/*": ("written for this project", "MIT"),

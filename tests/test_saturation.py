@@ -126,7 +126,6 @@ HEAT_MAPS = {
     "perturbation_response": ("pearson_r", ["dinaciclib", "homoharringtonine", "ph797804", "tak901"], {}),
 }  # fmt: skip
 
-
 # The spike-in heat maps of zero-shot tasks; rows are subsets without, with 10 % and with 50 % of perturbed cells.
 SPIKE_INS = {
     ("zeroshot_classification", "scVI"): [[1, 10, 1, 1], [1] * 4, [1] * 4],
@@ -325,12 +324,6 @@ def test_results_are_read_as_written_and_the_same_file_whatever_the_row_order(tm
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(FileNotFoundError, match=r"run_all\.py"):
         dw.read_results(tmp_path)
-
-
-def test_select_asks_for_every_value():
-    results = table({"seed": 1}, {"seed": 1, "model": "SSL"}, {"seed": 2})
-    assert select(results, seed=1, model="scVI").index.tolist() == [0]
-    assert len(select(results)) == 3
 
 
 def test_mean_over_splits_keeps_runs_apart():

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -71,10 +70,7 @@ class Outcome:
 
 
 def settle(oracle: Callable[[float, int], float], plan: Plan) -> Outcome:
-    """Whether more of a corpus helps a model, with as few runs as it takes (see `ask`).
-
-    The oracle gives the score of a run, by percentage and seed; higher is better.
-    """
+    """Whether more data helps, with few runs (`ask`); `oracle` gives a run's score, higher is better."""
     scores: Scores = defaultdict(list)
     while not isinstance(step := ask(scores, plan), Outcome):
         for percentage, seed in step:
@@ -98,9 +94,9 @@ def ask(scores: Scores, plan: Plan) -> list[Asked] | Outcome:
     verdict, percentage, reason = decide(scores, plan)
     if verdict != PLATEAU and (verdict != IMPROVING or not n_runs[half]):
         coming = still_to_come(scores, plan)
-        flat = [gain.start for gain in coming if gain.expected < plan.margin]
+        flat = [start for start, expected, _ in coming if expected < plan.margin]
         unfilled = [size for size, n in n_runs.items() if n < len(plan.seeds)]
-        ends = (flat[0] if flat else coming[-1].start, ladder[-1])
+        ends = (flat[0] if flat else coming[-1][0], ladder[-1])
         if not n_runs[half] and not flat:
             wanted = {half: plan.first_seeds}
         else:
@@ -120,9 +116,9 @@ def decide(scores: Scores, plan: Plan) -> tuple[str, float, str]:
     A plateau begins at the smallest size beyond which at most less than the margin is `still_to_come`. Failing that,
     the verdict is that of the rule `equivalence` (`saturation.saturation_points`).
     """
-    for coming in still_to_come(scores, plan):
-        if coming.at_most < plan.margin:
-            return PLATEAU, coming.start, f"beyond {coming.start:g} %, at most {coming.at_most:.2g} is to be gained"
+    for start, _, at_most in still_to_come(scores, plan):
+        if at_most < plan.margin:
+            return PLATEAU, start, f"beyond {start:g} %, at most {at_most:.2g} is to be gained"
     sizes = np.array(sorted(scores))
     errors = [1 - np.array(scores[size]) for size in sizes]
     curve = Curve(("",) * 4, 100 * sizes / sizes[-1], sizes, errors)
@@ -130,18 +126,10 @@ def decide(scores: Scores, plan: Plan) -> tuple[str, float, str]:
     return str(verdict), float(point * sizes[-1] / 100), "by the rule equivalence"
 
 
-class Coming(NamedTuple):
-    """What is to be gained from a size to the full corpus."""
+def still_to_come(scores: Scores, plan: Plan) -> list[tuple[float, float, float]]:
+    """Each size below the full corpus, of which there are runs, and what is to be gained from there: expected, at most.
 
-    start: float  # percentage
-    expected: float
-    at_most: float
-
-
-def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
-    """What is to be gained from each size to the full corpus, of which there are runs.
-
-    It is the larger of two readings, with their upper confidence bounds for `at_most`: a line in the logarithm of the
+    It is the larger of two readings, at most by their upper confidence bounds: a line in the logarithm of the
     size, fitted to the runs from that size on; and the full corpus's mean beside that of the runs below it, with the
     variance of all sizes from there on, so that a gain that comes late is not lost among sizes that had none.
     """
@@ -158,25 +146,22 @@ def still_to_come(scores: Scores, plan: Plan) -> list[Coming]:
         slope_error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
         upper = line.slope + stats.t.ppf(plan.test_confidence(), n_runs - 2) * slope_error
         most = max(upper * doublings, gap + stats.t.ppf(plan.test_confidence(), freedom) * error, 0)
-        coming.append(Coming(start, float(max(line.slope * doublings, gap, 0)), float(most)))
+        coming.append((start, float(max(line.slope * doublings, gap, 0)), float(most)))
     return coming
 
 
 def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> pd.DataFrame:
     """Verdicts that `settle` would have reached on a study that has been run, beside those of all its runs.
 
-    A run's score is its mean over the data sets of a task. Percentages and seeds are the study's, and `seed` gives the
-    order in which the seeds of a size are taken. Columns model, strategy, task, full and full_percentage (`decide` on
-    all runs), adaptive, adaptive_percentage and share (of the runs).
+    A run's score is its mean over a task's data sets. Percentages and seeds are the study's; `seed` gives their order.
+    Columns model, strategy, task, full, full_percentage (`decide` on all runs), adaptive, adaptive_percentage, share.
     """
     rows = []
     for curve in curves_of(mean_over_datasets(results, metric), metric):
         rng = np.random.default_rng(seed)
         n_seeds = min(map(len, curve.runs))
-        scores = {
-            size: (sign_of(metric) * rng.permutation(runs)[:n_seeds]).tolist()
-            for size, runs in zip(curve.percentages.tolist(), curve.runs, strict=True)
-        }
+        drawn = [(sign_of(metric) * rng.permutation(runs)[:n_seeds]).tolist() for runs in curve.runs]
+        scores = dict(zip(curve.percentages.tolist(), drawn, strict=True))
         of_curve = replace(plan, percentages=tuple(scores), seeds=tuple(range(n_seeds)))
         full, full_percentage, _ = decide(scores, of_curve)
         early = settle(lambda percentage, seed, scores=scores: scores[percentage][seed], of_curve)

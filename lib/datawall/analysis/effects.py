@@ -17,8 +17,7 @@ def strategy_effects(results: pd.DataFrame, metric: str, *, confidence: float = 
 
     The inference is to other runs and other data sets, for which a strategy may be worth more or less (see `_slope`).
     Columns model, task, strategy, datasets (their number), difference (in the metric's units), low, high, p (two-sided)
-    and p_adjusted (Benjamini and Hochberg, over the table); NaN where nothing varies that could be tested. Raises
-    ValueError if no size has the reference and another strategy.
+    and p_adjusted (Benjamini and Hochberg, over the table), NaN where nothing varies. ValueError if no size has both.
     """
     rows = []
     for (model, task), group in runs_of(results, metric).groupby(["model", "task"]):
@@ -39,10 +38,9 @@ def diversity_effects(
 ) -> pd.DataFrame:
     """How the score goes with the diversity of the subset, at equal size and over all data sets (see `_slope`).
 
-    Subsets differ in diversity mostly by their strategy, so that this tells runs apart, not strategies: there are only
-    as many ways of choosing as there are strategies. `diversity` has a row per subset: strategy, percentage, seed and
-    `MEASURES`. Columns as `strategy_effects`, but measure for strategy; the difference is for one standard deviation of
-    the measure over subsets of equal size. Raises ValueError if no run has a subset in `diversity`.
+    Subsets differ in diversity mostly by their strategy, so that this tells runs apart, not the few strategies.
+    `diversity` has a row per subset: strategy, percentage, seed and `MEASURES`. Columns as `strategy_effects`, measure
+    for strategy; the difference is for one standard deviation over subsets of equal size. ValueError without such runs.
     """
     runs = runs_of(results, metric).merge(diversity[[*RUN, *MEASURES]], on=RUN)
     if runs.empty:
@@ -129,8 +127,7 @@ def dynamic_range(results: pd.DataFrame) -> pd.DataFrame:
 
     Columns dataset, metric, floor (the better of no change and mean shift, mean over splits), ceiling
     (`tasks.perturbation.oracle`), range (of a score ceiling - floor, of an error the share of the floor's that the
-    ceiling does not have) and tells: whether the range is at least `RANGE`. On a metric with less, embeddings that
-    differ can hardly be told apart.
+    ceiling does not have) and tells: whether the range is at least `RANGE`, by which embeddings can be told apart.
     """
     rows = select(results, task="perturbation_response", strategy=BASELINE)
     means = rows.pivot_table("value", ["dataset", "metric"], "model")

@@ -1,9 +1,8 @@
 """The positive control: a simulated atlas with a wall where one is planted, and what each rule makes of it.
 
-Three pairs of sibling cell types are told apart by gene programmes of their own, over which the atlas has T cells at
-their commonest and B cells at their rarest. So PretrainedPCA learns the programmes of T cells from the first per cent
-of a corpus, those of monocytes from some hundreds of cells, and those of B cells only as the corpus doubles from half
-of it to all: two plateaus and an improvement, found by pretraining, embedding and scoring, as in any study.
+Three pairs of sibling cell types differ by gene programmes of their own; T cells are common, B cells rare. So
+PretrainedPCA learns those of T cells from the first per cent of a corpus, those of monocytes from some hundreds of
+cells, and those of B cells only as half of the corpus becomes all: two plateaus and one improvement, as studies find.
 """
 
 import numpy as np
@@ -53,8 +52,7 @@ def results() -> pd.DataFrame:
 def plateaus(results: pd.DataFrame) -> pd.Series:
     """Where each pair's plateau begins: the size from which on the mean over all seeds is within `MARGIN` of the end's.
 
-    Infinite where even the mean at half of the corpus is not, as more data still help there. With a hundred seeds, that
-    is no estimate of the rules that are asked for the answer from three to ten.
+    Infinite where the mean at half of the corpus is not. It takes the hundred seeds; rules are asked with ten at most.
     """
     means = results.pivot_table(index="dataset", columns="percentage", values="value")[list(map(float, PERCENTAGES))]
     beyond = means.sub(means[100.0], axis=0).abs() > MARGIN

@@ -30,8 +30,7 @@ def of_design(
     `spread` is the standard deviation over seeds, of all sizes or one for each; noise is normal. Several numbers of
     seeds are tried in turn. `percentages` are ascending, up to the full corpus, 100; `n_curves` are one family of
     tests. Columns truth (`RISES`: the score is flat, or rises by one or two margins with every doubling of the corpus),
-    seeds, plateau, still improving, undecided (share of the curves with each verdict), right (share with the true one:
-    the power) and error (Monte-Carlo standard error of it).
+    seeds; plateau, still improving, undecided (shares of the curves); right (the power); error (its standard error).
     """
     sizes = np.array(percentages, float)
     if sizes[-1] != 100 or (np.diff(sizes) <= 0).any() or len(sizes) < 2:
@@ -53,10 +52,7 @@ def of_design(
 
 
 def seeds_needed(spread: float | Sequence[float], margin: float, **design: Any) -> int | None:
-    """The fewest seeds, up to `MOST_SEEDS`, at which a flat curve is shown flat with `POWER`; None if none are enough.
-
-    `design` holds the further arguments of `of_design`.
-    """
+    """The fewest seeds, `MOST_SEEDS` at most, that show a flat curve flat with `POWER`, or None; see `of_design`."""
     numbers = range(2, MOST_SEEDS + 1)
     return next((n for n in numbers if of_design(spread, n, margin, **design)["right"].iloc[0] >= POWER), None)
 

@@ -59,12 +59,10 @@ def beside(random: pd.DataFrame) -> pd.DataFrame:
     `published`), model, dataset, n_cells and error, means over seeds.
     """
     published = select(results(), task="zeroshot_classification", metric="micro_f1", strategy="random")
-    tables = []
-    for name, rows in {"this corpus": random, "published": mean_over_splits(published)}.items():
-        keys = ["model", "dataset", "percentage"]
-        means = rows[rows["percentage"] > 0].groupby(keys)[["n_cells", "value"]].mean().reset_index()
-        tables.append(means.assign(study=name, error=1 - means["value"])[["study", *keys[:2], "n_cells", "error"]])
-    return pd.concat(tables, ignore_index=True)
+    runs, keys = pd.concat([random.assign(study="this corpus"), mean_over_splits(published)]), ["model", "dataset"]
+    by_size = runs[runs["percentage"] > 0].groupby(["study", *keys, "percentage"])
+    means = by_size[["n_cells", "value"]].mean().reset_index().sort_values("study", ascending=False, kind="stable")
+    return means.assign(error=1 - means["value"])[["study", *keys, "n_cells", "error"]].reset_index(drop=True)
 
 
 def embedding_seconds() -> pd.DataFrame:

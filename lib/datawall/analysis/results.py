@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from datawall import tasks
 from datawall.engine import disk
 from datawall.tasks import uncertainty
 
@@ -31,10 +32,7 @@ DONORS = "donors "  # how the names of splits by donor begin
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The tables of `read_results` from rows with `ALL_COLUMNS`.
-
-    Levels of chance make rows of a baseline `Chance` as well: means over baselines, which may differ by their clusters.
-    """
+    """The tables of `read_results` from rows with `ALL_COLUMNS`; levels of chance make a baseline `Chance` as well."""
     of_type, checked = rows["metric"].str.match(OF_A_TYPE), rows["budget"].fillna(1.0) != 1
     budgets = rows.loc[checked & ~of_type, [*RUN, "budget", "split", "value"]]
     rows, of_type = rows[~checked], of_type[~checked]
@@ -51,7 +49,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _chance_rows(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the baseline `Chance`: one per task, data set, metric and split of which a baseline knows it."""
+    """Rows of the baseline `Chance`: one per task, data set, metric and split, the mean over baselines that know it."""
     known = scores[(scores["strategy"] == BASELINE) & scores["chance"].notna()]
     known = known[known["task"] != "perturbation_response"]  # whose level of chance is a baseline itself, NoChange
     level = known.groupby(JUDGED)["chance"].transform("mean")
@@ -72,10 +70,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_tables(tables: dict[str, pd.DataFrame], folder: Path, parameters: dict[str, Any]) -> None:
-    """Write tables as `<name>.parquet` and `<name>.csv`, and the parameters of their study, each atomically.
-
-    A later run may begin with other parameters, and fail.
-    """
+    """Write tables as `<name>.parquet` and `.csv`, and the parameters of their study: a later run may have others."""
     for name, table in tables.items():
         disk.write_atomically(folder / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False))
         disk.write_atomically(folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
@@ -179,8 +174,7 @@ def _mean_over_seeds(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
     """In words, how each model at the best of its sizes compares with its untrained control and the baselines.
 
-    `above` or `below` by more than `margin`, in the metric's units, or else `within`; `unknown` without random subsets
-    or an untrained control. Rows and sizes are those of `headline`.
+    `above` or `below` by more than `margin`, else `within`; `unknown` without random subsets or a control to compare.
     """
     table = headline(results, metric)
     best = table.filter(like="%").max(axis=1)
@@ -263,8 +257,6 @@ def against_baselines(
 @cache
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is an error, as `tasks.metrics_table` says; metrics that it does not have are scores."""
-    from datawall import tasks
-
     known = tasks.metrics_table().set_index("metric")["direction"]
     return (known.get([tasks.registered(metric)], pd.Series(dtype=object)) == "lower").any()
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from datawall import tasks
 from datawall.analysis.results import BASELINE, RUN, lower_is_better, mean_over_splits, select
 
 RULES = ("published", "mean", "error", "equivalence")
@@ -34,6 +35,13 @@ class Curve:
         """Number of sizes that the strategy itself has."""
         return len(self.runs) - self.borrowed
 
+    def last_gain(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`difference` of the largest size of at most half of the corpus and the full one; NaN without either."""
+        half = np.flatnonzero(self.percentages <= 50)
+        if self.percentages[-1] != 100 or not len(half):
+            return (np.full(self.runs[-1].shape[:-1], np.nan),) * 3
+        return difference(self.runs[half[-1]], self.runs[-1])
+
 
 def saturation_points(
     results: pd.DataFrame,
@@ -56,9 +64,8 @@ def saturation_points(
       `margin`, by default twice the standard deviation over seeds at 100 %: a convenience, since a margin should be
       chosen before the runs are seen. A strategy without runs at 100 % borrows those of `random`, unless it is a
       spike-in. The tests of all sizes and curves are one family, corrected by Benjamini and Hochberg (1995, J R Stat
-      Soc B 57:289). Two more columns are the margin used, and the verdict `plateau`, `still improving` (no plateau, and
-      the full corpus is better than the largest subset of at most half of it, by a one-sided Welch test corrected over
-      the curves) or `undecided`.
+      Soc B 57:289). Two more columns are the margin used, and the verdict `plateau`, `still improving` (the full corpus
+      is better than the largest subset of at most half of it, by a corrected one-sided Welch test) or `undecided`.
 
     The interval is of a bootstrap of runs within each size, with their deviations scaled by √(n / (n - 1)), widened to
     hold the point; a bound is NaN where it is not established, both where a size has a single run or `n_resamples` is
@@ -90,8 +97,6 @@ def saturation_points(
 
 def points_by_task(results: pd.DataFrame, **options: Any) -> pd.DataFrame:
     """`saturation_points` of every task that is judged by a score, by its headline metric; none if there is no such."""
-    from datawall import tasks
-
     tables = []
     for task, metric in tasks.HEADLINE.items():
         if not lower_is_better(metric) and len(rows := pretrained(select(results, task=task, metric=metric))):
@@ -107,17 +112,9 @@ def points_by_rule(results: pd.DataFrame, metric: str, margin: float) -> pd.Data
 
 
 def verdicts(curves: list[Curve], margin: float | None, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Saturation points and verdicts of curves of errors by the rule `equivalence`, NaN where none is established.
-
-    Both are (n_curves, ...), with the axes that the curves' runs have before their last.
-    """
+    """Saturation points, NaN without one, and verdicts of curves of errors by `equivalence`, both (n_curves, ...)."""
     points = points_of(curves, "equivalence", margin, 1 - confidence)
-    p = np.ones(points.shape)
-    for row, curve in enumerate(curves):
-        half = np.flatnonzero(curve.percentages <= 50)
-        if curve.percentages[-1] == 100 and len(half):
-            p[row] = one_sided_p(*difference(curve.runs[half[-1]], curve.runs[-1]))
-    p = adjust(p.T).T
+    p = adjust(np.array([one_sided_p(*curve.last_gain()) for curve in curves]).T).T
     verdict = np.select([np.isfinite(points), p <= 1 - confidence], [PLATEAU, IMPROVING], UNDECIDED)
     return np.where(np.isfinite(points), points, np.nan), verdict
 
@@ -157,11 +154,9 @@ def errors_of(results: pd.DataFrame, metric: str) -> list[Curve]:
 
 
 def mean_over_datasets(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`.
-
-    Runs without a score on each data set that their model and strategy have are left out: means would not compare.
-    """
+    """Results in which each pretrained run has one score a task, its mean over the data sets, named `all`."""
     runs = runs_of(results, metric)
+    # Runs without a score on each data set that their model and strategy have are left out: means would not compare.
     n_datasets = runs.groupby(["model", "strategy", "task"])["dataset"].transform("nunique")
     run = [column for column in RUN if column != "dataset"]
     complete = runs[runs.groupby(run)["dataset"].transform("size") == n_datasets]
@@ -192,11 +187,8 @@ def margin_of(curve: Curve, margin: float | None) -> np.ndarray:
 
 
 def resampled(curve: Curve, n_resamples: int) -> Curve:
-    """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1)).
-
-    So few runs do not look too alike. The draws depend on the numbers of runs only, not on the order of the curves.
-    """
-    rng = np.random.default_rng(0)
+    """Runs of each size drawn with replacement, (n_resamples, n_runs), with deviations scaled by √(n / (n - 1))."""
+    rng = np.random.default_rng(0)  # anew for each curve, so that their order does not matter
     drawn = []
     for runs in curve.runs:
         mean, n_runs = runs.mean(), len(runs)

@@ -191,10 +191,7 @@ def scaling_curves(
 
 
 def predictions(results: pd.DataFrame, metric: str, *, confidence: float = 0.95) -> pd.DataFrame:
-    """The curves of `scaling_curves` drawn out: model, strategy, task, dataset, curve, n_cells, error, low, high.
-
-    From the smallest size to four times the largest. Models that `scaling_curves` cannot fit are left out.
-    """
+    """The fitted `scaling_curves` up to four times the largest size: `KEY`, curve, n_cells, error, low, high."""
     tables = []
     for curve in errors_of(results, metric):
         if unfit(curve):
@@ -250,8 +247,7 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
     """How often two models, or two strategies, are ordered at a small size as at the largest that has pairs.
 
     Pairs are of what `by` says, `model` or `strategy`, with all else equal. The columns are percentage, pairs and same
-    (share that is ordered alike, by means over seeds). The last row is of the largest size against itself, by halves of
-    its seeds: what it would say if it were run again.
+    (share that is ordered alike, by means over seeds). The last row is of the largest size, by halves of its seeds.
     """
     runs = runs_of(results, metric)
     where = [name for name in ("task", "dataset", "model", "strategy") if name != by]
@@ -285,14 +281,12 @@ def signal_to_noise(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     The columns are model, strategy, task, dataset, ratio (range of the sizes' means over the mean standard deviation
     over seeds) and noise (the ratio's expectation where no size differs, by simulation of normal noise).
     """
-    rows, known = [], {}
+    rows = []
     for curve in curves_of(results, metric):
-        shape = tuple(map(len, curve.runs[: curve.n_own]))
-        if len(shape) > 1 and min(shape) > 1:
-            if shape not in known:
-                rng = np.random.default_rng(0)
-                known[shape] = _ratio([rng.standard_normal((4000, n)) for n in shape]).mean()
-            rows.append((*curve.key, _ratio(curve.runs[: curve.n_own]), known[shape]))
+        own, rng = curve.runs[: curve.n_own], np.random.default_rng(0)
+        if len(own) > 1 and min(map(len, own)) > 1:
+            noise = _ratio([rng.standard_normal((4000, len(runs))) for runs in own]).mean()
+            rows.append((*curve.key, _ratio(own), noise))
     return pd.DataFrame(rows, columns=[*KEY, "ratio", "noise"])
 
 

@@ -24,14 +24,12 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     """What half and twice the steps change in the headline metrics: means over the seeds that were checked.
 
     From the tables `intervals` and `budgets` of a study. Columns task, dataset, model, percentage, half, once, twice
-    (the score after so many of the model's steps), seeds (that were checked) and change (twice less once; of an error,
-    with its sign turned).
+    (the score after so many of the model's steps), seeds (that were checked) and change (twice less once, as a score).
     """
     heads = pd.Series(tasks.HEADLINE, name="metric").rename_axis("task").reset_index()
     own = results.mean_over_splits(select(intervals, strategy="random")).assign(budget=1.0)
-    keys = [name for name in results.RUN if name != "value"]
-    other = checked.groupby([*keys, "budget"], as_index=False)["value"].mean()
-    rows = pd.concat([own[[*keys, "budget", "value"]], other]).merge(heads)
+    other = checked.groupby([*results.RUN, "budget"], as_index=False)["value"].mean()
+    rows = pd.concat([own[[*results.RUN, "budget", "value"]], other]).merge(heads)
     wide = rows.pivot_table(index=[*CURVE, "metric", "percentage", "seed"], columns="budget", values="value")
     wide = wide.reindex(columns=[0.5, 1.0, 2.0]).set_axis(["half", "once", "twice"], axis=1).dropna()
     by_size = wide.groupby(level=[*CURVE, "metric", "percentage"])
@@ -57,8 +55,7 @@ def table(
     better), plateau (percentage; NaN without that verdict), verdict, gain (of the full corpus over the largest subset
     of at most half of it), gain_low and gain_high (95 %, Welch), spread (standard deviation over seeds, pooled over the
     sizes), decides (what would decide it, empty where it is decided), value (the best of the sizes' means), size (its
-    percentage), baseline (the best one), baseline_value, difference from it at that size, and against (`AGAINST`); the
-    last four are empty without a baseline.
+    percentage), and, empty without a baseline, that (the best), baseline_value, difference and against (`AGAINST`).
     """
     limited = pd.DataFrame(columns=[*CURVE, "percentage", "seeds", "change"])
     if checked is not None and len(checked) and margin is not None:
@@ -83,13 +80,9 @@ def table(
         for curve, point, plateau in zip(saturation.errors_of(random, metric), *records, strict=True):
             key, gain = tuple(point[name] for name in CURVE), _gain(curve)
             more = limited[(limited[CURVE] == list(key)).all(axis=1)]
-            rows.append(
-                point
-                | _verdict(plateau, more, gain["spread"], curve, margin)
-                | gain
-                | {"metric": metric, "value": means[best[key]], "size": best[key][-1]}
-                | (compared.loc[key, list(NOTHING)].to_dict() if key in compared.index else NOTHING)
-            )
+            row = point | gain | _verdict(plateau, more, gain["spread"], curve, margin)
+            row |= {"metric": metric, "value": means[best[key]], "size": best[key][-1]}
+            rows.append(row | (compared.loc[key, list(NOTHING)].to_dict() if key in compared.index else NOTHING))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -113,10 +106,7 @@ def _verdict(
 def _gain(curve: Curve) -> dict[str, float]:
     """What the full corpus gains over the largest subset of at most half of it, and the spread over seeds."""
     spread = float(np.sqrt(np.mean([runs.var(ddof=1) for runs in curve.runs if len(runs) > 1] or [np.nan])))
-    half = np.flatnonzero(curve.percentages <= 50)
-    if curve.percentages[-1] != 100 or not len(half):
-        return dict.fromkeys(("gain", "gain_low", "gain_high"), np.nan) | {"spread": spread}
-    gap, error, freedom = saturation.difference(curve.runs[half[-1]], curve.runs[-1])
+    gap, error, freedom = curve.last_gain()
     reach = stats.t.ppf(0.975, freedom) * error if error > 0 else error
     return {"gain": float(gap), "gain_low": float(gap - reach), "gain_high": float(gap + reach), "spread": spread}
 
@@ -150,20 +140,18 @@ def sentences(found: pd.DataFrame) -> list[str]:
     n, early = len(found), int((found["percentage"] <= 10).sum())
     compared = found["against"].dropna()
     above, level, below = (int((compared == AGAINST[word]).sum()) for word in ("win", "tie", "loss"))
-    said = [
-        tally(found),
+    said, plateaus = [tally(found)], found["plateau"].dropna()
+    if len(plateaus):
+        said.append(
+            f"For {len(plateaus)} of {n} curves a part of the corpus is enough: from some size on, most often "
+            f"{plateaus.mode()[0]:g}\u00a0% of it, scores are shown to lie within the margin of the full corpus's."
+        )
+    said += [
         f"By the published rule, {early} of {n} curves, one for each model and data set, are saturated at 10\u00a0% of "
         "the corpus or less.",
         f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with it "
         f"and {below} below.",
     ]
-    plateaus = found["plateau"].dropna()
-    if len(plateaus):
-        said.insert(
-            1,
-            f"For {len(plateaus)} of {n} curves a part of the corpus is enough: from some size on, most often "
-            f"{plateaus.mode()[0]:g}\u00a0% of it, scores are shown to lie within the margin of the full corpus's.",
-        )
     improving = found[found["verdict"] == IMPROVING]
     if len(improving):
         most = improving.loc[improving["gain"].idxmax()]

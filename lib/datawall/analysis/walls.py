@@ -90,8 +90,7 @@ def points(means: pd.DataFrame) -> pd.DataFrame:
 def surface(points: pd.DataFrame, *, n_draws: int = 200) -> Surface:
     """Fit a surface to mean errors (`points`): least squares of logarithms, robust by Huber's loss, from many starts.
 
-    A draw of the bootstrap is fitted to means with normal noise: of their standard error or, where that is more, of
-    how far the surface mostly misses them.
+    Draws are fitted to means with normal noise, of their standard error or of how far the surface mostly misses them.
     """
     varied = [lever for lever in LEVERS if points[lever].nunique() > 2]
     names = ["floor"]
@@ -100,17 +99,14 @@ def surface(points: pd.DataFrame, *, n_draws: int = 200) -> Surface:
     terms, rng = _terms(points, tuple(names)), np.random.default_rng(0)
     bounds = np.array([EXPONENTS if name in LEVERS else AMPLITUDES for name in names]).T
     observed, error = np.log(points["error"].to_numpy()), points["se"].to_numpy()
+    options = {"bounds": bounds, "loss": "huber", "f_scale": 1.345, "ftol": 1e-5, "max_nfev": 60}
 
     def fit(observed: np.ndarray, start: np.ndarray) -> optimize.OptimizeResult:
         return optimize.least_squares(
             lambda theta: (special.logsumexp(terms @ theta, axis=0) - observed) / error,
             start,
             lambda theta: np.einsum("tp,tpk->pk", special.softmax(terms @ theta, axis=0), terms) / error[:, None],
-            bounds,
-            loss="huber",
-            f_scale=1.345,
-            ftol=1e-5,
-            max_nfev=60,
+            **options,
         )
 
     starts = rng.uniform(*np.clip(bounds, -6, 1.5), (STARTS, len(names)))

@@ -6,19 +6,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from datawall.cells import expression
+from datawall.engine import paths
 
-PBMC_MARKERS = {
-    "B cells": ["MS4A1", "CD79A", "CD79B", "CD19"],
-    "CD4 T cells": ["CD3D", "IL7R", "CD4", "CCR7", "LEF1", "SELL", "TCF7"],
-    "CD8 T cells": ["CD3D", "CD8A", "CD8B", "CCL5", "GZMK"],
-    "NK cells": ["GNLY", "NKG7", "KLRD1", "KLRF1", "PRF1", "KLRC1"],
-    "CD14+ Monocytes": ["CD14", "S100A8", "S100A9", "CCL2", "LYZ", "FCN1"],
-    "FCGR3A+ Monocytes": ["FCGR3A", "MS4A7", "VMO1", "CDKN1C", "MS4A4A", "LST1"],
-    "Dendritic cells": ["FCER1A", "CLEC10A", "CD1C", "HLA-DQA1"],
-    "Plasmacytoid dendritic cells": ["LILRA4", "CLEC4C", "TSPAN13", "IL3RA"],
-    "Megakaryocytes": ["PPBP", "PF4", "GNG11", "SDPR"],
-    "Erythrocytes": ["HBB", "HBA1", "HBA2"],
-}
+MARKERS = pd.read_csv(paths.PACKAGE_DATA / "pbmc_markers.csv", index_col="cell_type")["symbols"]
+PBMC_MARKERS = MARKERS.str.split().to_dict()  # symbols by cell type, from these sources
 PBMC_MARKER_SOURCES = {
     "Butler et al. 2018, markers of these same cells": "10.1038/nbt.4096",
     "Kang et al. 2018": "10.1038/nbt.4042",
@@ -69,9 +60,7 @@ def annotate(
     cluster = adata.obs["leiden"].to_numpy()
     labels = scores.groupby(cluster).mean().idxmax(axis=1).reindex(cluster).to_numpy(dtype=object)
 
-    own_and_neighbours = neighbours + sp.eye_array(len(labels), format="csr")
-    smooth = (own_and_neighbours @ scores.to_numpy()) / np.asarray(own_and_neighbours.sum(axis=1)).reshape(-1, 1)
-    smooth = pd.DataFrame(smooth, columns=scores.columns)
+    smooth = scores + neighbours @ scores.to_numpy()  # sums, which order a cell's types as means do
     for group in PBMC_SIBLINGS:
         among = np.isin(labels, group)
         labels[among] = smooth.loc[among, list(group)].idxmax(axis=1)

@@ -193,12 +193,11 @@ class CellFile(AbstractContextManager):
             values = self._values(node["values"], rows).astype(object)
             values[_array(node["mask"])[rows].astype(bool)] = None
             return values
-        if "categories" in node.attrs:  # anndata 0.7 refers to the categories' place in the file
-            return _decoded(_array(node)[rows], self._values(self._root[node.attrs["categories"]]))
-        table, _, column = node.name.rpartition("/")
-        if f"{table}/__categories/{column}" in self._root and node.dtype.kind in "iu":  # or does not even that
-            return _decoded(_array(node)[rows], self._values(self._root[f"{table}/__categories/{column}"]))
-        array = _array(node)
+        array, (table, _, column) = _array(node), node.name.rpartition("/")
+        # anndata 0.7 refers to the categories' place in the file, or does not even that.
+        place = node.attrs.get("categories", f"{table}/__categories/{column}")
+        if "categories" in node.attrs or (place in self._root and array.dtype.kind in "iu"):
+            return _decoded(array[rows], self._values(self._root[place]))
         try:
             if hasattr(array, "asstr") and _is_text(array):
                 return array.asstr("utf-8")[rows]  # whatever its tag says
@@ -241,7 +240,7 @@ class Rows:
         self._demand(self._data.shape == self._indices.shape == (n_values,) and self._indptr[0] == 0)
         self._demand(self._indices.dtype.kind in "iu" and self._indptr.dtype.kind in "iu")
 
-    def _stored(self, start: int, stop: int) -> sp.csr_matrix:
+    def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Some rows (of a CSC matrix: columns), checked."""
         indptr, length = self._indptr[start : stop + 1].astype(np.int64), self._shape[1 - self.major]
         n_values = np.diff(indptr)
@@ -251,8 +250,6 @@ class Rows:
         self._demand(not len(indices) or (indices.min() >= 0 and indices.max() < length))
         values = _numbers(self._data[indptr[0] : indptr[-1]])
         return sp.csr_matrix((values, indices.astype(np.int32), indptr - indptr[0]), (stop - start, length))
-
-    rows = _stored
 
     def _demand(self, sound: bool) -> None:
         if not sound:
@@ -281,7 +278,7 @@ class Columns(Rows):
             rows = slice(start, min(self._shape[0], max(stop, start + self._n_rows)))
             edges = np.searchsorted(self._indptr[:], np.arange(PIECE, self._n_values, PIECE))
             edges = np.unique([0, *edges, self._shape[1]])
-            self._panel = sp.vstack([self._stored(*some)[:, rows] for some in pairwise(edges)]).T.tocsr()
+            self._panel = sp.vstack([Rows.rows(self, *some)[:, rows] for some in pairwise(edges)]).T.tocsr()
         return self._panel[start - self._begin : stop - self._begin]
 
 

@@ -39,10 +39,9 @@ PIPELINE = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}  # several times 
 def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     """Write cells to `<folder>/cells.zarr`, in a folder that holds no store yet.
 
-    Blocks have raw counts as `corpus.place_columns` makes them; what is written does not depend on how they are cut. Of
-    the columns of `obs`, all that are not numbers become categorical. In memory are two blocks, two files' worth of
-    counts and, for each cell, twelve bytes and the codes of its labels. Raises ValueError if there are no cells, or
-    blocks differ in genes or columns.
+    Blocks have raw counts as `corpus.place_columns` makes them; what is written does not depend on how they are cut.
+    Columns of `obs` that are no numbers become categorical. In memory are two blocks, two files' worth of counts and,
+    for each cell, twelve bytes and its labels. Raises ValueError without cells, or where genes or columns differ.
     """
     root = zarr.create_group(folder / NAME, zarr_format=3, attributes=_encoding("anndata"))
     X, obs = root.create_group("X"), root.create_group("obs")
@@ -70,8 +69,7 @@ def write(folder: Path, blocks: Iterable[ad.AnnData]) -> None:
     for array in (data, indices, names):
         array.close()
     indptr = np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
-    if indptr[-1] < 2**31:
-        indptr = indptr.astype(np.int32)  # as long as that of the indices, which scipy expects
+    indptr = indptr.astype(sp.get_index_dtype(maxval=indptr[-1]))  # that of the indices, which scipy expects
     X.create_array("indptr", data=indptr, chunks=(min(NAMES, n_cells + 1),))
     X.update_attributes({**_encoding("csr_matrix"), "shape": [n_cells, len(var)]})
     for name, parts in columns.items():
@@ -123,9 +121,7 @@ class _Growing:
             self.array = self._create(self.name)
         elif self.array.dtype.itemsize < some.dtype.itemsize and not some.dtype.hasobject:
             self._widen()
-        n = self.array.size
-        self.array.resize((n + len(some),))
-        self.array[n:] = some
+        self.array.append(some)
 
     def _create(self, name: str) -> zarr.Array:
         dtype = self.waiting.dtype
@@ -134,8 +130,7 @@ class _Growing:
             return self.group.create_array(name, shape=(0,), **kind)
         codec = BloscCodec(cname="lz4", clevel=3, shuffle="shuffle")  # annbatch's, because it unpacks fastest
         sizes = {"shape": (0,), "chunks": (CHUNK,), "shards": (self.file_size,)}
-        one_thread = {"threading.max_workers": 1}  # several would put chunks into a shard in any order
-        with zarr.config.set({**PIPELINE, **one_thread}):
+        with zarr.config.set({**PIPELINE, "threading.max_workers": 1}):  # more would mix the order of chunks in a shard
             return self.group.create_array(name, dtype=dtype, compressors=[codec], **sizes)
 
     def _widen(self) -> None:
@@ -219,8 +214,6 @@ class Cells:
 
     def to_blocks(self, change: Callable[[sp.csr_matrix], sp.csr_matrix]) -> Iterator[ad.AnnData]:
         """All cells in turn, as `write` takes them, with their raw counts changed."""
-        import anndata as ad
-
         for rows, counts in self.blocks():
             obs = self.obs.iloc[rows].set_index(pd.Index(self.names(rows)))
             yield ad.AnnData(change(counts), obs=obs, var=self.var)

@@ -95,8 +95,7 @@ def judge_types(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Count what each cell type has, and name the filters that it fails: `Selection.types`, and types by filters, bool.
 
-    Without `terms`, whose parents are by is_a alone, there are no filters by ontology. Raises CorpusError if they lack
-    the root, go round in a circle, or know none of the types.
+    Without `terms`, read by is_a, none is by ontology. CorpusError if they lack the root, are circular, know no type.
     """
     pairs = obs[[TYPE, "tech_sample"]].drop_duplicates()
     columns = {"n_cells": obs[TYPE].value_counts(), "n_tech_samples": pairs[TYPE].value_counts()}
@@ -119,10 +118,9 @@ def judge_types(
 
 
 def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
-    """The selected cells, in order, a block at a time: memory is that of a few blocks, however many cells there are.
+    """The selected cells, in order, in blocks at constant memory; DatasetError if the Census cannot be opened.
 
     Counts are float32, not checked; `obs_names` are the cells' soma_joinid, their names for good within a release.
-    Raises DatasetError if the Census cannot be opened.
     """
     obs, var = selection.obs, selection.var
     coordinates = obs[CELL].to_numpy(), var[CELL].to_numpy()

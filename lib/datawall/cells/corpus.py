@@ -70,10 +70,7 @@ class GeneMatch:
 
 @cache
 def gene_table() -> pd.DataFrame:
-    """The 19,331 protein-coding genes of scTab: symbol (`feature_name`) by Ensembl id, in scTab's order.
-
-    Source: Fischer et al. 2024 (doi 10.1038/s41467-024-51059-5), the gene space of the original study.
-    """
+    """The 19,331 protein-coding genes, in scTab's order (doi 10.1038/s41467-024-51059-5): symbol by Ensembl id."""
     return pd.read_csv(paths.PACKAGE_DATA / "sctab_genes.csv", index_col="feature_id")
 
 
@@ -168,8 +165,7 @@ def find_genes(var: pd.DataFrame, dataset: str, counts_from: str, weights: np.nd
     Columns of `var` are asked in one order, whatever their order in the file: `NAME_COLUMNS`, then others of which more
     than half of the values name genes. A gene has the first name that is given to it, an id or a symbol: an id, without
     its version, is trusted, and a gene whose id is not in the table is missing, whatever its symbol. In a column of
-    ids, what is no id is no gene. `weights` are each gene's counts in some cells. Raises CorpusError if two of the
-    columns that are known to name genes name different ones in most rows.
+    ids, what is no id is no gene. `weights` are counts in some cells. CorpusError if `NAME_COLUMNS` mostly differ.
     """
     table, notes, apart = gene_table(), [], other_features(var)
     names = pd.Series(var.index.astype(str), dtype=object)
@@ -249,11 +245,9 @@ def check_match(match: GeneMatch, var: pd.DataFrame, min_matched: float) -> None
 
 def compacted(positions: list[np.ndarray]) -> tuple[pd.DataFrame, list[np.ndarray]]:
     """The genes that any of some data sets has, by their `positions` (see `find_genes`); their columns among them."""
-    table = gene_table()
     present = np.unique(np.concatenate([position[position >= 0] for position in positions]))
-    column_of = np.full(len(table) + 1, -1)  # the last is for genes that are not in the table
-    column_of[present] = np.arange(len(present))
-    return table.iloc[present][["feature_name"]], [column_of[position] for position in positions]
+    columns = [np.where(position < 0, -1, np.searchsorted(present, position)) for position in positions]
+    return gene_table().iloc[present][["feature_name"]], columns
 
 
 def place_columns(counts: sp.csr_matrix, position: np.ndarray, n_genes: int) -> sp.csr_matrix:
@@ -272,8 +266,7 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
 
     For cells in memory; `sources.open_source` reads files. Columns of the same gene are summed (`find_genes`), and
     cells without a count in any matched gene are dropped, with a warning: take labels from the `obs` that comes back.
-    Raises CorpusError if there are no raw counts, too few genes match (`check_match`), cells are named twice, or no
-    cell has a count.
+    Raises CorpusError if counts are not raw or all zero, too few genes match (`check_match`), or a name occurs twice.
     """
     check_shape(adata.shape, dataset)
     if fault := count_fault(adata.X):

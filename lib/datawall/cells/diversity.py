@@ -1,7 +1,4 @@
-"""How diverse a subset is: by its labels (Shannon, Simpson) and by its expression (Vendi).
-
-All raise ValueError if there are no cells.
-"""
+"""How diverse a subset is, by labels (Shannon, Simpson) and expression (Vendi); ValueError where there are no cells."""
 
 from collections.abc import Callable
 
@@ -59,8 +56,7 @@ def at_equal_n(
 ) -> tuple[float, float]:
     """Mean and standard deviation of a measure over draws of `n` cells, without replacement: any subsets compare.
 
-    `cells` are (n_cells,) labels or (n_cells, n_features) scores; or rows of them that `measure` looks up, where they
-    are many. Raises ValueError if there are fewer than `n` cells.
+    `cells` are labels (n_cells,), scores (n_cells, n_features) or rows to be looked up; ValueError if fewer than `n`.
     """
     if not 0 < n <= len(cells):
         raise ValueError(f"cannot draw {n} of {len(cells)} cells; compare at a number that every subset has.")

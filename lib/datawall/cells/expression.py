@@ -22,10 +22,7 @@ COMPONENTS = 50
 
 
 def lognormalise(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """Counts per 10,000, then log(1 + x), natural, float32: as `scanpy.pp.normalize_total` and `scanpy.pp.log1p` give.
-
-    A cell without counts stays all zero.
-    """
+    """Counts per 10,000, then natural log(1 + x), float32: scanpy's `normalize_total` and `log1p`; zeros stay zero."""
     from sklearn.preprocessing import normalize
 
     X = sp.csr_matrix(counts, dtype=np.float32, copy=True)
@@ -117,10 +114,9 @@ def pca_scores(X: sp.csr_matrix | np.ndarray, n_components: int = COMPONENTS) ->
 def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks = lambda: ()) -> np.ndarray:
     """Principal component scores of a corpus in blocks, on its variable genes, written to an `.npy` file atomically.
 
-    They are `pca_scores` of all cells at once, up to rounding: the covariance of variable genes adds up over blocks. As
-    everywhere here, genes are centred and not scaled, where the original study scales them and clips at 10, which gives
-    noisy genes the same weight. Cells of `then` are scored after those of `blocks`, on the components of these. Returns
-    a read-only memory map of the file, (n_cells, 50 or fewer) float32.
+    They are `pca_scores` of all cells at once, up to rounding: covariances add up over blocks. Genes are centred, not
+    scaled; the original study scales them and clips at 10, which gives noisy genes the same weight. Cells of `then` are
+    scored after those of `blocks`, on their components. Returns a read-only memory map, (n_cells, 50 or fewer) float32.
     """
     genes = streamed_variable_genes(blocks)
     axes, mean, n_cells = streamed_axes(blocks, genes, COMPONENTS)
@@ -128,9 +124,8 @@ def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks = lambda: ()) -> np
 
     def write(scratch: Path) -> None:
         scores, begin = np.lib.format.open_memmap(scratch, "w+", np.float32, (n_cells, len(axes))), 0
-        for counts in tqdm(
-            itertools.chain(blocks(), then()), desc="principal component scores", unit="block", leave=False, delay=5
-        ):
+        every = itertools.chain(blocks(), then())
+        for counts in tqdm(every, desc="principal component scores", unit="block", leave=False, delay=5):
             end = begin + counts.shape[0]
             scores[begin:end] = lognormalise(counts)[:, genes] @ axes.T - mean @ axes.T
             begin = end

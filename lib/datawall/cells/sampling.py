@@ -1,10 +1,8 @@
 """Strategies that choose a subset of the corpus: each returns sorted int64 row positions, and copies no cell.
 
 `percentage` is of the cells given, above 0 and at most 100, and the subset has `subset_size` cells exactly; anything
-else, and no cells, raise ValueError.
-
-Subsets of one strategy and seed are nested: the smaller lies inside the larger. For independent ones, as in the
-original study, give each size a seed of its own: a seed may be several numbers, say `(seed, size)`.
+else, and no cells, raise ValueError. Subsets of one strategy and seed are nested, the smaller in the larger. For
+independent ones, as in the original study, give each size a seed of its own, such as `(seed, size)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,20 +81,16 @@ def spike_in(n_train: int, n_perturbed: int, percentage: float, *, seed: Seed) -
 
 def of_richest(n_genes: np.ndarray, percentage: float, *, seed: Seed) -> np.ndarray:
     """Uniform sample of that half of the cells in which most genes were detected; `n_genes` (n_cells,) are of each."""
-    return _of_half(n_genes, percentage, seed)
-
-
-def of_poorest(n_genes: np.ndarray, percentage: float, *, seed: Seed) -> np.ndarray:
-    """Uniform sample of that half of the cells in which fewest genes were detected; `n_genes` (n_cells,) of each."""
-    return _of_half(-n_genes, percentage, seed)
-
-
-def _of_half(n_genes: np.ndarray, percentage: float, seed: Seed) -> np.ndarray:
     size, n_cells = subset_size(len(n_genes), percentage), len(n_genes)
     half = np.argsort(n_genes, kind="stable")[n_cells // 2 :]
     if size > len(half):
         raise ValueError(f"percentage {percentage} is more than the half of the cells that is drawn from.")
     return np.sort(half[np.random.default_rng(seed).permutation(len(half))[:size]])
+
+
+def of_poorest(n_genes: np.ndarray, percentage: float, *, seed: Seed) -> np.ndarray:
+    """Uniform sample of that half of the cells in which fewest genes were detected; `n_genes` (n_cells,) of each."""
+    return of_richest(-n_genes, percentage, seed=seed)
 
 
 def thin(counts: sp.csr_matrix, kept: float, rng: np.random.Generator) -> sp.csr_matrix:
@@ -175,23 +169,16 @@ def _codes(labels: np.ndarray | pd.Categorical, role: str) -> np.ndarray:
 
 def _evenly(group: np.ndarray, size: int, seed: Seed) -> np.ndarray:
     """`size` rows, sorted, as evenly from the groups as possible: in turns, one from each group that has any left."""
-    # Turns and cells of a group come up in orders drawn once, so that the rows of a smaller size are among those of a
-    # larger. A counting sort brings groups together, which is linear in the cells.
-    rng = np.random.default_rng(seed)
+    # Turns, and the cells of a group, come up in orders drawn once, so that smaller subsets lie in larger ones.
+    rng, n_of_group = np.random.default_rng(seed), np.bincount(group)
     order = rng.permutation(len(group))
-    n_groups = int(group.max()) + 1
-    place_of_turn = rng.permutation(n_groups)
-    index = sp.get_index_dtype(maxval=len(group))
-    by_group = sp.csr_array(
-        (np.ones(len(group), np.int8), group[order].astype(index), np.arange(len(group) + 1, dtype=index)),
-        shape=(len(group), n_groups),
-    ).tocsc()
-    n_of_group = np.diff(by_group.indptr)
-    turn = np.arange(len(group)) - np.repeat(by_group.indptr[:-1], n_of_group)
-    turn *= n_groups
+    place_of_turn = rng.permutation(len(n_of_group))
+    order = order[np.argsort(group[order], kind="stable")]  # group by group
+    turn = np.arange(len(group)) - np.repeat(np.cumsum(n_of_group) - n_of_group, n_of_group)
+    turn *= len(n_of_group)
     turn += np.repeat(place_of_turn, n_of_group)
     chosen = turn <= np.partition(turn, size - 1)[size - 1]
-    return np.sort(order[by_group.indices[chosen]])
+    return np.sort(order[chosen])
 
 
 def _occupied_boxes(X: np.ndarray, n_boxes: int) -> np.ndarray:

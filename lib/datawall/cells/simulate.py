@@ -82,8 +82,7 @@ class Truth:
     counts, whose noise is 1 in every gene. With n cells of G genes, principal components find that direction with a
     squared cosine of (1 - G/n/signal²) / (1 + G/n/signal) (Johnstone and Lu 2009, J Am Stat Assoc 104:682).
     `cells_needed` is the n at which it is one half, as much signal as noise in what was learned, and a carrier is among
-    the cells with 95 % probability (3 are expected). It is an order of magnitude: genes with hardly a count, and
-    programmes that share genes, take more cells.
+    the cells with 95 % probability (3 are expected): an order of magnitude, more if genes are shared or hardly counted.
     """
 
     atlas: Atlas
@@ -170,10 +169,8 @@ def truth(atlas: Atlas) -> Truth:
     programmes.insert(0, "kind", kinds)
     programmes.index = pd.Index(names, name="programme")
     types = pd.DataFrame({"share": share, "response": strength})
-    donors, donor_share, capture = _donors(atlas, len(share), rng)
-    return Truth(
-        atlas, genes.assign(theta=theta), types, programmes, loadings, weights.to_numpy(), donors, donor_share, capture
-    )
+    of_donors = _donors(atlas, len(share), rng)
+    return Truth(atlas, genes.assign(theta=theta), types, programmes, loadings, weights.to_numpy(), *of_donors)
 
 
 def _random_loadings(n_programmes: int, n_genes: int, rng: np.random.Generator) -> np.ndarray:
@@ -210,16 +207,15 @@ def _needs(
     signal = size * spread * distance
     signal[0] = np.nan  # all cells carry it: there is no direction to find
     needed = np.maximum(atlas.n_genes * (signal + 2) / signal**2, 3 / prevalence)
-    return pd.DataFrame(
-        {
-            "prevalence": prevalence,  # share of all cells that carry it
-            "activity": share / prevalence,  # share of a carrier's molecules
-            "carriers": prevalence * atlas.n_cells,  # expected in the whole atlas; of a random subset, its percentage
-            "signal": signal,
-            "cells_needed": needed,
-            "percentage_needed": 100 * needed / atlas.n_cells,  # above 100: more than the atlas has
-        }
-    )
+    columns = {
+        "prevalence": prevalence,  # share of all cells that carry it
+        "activity": share / prevalence,  # share of a carrier's molecules
+        "carriers": prevalence * atlas.n_cells,  # expected in the whole atlas; of a random subset, its percentage
+        "signal": signal,
+        "cells_needed": needed,
+        "percentage_needed": 100 * needed / atlas.n_cells,  # above 100: more than the atlas has
+    }
+    return pd.DataFrame(columns)
 
 
 def _donors(atlas: Atlas, n_types: int, rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -243,10 +239,7 @@ def _donors(atlas: Atlas, n_types: int, rng: np.random.Generator) -> tuple[pd.Da
 
 
 def blocks(atlas: Atlas, block_size: int = CELLS_AT_ONCE) -> Iterator[ad.AnnData]:
-    """All cells of an atlas, a block at a time, the same however they are cut; memory does not grow with their number.
-
-    Counts are int32; `obs` has cell_type, donor_id, dataset_id, assay and condition; genes have Ensembl ids.
-    """
+    """All cells in blocks, however cut, at constant memory: int32 counts; labels (`Cells.block`); Ensembl ids."""
     cells = Cells(truth(atlas))
     for begin in range(0, atlas.n_cells, block_size):
         yield cells.block(begin, min(begin + block_size, atlas.n_cells))
@@ -265,9 +258,8 @@ def load(atlas: Atlas) -> ad.AnnData:
 
 def cells_named(name: str) -> range | None:
     """Which cells of an atlas a name such as `simulated:6000-7000` means, the last one not; None for other names."""
-    if not (match := re.fullmatch(r"simulated:(\d{1,12})-(\d{1,12})", name)) or int(match[1]) >= int(match[2]):
-        return None
-    return range(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"simulated:(\d{1,12})-(\d{1,12})", name)
+    return (range(int(match[1]), int(match[2])) or None) if match else None
 
 
 class Cells:

@@ -247,10 +247,7 @@ def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[np.
     if "spliced" in parts and np.array_equal(parts["spliced"], best.weights):
         notes.append(f"{chosen} has the spliced molecules alone, as layers['spliced']; the others are left out")
     places.remove(best)
-    others = [
-        f"{place.match.counts_from} {place.doubt or 'holds counts too'} ({place.match.matched:,} genes)"
-        for place in places
-    ]
+    others = [f"{p.match.counts_from} {p.doubt or 'holds counts too'} ({p.match.matched:,} genes)" for p in places]
     others += [f"{place} {fault}" for place, fault in faults.items()]
     if others:
         notes.append(f"counts are taken from {chosen}; besides, {'; '.join(others)}")
