@@ -58,10 +58,7 @@ def seeds_needed(spread: float | Sequence[float], margin: float, **design: Any) 
 
 
 def seeds_to_decide(curve: Curve, margin: float) -> int | None:
-    """How many seeds would give a curve of errors any verdict but undecided, were its means and spreads the truth.
-
-    The curve is judged on its own. None where the most that is tried, `MOST_SEEDS`, would not reach `POWER`.
-    """
+    """Seeds that would decide a curve of errors, alone, with `POWER`, were means and spreads true; None if too many."""
     means = np.array([runs.mean() for runs in curve.runs])
     spreads = np.array([runs.std(ddof=1) if len(runs) > 1 else np.nan for runs in curve.runs])
     if curve.percentages[-1] != 100 or np.isnan(spreads).all():

@@ -3,8 +3,7 @@
 DenAdel et al. 2026, Evaluating the role of pretraining dataset size and diversity on single-cell foundation model
 performance, Nature Methods 23:1447, doi 10.1038/s41592-026-03120-y. The numbers are those of the result tables in its
 repository, github.com/microsoft/scFM-dataselection (MIT licence), with this project's names for models, tasks and
-strategies; values are cut at six decimals. What the study calls R2 of perturbation response is Pearson's r over the
-genes' means, and is called `pearson_r` here.
+strategies; values are cut at six decimals. Its R2 of perturbation response is Pearson's r of gene means: `pearson_r`.
 """
 
 import pandas as pd

@@ -13,9 +13,9 @@ from datawall import tasks
 from datawall.engine import disk
 from datawall.tasks import uncertainty
 
-COLUMNS = ["study", "model", "strategy", "percentage", "seed", "n_cells"]
-COLUMNS += ["task", "dataset", "metric", "value", "split", "run_id"]
 RUN = ["study", "model", "strategy", "percentage", "seed", "n_cells", "task", "dataset", "metric"]
+COLUMNS = [*RUN, "value", "split", "run_id"]
+CURVE = ["task", "dataset", "model"]  # what a verdict is of
 JUDGED = ["task", "dataset", "metric", "split"]
 KNOWN = ["low", "high", "chance", "ceiling"]  # beside a value, where they are known
 ALL_COLUMNS = [*COLUMNS, *KNOWN, "budget"]  # the share of a model's steps

@@ -8,14 +8,13 @@ from scipy import stats
 
 from datawall import tasks
 from datawall.analysis import power, results, saturation
-from datawall.analysis.results import BASELINE, select
+from datawall.analysis.results import BASELINE, CURVE, select
 from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED, Curve
 
 VERDICTS = (PLATEAU, IMPROVING, LIMITED, UNDECIDED)
 AGAINST = {"win": "above", "tie": "level with", "loss": "below"}
 AGAINST |= dict.fromkeys(["unknown", results.ONE_SEED], "not told from")
 NOTHING = {"baseline": None, "baseline_value": np.nan, "difference": np.nan, "against": None}  # without a baseline
-CURVE = ["task", "dataset", "model"]
 COLUMNS = ["model", "strategy", "task", "dataset", "percentage", "low", "high", "plateau", "verdict", "decides"]
 COLUMNS += ["spread", "gain", "gain_low", "gain_high", "metric", "value", "size", *NOTHING]
 

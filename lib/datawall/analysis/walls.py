@@ -7,12 +7,11 @@ import pandas as pd
 from scipy import optimize, special
 
 from datawall.analysis import scaling
-from datawall.analysis.results import lower_is_better, select
+from datawall.analysis.results import CURVE, lower_is_better, select
 from datawall.analysis.saturation import EXACT
 from datawall.engine import paths
 
 TABLES = paths.PACKAGE_DATA / "which_wall"  # of the studies that notebook 9 reads; by tests/benchmarks/which_wall.py
-CURVE = ["task", "dataset", "model"]
 LEVERS = ("cells", "depth", "steps", "width")  # multiples of the reference: all cells, at a model's own settings
 # Terms of a surface, and the levers in each. Depth acts as cells do: half of it costs as much as some of them.
 TERMS = {"of cells": ("cells", "depth"), "of steps": ("steps",), "of width": ("width",)}
@@ -159,8 +158,7 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
     errors of its own, so that it counts in scores alone. A part of the corpus that is chosen better is worth more
     cells: what it gains there fades up to the whole corpus as what cells gain does.
 
-    The columns are task, dataset, model, suspect, draw, gain, and error (of the reference). What was not varied is left
-    out, and so is a model of which fewer than `FEWEST` levers were.
+    Columns task, dataset, model, suspect, draw, gain, error (of the reference). Less than `FEWEST` levers give no rows.
     """
     tables, rng, all_means = [], np.random.default_rng(0), means(levers, metric)
     for (task, dataset, model), own in all_means.groupby(CURVE, sort=False):

@@ -171,8 +171,7 @@ class CellFile(AbstractContextManager):
         """Values of a column of obs for some rows; None or NaN where missing."""
         with reading(self.name):
             if key not in self._obs:
-                missing = no_column(self.name, key, self.columns(), role)
-                raise CorpusError(f"{missing} Name the right column in the study file.")
+                raise CorpusError(no_column(self.name, key, self.columns(), role))
             node = self._at(f"obs/{key}")
             if (n_values := _length(node)) != self.n_cells:
                 told = f"column {key!r} of obs has {n_values} values for {self.n_cells} cells"

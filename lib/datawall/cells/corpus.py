@@ -326,7 +326,8 @@ def label_notes(n_cells: Mapping[str, int], where: str, role: str) -> list[str]:
 def no_column(dataset: str, key: str, columns: Iterable[str], role: str = "") -> str:
     """What to say of a column that a data set lacks; `role` is what it was wanted for."""
     there = ", ".join(map(repr, columns)) or "none"
-    return f"{dataset}: no column {key!r} in obs{role and f' for the {role}'}; it has {there}."
+    remedy = role and " Name the right column in the study file."
+    return f"{dataset}: no column {key!r} in obs{role and f' for the {role}'}; it has {there}.{remedy}"
 
 
 def column(
@@ -334,7 +335,7 @@ def column(
 ) -> pd.Categorical:
     """A column of labels, complete and categorical; refused if it is absent or has missing or blank values."""
     if key not in adata.obs:
-        raise CorpusError(f"{no_column(dataset, key, adata.obs, role)} Name the right column in the study file.")
+        raise CorpusError(no_column(dataset, key, adata.obs, role))
     codes, labels = label_codes(adata.obs[key].to_numpy(dtype=object), renamed)
     check_labels(int((codes < 0).sum()), dataset, key, role)
     return pd.Categorical(labels[codes])

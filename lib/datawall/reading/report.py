@@ -45,7 +45,7 @@ RUN = {"model": "model", "strategy": "strategy", "percentage": "% of corpus", "s
 RUN |= {"dataset": "data set"}
 WRITTEN = dict.fromkeys(("time", "time, all", "time, longest"), planning.duration)
 WRITTEN |= dict.fromkeys(("% of corpus", "seed"), "{:g}".format) | {"disk (MB)": "{:,.2f}".format}
-WRITTEN |= dict.fromkeys(("artifacts", "cells", "peak memory (MiB)", "a second"), "{:,.0f}".format)
+WRITTEN |= dict.fromkeys(("artifacts", "cells", "peak memory (MiB)", "processes", "a second"), "{:,.0f}".format)
 
 
 def write(run_dir: str | Path) -> Path:
@@ -229,7 +229,7 @@ def speeds(artifacts: Iterable[Artifact]) -> pd.DataFrame:
         n, each, peak = n_tokens or n_cells, "tokens" if n_tokens else "cells", processes.peak(key[1])
         share = f"{operations / seconds / peak / key[2]:.0%}" if peak else "– (its peak is not known)"
         table.append((*key, each, n / seconds, operations / TRAINED / n, operations / seconds / 1e9, share))
-    heads = [*keys, "of", "a second", "million multiplications each", "GFLOP/s", "of the peak"]
+    heads = ["family", "on", "processes", "of", "a second", "million multiplications each", "GFLOP/s", "of the peak"]
     return pd.DataFrame(table, columns=heads)
 
 

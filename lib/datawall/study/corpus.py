@@ -164,7 +164,6 @@ class Loaded:
 
 
 def _files(p: Params, names: list[str], columns: sources.Columns, **options: Any) -> sources.Source:
-    """Files opened as a study wants them."""
     asked = sources.Options(min_matched=p.min_matched_genes, labels=p.labels, **options)
     return sources.open_source([datasets.file(name) for name in names], columns, asked)
 

@@ -133,8 +133,7 @@ def halves(p: Params, obs: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
 
     Yields the name of each (`cells 0`, `donors 0`, …), and (n_cells,) the half of each cell, 0 or 1.
     """
-    labels = obs["cell_type"].to_numpy().astype(str)
-    times = n_splits(p, "zeroshot_classification", len(obs))
+    labels, times = obs["cell_type"].to_numpy().astype(str), n_splits(p, "zeroshot_classification", len(obs))
     for seed in range(times):
         yield f"cells {seed}", sampling.stratified_split(labels, [0.5, 0.5], seed=seed)
     for seed, part in donor_splits(obs, [0.5, 0.5], times, fewest=max(p.k, *p.more_k, 0), in_turn=True):
@@ -148,8 +147,7 @@ def three_parts(p: Params, obs: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]
     has 80, 10 and 10 %. By donor, about a fifth of the cells are tested, those of whole donors. Yields the name of each
     division, and (n_folds, n_cells) or (n_cells,) the part of each cell: 0, 1 or 2.
     """
-    labels = obs["cell_type"].to_numpy().astype(str)
-    times = n_splits(p, "finetuned_classification", len(obs))
+    labels, times = obs["cell_type"].to_numpy().astype(str), n_splits(p, "finetuned_classification", len(obs))
 
     def divided(tested: np.ndarray, validation: float, seed: int) -> np.ndarray:
         part = np.full(len(labels), 2)

@@ -126,7 +126,6 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        """Refuse values that do not go together."""
         try:
             _ = self.specs
         except ValueError as error:
@@ -350,7 +349,6 @@ def _key(values: dict[str, Any], mistake: dict[str, Any]) -> str:
 
 
 def _line(key: str, mistake: dict[str, Any], rules: list[str]) -> str:
-    """What names key, value, rule and remedy."""
     if mistake["type"] == "extra_forbidden":
         within, _, name = key.rpartition(".")
         keys = RECORDS.get(within.partition(".")[0], Params).model_fields
