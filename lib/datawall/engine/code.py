@@ -33,10 +33,9 @@ def read_sources(library: Path) -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
-# As they are when a process, or the one that it is a fork of, imports the library: the code that it has. Read when a
-# key is asked for, they would be those of a file edited meanwhile, and what old code made would be stored under the
-# key of the new. Modules that are first needed later could still be newer than this, so a run's fork server imports
-# all of them at once; without one, do not edit the library while a study runs.
+# As they are when a process, or the one that it is a fork of, imports the library: what old code makes must not have
+# the key of a file that was edited meanwhile. A module that is first needed later could still be newer, so a run's
+# fork server imports all of them at once; without one, do not edit the library while a study runs.
 SOURCES = read_sources(paths.LIBRARY)
 MODULES = sorted(f"datawall.{name}".replace("/", ".").removesuffix(".__init__") for name in SOURCES)
 

@@ -11,11 +11,8 @@ PACKAGE_DATA = LIBRARY / "data"
 
 
 def repository() -> Path:
-    """Root of the compendium: the nearest folder, from here upwards, that holds `params/` and `notebooks/`.
-
-    Notebooks start in their own folder under nbval and in the caller's under papermill, so the search begins at the
-    working directory and falls back to the checkout that this package was installed from; else FileNotFoundError.
-    """
+    """Root of the compendium: the nearest folder that holds `params/` and `notebooks/`; or else FileNotFoundError."""
+    # Notebooks start in their own folder under nbval, in the caller's under papermill; else it is this checkout.
     for start in (Path.cwd(), Path(__file__).resolve()):
         for folder in (start, *start.parents):
             if (folder / "params").is_dir() and (folder / "notebooks").is_dir():

@@ -1,7 +1,4 @@
-"""Names as a reader should see them, and what figures say: sentences made of the numbers of a table.
-
-Names are those of `data/labels.csv`, any other as it is. Short sentences stand with their figure in `plots`.
-"""
+"""Names as a reader should see them, and what figures say: sentences made of the numbers of a table."""
 
 from collections.abc import Iterable
 

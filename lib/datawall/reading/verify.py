@@ -56,8 +56,7 @@ def why(folder: Path, key: str) -> str:
     if wrong := store.check(places[key])[1]:
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
     there = store.read_all(folder / "store")
-    artifact = there[key]
-    how = artifact.made
+    artifact, how = there[key], there[key].made
     cost = f"{how['seconds']:g} s, {how['peak_memory_mib']} MiB"
     lines = [
         f"{artifact.kind} {key}",

@@ -159,10 +159,7 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
 
 
 def variants(results: pd.DataFrame, metric: str) -> Figure:
-    """A metric against the subset's size, a line per model and a panel per data set: models that differ in one thing.
-
-    Random subsets; small marks are seeds, lines their means. A family has one colour, darker from variant to variant.
-    """
+    """A metric against the size of random subsets, a line per model: families by colour, variants by its shade."""
     runs = mean_over_splits(select(results, metric=metric, strategy="random"))
     datasets, order = runs["dataset"].unique(), [*FAMILIES, *VARIANTS, *runs["model"].unique()]
     models = sorted(runs["model"].unique(), key=order.index)
@@ -222,10 +219,7 @@ def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
 
 
 def beside_published(table: pd.DataFrame) -> Figure:
-    """Errors of a study's models and of the published ones against cells, both axes logarithmic, a panel per model.
-
-    `table` has the columns study, dataset, model, n_cells and error, means over seeds.
-    """
+    """Errors of models here and of the published ones against cells: columns study, dataset, model, n_cells, error."""
     table = style.in_order(table)
     models, studies = list(table["model"].unique()), list(table["study"].unique())
     figure, axes = panels(1, len(models), 3.2, sharey=True)
@@ -247,10 +241,7 @@ def beside_published(table: pd.DataFrame) -> Figure:
 
 
 def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Figure:
-    """Error against cells on logarithmic axes, with the curve of lowest AICc (`scaling.predictions`) and its interval.
-
-    Random subsets. Marks are runs; past the corpus the curve is dashed. Columns are models, rows data sets.
-    """
+    """Error of random subsets against cells, with the curve of lowest AICc (`scaling.predictions`) and its interval."""
     by_key = {(c.key[3], c.key[0]): c for c in errors_of(select(results, strategy="random"), metric)}
     datasets = sorted({dataset for dataset, _ in by_key})
     models = [name for name in FAMILIES if any(name == model for _, model in by_key)]
@@ -277,10 +268,7 @@ def scaling(results: pd.DataFrame, predictions: pd.DataFrame, metric: str) -> Fi
 
 
 def known_answer(results: pd.DataFrame, begins: pd.Series, planted: pd.Series, title: str) -> Figure:
-    """Learning curves of the pairs of `known_answer`: means over seeds, and where nine in ten seeds lie.
-
-    A ring is where a plateau begins in truth (`known_answer.plateaus`), a triangle the size that is planted as needed.
-    """
+    """Learning curves of the pairs of `known_answer`, and where nine in ten seeds lie; a plateau `begins` in truth."""
     figure, axis = plt.subplots(figsize=(WIDTH * 0.75, 3.6), layout="constrained")
     bottom = results["value"].min()
     for pair, colour in zip(planted.sort_values().index, style.PALETTE, strict=False):

@@ -104,9 +104,7 @@ def legend(figure: Figure | SubFigure, *axes: plt.Axes) -> None:
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
 
 
-def curves(
-    axis: plt.Axes, rows: pd.DataFrame, value: str = "value", strategies: dict[str, Any] = STRATEGIES | SPIKED
-) -> None:
+def curves(axis: plt.Axes, rows: pd.DataFrame, value: str = "value", strategies: dict = STRATEGIES | SPIKED) -> None:
     """The curve of each strategy that there are rows of."""
     for strategy, (colour, marker) in strategies.items():
         shown = select(rows, strategy=strategy)
