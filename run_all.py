@@ -232,8 +232,8 @@ def _new(options: argparse.Namespace) -> int:
         return input(f"{question} [{proposed}]: ").strip() or proposed
 
     given = {role: getattr(options, role) for role in starter.QUESTIONS}
-    asked = {"ask": ask if sys.stdin.isatty() else None, "say": print, "settings": _overrides(options.set)}
-    path = _shown(starter.new(options.new, options.corpus, given, **asked))
+    asked = ask if sys.stdin.isatty() else None
+    path = _shown(starter.new(options.new, options.corpus, given, _overrides(options.set), asked, print))
     print(f"written: {path}; look into it, then: python run_all.py --check {path}")
     return 0
 

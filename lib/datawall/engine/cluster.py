@@ -40,12 +40,8 @@ class UnitsFailedError(RuntimeError):
     """Some units failed and the others are done; the message has the last line of each one's traceback."""
 
 
-def run_units[Item, Study](
-    study: Study,
-    make: Callable[[Study, Item], object],
-    items: list[Item],
-    name: str,
-    need_of: Callable[[Study, Item], Need] = lambda study, item: Need(),
+def run_units(
+    study: Any, make: Callable[..., object], items: list, name: str, need_of: Callable[..., Need] = lambda *_: Need()
 ) -> None:
     """Call `make(study, item)` for every item, with a progress bar of that name, which leaves nothing behind.
 

@@ -54,13 +54,10 @@ def study_file(study: str) -> Path:
 
 def run_folder(study_file: Path, study: str) -> Path:
     """Folder of all that a study makes: where its `study.yaml` lies, or else `runs/<study>`."""
-    if study_file.name == "study.yaml":
-        return study_file.parent
-    return repository() / "runs" / study
+    return study_file.parent if study_file.name == "study.yaml" else repository() / "runs" / study
 
 
 def cache_folder() -> Path:
     """Per-user folder of downloaded data sets: `$DATAWALL_CACHE`, or `datawall` in the user's cache folder."""
-    if given := os.environ.get("DATAWALL_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "datawall"
+    of_user = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "datawall")
+    return Path(os.environ.get("DATAWALL_CACHE") or of_user)

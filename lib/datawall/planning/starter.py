@@ -49,6 +49,7 @@ STARTS = (1, 2, 3, 5, 10, 20, 50)  # smallest percentages to choose from
 
 type Roles = dict[str, str | None]  # columns, and the control
 type Ask = Callable[[str, str], str]  # a question and the proposal; the answer
+type Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -121,22 +122,14 @@ def _labels(cells: CellFile, key: str, most: int | None) -> pd.Categorical | Non
     return pd.api.types.union_categoricals(parts)
 
 
-def new(
-    name: str,
-    corpora: Sequence[str],
-    given: Roles,
-    *,
-    ask: Ask | None,
-    say: Callable[[str], None],
-    settings: dict[str, Any] | None = None,
-) -> Path:
+def new(name: str, corpora: Sequence[str], given: Roles, settings: dict[str, Any], ask: Ask | None, say: Say) -> Path:
     """Write `params/<name>.yaml` for a corpus, paths of files or one named data set, after a look into it.
 
     What is `given`, columns by role and the control (keys of `QUESTIONS`) or `none`, is taken as it is; what is absent
-    or None is asked for, or else proposed. `say` tells what is found; `settings` are more keys of the study file.
+    or None is asked for, or else proposed. `settings` are more keys of the study file; `say` tells what is found.
     Raises FileExistsError, or ValueError (as are ParamsError and CorpusError).
     """
-    path, settings = paths.repository() / "params" / f"{name}.yaml", settings or {}
+    path = paths.repository() / "params" / f"{name}.yaml"
     if taken := [role for role, key in KEYS.items() if key in settings]:
         option = "label" if taken[0] == "cell_type" else taken[0]
         raise ValueError(f"--set {KEYS[taken[0]]}: with --new, name it as --{option}.")
@@ -241,14 +234,14 @@ def describe(looked: Looked, key: str) -> str:
     return f"{len(counts)} values: {most}{', …' if len(counts) > 3 else ''}"
 
 
-def _choose(looked: Looked, given: Roles, ask: Ask | None, say: Callable[[str], None]) -> Roles:
+def _choose(looked: Looked, given: Roles, ask: Ask | None, say: Say) -> Roles:
     """The column of each role, and the control: given, asked for, or proposed."""
     roles, proposed = {}, propose(looked)
     for role, question in QUESTIONS.items():
-        labels = looked.obs[roles["perturbation"]] if role == "control" and roles["perturbation"] else None
-        if role == "control":
-            if labels is None:
-                return roles | {role: None}
+        if role == "control" and not roles["perturbation"]:
+            return roles | {role: None}
+        labels = looked.obs[roles["perturbation"]] if role == "control" else None
+        if labels is not None:
             proposed[role] = control_of(labels)
         likely, asked = proposed[role] or NONE, ask is not None and not given.get(role)
         answer = ask(question, likely) if asked else given.get(role) or likely

@@ -8,14 +8,13 @@ from datawall.engine import lazy
 _NAMES = {
     "curves": (
         *("beside_published", "budgets", "diversity", "known_answer", "learning_curves", "loss_and_score"),
-        *("loss_curves", "per_class_curves", "scaling", "spike_ins", "variants"),
+        *("loss_curves", "over_lever", "per_class_curves", "scaling", "spike_ins", "variants"),
     ),
     "maps": (
         *("cells_saved", "composition", "effects", "embedding_seconds", "embeddings", "markers", "realism", "rules"),
-        *("saturation_map", "untrained", "verdict_map"),
+        *("saturation_map", "suspects", "untrained", "verdict_map"),
     ),
     "style": ("STRATEGIES", "plt", "save"),
-    "walls": ("over_lever", "suspects"),
 }
 __getattr__, __dir__ = lazy.attach(
     __name__, {name: f"{__name__}.{file}:{name}" for file, names in _NAMES.items() for name in names}

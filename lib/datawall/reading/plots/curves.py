@@ -1,4 +1,4 @@
-"""Scores, losses and diversity against the size of a subset, or against steps."""
+"""Scores, losses and diversity against the size of a subset, steps, or another lever."""
 
 import itertools
 
@@ -19,6 +19,8 @@ from datawall.reading.titles import drawn, label, plain
 
 LAST_STEPS = 50  # optimiser steps over which the loss at the end of training is the mean
 SMOOTH = 25  # steps that a line of the training loss averages
+LEVERS = {"cells": "cells (% of the corpus)", "depth": "counts kept of a cell", "steps": "steps", "width": "width"}
+OF = {"cells": "of the cells", "depth": "of the counts", "steps": "the steps", "width": "the width"}
 
 
 def diversity(table: pd.DataFrame) -> Figure:
@@ -295,3 +297,36 @@ def known_answer(results: pd.DataFrame, begins: pd.Series, planted: pd.Series, t
     size_axis(axis, results[["percentage"]])
     axis.set(ylabel=drawn("micro_f1"))
     return finish(figure, title, axis)
+
+
+def over_lever(means: pd.DataFrame, lever: str, by: str) -> Figure:
+    """Errors in 1,000 cells (`walls.means`) over a lever, with 95 % intervals over seeds, both axes logarithmic.
+
+    A line for each value of `by`, a panel per model or, where lines are models, per data set.
+    """
+    panel, values = "dataset" if by == "model" else "model", sorted(means[by].unique())
+    names, ticks, ends = list(means[panel].unique()), sorted(means[lever].unique()), {}
+    figure, axes = panels(1, len(names), 3.0, sharey=True)
+    colours = dict(zip(values, style.PALETTE, strict=False)) if by == "model" else style.by_size(values)
+    for axis, name in zip(axes[0], names, strict=True):
+        for value in values:
+            rows = select(means, **{panel: name, by: value}).sort_values(lever)
+            errors = 1000 * rows["error"]
+            line = {"color": colours[value], "marker": "o", "markersize": 4, "capsize": 2}
+            line["label"] = drawn(value) if by == "model" else f"{_multiple(by, value)} {OF[by]}"
+            axis.errorbar(rows[lever], errors, 1.96 * rows["se"] * errors, **line)
+            if len(rows):
+                ends[value if by == "model" else name] = f"{errors.iloc[0]:.0f} to {errors.iloc[-1]:.0f}"
+        axis.set(title=drawn(name), xscale="log", yscale="log", xlabel=LEVERS[lever])
+        axis.set_xticks(ticks, [_multiple(lever, tick) for tick in ticks], fontsize=7)
+        axis.minorticks_off()
+    shown = np.unique(np.geomspace(*(1000 * means["error"].agg(["min", "max"])), 5).round())
+    axes[0, 0].set_yticks(shown, [f"{tick:g}" for tick in shown])
+    axes[0, 0].set_ylabel("errors in 1,000 cells")
+    says = f"Errors in 1,000 cells from {_multiple(lever, ticks[0])} to {_multiple(lever, ticks[-1])} {OF[lever]}"
+    return finish(figure, f"{says}: {titles.listed(ends)}", axes[0, 0])
+
+
+def _multiple(lever: str, value: float) -> str:
+    """A multiple as it is read: of cells and depth as a share, else as a factor."""
+    return f"{100 * value:g} %" if lever in ("cells", "depth") else f"{value:g}x"

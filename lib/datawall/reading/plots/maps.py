@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from datawall.analysis.results import BASELINE, headline, mean_over_splits, select
 from datawall.analysis.saturation import IMPROVING, LIMITED, PLATEAU, UNDECIDED
+from datawall.analysis.walls import SUSPECTS
 from datawall.models.hyperparameters import FAMILIES
 from datawall.reading import titles
 from datawall.reading.plots import style
@@ -95,10 +96,7 @@ def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
 
 
 def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: str) -> Figure:
-    """UMAPs (`Study.layouts`), a panel per embedding, three in a row; the whole once for each label to colour by.
-
-    Nothing is measured on them, so the title is given.
-    """
+    """UMAPs (`Study.layouts`), a panel per embedding, three in a row; the whole once for each label to colour by."""
     if not layouts:
         return style.nothing("the study pretrains no model")
     n_columns = min(3, len(layouts))
@@ -122,10 +120,7 @@ def embeddings(layouts: dict[str, pd.DataFrame], colour_by: list[str], title: st
 
 
 def saturation_map(points: pd.DataFrame, rule: str) -> Figure:
-    """Saturation points (`saturation.saturation_points`), a panel per task: models and strategies by data sets.
-
-    A dash stands where none is established; `rule` is the rule in words.
-    """
+    """Saturation points (`saturation.saturation_points`) by `rule`, in words; a dash where none is established."""
     if points.empty:
         return style.nothing("the study has no scores of pretrained models")
     sizes, smallest = points["percentage"], points["percentage"].min()
@@ -146,14 +141,11 @@ def verdict_map(verdicts: pd.DataFrame, question: str) -> Figure:
     scale = {"cmap": mpl.colors.ListedColormap(colours), "vmin": -0.5, "vmax": len(VERDICTS) - 0.5}
     figure = _table_map(numbered, "number", lambda number: signs[int(number)], **scale)
     counts = verdicts["verdict"].value_counts()
-    handles = [
-        mpl.patches.Patch(color=colour, label=f"{sign}  {name}")
-        for name, (colour, sign) in VERDICTS.items()
-        if name in counts
-    ]
+    legend = {name: f"{sign}  {name}" for name, (_, sign) in VERDICTS.items() if name in counts}
+    handles = [mpl.patches.Patch(color=VERDICTS[name][0], label=text) for name, text in legend.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    told = [f"{counts.get(name, 0)} {name}" for name in VERDICTS if name != LIMITED or name in counts]
-    return write_title(figure, f"{question}\nOf {len(verdicts)} curves, {titles.joined(told)}")
+    numbers = (f"{counts.get(name, 0)} {name}" for name in VERDICTS if name != LIMITED or name in counts)
+    return write_title(figure, f"{question}\nOf {len(verdicts)} curves, {titles.joined(numbers)}")
 
 
 def _table_map(table: pd.DataFrame, value: str, text: object, **scale: object) -> Figure:
@@ -179,10 +171,7 @@ def _table_map(table: pd.DataFrame, value: str, text: object, **scale: object) -
 
 
 def rules(points: pd.DataFrame, title: str) -> Figure:
-    """Saturation point by rule: a dot for each rule (column `rule`), a row for each model, a panel for each data set.
-
-    Lines are the intervals. What is not established stands at the right.
-    """
+    """Saturation points by rule (column `rule`), with intervals; what is not established stands at the right."""
     if points.empty:
         return style.nothing("the study has no such runs")
     shown = points.fillna({"low": NEVER, "high": NEVER, "percentage": NEVER})
@@ -202,10 +191,7 @@ def rules(points: pd.DataFrame, title: str) -> Figure:
 
 
 def cells_saved(points: pd.DataFrame) -> Figure:
-    """Share of the cells saved by stopping at the saturation point, by rule, model and task.
-
-    Means over strategies and data sets; where no point is established nothing is saved.
-    """
+    """Share of the cells saved by stopping at the saturation point, if there is one: means by rule, model and task."""
     points = points.assign(saved=100 - points["percentage"].fillna(100))
     means = points.groupby(["task", "rule", "model"], sort=False, as_index=False)["saved"].mean()
     figure, axes = panels_of_dots(means.assign(low=0, high=means["saved"]), "task", "rule", "saved", RULES, 0.5)
@@ -216,10 +202,7 @@ def cells_saved(points: pd.DataFrame) -> Figure:
 
 
 def effects(table: pd.DataFrame, title: str) -> Figure:
-    """Effects of strategies over random subsets (`effects.strategy_effects`): a panel per task, a row per model.
-
-    Lines are the intervals.
-    """
+    """Effects of strategies over random subsets, with intervals (`effects.strategy_effects`): a panel per task."""
     columns = ["difference", "low", "high"]
     marks = {name: mark for name, mark in (STRATEGIES | SPIKED).items() if name in set(table["strategy"])}
     points = table.assign(**100 * table[columns])
@@ -232,6 +215,23 @@ def effects(table: pd.DataFrame, title: str) -> Figure:
     share = titles.share(len(certain), len(table))
     says = f"{(certain > 0).sum()} better, {(certain < 0).sum()} worse"
     return finish(figure, f"{title}\nCertain (adjusted p < 0.05) in {share} comparisons: {says}", axes[0])
+
+
+def suspects(worth: pd.DataFrame, margin: float) -> Figure:
+    """What a doubling or a swap of each suspect gains (`walls.worth`), with 95 % intervals; a panel per data set."""
+    if worth.empty:
+        return style.nothing("the study varies too little to tell one wall from another")
+    order = [name for name in SUSPECTS if name in set(worth["suspect"])]
+    table = worth.rename(columns={"model": "kind", "suspect": "model"})  # whose rows the panels have
+    table = table.sort_values("model", key=lambda names: names.map(order.index), kind="stable")
+    marks = dict(zip(table["kind"].unique(), zip(PALETTE, "os^D", strict=False), strict=False))
+    figure, axes = panels_of_dots(table, "dataset", "kind", "gain", marks, 0.5)
+    for axis in axes:
+        axis.axvline(0, color="black", linewidth=1, zorder=1)
+        axis.axvline(1000 * margin, color="0.6", linestyle="--", linewidth=1, zorder=1)
+        axis.set_xlabel("errors fewer in 1,000 cells")
+    largest = worth.loc[worth.groupby("model", sort=False)["gain"].idxmax()].set_index("model")["suspect"]
+    return finish(figure, f"Gains most, if one thing is doubled or swapped: {titles.listed(largest)}", axes[0])
 
 
 def untrained(results: pd.DataFrame, metrics: dict[str, str]) -> Figure:
