@@ -76,8 +76,7 @@ def test_seen_cells_equal_a_dictionary(batches):
 
 
 def test_seen_cells_keep_few_runs():
-    seen = SeenCells()
-    rng = np.random.default_rng(0)
+    seen, rng = SeenCells(), np.random.default_rng(0)
     for _ in range(200):
         seen.add(rng.integers(1, 2**63, (50, 2), dtype=np.uint64), 0)
     assert len(seen._runs) <= 9

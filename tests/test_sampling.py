@@ -12,6 +12,7 @@ steady = settings(deadline=None, derandomize=True, max_examples=80)
 n_cells = st.integers(1, 300)
 percentages = st.floats(0, 100, exclude_min=True) | st.sampled_from([1, 10, 25, 50, 75, 100])
 seeds = st.integers(0, 2**32)
+cell_types = st.lists(st.sampled_from("aaaaaaaabbbbbccd"), min_size=1, max_size=200)
 
 
 def sample(strategy, n, percentage, seed):
@@ -82,16 +83,11 @@ def test_subset_size_is_the_nearest_and_at_least_one(n, percentage, size):
     assert sampling.subset_size(n, percentage) == size
 
 
+LINE, TYPES = np.arange(100.0)[:, None], np.repeat(["B", "T"], [10, 90])
 EQUALLY = {
     "random": (lambda seed: sampling.random(50, 20, seed=seed), [0.2] * 50),
-    "within types": (
-        lambda seed: sampling.celltype_reweighted(np.repeat(["B", "T"], [10, 90]), 10, seed=seed),
-        [1 / 2] * 10 + [1 / 18] * 90,
-    ),
-    "in one box": (
-        lambda seed: sampling.geometric_sketching(np.arange(100.0)[:, None], 10, seed=seed, n_boxes=1),
-        [0.1] * 100,
-    ),
+    "within types": (lambda seed: sampling.celltype_reweighted(TYPES, 10, seed=seed), [1 / 2] * 10 + [1 / 18] * 90),
+    "in one box": (lambda seed: sampling.geometric_sketching(LINE, 10, seed=seed, n_boxes=1), [0.1] * 100),
     "identical": (lambda seed: sampling.geometric_sketching(np.full((400, 3), 7.5), 10, seed=seed), [0.1] * 400),
     "kept": (lambda seed: sampling.spike_in(40, 30, 25, seed=seed)[0], [0.75] * 40),
     "perturbed": (lambda seed: sampling.spike_in(40, 30, 25, seed=seed)[1], [1 / 3] * 30),
@@ -107,11 +103,7 @@ def test_every_cell_is_taken_equally_often(kind):
     assert (np.abs(taken - 1_000 * share) < 5 * np.sqrt(1_000 * share * (1 - share))).all()
 
 
-@given(
-    cell_type=st.lists(st.sampled_from("aaaaaaaabbbbbccd"), min_size=1, max_size=200),
-    percentage=percentages,
-    seed=seeds,
-)
+@given(cell_type=cell_types, percentage=percentages, seed=seeds)
 @steady
 def test_celltype_reweighted_is_as_even_as_the_corpus_allows(cell_type, percentage, seed):
     cell_type = np.array(cell_type)

@@ -269,9 +269,7 @@ def test_neither_row_order_nor_names_matter(rule, scores, order):
     order.shuffle(rows)
     pd.testing.assert_frame_equal(saturation_points(table(*rows), "micro_f1", rule=rule, n_resamples=20), points)
     # New names of models and data sets, in another order, and of seeds.
-    renamed = [
-        row | {"model": "A", "dataset": f"{9 - int(row['dataset'][-1])}", "seed": 7 - row["seed"]} for row in rows
-    ]
+    renamed = [r | {"model": "A", "dataset": f"{9 - int(r['dataset'][-1])}", "seed": 7 - r["seed"]} for r in rows]
     again = saturation_points(table(*renamed), "micro_f1", rule=rule, n_resamples=20)[::-1].reset_index(drop=True)
     pd.testing.assert_frame_equal(again.drop(columns=["model", "dataset"]), points.drop(columns=["model", "dataset"]))
 

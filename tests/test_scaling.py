@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_tables import curve, table
@@ -54,8 +55,6 @@ def test_the_bounds_hold():
 
 
 def test_criterion_is_that_of_a_gaussian_model():
-    import statsmodels.api as sm
-
     rng = np.random.default_rng(0)
     values = rng.normal(0.2, 0.01, (6, 5))
     fitted = scaling.fit(scaling.CONSTANT, SIZES, values.mean(axis=1), np.full(6, 5.0))

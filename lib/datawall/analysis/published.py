@@ -54,8 +54,7 @@ def diversity() -> pd.DataFrame:
 def beside(random: pd.DataFrame) -> pd.DataFrame:
     """Errors of a study's zero-shot classification on random subsets and of the published ones, by number of cells.
 
-    `random` is the study's micro-F1, a row a run (`results.mean_over_splits`). Columns study (`this corpus` or
-    `published`), model, dataset, n_cells and error, means over seeds.
+    `random` is its micro-F1, a row a run. Columns study (`this corpus`, `published`), model, dataset, n_cells, error.
     """
     published = select(results(), task="zeroshot_classification", metric="micro_f1", strategy="random")
     runs, keys = pd.concat([random.assign(study="this corpus"), mean_over_splits(published)]), ["model", "dataset"]

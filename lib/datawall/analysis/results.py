@@ -134,8 +134,7 @@ def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
 def mean_over_splits(table: pd.DataFrame) -> pd.DataFrame:
     """One value per run and metric: the mean over its splits, of low and high too where the table has them.
 
-    Splits by donor ask another question; they do not count, unless the table has no others. The mean of
-    intervals is no narrower than each: splits share their cells, and more of them are no more cells.
+    Splits by donor count only where there are no others. Means of intervals are as wide as each: splits share cells.
     """
     table = _by_cell(table)
     columns = [name for name in ("value", "low", "high") if name in table]

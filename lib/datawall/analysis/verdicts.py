@@ -113,8 +113,7 @@ def _gain(curve: Curve) -> dict[str, float]:
 def design_power(found: pd.DataFrame, percentages: list[float], n_seeds: int, margin: float) -> pd.DataFrame:
     """How often the design would find the truth at the spread that was measured (`power.of_design`, 400 draws).
 
-    A row per task and data set, with the median spread of its curves, which are judged as one family, and per truth
-    (flat, or rising by one or two margins with every doubling of the corpus) the share of right verdicts.
+    A row per task and data set: the median spread of its curves, one family, and right verdicts by truth (`RISES`).
     """
     tables = {}
     for key, curves in found.groupby(["task", "dataset"]):
