@@ -143,24 +143,20 @@ def test_message_names_some_of_many(study):
     assert "and 5 more" in str(raised.value)
 
 
-def overlap(folder, first, second):
-    spans = [[float(line.split()[1]) for line in lines(folder, item)] for item in (first, second)]
-    return min(spans[0][1], spans[1][1]) > max(spans[0][0], spans[1][0])
-
-
 @pytest.mark.parametrize(("share", "together"), [(0.4, True), (0.6, False)])
 def test_units_run_together_as_far_as_memory_goes_round(share, together, study):
     memory = share * processes.memory_gib()
     pair = [Item("a", 1.5), Item("b", 1.5)]
     run_units(study(), units.pause, pair, "test", lambda study, item: Need(memory_gib=memory))
-    assert overlap(study().folder, *pair) == together
+    spans = [[float(line.split()[1]) for line in lines(study().folder, item)] for item in pair]
+    begins, ends = zip(*spans, strict=True)
+    assert (min(ends) > max(begins)) == together
 
 
 def test_gpus_are_dealt_out(study, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
     items = [Item(f"pair_{i}", 2) for i in range(2)] + [Item(f"one_{i}", 1) for i in range(3)]
-    needs = lambda study, item: Need(gpus=int(item.value))  # noqa: E731
-    run_units(study(workers=None), units.tell_gpus, items, "test", needs)
+    run_units(study(workers=None), units.tell_gpus, items, "test", lambda study, item: Need(gpus=int(item.value)))
     folder = study().folder
     devices = {item.name: lines(folder, item)[0].split()[2] for item in items}
     assert devices["pair_0"] == devices["pair_1"] == "5,6"

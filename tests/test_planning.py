@@ -318,10 +318,9 @@ def test_calibrations_that_come_along_are_of_studies_as_they_are(path):
 
 def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
     monkeypatch.setenv("DATAWALL_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibration, "CELLS", (200, 400))
-    monkeypatch.setattr(calibration, "EVALUATED", (100, 200))
-    monkeypatch.setattr(calibration, "EMBEDDED", ((100, 200), (2, 4)))
-    monkeypatch.setattr(calibration, "STEPS", ((1, 3), (1, 3)))
+    small = {"CELLS": (200, 400), "EVALUATED": (100, 200)}
+    for name, sizes in (small | {"EMBEDDED": ((100, 200), (2, 4)), "STEPS": ((1, 3), (1, 3))}).items():
+        monkeypatch.setattr(calibration, name, sizes)
     study = study_of(tasks=["zeroshot_classification", "perturbation_response", "reconstruction"])
     known = json.loads(calibration.calibrate(study.params).read_text())
     assert costs.calibration_of("mine") == known

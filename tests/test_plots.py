@@ -131,8 +131,7 @@ def test_titles_stay_within_the_page_and_off_the_panels(figures):
     for name, (figure, _) in figures.items():
         figure.draw_without_rendering()
         title = figure._suptitle.get_window_extent()
-        assert title.x0 >= 0, name
-        assert title.x1 <= figure.bbox.x1, name
+        assert 0 <= title.x0 < title.x1 <= figure.bbox.x1, name
         assert title.y1 <= figure.bbox.y1, name
         for axis in figure.axes:
             panel = axis.get_tightbbox() if axis.get_visible() else None

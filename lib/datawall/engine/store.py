@@ -81,7 +81,7 @@ class Store:
         """The artifact of a unit; None if it was never made, or has a file missing or changed, as a warning says."""
         if unit.key in self._checked:
             return self._checked[unit.key]
-        folder = self._folder(unit)
+        folder = self.folder / unit.kind / unit.key
         made_here = folder.is_dir()
         there = made_here or self._fetch(unit, folder)
         if not there or not (artifact := _sound(folder, folder)):
@@ -99,7 +99,7 @@ class Store:
         """
         if artifact := self.find(unit):
             return artifact
-        folder = self._folder(unit)
+        folder = self.folder / unit.kind / unit.key
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
             begin = time.perf_counter()
             more = make(scratch)
@@ -133,9 +133,6 @@ class Store:
                 return False
             disk.move_unless_there(scratch, folder)
         return True
-
-    def _folder(self, unit: Unit) -> Path:
-        return self.folder / unit.kind / unit.key
 
 
 def read(folder: Path) -> Artifact:

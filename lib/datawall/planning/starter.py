@@ -157,10 +157,7 @@ def new(name: str, corpora: Sequence[str], given: Roles, settings: dict[str, Any
 
 
 def propose(looked: Looked) -> Roles:
-    """The columns that a study is likely to want, by role, and the `control`; None where no column looks like it.
-
-    A cell type, batch or donor needs at least two values and no gaps; a perturbation two, one called like a control.
-    """
+    """The columns without gaps that a study is likely to want, by role, and the `control`; None where none looks so."""
     obs = looked.obs.loc[:, looked.obs.notna().all()]
     counts = {key: int(obs[key].nunique()) for key in obs}
     allowed = {

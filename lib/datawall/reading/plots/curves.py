@@ -288,10 +288,7 @@ def known_answer(results: pd.DataFrame, begins: pd.Series, planted: pd.Series, t
 
 
 def over_lever(means: pd.DataFrame, lever: str, by: str) -> Figure:
-    """Errors in 1,000 cells (`walls.means`) over a lever, with 95 % intervals over seeds, both axes logarithmic.
-
-    A line for each value of `by`, a panel per model or, where lines are models, per data set.
-    """
+    """Errors in 1,000 cells (`walls.means`) over a lever, with 95 % intervals: a line for each value of `by`."""
     panel, values = "dataset" if by == "model" else "model", sorted(means[by].unique())
     names, ticks, ends = list(means[panel].unique()), sorted(means[lever].unique()), {}
     figure, axes = panels(1, len(names), 3.0, sharey=True)

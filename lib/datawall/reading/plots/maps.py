@@ -67,8 +67,7 @@ def markers(table: pd.DataFrame) -> Figure:
 def realism(genes: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     """Simulated cells over real ones (`curation.realism`): variance and zeros against the mean, and two histograms."""
     figure, axes = panels(2, 2, 6.5)
-    names = genes["dataset"].unique()
-    colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    colours = dict(zip(genes["dataset"].unique(), PALETTE, strict=False))
     means = np.geomspace(genes["mean"].min(), genes["mean"].max(), 200)
     shuffled = genes.sample(frac=1, random_state=0)  # so that neither hides the other
     gene_colours = shuffled["dataset"].map(colours).tolist()
