@@ -173,10 +173,9 @@ def test_what_fails_half_way_leaves_no_object(url, tmp_path, monkeypatch):
         add(*of, **how)
         raise OSError("cannot be read")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "add", fail)
-        with pytest.raises(OSError, match="cannot be read"):
-            Store(tmp_path / "one", url).find_or_make(UNIT, write_files)
+    monkeypatch.setattr(tarfile.TarFile, "add", fail)
+    with pytest.raises(OSError, match="cannot be read"):
+        Store(tmp_path / "one", url).find_or_make(UNIT, write_files)
     assert not objects(url)[1]
 
 
