@@ -172,6 +172,7 @@ def test_counts_of_an_evaluation_set_may_lie_in_a_layer_and_are_read_in_blocks(o
 def test_what_lies_on_disk_is_compared_in_blocks(own_cells, tmp_path, monkeypatch):
     study = study_of(with_donors(own_cells), tmp_path, donor_key="patient", held_out=0.2)
     monkeypatch.setattr(cellstore.Cells, "counts", None)  # what would load cells
+    monkeypatch.setattr(dataset, "AT_ONCE", 3)  # of fewer it would
     found = curation.contamination(study).loc["mine_held_out"]
     assert found[["n_cells", "duplicates", "donor_cells", "donor_rows"]].tolist() == [20, 0, 20, 80]
 

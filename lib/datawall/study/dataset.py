@@ -121,8 +121,11 @@ class WithDatasets(WithCorpus):
         return adata
 
     def count_blocks(self, name: str) -> Iterator[sp.csr_matrix]:
-        """Raw counts of an evaluation data set in turn, of which it need not be in memory."""
-        if name == self.params.held_out_name:
+        """Raw counts of an evaluation data set in turn; only one that is a single block is kept in memory."""
+        self.dataset_artifact(name)
+        if len(self.labels(name)) <= AT_ONCE:
+            yield self.dataset(name).X
+        elif name == self.params.held_out_name:
             yield from (counts for _, counts in self.held_out_cells.blocks(AT_ONCE))
         else:
             with h5py.File(self.dataset_artifact(name).folder / "cells.h5ad") as file:
