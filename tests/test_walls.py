@@ -14,7 +14,7 @@ from datawall import models
 from datawall.analysis import results, walls
 from datawall.cells import sampling
 from datawall.models import ssl
-from datawall.reading.plots import walls as figures
+from datawall.reading.plots import maps
 from datawall.study import evaluation, params, questions
 
 # The contrastive twin
@@ -208,4 +208,4 @@ def test_a_study_that_varies_too_little_has_no_wall():
     too_few = design().assign(value=0.9)[:9]
     assert walls.sentences(too_few, "micro_f1") == []
     worth = walls.worth(walls.gains(too_few, "micro_f1"))
-    assert figures.suspects(worth, 0.005).get_suptitle().startswith("Nothing to show")
+    assert maps.suspects(worth, 0.005).get_suptitle().startswith("Nothing to show")
