@@ -141,7 +141,7 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
     """Execute the notebooks of stages in turn, then write the report; returns the command's exit status."""
     from datawall.engine import disk
 
-    begun_with = _surroundings(study)
+    begun_with = _surroundings(study) if stages == list(STAGES) else None  # of some stages nothing is recorded
     study.write_params()
     _write_notebooks_whole()
     threading.Thread(target=import_module, args=("datawall.reading.report",), daemon=True).start()  # ready at the end
@@ -164,7 +164,7 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
         print(f"no report: {error}", file=sys.stderr)
         return 1
     print(*said, sep="\n")
-    if stages == list(STAGES) and not failed:
+    if begun_with and not failed:
         disk.write_json(study.folder / FINISHED, {"with": begun_with, "left": _left(study), "said": said})
     return 1 if failed else 0
 
