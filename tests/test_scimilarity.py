@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from datawall.cells import expression
 from datawall.models import hyperparameters, scimilarity
 from datawall.models.scimilarity import SCimilarity, TripletAutoencoder, kinship, sampling_weights, weighted_batches
-from datawall.models.sparse import Cells
+from datawall.models.sparse import Cells, DenseCells
 
 N_GENES = 60
 SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16, "keep": "last"}
@@ -56,13 +56,13 @@ def autoencoder(**settings):
     return TripletAutoencoder(N_GENES, hyperparameters.SCimilarity(**SMALL | without_dropout | settings))
 
 
-def batch(n_cells=40):
-    """Cells of a batch, dense and sparse, their types and studies, and which are pairs and negatives."""
+def batch(n_cells=40, form=Cells):
+    """Cells of a batch, dense and as the library has them, their types and studies, which are pairs and negatives."""
     counts, obs = simulated(n_cells)
     X = expression.lognormalise(counts)
     types, studies = (torch.from_numpy(pd.factorize(obs[name])[0]) for name in ("cell_type", "dataset_id"))
     pairs = ((types[:, None] == types) & (studies[:, None] != studies)).triu(1)
-    return torch.from_numpy(X.toarray()), Cells.of(X), types, studies, pairs, types[:, None] != types
+    return torch.from_numpy(X.toarray()), form.of(X), types, studies, pairs, types[:, None] != types
 
 
 def squared_distances(latent):
@@ -120,10 +120,11 @@ def test_the_negative_is_chosen_evenly():
     assert ((counts - expected).abs() < 5 * expected**0.5).all()
 
 
+@pytest.mark.parametrize("form", [Cells, DenseCells])
 @pytest.mark.parametrize("settings", [{}, {"l1_layer": "last"}, {"n_hidden": [9]}, {"triplet_weight": 1.0, "l1": 0.0}])
-def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings):
+def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings, form):
     module = autoencoder(**{"triplet_weight": 0.3, "l1": 0.01, "margin": 0.5} | settings)
-    h, (x, cells, types, _, pairs, negatives) = module.h, batch()
+    h, (x, cells, types, _, pairs, negatives) = module.h, batch(form=form)
     torch.manual_seed(1)
     loss = module(cells, pairs, negatives, 0.1)
     loss.backward()

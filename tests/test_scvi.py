@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from torch.distributions import NegativeBinomial
 
 from datawall.models import scvi as family
-from datawall.models import training
+from datawall.models import sparse, training
 from datawall.models.hyperparameters import ScVI as Hyperparameters
 from datawall.models.scvi import Autoencoder, ScVI
 
@@ -96,8 +96,10 @@ def same_step(module, peer, counts, kl_weight):
     return theirs
 
 
+@pytest.mark.parametrize("form", [sparse.Cells, sparse.DenseCells])  # a processor's, and a GPU's
 @pytest.mark.parametrize(("n_cells", "n_layers", "n_genes"), [(64, 1, 120), (2, 1, 50), (131, 2, 120), (7, 3, 33)])
-def test_loss_and_gradients_are_scvi_tools(n_cells, n_layers, n_genes):
+def test_loss_and_gradients_are_scvi_tools(n_cells, n_layers, n_genes, form, monkeypatch):
+    monkeypatch.setattr(sparse, "on_device", form.of)
     module = autoencoder(n_genes, n_layers=n_layers)
     peer = peer_of(module, n_layers)
     same_step(module, peer, simulated(n_cells, n_genes=n_genes), 0.3)
@@ -197,7 +199,7 @@ def test_reconstruction_at_the_edges_of_single_precision(log_theta, scale):
 def test_blocks_leave_no_trace(monkeypatch):
     counts, results = simulated(), []
     for block in (70, 1, 32):
-        monkeypatch.setitem(family.BLOCK, "cpu", block)
+        monkeypatch.setattr(family, "BLOCK", block)
         module = autoencoder()
         loss = module(counts, 1.0)
         loss.backward()

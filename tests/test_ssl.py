@@ -10,12 +10,13 @@ from torch.distributions import Normal, kl_divergence
 
 from datawall.cells import expression
 from datawall.models import hyperparameters, sparse
-from datawall.models.sparse import Cells, Reconstruction, SparseLinear
+from datawall.models.sparse import Cells, DenseCells, Reconstruction, SparseLinear
 from datawall.models.ssl import SSL, Autoencoder
 
 N_GENES = 60
 SMALL = {"n_hidden": [12, 8], "n_latent": 4, "batch_size": 16}
 CPU = torch.device("cpu")
+both_forms = pytest.mark.parametrize("form", [Cells, DenseCells])  # a processor's, and a GPU's
 
 
 def simulated(n_cells=40, n_genes=N_GENES, seed=0):
@@ -71,17 +72,20 @@ def drawn(monkeypatch):
 def whole_mask(x, drawn):
     """The mask (n_cells, n_genes) that the draws amount to: values first, then blocks of genes, zeros of them alone."""
     of_values, *blocks = drawn
+    if not blocks:  # of `DenseCells` every entry is a value
+        return of_values.view_as(x).float()
     mask = torch.cat([block.view(len(x), -1) for block in blocks], dim=1)
     mask[x != 0] = of_values
     return mask.float()
 
 
+@both_forms
 @pytest.mark.parametrize("entries", [1, 7 * 40, 2**20])
 @pytest.mark.parametrize("settings", [{}, {"mask": 0.15}, {"output": "sigmoid"}, {"n_hidden": [9]}])
-def test_the_masked_loss_and_its_gradients_are_those_of_dense_cells(settings, entries, drawn, monkeypatch):
-    monkeypatch.setitem(sparse.ENTRIES_AT_ONCE, "cpu", entries)
+def test_the_masked_loss_and_its_gradients_are_those_of_dense_cells(settings, entries, form, drawn, monkeypatch):
+    monkeypatch.setattr(sparse, "ENTRIES_AT_ONCE", entries)
     module, X = autoencoder(**settings), expression.lognormalise(simulated())
-    loss = module(Cells.of(X))
+    loss = module(form.of(X))
     ours = gradients(module, loss)
     x = torch.from_numpy(X.toarray())
     hidden = whole_mask(x, drawn)
@@ -102,16 +106,17 @@ def random_matrix(n_cells, n_genes, density, seed):
     return sp.csr_matrix(kept * rng.normal(0, 3, (n_cells, n_genes)).astype(np.float32))
 
 
+@both_forms
 @settings(deadline=None)
-@given(sparse_cells)
-def test_sparse_layers_are_dense_ones_on_any_cells(case):
+@given(case=sparse_cells)
+def test_sparse_layers_are_dense_ones_on_any_cells(form, case):
     *shape, seed, entries = case
     X = random_matrix(*shape, seed)
-    x, cells = torch.from_numpy(X.toarray()), Cells.of(X)
+    x, cells = torch.from_numpy(X.toarray()), form.of(X)
     torch.manual_seed(0)
     first, last = SparseLinear(x.shape[1], 5), Reconstruction(5, x.shape[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sparse.ENTRIES_AT_ONCE, "cpu", entries)
+        patch.setattr(sparse, "ENTRIES_AT_ONCE", entries)
         loss = last(first(cells).tanh(), cells)
     loss.backward()
     ours = [weight.grad.clone() for weight in (*first.parameters(), *last.parameters())]
@@ -139,11 +144,11 @@ def test_thinned_cells_are_the_product_with_what_is_kept(case):
     assert by_cell.nnz == by_gene.nnz == kept.sum()
 
 
-@pytest.mark.parametrize("loss", ["masked", "vae"])
+@pytest.mark.parametrize("loss", ["masked", "vae", "contrastive"])
 def test_a_step_never_waits_for_the_device(loss):
     """On the meta device there are no values, so what asks for one fails (see test_transformer)."""
-    module = autoencoder(**({"loss": "vae"} if loss == "vae" else {})).to("meta").train()
-    cells = Cells(*(each.to("meta") for each in Cells.of(simulated(8))))
+    module = autoencoder(loss=loss).to("meta").train()
+    cells = DenseCells(torch.empty(8, N_GENES, device="meta"))
     module(cells).backward()
     assert all(weight.grad.shape == weight.shape for weight in module.parameters())
 
@@ -247,8 +252,9 @@ def test_the_embedding_is_the_encoders_output_for_whole_cells(loss):
     np.testing.assert_array_equal(model.embed(counts), model.embed(counts))
 
 
-def test_the_loss_is_right_under_autocast():
-    module, cells = autoencoder(), Cells.of(expression.lognormalise(simulated()))
+@both_forms
+def test_the_loss_is_right_under_autocast(form):
+    module, cells = autoencoder(), form.of(expression.lognormalise(simulated()))
     found = []
     for enabled in (False, True):
         torch.manual_seed(0)

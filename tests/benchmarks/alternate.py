@@ -11,13 +11,13 @@ import torch
 N_GENES, DETECTED = 19_331, 1_660  # of scTab; how many of them a cell expresses
 
 
-def cells(n_cells, rng, draw, chances=None):
-    """CSR (n_cells, N_GENES) of about DETECTED genes a cell: `draw(n)` gives their values, `chances` favours genes."""
+def cells(n_cells, rng, draw, chances=None, n_genes=N_GENES, detected=DETECTED):
+    """CSR (n_cells, n_genes) of about so many genes a cell: `draw(n)` gives their values, `chances` favours genes."""
     chances = itertools.repeat(None) if chances is None else chances
-    sizes = zip(rng.poisson(DETECTED, n_cells), chances, strict=False)
-    genes = [np.sort(rng.choice(N_GENES, n, replace=False, p=p)) for n, p in sizes]
+    sizes = zip(rng.poisson(detected, n_cells), chances, strict=False)
+    genes = [np.sort(rng.choice(n_genes, n, replace=False, p=p)) for n, p in sizes]
     offsets = np.cumsum([0, *map(len, genes)])
-    return sp.csr_matrix((draw(offsets[-1]).astype(np.float32), np.concatenate(genes), offsets), (n_cells, N_GENES))
+    return sp.csr_matrix((draw(offsets[-1]).astype(np.float32), np.concatenate(genes), offsets), (n_cells, n_genes))
 
 
 def training_step(module, loss_of, optimiser=torch.optim.AdamW, clip_norm=None, **settings):

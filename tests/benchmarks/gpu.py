@@ -3,26 +3,39 @@
     python tests/benchmarks/gpu.py            # on a GPU, at the original's sizes; at most six minutes
     python tests/benchmarks/gpu.py --small    # a rehearsal on a CPU, which says nothing of speed
 
-It needs torch, numpy and what `datawall.models.transformer` and `datawall.engine.processes` import; no data.
+It needs torch, numpy, scipy, and what the modules of networks import (pandas, safetensors, tqdm); no data.
 
-The peer is the same network with the same weights, run as `BertForMaskedLM` runs it: every cell padded to 2,048, a
-mask handed to SDPA, the head at every position, all logits at once (`tests/test_transformer.py` holds ours against
-transformers' own, number for number). `masked_autoencoder.py` has the sparse layers, on a GPU too. A share of the
-peak counts a multiplication and an addition as two operations, and no work that is done twice.
+The peer of the transformer is the same network with the same weights, run as `BertForMaskedLM` runs it: every cell
+padded to 2,048, a mask handed to SDPA, the head at every position, all logits at once (`tests/test_transformer.py`
+holds ours against transformers' own, number for number). The peer of any other family is its plain dense form, which is
+handed its batch on the device, where ours starts from rows of a sparse matrix in the memory of the processor. A share
+of the peak counts a multiplication and an addition as two operations, and no work that is done twice.
 """
 
 import argparse
+from types import SimpleNamespace
 
+import masked_autoencoder
 import numpy as np
+import scimilarity
 import torch
 import torch.nn.functional as F
-from alternate import in_turn, seconds_of, training_step, wait
+from alternate import N_GENES, cells, copy_weights, in_turn, seconds_of, training_step, wait
+from torch import nn
 
 from datawall.engine import processes
-from datawall.models import transformer
-from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send
+from datawall.models import scvi, sparse, transformer
+from datawall.models.scimilarity import semihard_triplets
+from datawall.models.training import send
+from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens
 
 ORIGINAL_SECONDS = 116  # to embed 10,000 tokenised cells
+# Of the original, as `datawall.models.hyperparameters` has them, which needs pydantic.
+SSL = {"n_hidden": [512, 512, 256, 256], "n_latent": 64, "dropout": 0.1, "mask": 0.5, "loss": "masked"}
+SSL |= {"output": "linear", "learning_rate": 1e-3, "weight_decay": 0.01, "clip_norm": 1.0}
+SCIMILARITY = {"n_hidden": [1024] * 3, "n_latent": 128, "input_dropout": 0.4, "dropout": 0.5, "margin": 0.05}
+SCIMILARITY |= {"triplet_weight": 0.001, "l1": 1e-4, "l1_layer": "first", "learning_rate": 0.005, "weight_decay": 0.01}
+SCVI = {"n_hidden": 128, "n_latent": 10, "n_layers": 1, "dropout": 0.1}
 
 
 def peak_memory(run):
@@ -145,6 +158,73 @@ def pretraining(name, config, n_cells):
     print(f"{name}: 10,000 cells embedded in {scaled:.1f} s (the original took {ORIGINAL_SECONDS})", flush=True)
 
 
+class DenseVAE(nn.Module):
+    """scVI with every count written out, as scvi-tools has it."""
+
+    def __init__(self, n_genes, h):
+        super().__init__()
+
+        def hidden(n_inputs, dropout):
+            norm = nn.BatchNorm1d(h.n_hidden, eps=1e-3, momentum=0.01)
+            return nn.Sequential(nn.Linear(n_inputs, h.n_hidden), norm, nn.ReLU(), nn.Dropout(dropout))
+
+        self.encoder = hidden(n_genes, h.dropout)
+        self.mean, self.log_variance = (nn.Linear(h.n_hidden, h.n_latent) for _ in range(2))
+        self.decoder, self.share = hidden(h.n_latent, 0), nn.Linear(h.n_hidden, n_genes)
+        self.log_theta = nn.Parameter(torch.randn(n_genes))
+
+    def forward(self, x, kl_weight):
+        encoded = self.encoder(x.log1p())
+        mean, variance = self.mean(encoded), self.log_variance(encoded).exp() + 1e-4
+        mu = x.sum(1, keepdim=True) * self.share(self.decoder(mean + variance.sqrt() * torch.randn_like(mean))).softmax(
+            1
+        )
+        theta, eps = self.log_theta.exp(), 1e-8
+        log_sum = (theta + mu + eps).log()
+        likelihood = theta * ((theta + eps).log() - log_sum) + x * ((mu + eps).log() - log_sum)
+        likelihood = likelihood + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+        divergence = (mean.square() + variance - 1 - variance.log()).sum(1) / 2
+        return (kl_weight * divergence - likelihood.sum(1)).mean()
+
+
+def contest_of_scvi(X):
+    h = SimpleNamespace(**SCVI)
+    x, rows = torch.from_numpy(X.toarray()).to(where), np.arange(X.shape[0])
+    module, peer = scvi.Autoencoder(X.shape[1], h).to(where), DenseVAE(X.shape[1], h).to(where)
+    copy_weights(module, peer)
+    adam = {"optimiser": torch.optim.Adam, "lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6, "fused": True}
+    losses = peer(x, 0.5).item(), module(X[rows], 0.5).item()
+    assert abs(losses[0] / losses[1] - 1) < 0.01, losses  # dropout and noise are drawn anew
+    return training_step(peer, lambda: peer(x, 0.5), **adam), training_step(
+        module, lambda: module(X[rows], 0.5), **adam
+    )
+
+
+def autoencoders(n_cells, n_genes):
+    """A step of each family beside its plain dense form."""
+    rng = np.random.default_rng(0)
+    detected = n_genes * 1660 // N_GENES
+    X = cells(n_cells, rng, lambda n: rng.gamma(4, 0.3, n), n_genes=n_genes, detected=detected)
+    types, studies = rng.integers(0, 10, n_cells), rng.integers(0, 5, n_cells)
+    relations = [torch.from_numpy(each).to(where) for each in scimilarity.pairs_and_negatives(types, studies)]
+
+    def mine(latent):
+        return semihard_triplets(2 - 2 * latent @ latent.T, *relations, SCIMILARITY["margin"])
+
+    of_scimilarity = SimpleNamespace(**SCIMILARITY), X, types, studies, mine, where
+    counts = X.ceil()
+    for name, steps in {
+        "SSL": masked_autoencoder.contest(SimpleNamespace(**SSL), X, where),
+        "SCimilarity": scimilarity.contest(*of_scimilarity)[:2],
+        "scVI": contest_of_scvi(counts),
+    }.items():
+        theirs, ours, ratio = in_turn(*steps)
+        per = f"{n_cells / ours:,.0f} cells a second, dense {n_cells / theirs:,.0f}; ratio {ratio:.1f}"
+        print(f"{name}, {n_cells:,} cells x {n_genes:,} genes: {per}; {peak_memory(steps[1])}", flush=True)
+    seconds = seconds_of(lambda: sparse.on_device(X[np.arange(n_cells)]))
+    print(f"of our step, until the cells are on the device: {1e3 * seconds:.1f} ms", flush=True)
+
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--small", action="store_true", help="sizes for a CPU")
 parser.add_argument("--profile", action="store_true", help="the kernels of one step")
@@ -157,6 +237,8 @@ print(f"{name_of_device}, torch {torch.__version__}, layers compiled: {on_gpu an
 parity()
 if arguments.small:
     pretraining("2 x 64", EncoderConfig(vocab_size=1_000, max_length=128, n_layers=2, n_embd=64, n_inner=128), 8)
+    autoencoders(64, 2_000)
 else:
     pretraining("6 x 256", EncoderConfig(vocab_size=25_426), 24)
     pretraining("12 x 512", EncoderConfig(25_426, n_layers=12, n_heads=8, n_embd=512, n_inner=1024), 24)
+    autoencoders(1_000, N_GENES)

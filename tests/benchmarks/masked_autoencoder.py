@@ -16,9 +16,7 @@ import torch
 from alternate import N_GENES, cells, copy_weights, report, training_step
 from torch import nn
 
-from datawall.models import training
-from datawall.models.hyperparameters import SSL
-from datawall.models.sparse import Cells
+from datawall.models.sparse import on_device
 from datawall.models.ssl import Autoencoder
 
 N_CELLS = 1024
@@ -31,30 +29,40 @@ def dense(widths, dropout):
     return nn.Sequential(*hidden, nn.Linear(*widths[-2:]))
 
 
-def peer_loss(x):
-    keep = torch.empty_like(x).bernoulli_(1 - h.mask)
-    predicted = decoder(encoder(x * keep / (1 - h.mask)))
-    return ((1 - keep) * (predicted - x) ** 2).mean()
+def contest(h, X, where):
+    """Steps of the peer and ours for the cells of a sparse matrix."""
+    n_cells, n_genes = X.shape
+    x, module = torch.from_numpy(X.toarray()).to(where), Autoencoder(n_genes, h).to(where)
+    widths = [n_genes, *h.n_hidden, h.n_latent]
+    encoder, decoder = peer = nn.ModuleList([dense(each, h.dropout).to(where) for each in (widths, widths[::-1])])
+    copy_weights(module, peer)
+
+    def theirs():
+        keep = torch.empty_like(x).bernoulli_(1 - h.mask)
+        predicted = decoder(encoder(x * keep / (1 - h.mask)))
+        return ((1 - keep) * (predicted - x) ** 2).mean()
+
+    def ours():
+        return module(on_device(X[np.arange(n_cells)]))
+
+    begin = theirs().item(), ours().item()
+    assert abs(begin[0] / begin[1] - 1) < 0.02, begin  # masks are drawn anew; tests compare with masks given
+    settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True, "clip_norm": h.clip_norm}
+    return training_step(peer, theirs, **settings), training_step(module, ours, **settings)
 
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-h, rng = SSL(), np.random.default_rng(0)
-popularity = rng.gamma(0.3, 1, N_GENES) + 1e-3
-X = cells(N_CELLS, rng, lambda n: rng.gamma(4, 0.3, n), repeat(popularity / popularity.sum()))
-x = torch.from_numpy(X.toarray()).to(training.device())
-module = Autoencoder(N_GENES, h).to(training.device())
-widths = [N_GENES, *h.n_hidden, h.n_latent]
-encoder, decoder = (dense(each, h.dropout).to(training.device()) for each in (widths, widths[::-1]))
-peer = nn.ModuleList([encoder, decoder])
-copy_weights(module, peer)
-begin = module(Cells.of(X)).item(), peer_loss(x).item()
-assert abs(begin[0] / begin[1] - 1) < 0.01, begin  # masks are drawn anew; tests compare with masks given
-settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True, "clip_norm": h.clip_norm}
-rows = np.arange(N_CELLS)
-theirs, ours = training_step(peer, lambda: peer_loss(x), **settings), lambda: module(Cells.of(X[rows]))
-report("cells", N_CELLS, theirs, training_step(module, ours, **settings))
-contrastive = Autoencoder(N_GENES, h.model_copy(update={"loss": "contrastive"})).to(training.device())
-twin = training_step(contrastive, lambda: contrastive(Cells.of(X[rows])), **settings)
-print("a step of the contrastive twin (the second) beside one of the masked:")
-report("cells", N_CELLS, training_step(module, ours, **settings), twin)
+if __name__ == "__main__":
+    from datawall.models.hyperparameters import SSL
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    popularity = rng.gamma(0.3, 1, N_GENES) + 1e-3
+    X = cells(N_CELLS, rng, lambda n: rng.gamma(4, 0.3, n), repeat(popularity / popularity.sum()))
+    theirs, ours = contest(SSL(), X, torch.device("cpu"))
+    report("cells", N_CELLS, theirs, ours)
+    contrastive = Autoencoder(N_GENES, SSL(loss="contrastive"))
+    settings = {"lr": 1e-3, "weight_decay": 0.01, "fused": True, "clip_norm": 1.0}
+    twin = training_step(contrastive, lambda: contrastive(on_device(X[np.arange(N_CELLS)])), **settings)
+    print("a step of the contrastive twin (the second) beside one of the masked:")
+    report("cells", N_CELLS, ours, twin)

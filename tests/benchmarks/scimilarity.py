@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from alternate import N_GENES, cells, copy_weights, report, training_step
 from torch import nn
 
-from datawall.models import training
-from datawall.models.hyperparameters import SCimilarity
 from datawall.models.scimilarity import TripletAutoencoder
-from datawall.models.sparse import Cells
+from datawall.models.sparse import on_device
 
 N_CELLS, N_TYPES, N_STUDIES = 1000, 10, 5
 
@@ -34,25 +32,27 @@ def blocks(widths, dropout):
 
 
 class Peer(nn.Module):
-    def __init__(self, h):
+    """`mine` gives anchors, positives and negatives of latent cells."""
+
+    def __init__(self, n_genes, h, mine):
         super().__init__()
-        self.h = h
-        inputs, *rest = blocks([N_GENES, *h.n_hidden], h.dropout)
+        self.h, self.mine = h, mine
+        inputs, *rest = blocks([n_genes, *h.n_hidden], h.dropout)
         inputs.p = h.input_dropout
         self.encoder = nn.Sequential(inputs, *rest, nn.Linear(h.n_hidden[-1], h.n_latent))
         _, *rest = blocks([h.n_latent, *h.n_hidden[::-1]], h.dropout)
-        self.decoder = nn.Sequential(*rest, nn.Linear(h.n_hidden[0], N_GENES))
+        self.decoder = nn.Sequential(*rest, nn.Linear(h.n_hidden[0], n_genes))
 
-    def loss(self, x, types, studies, rate):
+    def loss(self, x, rate):
         latent = F.normalize(self.encoder(x))
         loss = (1 - self.h.triplet_weight) * F.mse_loss(self.decoder(latent), x)
         loss = loss + self.h.l1 * rate * self.encoder[1].weight.abs().sum()
-        a, p, n = mine(latent.detach().numpy(), types, studies, self.h.margin)
+        a, p, n = self.mine(latent.detach())
         triplets = F.triplet_margin_loss(latent[a], latent[p], latent[n], margin=self.h.margin, reduction="none")
         return loss + self.h.triplet_weight * triplets.mean()
 
 
-def mine(latent, types, studies, margin):
+def mine_by_pair(latent, types, studies, margin, rng):
     distance = ((latent**2).sum(1)[:, None] + (latent**2).sum(1) - 2 * latent @ latent.T).clip(0)
     triplets = []
     for label in np.unique(types):
@@ -66,33 +66,43 @@ def mine(latent, types, studies, margin):
     return torch.tensor(triplets).T
 
 
-def contest(h):
-    """Steps of the peer and ours, and their losses before the first."""
-    module, peer = TripletAutoencoder(N_GENES, h), Peer(h)
+def contest(h, X, types, studies, mine, where):
+    """Steps of the peer and ours for the cells of a sparse matrix, and their losses before the first."""
+    n_cells, n_genes = X.shape
+    module = TripletAutoencoder(n_genes, h).to(where)
+    peer, x = Peer(n_genes, h, mine).to(where), torch.from_numpy(X.toarray()).to(where)
     copy_weights(module, peer)
 
     def theirs():
-        return peer.loss(x, types, studies, h.learning_rate)
+        return peer.loss(x, h.learning_rate)
 
     def ours():
-        pairs = np.triu((types[:, None] == types) & (studies[:, None] != studies), 1)
-        relations = (torch.from_numpy(each) for each in (pairs, types[:, None] != types))
-        return module(Cells.of(X[rows]), *relations, h.learning_rate)
+        relations = (torch.from_numpy(each).to(where) for each in pairs_and_negatives(types, studies))
+        return module(on_device(X[np.arange(n_cells)]), *relations, h.learning_rate)
 
     losses = theirs().item(), ours().item()
     settings = {"lr": h.learning_rate, "weight_decay": h.weight_decay, "fused": True}
     return training_step(peer, theirs, **settings), training_step(module, ours, **settings), losses
 
 
-assert training.device().type == "cpu", "a benchmark of processors"
-torch.set_num_threads(1)
-torch.manual_seed(0)
-rng = np.random.default_rng(0)
-types, studies, rows = rng.integers(0, N_TYPES, N_CELLS), rng.integers(0, N_STUDIES, N_CELLS), np.arange(N_CELLS)
-popularity = rng.gamma(0.3, 1, (N_TYPES, N_GENES)) + 1e-3
-popularity /= popularity.sum(axis=1, keepdims=True)
-X = cells(N_CELLS, rng, lambda n: rng.gamma(4, 0.3, n), popularity[types])
-x = torch.from_numpy(X.toarray())
-*_, losses = contest(SCimilarity(dropout=0.0, input_dropout=0.0))
-assert abs(losses[0] / losses[1] - 1) < 1e-4, losses  # negatives are drawn anew
-report("cells", N_CELLS, *contest(SCimilarity())[:2])
+def pairs_and_negatives(types, studies):
+    return np.triu((types[:, None] == types) & (studies[:, None] != studies), 1), types[:, None] != types
+
+
+if __name__ == "__main__":
+    from datawall.models.hyperparameters import SCimilarity
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rng, where = np.random.default_rng(0), torch.device("cpu")
+    types, studies = rng.integers(0, N_TYPES, N_CELLS), rng.integers(0, N_STUDIES, N_CELLS)
+    popularity = rng.gamma(0.3, 1, (N_TYPES, N_GENES)) + 1e-3
+    popularity /= popularity.sum(axis=1, keepdims=True)
+    X = cells(N_CELLS, rng, lambda n: rng.gamma(4, 0.3, n), popularity[types])
+
+    def mine(latent):
+        return mine_by_pair(latent.numpy(), types, studies, SCimilarity().margin, rng)
+
+    *_, losses = contest(SCimilarity(dropout=0.0, input_dropout=0.0), X, types, studies, mine, where)
+    assert abs(losses[0] / losses[1] - 1) < 1e-4, losses  # negatives are drawn anew
+    report("cells", N_CELLS, *contest(SCimilarity(), X, types, studies, mine, where)[:2])

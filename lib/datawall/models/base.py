@@ -1,9 +1,11 @@
 """What every model family can do, and how models lie on disk (safetensors and JSON, never pickles)."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -13,10 +15,12 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from datawall.cells import expression
-from datawall.cells.cellstore import Cells
 from datawall.engine import disk
 from datawall.models import streaming, training
-from datawall.models.hyperparameters import Hyperparameters, check
+
+if TYPE_CHECKING:
+    from datawall.cells.cellstore import Cells
+    from datawall.models.hyperparameters import Hyperparameters
 
 CONFIG, TENSORS = "model.json", "model.safetensors"
 HELD_OUT = 250  # cells at most that choose the best weights
@@ -74,6 +78,8 @@ class Network:
     statistics: ClassVar[tuple[str, ...]] = ()  # names of arrays that a model learns beside its weights
 
     def __init__(self, **hyperparameters: Any) -> None:
+        from datawall.models.hyperparameters import check
+
         self.hyperparameters = check(self.family, hyperparameters)
         self.n_genes: int | None = None  # of the corpus
         self.genes: np.ndarray | None = None  # (n_panel,) positions in the corpus of the panel's genes
@@ -181,7 +187,7 @@ def choose_panel(counts: sp.csr_matrix | Cells, n_genes: int | None) -> np.ndarr
     """Sorted positions of the `n_genes` most variable genes of a subset, or for None of all genes."""
     if n_genes is None:
         return np.arange(counts.shape[1])
-    if isinstance(counts, Cells):
+    if not sp.issparse(counts):
         return np.flatnonzero(expression.streamed_variable_genes(counts.count_blocks, n_genes))
     return np.flatnonzero(expression.variable_genes(expression.lognormalise(counts), n_genes))
 

@@ -1,9 +1,11 @@
 """Geneformer: a transformer that predicts masked genes in a cell's ranking of its genes (Theodoris et al. 2023)."""
 
+from __future__ import annotations
+
 import copy
 import logging
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
@@ -11,10 +13,12 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from datawall.cells.cellstore import Cells
 from datawall.models import base, training
 from datawall.models.tokenizer import RankTokenizer, Tokens, gene_medians, streamed_gene_medians
-from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens, send
+from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens
+
+if TYPE_CHECKING:
+    from datawall.cells.cellstore import Cells
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ class Geneformer(base.Network):
         return RankTokenizer(self.medians, self.hyperparameters.max_length).encode(self.select_panel(counts))
 
     def learn_statistics(self, counts: sp.csr_matrix | Cells) -> np.ndarray:
-        streamed = isinstance(counts, Cells)
+        streamed = not sp.issparse(counts)
         medians = streamed_gene_medians(counts.count_blocks) if streamed else gene_medians(counts)
         self.medians = medians[self.genes]
         blocks = counts.count_blocks() if streamed else [counts]
@@ -109,7 +113,7 @@ class Geneformer(base.Network):
         """What the encoder learns from, on its device: ids with some tokens hidden, their layout, what is hidden."""
         ids, *hidden = mask_tokens(torch.from_numpy(tokens.ids).long(), len(self.medians) + N_SPECIAL)
         masked = Tokens(ids.numpy(), tokens.offsets)
-        return *_packed(masked), *(send(part, training.device()) for part in hidden)
+        return *_packed(masked), *map(training.send, hidden)
 
 
 def _of_like_length(tokens: Tokens) -> list[np.ndarray]:
@@ -123,5 +127,6 @@ def _of_like_length(tokens: Tokens) -> list[np.ndarray]:
 
 def _packed(tokens: Tokens) -> tuple[Tensor, Layout]:
     """Token ids and their layout, on the device."""
-    where = training.device()
-    return send(torch.from_numpy(tokens.ids).long(), where), Layout(torch.from_numpy(tokens.offsets), where)
+    return training.send(torch.from_numpy(tokens.ids).long()), Layout(
+        torch.from_numpy(tokens.offsets), training.device()
+    )

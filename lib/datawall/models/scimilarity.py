@@ -1,9 +1,11 @@
 """SCimilarity: an autoencoder shaped by cell-type labels, after Heimberg et al. (2025, Nature 638:1085)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 
 from datawall.cells.ontology import read as read_ontology
 from datawall.engine import paths
-from datawall.models import base, hyperparameters, training
-from datawall.models.sparse import Cells, Reconstruction, SparseLinear, SparseNetwork, bernoulli
+from datawall.models import base, training
+from datawall.models.sparse import Cells, DenseCells, Reconstruction, SparseLinear, SparseNetwork, bernoulli, on_device
+
+if TYPE_CHECKING:
+    from datawall.models import hyperparameters
 
 LABEL = "cell_type"
 STUDIES = ("dataset_id", "batch")  # the first of these columns with two values tells studies apart
@@ -40,7 +45,7 @@ class TripletAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*layers(*map(nn.Linear, [h.n_latent, *back], back)))
         self.reconstruction = Reconstruction(widths[0], n_genes)
 
-    def forward(self, cells: Cells, pairs: Tensor, negatives: Tensor, rate: float) -> Tensor:
+    def forward(self, cells: Cells | DenseCells, pairs: Tensor, negatives: Tensor, rate: float) -> Tensor:
         h, seen = self.h, cells
         if self.training and h.input_dropout:  # it leaves zeros zero, so that only the other values need be drawn for
             kept = bernoulli(len(cells.data), 1 - h.input_dropout, cells.data.device)
@@ -57,7 +62,7 @@ class TripletAutoencoder(nn.Module):
             loss = loss + h.triplet_weight * triplets
         return loss
 
-    def encode(self, cells: Cells) -> Tensor:
+    def encode(self, cells: Cells | DenseCells) -> Tensor:
         """Points on the unit sphere, (n_cells, n_latent) float32."""
         return F.normalize(self.encoder(cells).float())
 
@@ -140,7 +145,7 @@ class SCimilarity(SparseNetwork):
 
     def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
         relations = self._relations(obs)
-        return lambda forward, cells, step: forward(Cells.of(cells[1]), *relations(cells[0]), recipe.rate(step))
+        return lambda forward, cells, step: forward(on_device(cells[1]), *relations(cells[0]), recipe.rate(step))
 
     def course(self, steps: int, n_cells: int) -> dict[str, Any]:
         return {"decay": "cosine", "decay_vectors": True}
@@ -154,7 +159,7 @@ class SCimilarity(SparseNetwork):
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """The loss that is trained, without the penalty of weights: triplets are those among these cells."""
         relations = self._relations(obs)(np.arange(len(obs)))
-        return self.ready(counts)(Cells.of(self.prepare(counts)), *relations, 0.0).item()
+        return self.ready(counts)(on_device(self.prepare(counts)), *relations, 0.0).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         """That of the mean cell, for which no triplet counts."""

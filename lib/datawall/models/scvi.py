@@ -1,22 +1,28 @@
 """scVI: a variational autoencoder with a negative binomial likelihood of raw counts (Lopez et al. 2018).
 
-Nine in ten counts are zero: the encoder reads the others alone, and gamma functions are left for few. The rest of
-the likelihood is taken with its gradient in blocks of cells that stay in a processor's cache.
+Nine in ten counts are zero: on a processor the encoder reads the others alone, and gamma functions are left for few;
+the rest of the likelihood is taken with its gradient in blocks of cells that stay in the cache. A GPU takes it plainly.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall.models import base, hyperparameters, sparse, training
+from datawall.models import base, sparse, training
+
+if TYPE_CHECKING:
+    from datawall.models import hyperparameters
 
 ADAM = {"optimiser": "Adam", "epsilon": 0.01, "decay_vectors": True, "decay": "none"}  # as in scvi-tools
-BLOCK = {"cpu": 64, "cuda": 4096}  # cells whose every gene is in memory at a time
+BLOCK = 64  # cells whose every gene is in a processor's cache at a time
 CELLS_AT_ONCE = 1024  # when embedding
 KL_WARMUP_PASSES = 400  # scvi-tools' n_epochs_kl_warmup
 NO_LIBRARY = 1e-20  # in place of a library of zero: the cell's likelihood and gradient vanish, without 0 / 0
@@ -63,7 +69,7 @@ class ScVI(base.Network):
         embedding = np.zeros((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
         for first in range(0, len(embedding), CELLS_AT_ONCE):
             block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.posterior(self.prepare(counts[block]))[0].cpu().numpy()
+            embedding[block] = module.posterior(sparse.on_device(self.prepare(counts[block])))[0].cpu().numpy()
         embedding[np.asarray(self.prepare(counts).sum(axis=1)).ravel() == 0] = 0
         return embedding
 
@@ -97,21 +103,30 @@ class Autoencoder(nn.Module):
 
     @torch.autocast("cuda", enabled=False)  # batch statistics and likelihood in bfloat16 would be noise
     def forward(self, counts: sp.csr_matrix, kl_weight: float) -> Tensor:
-        mean, variance = self.posterior(counts)  # each (B, L)
+        cells = sparse.on_device(counts)
+        mean, variance = self.posterior(cells)  # each (B, L)
         z = mean + variance.sqrt() * torch.randn_like(mean)  # (B, L)
         divergence = (mean.square() + variance - 1 - variance.log()).sum(1).mean() / 2  # from N(0, 1): (B, L) to ()
+        if isinstance(cells, sparse.DenseCells):
+            return self.plain_reconstruction(cells.x, z) + kl_weight * divergence
         return self.reconstruction(counts, z) + kl_weight * divergence
 
-    def posterior(self, counts: sp.csr_matrix) -> tuple[Tensor, Tensor]:
+    def posterior(self, cells: sparse.Cells | sparse.DenseCells) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z | x), each (n_cells, n_latent)."""
-        cells = sparse.Cells.of(counts)
-        hidden = self.encoder(cells._replace(data=cells.data.log1p()))  # (B, n_hidden)
+        hidden = self.encoder(cells.log1p())  # (B, n_hidden)
         return self.mean(hidden), self.log_variance(hidden).exp() + 1e-4
 
     def reconstruction(self, counts: sp.csr_matrix, z: Tensor) -> Tensor:
         """Mean over cells of -log p(x | z): negative binomials around library * softmax(share)."""
         rates = _Rates.apply(self.decoder(z), self.share.weight, self.share.bias, self.log_theta, counts)
         return (rates - log_binomials(self.log_theta.exp(), counts)) / counts.shape[0]
+
+    def plain_reconstruction(self, x: Tensor, z: Tensor) -> Tensor:
+        """The same of dense counts, (n_cells, n_genes), as `_Rates` and `log_binomials` state it."""
+        library, theta = x.sum(1, keepdim=True).clamp(min=NO_LIBRARY), self.log_theta.exp()
+        log_u = self.share(self.decoder(z)).log_softmax(1) + library.log() - self.log_theta  # (B, G)
+        binomial = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+        return ((theta + x) * F.softplus(log_u) - x * log_u - binomial).sum(1).mean()
 
 
 def _layers(first: nn.Module, n_layers: int, dropout: float) -> nn.Sequential:
@@ -142,7 +157,7 @@ class _Rates(torch.autograd.Function):
         libraries = torch.from_numpy(np.asarray(counts.sum(axis=1)).ravel()).to(hidden).clamp(min=NO_LIBRARY)
         theta = log_theta.exp()
         bias = (bias - log_theta)[:, None]  # so that the exponential is a multiple of u, not of mu
-        block = BLOCK[hidden.device.type]
+        block = BLOCK
         buffers = hidden.new_empty(5, n_genes * min(block, n_cells))
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         d_bias, d_log_theta = torch.zeros_like(theta), torch.zeros_like(theta)

@@ -1,4 +1,8 @@
-"""Layers of autoencoders that read and reconstruct sparse expression: cells are nine tenths zeros, never made dense."""
+"""Layers of autoencoders that read and reconstruct sparse expression: cells are nine tenths zeros.
+
+A processor never makes them dense. A GPU does, and takes the plain products: it has the operations to spare, and would
+wait for the processor to sort a batch's values by gene.
+"""
 
 import copy
 from collections.abc import Callable
@@ -15,12 +19,11 @@ from datawall.cells import expression
 from datawall.models import base, training
 
 CELLS_AT_ONCE = 1024  # when embedding: bounds memory
-ENTRIES_AT_ONCE = {"cpu": 2**20}  # of a block of the reconstruction; a processor keeps it in its cache
-ON_GPU = 2**26  # and a GPU has a step's in one block, so that it is not asked where each begins
+ENTRIES_AT_ONCE = 2**20  # of a block of the reconstruction, which stays in a processor's cache
 
 
 class Cells(NamedTuple):
-    """A batch of cells by genes, sparse, on the device: its non-zero values by cell, and where each gene's are."""
+    """A batch of cells by genes, sparse, on a processor: its non-zero values by cell, and where each gene's are."""
 
     data: Tensor  # (n_values,) float32, cell after cell
     genes: Tensor  # (n_values,) int32, of each value
@@ -35,12 +38,17 @@ class Cells(NamedTuple):
         by_gene = sp.csr_matrix((np.arange(X.nnz, dtype=np.int32), X.indices, X.indptr), shape=X.shape).tocsc()
         positions = (X.indices, X.indptr, by_gene.data, by_gene.indices, by_gene.indptr)
         arrays = (X.data.astype(np.float32), *(array.astype(np.int32) for array in positions))
-        return cls(*(torch.from_numpy(array).to(training.device()) for array in arrays))
+        return cls(*map(torch.from_numpy, arrays))
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.offsets) - 1
+
+    def log1p(self) -> Self:
+        return self._replace(data=self.data.log1p())
 
     def thinned(self, kept: Tensor, scale: float) -> Self:
         """The cells with those values alone that are kept, (n_values,) uint8 by cell, and scaled."""
-        if kept.device.type != "cpu":  # how many are left a GPU would be waited for
-            return self._replace(data=self.data * kept * scale)
         by_gene = kept.index_select(0, self.order)
         before, before_by_gene = (F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0)) for mask in (kept, by_gene))
         left, left_by_gene = kept.nonzero().view(-1), by_gene.nonzero().view(-1)
@@ -54,6 +62,41 @@ class Cells(NamedTuple):
         )
 
 
+class DenseCells(NamedTuple):
+    """The same on a GPU: every value is written out, zeros too."""
+
+    x: Tensor  # (n_cells, n_genes) float32
+
+    @classmethod
+    def of(cls, X: sp.csr_matrix) -> Self:
+        """The cells of a matrix that has no entry twice, of which the device gets the non-zero values."""
+        arrays = X.data.astype(np.float32), X.indices.astype(np.int64), np.diff(X.indptr)
+        data, genes, n_values = (training.send(torch.from_numpy(array)) for array in arrays)
+        row = torch.arange(X.shape[0], device=data.device).repeat_interleave(n_values, output_size=X.nnz)
+        x = data.new_zeros(X.shape[0] * X.shape[1]).scatter_(0, row * X.shape[1] + genes, data)
+        return cls(x.view(X.shape))
+
+    @property
+    def data(self) -> Tensor:
+        return self.x.view(-1)
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.x)
+
+    def log1p(self) -> Self:
+        return DenseCells(self.x.log1p())
+
+    def thinned(self, kept: Tensor, scale: float) -> Self:
+        """The cells with zeros for those values that are not kept, (n_cells * n_genes,) uint8, and scaled."""
+        return DenseCells(self.x * kept.view_as(self.x) * scale)
+
+
+def on_device(X: sp.csr_matrix) -> Cells | DenseCells:
+    """Cells as the device is fastest with them, on it."""
+    return Cells.of(X) if training.device().type == "cpu" else DenseCells.of(X)
+
+
 class SparseLinear(nn.Module):
     """A linear layer that reads `Cells`; weights are (n_inputs, n_outputs), and start as those of torch's own."""
 
@@ -63,7 +106,9 @@ class SparseLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_inputs, n_outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_outputs).uniform_(-bound, bound))
 
-    def forward(self, cells: Cells) -> Tensor:
+    def forward(self, cells: Cells | DenseCells) -> Tensor:
+        if isinstance(cells, DenseCells):
+            return cells.x @ self.weight + self.bias
         return _Product.apply(self.weight, cells) + self.bias
 
 
@@ -97,14 +142,20 @@ class Reconstruction(nn.Linear):
         super().__init__(n_inputs, n_genes)
         self.sigmoid = sigmoid
 
-    def forward(self, inputs: Tensor, cells: Cells, hidden: Tensor | None = None, mask: float = 1.0) -> Tensor:
+    def forward(
+        self, inputs: Tensor, cells: Cells | DenseCells, hidden: Tensor | None = None, mask: float = 1.0
+    ) -> Tensor:
         """Squared error averaged over all cells and genes, in float32; an entry that is not hidden counts as 0.
 
         By definition that is ((output - x)² * is_hidden).mean(), of (n_cells, n_genes) that are never whole. `inputs`
-        are (n_cells, n_inputs); `hidden`, (n_values,) uint8, says which of the non-zero values were hidden, and without
-        it every entry counts; `mask` is the share of the zeros that were. These are drawn here: no layer before could
-        see which.
+        are (n_cells, n_inputs); `hidden`, (n_values,) uint8, says which of the values of the cells were hidden, and
+        without it every entry counts; `mask` is the share of the zeros that were. Where the cells lack zeros, these are
+        drawn here: no layer before could see which.
         """
+        if isinstance(cells, DenseCells):
+            output = super().forward(inputs).float()
+            error = ((output.sigmoid() if self.sigmoid else output) - cells.x).square()
+            return (error if hidden is None else error * hidden.view_as(error)).mean()
         learning = torch.is_grad_enabled()
         return _SquaredError.apply(inputs, self.weight, self.bias, cells, hidden, mask, self.sigmoid, learning)
 
@@ -120,9 +171,9 @@ class _SquaredError(torch.autograd.Function):
         d_inputs = torch.zeros_like(inputs, dtype=torch.float32)
         d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
         total = torch.zeros((), device=inputs.device)
-        width = max(1, ENTRIES_AT_ONCE.get(inputs.device.type, ON_GPU) // n_cells)
+        width = max(1, ENTRIES_AT_ONCE // n_cells)
         starts = [*range(0, n_genes, width), n_genes]
-        ends = cells.gene_offsets[starts].tolist() if width < n_genes else [0, len(cells.data)]
+        ends = cells.gene_offsets[starts].tolist()
         for (first, last), (begin, end) in zip(pairwise(starts), pairwise(ends), strict=True):
             block, values = slice(first, last), slice(begin, end)
             # (n_cells, last - first): the output, and so the error of the zeros; below, that of the values too
@@ -185,11 +236,11 @@ class SparseNetwork(base.Network):
         embedding = np.empty((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
         for first in range(0, len(embedding), CELLS_AT_ONCE):
             block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.encode(Cells.of(self.prepare(counts[block]))).cpu().numpy()
+            embedding[block] = module.encode(on_device(self.prepare(counts[block]))).cpu().numpy()
         embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
         return embedding
 
     def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:
         """A copy of the network, and what embeds raw counts with it, (n_cells, n_latent), for gradients to pass."""
         network = copy.deepcopy(self.module)
-        return network, lambda counts: network.encode(Cells.of(self.prepare(counts)))
+        return network, lambda counts: network.encode(on_device(self.prepare(counts)))

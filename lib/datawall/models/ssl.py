@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datawall.models import base, hyperparameters, sparse, training
-from datawall.models.sparse import Cells
+from datawall.models import base, sparse, training
+from datawall.models.sparse import Cells, DenseCells
+
+if TYPE_CHECKING:
+    from datawall.models import hyperparameters
 
 TEMPERATURE = 0.1  # of InfoNCE
 
@@ -41,7 +44,7 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*layers([h.n_latent, *reversed(h.n_hidden)]))
         self.reconstruction = sparse.Reconstruction(h.n_hidden[0], n_genes, sigmoid=h.output == "sigmoid")
 
-    def forward(self, cells: Cells) -> Tensor:
+    def forward(self, cells: Cells | DenseCells) -> Tensor:
         if self.variational:
             mean, log_variance = self.encoder(cells).float().chunk(2, dim=1)  # (B, 2 L) to twice (B, L)
             latent = mean + torch.randn_like(mean) * (log_variance / 2).exp()
@@ -52,10 +55,10 @@ class Autoencoder(nn.Module):
         seen = cells.thinned(1 - hidden, 1 / (1 - self.mask))
         if self.contrastive:
             others = cells.thinned(hidden, 1 / self.mask)
-            return info_nce(self.encoder(seen), self.encoder(others)) / max(np.log(len(cells.offsets) - 1), 1.0)
+            return info_nce(self.encoder(seen), self.encoder(others)) / max(np.log(cells.n_cells), 1.0)
         return self.reconstruction(self.decoder(self.encoder(seen)), cells, hidden, self.mask)
 
-    def encode(self, cells: Cells) -> Tensor:
+    def encode(self, cells: Cells | DenseCells) -> Tensor:
         """Latent variables, (n_cells, n_latent); of the variational variant their mean."""
         return self.encoder(cells)[:, : self.n_latent]
 
@@ -99,7 +102,7 @@ class SSL(sparse.SparseNetwork):
         return Autoencoder(n_genes, self.hyperparameters)
 
     def objective(self, obs: pd.DataFrame, recipe: training.Recipe, n_cells: int) -> training.LossOf:
-        return lambda forward, cells, step: forward(Cells.of(cells[1]))
+        return lambda forward, cells, step: forward(sparse.on_device(cells[1]))
 
     def course(self, steps: int, n_cells: int) -> dict[str, Any]:
         h = self.hyperparameters
@@ -109,7 +112,7 @@ class SSL(sparse.SparseNetwork):
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
         """The loss that is trained: of the masked one, of hidden entries alone."""
-        return self.ready(counts)(Cells.of(self.prepare(counts))).item()
+        return self.ready(counts)(sparse.on_device(self.prepare(counts))).item()
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
         h = self.hyperparameters

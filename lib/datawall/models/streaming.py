@@ -1,15 +1,20 @@
 """Cells for training: from memory, or read ahead from a store on disk; the same batches, to the bit, either way."""
 
+from __future__ import annotations
+
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 
-from datawall.cells.cellstore import Cells, floats
 from datawall.models import training
+
+if TYPE_CHECKING:
+    from datawall.cells.cellstore import Cells
 
 END = object()
 PREPARED = 4  # batches, at most, that wait for training
@@ -24,9 +29,11 @@ def loader[Prepared](
     blocks of cells together (see `training.minibatches`), up to so many batches ahead, so that up to 66,000 cells are
     in memory, in the store's integers. Another thread prepares them, one batch after the other.
     """
-    if not isinstance(counts, Cells):
+    if sp.issparse(counts):
         prepared = prepare(counts)
         return lambda shares: ((rows, prepared[rows]) for _, rows in shares)
+    from datawall.cells.cellstore import floats
+
     together = training.batches_together(batch_size)
 
     def read(shares: training.Shares) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:

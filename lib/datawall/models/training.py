@@ -94,6 +94,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def send(tensor: Tensor, where: torch.device | str | None = None) -> Tensor:
+    """A tensor of the CPU on a device, or else on `device()`, which is not waited for."""
+    where = device() if where is None else torch.device(where)
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
+
+
 def minibatches(cells: int | np.ndarray, batch_size: int, steps: int, *, seed: int) -> Iterator[np.ndarray]:
     """Rows of each step's batch, (batch_size,) int64: shuffled passes over the cells, laid end to end and cut.
 

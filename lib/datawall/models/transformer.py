@@ -3,7 +3,7 @@
 Sequences of different lengths lie end to end in one row of token ids; `offsets` says where each begins. No layer ever
 sees padding, and the prediction head, which at a vocabulary of 25,000 genes would cost more than the encoder, runs at
 masked positions alone. What a step must know of its batch (lengths, masked positions) is worked out on the CPU and sent
-with it, so that a GPU is never waited for. Nothing here knows about single cells; only torch is imported.
+with it, so that a GPU is never waited for. Nothing here knows about single cells.
 """
 
 import functools
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from datawall.models.training import send
 
 MASK = 1  # id of the mask token; 0 stays free, for padding elsewhere
 N_SPECIAL = 2
@@ -64,12 +66,6 @@ class Layout:
         """Mean of the tokens of each sequence: (T, C) to (B, C)."""
         lengths = self.offsets.diff()
         return x.new_zeros(len(lengths), x.shape[1]).index_add(0, self.sequence, x) / lengths[:, None]
-
-
-def send(tensor: Tensor, where: torch.device | str) -> Tensor:
-    """A tensor of the CPU on a device, which is not waited for."""
-    where = torch.device(where)
-    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 class Attention(nn.Module):
