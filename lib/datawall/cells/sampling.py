@@ -53,7 +53,7 @@ def geometric_sketching(X_pca: np.ndarray, percentage: float, *, seed: Seed, n_b
     original study. So dense regions of expression space give fewer of their cells than sparse ones. geosketch, the
     authors' package, begins each interval at the first cell that lies past the last one, where ours lie end to end from
     the lowest score, and its sketches of one seed are not nested. Scores are read in blocks, five to ten times, and all
-    else takes about 45 bytes a cell: a memory map will do. Raises ValueError if scores are not finite.
+    else takes about 59 bytes a cell: a memory map will do. Raises ValueError if scores are not finite.
     """
     size = subset_size(len(X_pca), percentage)
     return _evenly(_occupied_boxes(X_pca, n_boxes or max(1, len(X_pca) // 100)), size, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datawall import models
 from datawall.cells.ontology import read as read_ontology
 from datawall.engine import paths
 from datawall.models import base, training
 from datawall.models.sparse import Cells, DenseCells, Reconstruction, SparseLinear, SparseNetwork, bernoulli, on_device
-
-if TYPE_CHECKING:
-    from datawall.models import hyperparameters
 
 LABEL = "cell_type"
 STUDIES = ("dataset_id", "batch")  # the first of these columns with two values tells studies apart
@@ -29,7 +27,7 @@ STUDIES = ("dataset_id", "batch")  # the first of these columns with two values 
 class TripletAutoencoder(nn.Module):
     """Linear layers, batch normalisation, PReLU and dropout; its forward pass gives the loss of a batch."""
 
-    def __init__(self, n_genes: int, h: hyperparameters.SCimilarity) -> None:
+    def __init__(self, n_genes: int, h: models.hyperparameters.SCimilarity) -> None:
         super().__init__()
         self.h = h
 

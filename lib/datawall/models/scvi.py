@@ -7,7 +7,7 @@ the rest of the likelihood is taken with its gradient in blocks of cells that st
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datawall import models
 from datawall.models import base, sparse, training
-
-if TYPE_CHECKING:
-    from datawall.models import hyperparameters
 
 ADAM = {"optimiser": "Adam", "epsilon": 0.01, "decay_vectors": True, "decay": "none"}  # as in scvi-tools
 BLOCK = 64  # cells whose every gene is in a processor's cache at a time
@@ -92,7 +90,7 @@ class ScVI(base.Network):
 class Autoencoder(nn.Module):
     """Encoder, latent normal and decoder; calling it on CSR counts gives the loss, in nats a cell."""
 
-    def __init__(self, n_genes: int, h: hyperparameters.ScVI) -> None:
+    def __init__(self, n_genes: int, h: models.hyperparameters.ScVI) -> None:
         super().__init__()
         self.encoder = _layers(sparse.SparseLinear(n_genes, h.n_hidden), h.n_layers, h.dropout)
         self.mean = nn.Linear(h.n_hidden, h.n_latent)

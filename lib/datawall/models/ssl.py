@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datawall import models
 from datawall.models import base, sparse, training
 from datawall.models.sparse import Cells, DenseCells
-
-if TYPE_CHECKING:
-    from datawall.models import hyperparameters
 
 TEMPERATURE = 0.1  # of InfoNCE
 
@@ -24,7 +22,7 @@ TEMPERATURE = 0.1  # of InfoNCE
 class Autoencoder(nn.Module):
     """Linear layers, SELU and dropout; its forward pass gives the loss of a batch (see `SSL`)."""
 
-    def __init__(self, n_genes: int, h: hyperparameters.SSL) -> None:
+    def __init__(self, n_genes: int, h: models.hyperparameters.SSL) -> None:
         super().__init__()
         self.mask, self.n_latent = h.mask, h.n_latent
         self.variational, self.contrastive = h.loss == "vae", h.loss == "contrastive"

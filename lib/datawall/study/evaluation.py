@@ -164,6 +164,7 @@ def _expression(study: Study, name: str) -> tuple[sp.csr_matrix, np.ndarray, np.
 
 @lru_cache(maxsize=8)
 def _response(study: Study, name: str, treatment: str, held_out: str) -> "tasks.perturbation.Response":
+    """What the treatment does to the context held out, which is the same for every model."""
     _, *cells = _screen(study, name, treatment)
     return tasks.perturbation.Response.of(*cells, held_out)
 

@@ -3,7 +3,7 @@
 from functools import cache
 
 import numpy as np
-from scipy.stats import beta, binom
+from scipy.special import betaincinv
 
 N_RESAMPLES = 200
 LEVEL = 0.95
@@ -42,7 +42,7 @@ def wilson(right: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 def exact(right: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Clopper's and Pearson's interval of a share, (2, ...): never covers less than it says."""
-    low, high = beta.ppf((1 - LEVEL) / 2, right, n - right + 1), beta.ppf((1 + LEVEL) / 2, right + 1, n - right)
+    low, high = betaincinv(right, n - right + 1, (1 - LEVEL) / 2), betaincinv(right + 1, n - right, (1 + LEVEL) / 2)
     return np.stack([np.where(right > 0, low, 0), np.where(right < n, high, 1)])
 
 
@@ -127,5 +127,7 @@ def chance_levels(train_labels: np.ndarray, test_labels: np.ndarray) -> dict[str
 @cache
 def _chance_f1(n: int, share: float, n_cells: int) -> float:
     """Expected F1 of a type with n of the test cells and a share of the training cells."""
+    from scipy.stats import binom  # half a second, which a plan need not wait
+
     m = np.arange(n_cells + 1)
     return binom.pmf(m, n_cells, share) @ (2 * n * m / n_cells / (n + m))
