@@ -18,8 +18,8 @@ lab: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m datawall.cells.datasets
-	$(BIN)/python -m pytest notebooks
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python run_all.py params/quick.yaml  # which notebooks below find, several at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder notebooks tests
 
 test-more: .venv/ready .venv/moto/bin/moto_server  # what takes longer, or more than a clone: all faults, and an object store's server
 	DATAWALL_TESTS=more $(BIN)/python -m pytest tests/faults tests/test_shared.py
