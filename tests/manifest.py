@@ -19,9 +19,9 @@ MANIFEST = ROOT / "codecheck" / "manifest.csv"
 HOW = """\
 One command checks all: `make test`, in a clone, on Linux with Python 3.12 and pip. It sets up .venv, fetches Kang's
 cells (28 MB), makes the default study, executes every notebook, compares what its marked cells print with what is
-stored, and runs all tests. `make notebooks` makes every file listed here again. On two cores: some minutes and a few GB for .venv, then
-what README.md says under "What it costs". codecheck/manifest.csv lists every stored output and says whether it is
-compared (True or False); within what, and why, CONTRIBUTING.md says under "Numbers across machines".
+stored, and runs all tests. `make notebooks` makes every file listed here again. On two cores: some minutes and a few
+GB for .venv, then what README.md says under "What it costs". codecheck/manifest.csv lists every stored output and says
+whether it is compared (True or False); within what, and why, CONTRIBUTING.md says under "Numbers across machines".
 """
 
 
