@@ -398,7 +398,6 @@ def test_a_cell_does_not_see_the_others_of_the_call(name, monkeypatch):
     together = model.embed(counts)
     few = [7, 3, 90]
     np.testing.assert_allclose(model.embed(counts[few]), together[few], atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(scvi, "CELLS_AT_ONCE", 7)
     monkeypatch.setattr(sparse, "CELLS_AT_ONCE", 7)
     monkeypatch.setattr(geneformer, "TOKENS_PER_BATCH", 100)
     np.testing.assert_allclose(model.embed(counts), together, atol=1e-5, rtol=1e-5)

@@ -21,7 +21,7 @@ FAMILIES = {
     "SCimilarity": {"n_hidden": [64], "n_latent": 16, "batch_size": 64},
 }  # fmt: skip
 N_GENES = 600
-FINETUNABLE = ("SSL", "Geneformer", "SCimilarity")
+FINETUNABLE = ("scVI", "SSL", "Geneformer", "SCimilarity")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_no_cells_cannot_be_reconstructed(cells, fitted):
 SHORT = training.Recipe(steps=60, batch_size=32, learning_rate=1e-3, warmup=0.1, validate_every=20, patience=3)
 
 
-def test_three_families_can_be_finetuned(fitted):
+def test_every_network_can_be_finetuned(fitted):
     assert [family for family in FAMILIES if hasattr(fitted[family], "finetunable")] == list(FINETUNABLE)
 
 

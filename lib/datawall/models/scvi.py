@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datawall import models
-from datawall.models import base, sparse, training
+from datawall.models import sparse, training
 
 ADAM = {"optimiser": "Adam", "epsilon": 0.01, "decay_vectors": True, "decay": "none"}  # as in scvi-tools
 BLOCK = 64  # cells whose every gene is in a processor's cache at a time
-CELLS_AT_ONCE = 1024  # when embedding
 KL_WARMUP_PASSES = 400  # scvi-tools' n_epochs_kl_warmup
 NO_LIBRARY = 1e-20  # in place of a library of zero: the cell's likelihood and gradient vanish, without 0 / 0
 SMALL = 32  # counts up to this one are worth a histogram
 
 
-class ScVI(base.Network):
+class ScVI(sparse.SparseNetwork):
     """A variational autoencoder of raw counts; the embedding is the posterior mean.
 
     The model is scvi-tools' `SCVI(gene_likelihood="nb", dispersion="gene", use_observed_lib_size=True)` without a
@@ -59,17 +58,6 @@ class ScVI(base.Network):
         if h.schedule == "epochs":
             return min(1.0, step * h.batch_size // n_cells / KL_WARMUP_PASSES)
         return step / (h.kl_warmup * steps) if step < h.kl_warmup * steps else 1.0
-
-    @torch.no_grad()
-    def embed(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Posterior means, (n_cells, n_latent) float32; zero for a cell without counts of the panel."""
-        module = self.ready(counts)
-        embedding = np.zeros((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
-        for first in range(0, len(embedding), CELLS_AT_ONCE):
-            block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.posterior(sparse.on_device(self.prepare(counts[block])))[0].cpu().numpy()
-        embedding[np.asarray(self.prepare(counts).sum(axis=1)).ravel() == 0] = 0
-        return embedding
 
     @torch.no_grad()
     def heldout_loss(self, counts: sp.csr_matrix, obs: pd.DataFrame) -> float:
@@ -113,6 +101,10 @@ class Autoencoder(nn.Module):
         """Mean and variance of q(z | x), each (n_cells, n_latent)."""
         hidden = self.encoder(cells.log1p())  # (B, n_hidden)
         return self.mean(hidden), self.log_variance(hidden).exp() + 1e-4
+
+    def encode(self, cells: sparse.Cells | sparse.DenseCells) -> Tensor:
+        """Posterior means, (n_cells, n_latent)."""
+        return self.posterior(cells)[0]
 
     def reconstruction(self, counts: sp.csr_matrix, z: Tensor) -> Tensor:
         """Mean over cells of -log p(x | z): negative binomials around library * softmax(share)."""

@@ -223,7 +223,7 @@ def bernoulli(n: int, share: float, where: torch.device) -> Tensor:
 
 
 class SparseNetwork(base.Network):
-    """A family whose module embeds `Cells` of log-normalised expression by its method `encode`."""
+    """A family whose module embeds `Cells` by its method `encode`, as a rule of log-normalised expression."""
 
     def prepare(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         """Log-normalised expression of the panel, (n_cells, n_panel); a cell is scaled by its counts of all genes."""
@@ -231,13 +231,13 @@ class SparseNetwork(base.Network):
 
     @torch.no_grad()
     def embed(self, counts: sp.csr_matrix) -> np.ndarray:
-        """Output of the encoder for whole cells, block by block; zero for a cell without counts."""
+        """Output of the encoder for whole cells, block by block; zero for a cell without counts of the panel."""
         module = self.ready(counts)
         embedding = np.empty((counts.shape[0], self.hyperparameters.n_latent), dtype=np.float32)
         for first in range(0, len(embedding), CELLS_AT_ONCE):
             block = slice(first, first + CELLS_AT_ONCE)
-            embedding[block] = module.encode(on_device(self.prepare(counts[block]))).cpu().numpy()
-        embedding[np.asarray(counts.sum(axis=1)).ravel() == 0] = 0
+            X = self.prepare(counts[block])
+            embedding[block] = np.where(X.sum(axis=1) > 0, module.encode(on_device(X)).cpu().numpy(), 0)
         return embedding
 
     def finetunable(self) -> tuple[nn.Module, Callable[[sp.csr_matrix], Tensor]]:

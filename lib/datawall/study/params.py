@@ -95,7 +95,7 @@ class Params(BaseModel):
     integration_cells: Annotated[int, Field(ge=100)] | None = None  # of a data set, at most; by default all
     k: Annotated[int, Field(ge=1)] = 5  # neighbours of zero-shot classification
     more_k: list[Annotated[int, Field(ge=1)]] = []  # further numbers of them to report beside
-    finetune: Literal["head", "full"] = "head"  # "full": whole networks too, of SSL, Geneformer and SCimilarity
+    finetune: Literal["head", "full"] = "head"  # "full": whole networks too
     class_weight: Literal["balanced"] | None = None  # of cell types in fine-tuning
     matching: Literal["mean", "nearest", "ot"] = "mean"  # what the perturbation head learns from a control cell
     treatments: Treatments = 5  # judged one by one against the control: by name, or so many with the most cells
