@@ -173,9 +173,7 @@ class SCimilarity(SparseNetwork):
             label, study = labels[rows], studies[rows]
             apart = study[:, None] != study if studies.any() else True  # of one study alone, pairs lie within it
             pairs = np.triu((label[:, None] == label) & apart, 1)  # each once: the row is the anchor
-            return tuple(
-                torch.from_numpy(table).to(training.device()) for table in (pairs, ~kin[label[:, None], label])
-            )
+            return tuple(training.send(torch.from_numpy(table)) for table in (pairs, ~kin[label[:, None], label]))
 
         return relations
 
