@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
-from test_notebooks import CHECKED, NOTEBOOKS, ROOT, cells_of, each_notebook
+from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams
+from test_notebooks import CHECKED, NOTEBOOKS, ROOT, cells_of, each_notebook, tags
 
 from datawall.engine import code
 
@@ -117,35 +119,58 @@ def altered(output):
                 yield nbformat.from_dict({**output, "data": {**output.data, kind: changed}})
 
 
-def test_every_altered_number_of_a_checked_cell_fails(tmp_path):
-    """Code that prints every checked output of the notebooks again meets it as it is, and with each number altered.
+def meets(cell, stored, printed):
+    """Whether nbval takes what a cell has printed for what is stored of it, where it compares the cell at all."""
+    return not cell.options["check"] or cell.compare_outputs(coalesce_streams([printed]), coalesce_streams([stored]))
 
-    So this compares as `make test` does, what is stored, in one kernel and without the study.
-    """
-    new = nbformat.v4
+
+@pytest.fixture
+def nbval_cells(request, monkeypatch):
+    """What makes nbval's items of a notebook's code cells."""
+    monkeypatch.setattr(IPyNbCell, "format_output_compare", lambda *_: None)  # a report of what differs
+    return lambda path: list(IPyNbFile.from_parent(request.session, path=path).collect())
+
+
+@each_notebook
+def test_every_altered_number_of_a_checked_cell_fails(path, nbval_cells):
+    """By nbval's own comparison, if what was printed is what is stored, and with each number of it altered."""
+    n_altered = 0
+    for cell in nbval_cells(path):
+        for output in cell.cell.outputs if CHECKED in tags(cell.cell) else []:
+            assert meets(cell, output, output)
+            for other in altered(output):
+                n_altered += 1
+                assert not meets(cell, other, output), other
+    assert n_altered > 3
+
+
+def test_nbval_compares_so_what_a_kernel_prints(tmp_path, nbval_cells):
+    """Code that prints a text and a table again meets them as they are, and not with a number altered."""
+    new, of_notebooks = nbformat.v4, [cell for path in NOTEBOOKS for cell in cells_of(path, "code")]
+    checked = [output for cell in of_notebooks if CHECKED in tags(cell) for output in cell.outputs]
     lines = ["class Stored:", "    def __init__(self, data): self.data = data"]
     lines += ["    def _repr_mimebundle_(self, **_): return self.data"]
-    cells, expected = [new.new_code_cell("\n".join(lines), execution_count=1)], ["passed"]
-    for path in NOTEBOOKS:
-        for cell in cells_of(path, "code"):
-            for output in cell.outputs if CHECKED in cell.metadata.get("tags", []) else []:
-                for stored in [output, *altered(output)]:
-                    count = len(cells) + 1
-                    if "execution_count" in stored:
-                        stored.execution_count = count
-                    metadata = {"tags": [CHECKED]}
-                    cells.append(
-                        new.new_code_cell(retold(output), outputs=[stored], execution_count=count, metadata=metadata)
-                    )
-                    expected.append("passed" if stored is output else "failed")
+    cells, printed = [new.new_code_cell("\n".join(lines), execution_count=1)], []
+    for kind in ("stream", "execute_result"):
+        output = next(output for output in checked if output.output_type == kind and any(altered(output)))
+        for stored in (output, next(altered(output))):
+            printed.append(output)
+            count = len(cells) + 1
+            if "execution_count" in stored:
+                stored.execution_count = count
+            given = {"outputs": [stored], "execution_count": count, "metadata": {"tags": [CHECKED]}}
+            cells.append(new.new_code_cell(retold(output), **given))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "altered.ipynb")
-    shown = ["-q", "-rA", "--tb=no", "--color=no"]
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", *shown, "altered.ipynb"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    outcome = {int(number): word.lower() for word, number in re.findall(r"^(\w+) .*::Cell (\d+)", done.stdout, re.M)}
-    assert [outcome.get(i) for i in range(len(expected))] == expected
-    assert expected.count("failed") > 30
+    notebook = tmp_path / "altered.ipynb"
+    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebook)
+    shown = ["-q", "-rA", "--tb=no", "--color=no", "-p", "nbval.plugin", "--nbval-lax", "--nbval-current-env"]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others take seconds to load
+    command = [sys.executable, "-m", "pytest", *shown, notebook.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    outcome = {int(number): word for word, number in re.findall(r"^(\w+) .*::Cell (\d+)", done.stdout, re.M)}
+    assert [outcome.get(i) for i in range(5)] == ["PASSED", "PASSED", "FAILED", "PASSED", "FAILED"], done.stdout
+    told = [meets(item, *item.cell.outputs, of) for item, of in zip(nbval_cells(notebook)[1:], printed, strict=True)]
+    assert told == [True, False, True, False]
 
 
 # What is written for an independent check is what the repository holds
