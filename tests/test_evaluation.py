@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -28,6 +29,7 @@ from datawall.planning import preflight
 from datawall.reading import plots
 from datawall.study import dataset, evaluation, joining, params, questions
 from datawall.study.records import Evaluation, EvaluationSet
+from datawall.tasks import finetuning, uncertainty
 
 TASKS = tuple(tasks.TASKS)
 ATLAS = atlas(300, n_datasets=2, donors_per_dataset=3, responsive=["myeloid leukocyte", "lymphocyte"])
@@ -38,6 +40,17 @@ VALUES = STUDY | {
     "tasks": list(TASKS), "splits": 2, "finetuned_splits": 1, "more_k": [1],
     "held_out_contexts": ["naive B cell"], "perturbation_genes": 100,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Heads learn for some steps: how well they do is not asked here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (finetuning.finetuned_classification, finetuning.fully_finetuned_classification):
+            given = function.__kwdefaults__
+            for name in given.keys() & {"recipe", "head_recipe"}:
+                patch.setitem(given, name, replace(given[name], steps=50))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -475,29 +488,31 @@ def test_width_from_splits_is_scipys_bootstrap_of_paired_differences():
 
 @pytest.mark.parametrize(("n_cells", "n_seeds", "spread"), [(300, 5, 0.1), (2000, 3, 0.02), (700, 1, 0.0)])
 def test_differences_paired_by_cell_hold_the_truth_and_are_narrower(n_cells, n_seeds, spread):
-    """What is hard is hard for both, and seeds differ; 200 draws have a Monte-Carlo error of 1.5 % at 95 %."""
+    """What is hard is hard for both, and seeds differ; 1,000 draws have a Monte-Carlo error of 0.7 % at 95 %."""
     rng, held, widths = np.random.default_rng(0), [], []
     truth = scipy.stats.norm.cdf(0.3 / np.sqrt(1 + 0.5**2 + spread**2)) - 0.5
     names = ["task", "dataset", "model", "strategy", "percentage", "seed"]
-    for _ in range(200):
+    for draw in range(1000):
         easy = rng.standard_normal(n_cells)
         worth = 0.3 + spread * rng.standard_normal((n_seeds, 1))
         ours = worth + easy + 0.5 * rng.standard_normal((n_seeds, n_cells)) > 0
         theirs = easy + 0.5 * rng.standard_normal(n_cells) > 0
-        where = "zeroshot_classification", "d"
-        right = {(*where, "A", "random", 1, seed): of for seed, of in enumerate(ours)}
-        right[(*where, "PCA", "baseline", 0, -1)] = theirs
-        right = pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=names), dtype=object)
-        values = ours.mean(axis=1, keepdims=True), theirs.mean(keepdims=True)
-        paired = compared(*values, right=right)
-        held.append(paired["low"] <= truth <= paired["high"])
-        if len(held) <= 20:
+        difference, low, high = uncertainty.paired_interval(ours, theirs)
+        held.append(low <= truth <= high)
+        if draw < 10:  # what a table says
+            where = "zeroshot_classification", "d"
+            right = {(*where, "A", "random", 1, seed): of for seed, of in enumerate(ours)}
+            right[(*where, "PCA", "baseline", 0, -1)] = theirs
+            right = pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=names), dtype=object)
+            values = ours.mean(axis=1, keepdims=True), theirs.mean(keepdims=True)
+            paired = compared(*values, right=right)
+            assert (paired["difference"], paired["low"], paired["high"]) == pytest.approx((difference, low, high))
             half = [1.96 * np.sqrt(value.mean() * (1 - value.mean()) / n_cells) for value in values]
             apart = compared(*values, intervals=half, n_resamples=200)
             assert paired["difference"] == pytest.approx(apart["difference"])
-            widths.append((paired["high"] - paired["low"]) / (apart["high"] - apart["low"]))
+            widths.append((high - low) / (apart["high"] - apart["low"]))
     assert (paired["verdict"] == results.ONE_SEED) == (n_seeds == 1)
-    assert 0.91 < np.mean(held) < 0.99
+    assert 0.93 < np.mean(held) < 0.97
     assert np.mean(widths) < 0.9
 
 
