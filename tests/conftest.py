@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,16 @@ def chromium():
         browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def few_steps():
+    """Heads learn for some steps, where how well they do is not asked."""
+    from datawall.tasks import finetuning
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (finetuning.finetuned_classification, finetuning.fully_finetuned_classification):
+            given = function.__kwdefaults__
+            for name in given.keys() & {"recipe", "head_recipe"}:
+                patch.setitem(given, name, replace(given[name], steps=50))
+        yield

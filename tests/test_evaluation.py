@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -29,7 +28,7 @@ from datawall.planning import preflight
 from datawall.reading import plots
 from datawall.study import dataset, evaluation, joining, params, questions
 from datawall.study.records import Evaluation, EvaluationSet
-from datawall.tasks import finetuning, uncertainty
+from datawall.tasks import uncertainty
 
 TASKS = tuple(tasks.TASKS)
 ATLAS = atlas(300, n_datasets=2, donors_per_dataset=3, responsive=["myeloid leukocyte", "lymphocyte"])
@@ -40,17 +39,6 @@ VALUES = STUDY | {
     "tasks": list(TASKS), "splits": 2, "finetuned_splits": 1, "more_k": [1],
     "held_out_contexts": ["naive B cell"], "perturbation_genes": 100,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_steps():
-    """Heads learn for some steps: how well they do is not asked here."""
-    with pytest.MonkeyPatch.context() as patch:
-        for function in (finetuning.finetuned_classification, finetuning.fully_finetuned_classification):
-            given = function.__kwdefaults__
-            for name in given.keys() & {"recipe", "head_recipe"}:
-                patch.setitem(given, name, replace(given[name], steps=50))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +53,7 @@ def study_of(folder, **values):
 
 
 @pytest.fixture(scope="module")
-def study(folder):
+def study(folder, few_steps):
     """A study of six models and five tasks, evaluated."""
     study = study_of(folder)
     for task in TASKS:
@@ -230,7 +218,7 @@ def test_a_changed_setting_redoes_the_tasks_it_is_for(study, changes, redone):
     assert {task for (task, source), key in after.items() if before[task, source] != key} == redone
 
 
-def test_whole_networks_are_trained_where_they_can_be(study):
+def test_whole_networks_are_trained_where_they_can_be(study, few_steps):
     full = study_of(study.folder.parent, finetune="full", percentages=[100], strategies=["random"])
     scores = {}
     for run in full.pretraining_runs():
