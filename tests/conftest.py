@@ -65,8 +65,7 @@ def few_steps():
     from datawall.tasks import finetuning
 
     with pytest.MonkeyPatch.context() as patch:
-        for function in (finetuning.finetuned_classification, finetuning.fully_finetuned_classification):
-            given = function.__kwdefaults__
-            for name in given.keys() & {"recipe", "head_recipe"}:
-                patch.setitem(given, name, replace(given[name], steps=50))
+        for heads in (finetuning.finetuned_classification, finetuning.fully_finetuned_classification):
+            few = {name: replace(of, steps=50) for name, of in heads.__kwdefaults__.items() if "recipe" in name}
+            patch.setattr(heads, "__kwdefaults__", heads.__kwdefaults__ | few)
         yield
