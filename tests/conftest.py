@@ -11,13 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: two proc
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MORE = os.environ.get("DATAWALL_TESTS") == "more"  # make test-more
 # In CI any other skip fails, so that nothing goes untested unnoticed; `.ci/run` adds what it could not install.
-MAY_SKIP = [
-    "needs a GPU",
-    "needs Slurm",
-    "needs mounts",
-    "needs a processor",
-    *os.environ.get("DATAWALL_MAY_SKIP", "").split(","),
-]
+MAY_SKIP = ["needs a GPU", "needs Slurm", "needs mounts", "needs a processor"]
+MAY_SKIP += os.environ.get("DATAWALL_MAY_SKIP", "").split(",")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -80,8 +80,6 @@ def cells_of(labels, donors=None, *, splits=3):
 
 
 LABELS = np.repeat(["T", "B"], [60, 40])
-
-
 BY_CELL = ["cells 0", "cells 1", "cells 2"]
 
 
