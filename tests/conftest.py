@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: two proc
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MORE = os.environ.get("DATAWALL_TESTS") == "more"  # make test-more
 # In CI any other skip fails, so that nothing goes untested unnoticed; `.ci/run` adds what it could not install.
-MAY_SKIP = [
-    "needs a GPU",
-    "needs Slurm",
-    "needs mounts",
-    "needs a processor",
-    *os.environ.get("DATAWALL_MAY_SKIP", "").split(","),
-]
+MAY_SKIP = ["needs a GPU", "needs Slurm", "needs mounts", "needs a processor"]
+MAY_SKIP += os.environ.get("DATAWALL_MAY_SKIP", "").split(",")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -56,3 +52,15 @@ def chromium():
         browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def few_steps():
+    """Heads learn for some steps, where how well they do is not asked."""
+    from datawall.tasks import finetuning
+
+    with pytest.MonkeyPatch.context() as patch:
+        for heads in (finetuning.finetuned_classification, finetuning.fully_finetuned_classification):
+            few = {name: replace(of, steps=50) for name, of in heads.__kwdefaults__.items() if "recipe" in name}
+            patch.setattr(heads, "__kwdefaults__", heads.__kwdefaults__ | few)
+        yield

@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -64,18 +66,19 @@ def test_noise_leaves_it_undecided_at_the_end_of_the_budget():
 
 
 @pytest.mark.parametrize("grid", [GRID, (1, 2, 5, 10, 25, 50, 100)])
-@pytest.mark.parametrize("begins", [10, 25, 50])
-def test_what_comes_late_is_not_called_a_plateau(grid, begins):
-    """Two points in every doubling from there on, or none; 200 draws: 1.5 % of Monte-Carlo error at 5 %."""
+def test_what_comes_late_is_not_called_a_plateau(grid):
+    """Two points in every doubling from there on, or none; 216 draws: 1.5 % of Monte-Carlo error at 5 %."""
     rng, found = np.random.default_rng(0), []
     spreads = (0.002, 0.005, 0.01, 0.02)
-    for draw in range(200):
+    for begins, draw in product((10, 25, 50), range(72)):
         noise = spreads[draw % 4] * rng.standard_normal((len(grid), 5))
         levels = 0.7 + 0.02 * np.log2(np.maximum(np.array(grid) / begins, 1))
         scores = dict(zip(grid, levels[:, None] + noise, strict=True))
         found.append(settle(lambda p, seed, of=scores: of[p][seed], Plan(margin=0.01, percentages=grid)))
-    assert np.mean([of.verdict == "plateau" for of in found]) <= 0.05
-    assert np.mean([of.verdict == "still improving" for of in found]) > 0.6
+    verdicts = np.array([of.verdict for of in found]).reshape(3, 72)
+    assert np.mean(verdicts == "plateau") <= 0.05
+    assert (np.mean(verdicts == "plateau", axis=1) <= 0.1).all()  # wherever it begins: 2.6 % of Monte-Carlo error
+    assert (np.mean(verdicts == "still improving", axis=1) > 0.6).all()
     assert all((of.runs["percentage"] == 100).sum() >= 2 for of in found)
 
 
@@ -108,17 +111,10 @@ def test_on_all_runs_of_a_curve_that_is_no_line_the_equivalence_rule_decides():
     assert np.isnan(point["percentage"])
 
 
-@pytest.mark.parametrize(
-    ("percentages", "ladder"),
-    [
-        ((1, 2, 5, 10, 25, 50, 100), [1, 5, 25, 100]),
-        ((1, 10, 25, 50, 75, 100), [1, 10, 100]),
-        ((50, 100), [50, 100]),
-        ((0.1, 1, 10), [0.1, 1, 10]),
-    ],
-)
-def test_ladder(percentages, ladder):
-    assert Plan(margin=0.1, percentages=percentages).ladder() == ladder
+def test_ladder():
+    ladders = {(1, 2, 5, 10, 25, 50, 100): [1, 5, 25, 100], (1, 10, 25, 50, 75, 100): [1, 10, 100]}
+    ladders |= {(50, 100): [50, 100], (0.1, 1, 10): [0.1, 1, 10]}
+    assert {sizes: Plan(margin=0.1, percentages=sizes).ladder() for sizes in ladders} == ladders
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from datawall.planning import preflight
 from datawall.reading import plots
 from datawall.study import dataset, evaluation, joining, params, questions
 from datawall.study.records import Evaluation, EvaluationSet
+from datawall.tasks import uncertainty
 
 TASKS = tuple(tasks.TASKS)
 ATLAS = atlas(300, n_datasets=2, donors_per_dataset=3, responsive=["myeloid leukocyte", "lymphocyte"])
@@ -52,7 +53,7 @@ def study_of(folder, **values):
 
 
 @pytest.fixture(scope="module")
-def study(folder):
+def study(folder, few_steps):
     """A study of six models and five tasks, evaluated."""
     study = study_of(folder)
     for task in TASKS:
@@ -79,8 +80,6 @@ def cells_of(labels, donors=None, *, splits=3):
 
 
 LABELS = np.repeat(["T", "B"], [60, 40])
-
-
 BY_CELL = ["cells 0", "cells 1", "cells 2"]
 
 
@@ -217,7 +216,7 @@ def test_a_changed_setting_redoes_the_tasks_it_is_for(study, changes, redone):
     assert {task for (task, source), key in after.items() if before[task, source] != key} == redone
 
 
-def test_whole_networks_are_trained_where_they_can_be(study):
+def test_whole_networks_are_trained_where_they_can_be(study, few_steps):
     full = study_of(study.folder.parent, finetune="full", percentages=[100], strategies=["random"])
     scores = {}
     for run in full.pretraining_runs():
@@ -475,29 +474,31 @@ def test_width_from_splits_is_scipys_bootstrap_of_paired_differences():
 
 @pytest.mark.parametrize(("n_cells", "n_seeds", "spread"), [(300, 5, 0.1), (2000, 3, 0.02), (700, 1, 0.0)])
 def test_differences_paired_by_cell_hold_the_truth_and_are_narrower(n_cells, n_seeds, spread):
-    """What is hard is hard for both, and seeds differ; 200 draws have a Monte-Carlo error of 1.5 % at 95 %."""
+    """What is hard is hard for both, and seeds differ; 1,000 draws have a Monte-Carlo error of 0.7 % at 95 %."""
     rng, held, widths = np.random.default_rng(0), [], []
     truth = scipy.stats.norm.cdf(0.3 / np.sqrt(1 + 0.5**2 + spread**2)) - 0.5
     names = ["task", "dataset", "model", "strategy", "percentage", "seed"]
-    for _ in range(200):
+    for draw in range(1000):
         easy = rng.standard_normal(n_cells)
         worth = 0.3 + spread * rng.standard_normal((n_seeds, 1))
         ours = worth + easy + 0.5 * rng.standard_normal((n_seeds, n_cells)) > 0
         theirs = easy + 0.5 * rng.standard_normal(n_cells) > 0
-        where = "zeroshot_classification", "d"
-        right = {(*where, "A", "random", 1, seed): of for seed, of in enumerate(ours)}
-        right[(*where, "PCA", "baseline", 0, -1)] = theirs
-        right = pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=names), dtype=object)
-        values = ours.mean(axis=1, keepdims=True), theirs.mean(keepdims=True)
-        paired = compared(*values, right=right)
-        held.append(paired["low"] <= truth <= paired["high"])
-        if len(held) <= 20:
+        difference, low, high = uncertainty.paired_interval(ours, theirs)
+        held.append(low <= truth <= high)
+        if draw < 10:  # what a table says
+            where = "zeroshot_classification", "d"
+            right = {(*where, "A", "random", 1, seed): of for seed, of in enumerate(ours)}
+            right[(*where, "PCA", "baseline", 0, -1)] = theirs
+            right = pd.Series(right, index=pd.MultiIndex.from_tuples(right, names=names), dtype=object)
+            values = ours.mean(axis=1, keepdims=True), theirs.mean(keepdims=True)
+            paired = compared(*values, right=right)
+            assert (paired["difference"], paired["low"], paired["high"]) == pytest.approx((difference, low, high))
             half = [1.96 * np.sqrt(value.mean() * (1 - value.mean()) / n_cells) for value in values]
             apart = compared(*values, intervals=half, n_resamples=200)
             assert paired["difference"] == pytest.approx(apart["difference"])
-            widths.append((paired["high"] - paired["low"]) / (apart["high"] - apart["low"]))
+            widths.append((high - low) / (apart["high"] - apart["low"]))
     assert (paired["verdict"] == results.ONE_SEED) == (n_seeds == 1)
-    assert 0.91 < np.mean(held) < 0.99
+    assert 0.93 < np.mean(held) < 0.97
     assert np.mean(widths) < 0.9
 
 

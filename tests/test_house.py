@@ -135,7 +135,7 @@ def test_every_file_of_data_has_a_source_and_a_licence():
     [
         ("needs a spoon", {}, [], 0),
         ("needs a spoon", {"CI": "true"}, [], 1),
-        ("needs a spoon", {"CI": "true"}, ["-n", "1"], 1),
+        ("needs a spoon", {"CI": "true"}, ["-p", "xdist", "-n", "1"], 1),
         ("needs a spoon", {"CI": "true", "DATAWALL_MAY_SKIP": "needs a fork,needs a spoon"}, [], 0),
         ("needs a GPU", {"CI": "true"}, [], 0),
     ],
@@ -146,6 +146,7 @@ def test_a_skip_that_is_not_on_the_list_fails_in_ci(reason, variables, words, st
     (tmp_path / "test_it.py").write_text("\n".join([*lines, "@pytest.mark.more", "def test_three(): assert False"]))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    more: not here\n")
     kept = {name: value for name, value in os.environ.items() if name not in ("CI", "DATAWALL_MAY_SKIP")}
+    kept["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # which take seconds to load
     command = [sys.executable, "-m", "pytest", "-rs", *words]
     done = subprocess.run(command, cwd=tmp_path, env=kept | variables, capture_output=True, text=True)
     assert done.returncode == status, done.stdout

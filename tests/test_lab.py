@@ -79,9 +79,13 @@ def test_notebook_opens_and_runs_to_its_end(folder, lab, chromium):
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{address}/lab/tree/{NOTEBOOK}?token={token}")
     page.locator(".jp-Notebook h1").wait_for(timeout=90_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
     deadline = time.monotonic() + 180
+    while [kernel["execution_state"] for kernel in kernels(address, token)] != ["idle"]:
+        assert time.monotonic() < deadline, "no kernel"
+        page.wait_for_timeout(100)
+    page.locator(".jp-NotebookPanel-toolbar [data-status=idle]").wait_for(timeout=90_000)  # the page knows it too
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.locator(".lm-Menu-item:not(.lm-mod-disabled)").get_by_text("Run All Cells", exact=True).click()
     while True:
         page.wait_for_timeout(1000)
         page.keyboard.press("Control+s")

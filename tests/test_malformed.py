@@ -217,23 +217,31 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def sound(folder, layout, suffix):
-    """A file that is as it should be."""
-    adata = clean()
-    adata.X = LAYOUTS[layout](adata.X)
-    path = written(adata, folder / layout, suffix)
-    if suffix == ".zarr":  # whose consolidated metadata would hide what is done to the rest
-        root = path / "zarr.json"
-        root.write_text(json.dumps({**json.loads(root.read_text()), "consolidated_metadata": None}))
-    return path
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Files that are as they should be, by layout and suffix."""
+    folder, files = tmp_path_factory.mktemp("sound"), {}
+    for layout, suffix in STORED:
+        adata = clean()
+        adata.X = LAYOUTS[layout](adata.X)
+        path = files[layout, suffix] = written(adata, folder / layout, suffix)
+        if suffix == ".zarr":  # whose consolidated metadata would hide what is done to the rest
+            root = path / "zarr.json"
+            root.write_text(json.dumps({**json.loads(root.read_text()), "consolidated_metadata": None}))
+    return files
+
+
+def copied(path, folder):
+    copy = shutil.copytree if path.is_dir() else shutil.copy
+    return Path(copy(path, folder / path.name))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_spoiled_files_are_refused_in_a_line_or_repaired(kind, folder):
+def test_spoiled_files_are_refused_in_a_line_or_repaired(kind, folder, sound):
     sparse, dense = kind in OF_A_SPARSE_MATRIX | OF_OTHER_PARTS, kind in OF_A_DENSE_MATRIX
     for seed, (layout, suffix) in enumerate(STORED[:2] if sparse else STORED[2:] if dense else STORED):
-        path, rng = sound(folder, layout, suffix), np.random.default_rng(seed)
+        path, rng = copied(sound[layout, suffix], folder), np.random.default_rng(seed)
         if suffix == ".zarr":
             KINDS[kind](zarr.open_group(path, mode="r+"), rng)
         else:
@@ -252,9 +260,9 @@ def test_spoiled_files_are_refused_in_a_line_or_repaired(kind, folder):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("seed", range(150))
-def test_damaged_bytes_are_refused_where_they_matter(seed, folder):
+def test_damaged_bytes_are_refused_where_they_matter(seed, folder, sound):
     layout, suffix = STORED[seed % 4]
-    path = sound(folder, layout, suffix)
+    path = copied(sound[layout, suffix], folder)
     damage(path, np.random.default_rng(seed))
     cells = cells_of(path)
     if not isinstance(cells, str):

@@ -117,7 +117,11 @@ STUDIES = {
 
 
 @pytest.mark.parametrize(("overrides", "left_out"), STUDIES.values(), ids=STUDIES)
-def test_notebooks_run_to_the_end(overrides, left_out, tmp_path, capsys):
+def test_notebooks_run_to_the_end(overrides, left_out, tmp_path, capsys, monkeypatch, few_steps):
+    """With places of cells that need no compiling, and figures of few pixels."""
+    monkeypatch.setattr("scanpy.pp.neighbors", lambda *_, **__: None)
+    monkeypatch.setattr("scanpy.tl.umap", lambda cells, **_: cells.obsm.update(X_umap=cells.X[:, :2]))
+    monkeypatch.setitem(plots.plt.rcParams, "savefig.dpi", 20)
     study = Study(params.read(ROOT / "params" / "tiny.yaml", {"models": ["PretrainedPCA"], **overrides}), tmp_path)
     study.write_params()
     stages = [n for n in range(3, 8) if run_all.TASKS.get(n, study.params.tasks[0]) in study.params.tasks]

@@ -257,7 +257,7 @@ def test_stages_take_their_units_and_what_is_around_them():
 
 
 def test_what_is_made_is_not_left_to_do_and_counted_if_other_versions_made_it(tmp_path, monkeypatch):
-    study = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"])
+    study = study_of(tmp_path, models=["PretrainedPCA"], tasks=["zeroshot_classification"], workers=1)
     before, _ = planning.seconds_left(study)
     assert set(before) == {"pretraining", "zeroshot_classification"}
     study.pretrain()
@@ -321,8 +321,11 @@ def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
     small = {"CELLS": (200, 400), "EVALUATED": (100, 200)}
     for name, sizes in (small | {"EMBEDDED": ((100, 200), (2, 4)), "STEPS": ((1, 3), (1, 3))}).items():
         monkeypatch.setattr(calibration, name, sizes)
+    begun = []  # what a process of its own would import is imported here
+    monkeypatch.setattr(subprocess, "run", lambda command, check: begun.append(exec(command[-1])))
     study = study_of(tasks=["zeroshot_classification", "perturbation_response", "reconstruction"])
     known = json.loads(calibration.calibrate(study.params).read_text())
+    assert len(begun) == 1
     assert costs.calibration_of("mine") == known
     assert [each["family"] for each in known["models"]] == study.params.models
     assert {task: set(of) for task, of in known["tasks"].items()} == {
