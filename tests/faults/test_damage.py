@@ -29,7 +29,7 @@ DAMAGES = [  # of a file of the first or the last artifact of a kind
 
 
 @pytest.fixture
-def folder(undisturbed, tmp_path):
+def folder(undisturbed, tmp_path, forks):
     return shutil.copytree(undisturbed, tmp_path / "run", copy_function=shutil.copy2)
 
 
