@@ -59,7 +59,7 @@ def disturb(place, folder, to_kill, rng, n_artifacts):
         while process.poll() is None:
             family |= {each.pid: each for some in processes(process).values() for each in some}
             if due is None:
-                due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
+                due, delay = rng.integers(len(artifacts(folder)), n_artifacts), rng.uniform(0, SOON)
             if to_kill and len(artifacts(folder)) >= due:
                 time.sleep(delay)
                 delay = 0
