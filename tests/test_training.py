@@ -1,9 +1,7 @@
 import os
 import re
-import sys
 import termios
-import threading
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from functools import partial
 
 import numpy as np
@@ -147,24 +145,17 @@ def test_cells_are_counted_that_were_drawn():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_with_loss_and_rate_is_shown_in_a_terminal(monkeypatch, terminal):
-    def read():
-        with suppress(OSError):  # as the other end of a terminal is closed
-            while some := os.read(ours, 4096):
-                shown.append(some)
-
-    shown, (ours, theirs) = [], os.openpty() if terminal else os.pipe()
+    shown, (ours, theirs) = b"", os.openpty() if terminal else os.pipe()
     if terminal:
         termios.tcsetwinsize(ours, (24, 120))
-    reader = threading.Thread(target=read)
-    reader.start()
-    with open(theirs, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        monkeypatch.setattr(training, "tqdm", partial(tqdm, mininterval=0))  # after every step
+    monkeypatch.setattr(training, "tqdm", partial(tqdm, mininterval=0))  # after every step
+    with open(theirs, "w") as stderr, redirect_stderr(stderr):
         shared_fit.head()
-        monkeypatch.undo()
-    reader.join()
+    with suppress(OSError):  # as the other end of a terminal is closed
+        while some := os.read(ours, 4096):
+            shown += some
     os.close(ours)
-    found = re.search(rb"training: .*30/30 .*(it/s|s/it), loss=\d", b"".join(shown))
+    found = re.search(rb"training: .*30/30 .*(it/s|s/it), loss=\d", shown)
     assert bool(found) is terminal, shown
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from unittest import mock
@@ -50,20 +50,19 @@ def environment():
 
 
 def run(folder):
-    """Do `run_all.py` on a folder, in this process; returns exit status, what it printed, and its errors.
+    """Do `run_all.py` on a folder, in this process; returns exit status and errors.
 
     One worker, which takes half of the time: results are the same with two (as `start` has them).
     """
-    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as errors, mock.patch.dict(os.environ):
-        os.environ.pop("PYTEST_CURRENT_TEST")
-        status = run_all.main([*STUDY[1:], *STAGES, "--out", str(folder), "--set", "workers=1"])
-    return status, out.getvalue(), errors.getvalue()
+    with redirect_stderr(StringIO()) as errors, mock.patch.dict(os.environ):
+        del os.environ["PYTEST_CURRENT_TEST"]
+        return run_all.main([*STUDY[1:], *STAGES, "--out", str(folder), *settings(workers=1)]), errors.getvalue()
 
 
 def make_undisturbed(folder):
     """Make in a folder all that the command leaves in its store, and its results: in a part of a study without it."""
     if FULL:
-        status, _, errors = run(folder)
+        status, errors = run(folder)
         assert status == 0, errors
     else:
         study = dw.Study(dw.params.read(TINY, PART), folder)
