@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,28 @@ def pytest_sessionfinish(session):
     if wrong := sorted(reason for reason in reasons if not any(name and name in reason for name in MAY_SKIP)):
         reporter.write_line(f"CI: these skips are not on the list in tests/conftest.py: {'; '.join(wrong)}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """Where a fork server listens that tests share, since it takes ten seconds to start; they ask for `forks`."""
+    from datawall.engine import forkserver
+
+    with forkserver.server():
+        address = os.environ.pop(forkserver.ADDRESS)
+        yield address
+        os.environ[forkserver.ADDRESS] = address
+
+
+@pytest.fixture(scope="module")
+def forks(fork_server):
+    """Kernels and workers are forks of the shared server, also those of `run_all.main`, which starts no other."""
+    from datawall.engine import forkserver
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(forkserver.ADDRESS, fork_server)
+        patch.setattr(forkserver, "server", nullcontext)
+        yield
 
 
 @pytest.fixture(scope="module")  # while it is there, its event loop runs, which papermill could not bear

@@ -1,11 +1,10 @@
-"""Train networks in one process, or in several under torchrun: shared_fit.py FOLDER NETWORK ...
+"""Networks trained in one process, or in several: torchrun shared_fit.py FOLDER.
 
 Batches are of 15 cells, which two processes do not divide. What a process draws for itself is not drawn here.
 
 Of `late`, a head, seven steps run ahead before their losses are looked at, as on a GPU, and checkpoints are always due.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def head(checkpoint=None):
     return module, training.train(module, loss_of, 60, recipe, seed=0, **options)
 
 
-def late():
+def late(folder):
     training.LOSSES_AT_ONCE["cpu"], training.CHECKPOINT_SECONDS = 7, 0
     return head(folder / "checkpoint.npz")
 
@@ -67,14 +66,17 @@ def geneformer():
     return fit("Geneformer", counts, n_layers=2, n_heads=2, n_embd=16, max_length=32)
 
 
-folder = Path(sys.argv[1])
-if "RANK" in os.environ:
+def outcome(module, history):
+    """Weights and losses by name."""
+    return {"loss": history.loss} | {name: weight.numpy() for name, weight in module.state_dict().items()}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
-for name in sys.argv[2:]:
-    module, history = {"head": head, "SSL": ssl, "Geneformer": geneformer, "late": late}[name]()
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        weights = {name: weight.numpy() for name, weight in module.state_dict().items()}
-        np.savez(folder / name, loss=history.loss, **weights)
-if dist.is_initialized():
+    for name, train in {"head": head, "SSL": ssl, "Geneformer": geneformer, "late": lambda: late(folder)}.items():
+        ended = outcome(*train())
+        if dist.get_rank() == 0:
+            np.savez(folder / name, **ended)
     dist.barrier()  # none leaves while another is at work
     dist.destroy_process_group()

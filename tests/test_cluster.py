@@ -28,11 +28,8 @@ TESTS = Path(__file__).parent
 FIVE = [Item(f"good_{i}") for i in range(5)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forks():
-    """Workers are ready at once; where a test switches that off, they start from scratch."""
-    with forkserver.server():
-        yield
+# Workers are ready at once; where a test switches that off, they start from scratch.
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 @pytest.fixture
@@ -99,14 +96,14 @@ def test_longest_unit_begins_first(study):
 BAD = {
     "raises": "raises 0: ValueError: it is no good",
     "dies": "dies 0: its process died (signal SIGKILL); perhaps memory ran out",
-    "hangs": "hangs 0: stopped after 6 seconds, the time limit of a unit",
+    "hangs": "hangs 0: stopped after 3 seconds, the time limit of a unit",
     "exhausts_memory": "exhausts_memory 0: MemoryError:",
 }
 MIXED = [Item(name) for name in ("good_1", *BAD, "good_2", "good_3")]
 
 
 def test_units_that_fail_are_reported_when_the_others_are_done(executor, study):
-    given = study(executor=executor, time_limit=6.0)
+    given = study(executor=executor, time_limit=3.0)
     with pytest.raises(UnitsFailedError, match="4 of 7 units of test failed 2 times each") as raised:
         run_units(given, units.misbehave, MIXED, "test")
     assert all(message in str(raised.value) for message in BAD.values()), raised.value
@@ -122,13 +119,13 @@ def test_units_that_fail_once_are_done_in_the_end(study):
 
 
 def test_one_worker_is_this_very_process(study):
-    given = study(workers=1, time_limit=2.0)
+    given = study(workers=1, time_limit=1.0)
     items = [Item("good"), Item("raises"), Item("sleeps")]
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(UnitsFailedError, match="2 of 3 units of test failed 2 times each") as raised:
         run_units(given, units.misbehave, items, "test")
     assert BAD["raises"] in str(raised.value)
-    assert "sleeps 0: TimeoutError: stopped after 2 seconds" in str(raised.value)
+    assert "sleeps 0: TimeoutError: stopped after 1 seconds" in str(raised.value)
     assert process_ids(given.folder, items) == {os.getpid()}
     assert [len(lines(given.folder, item)) for item in items] == [1, 2, 2]
     assert signal.getsignal(signal.SIGALRM) == before
@@ -259,7 +256,13 @@ def test_dask_workers_must_share_the_folder_and_the_code(dask_cluster, study, mo
     assert not lines(tmp_path, FIVE[0])
 
 
-def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, monkeypatch, caplog):
+def test_dask_workers_are_waited_for_deal_their_gpus_out_and_are_lost(study, tmp_path, monkeypatch, caplog):
+    def lose_and_add():
+        wait_until(lambda: lines(tmp_path, Item("slow")))
+        os.killpg(started.workers[0].pid, signal.SIGKILL)
+        wait_until(lambda: "no worker is left; waiting for one" in caplog.text)
+        started.add_worker()
+
     need = lambda study, item: Need(gpus=int(item.value))  # noqa: E731
     items = [Item("pair", 2), Item("one_1", 1), Item("one_2", 1), Item("none", 0)]
     with closing(DaskCluster(tmp_path, n_workers=0)) as started:
@@ -274,26 +277,16 @@ def test_dask_workers_are_waited_for_and_deal_their_gpus_out(study, tmp_path, mo
         run_units(given, units.tell_gpus_slowly, items, "test", need)
         with pytest.raises(ValueError, match=r"three 3 asks for GPU=3, and no Dask worker declares as much .*GPU=2"):
             run_units(given, units.tell_gpus, [Item("three", 3)], "test", need)
-    devices = {item.name: lines(tmp_path, item)[0].split(maxsplit=2)[2:] for item in items}
-    assert devices["pair"] == ["5,6"]
-    assert {*devices["one_1"], *devices["one_2"]} == {"5", "6"}
-    assert devices["none"] == []
-
-
-def test_dask_that_loses_its_workers_says_so_and_goes_on(study, tmp_path, caplog):
-    def lose_and_add(started):
-        wait_until(lambda: lines(tmp_path, Item("slow")))
-        os.killpg(started.workers[0].pid, signal.SIGKILL)
-        wait_until(lambda: "no worker is left; waiting for one" in caplog.text)
-        started.add_worker()
-
-    with closing(DaskCluster(tmp_path, n_workers=1)) as started:
-        other = threading.Thread(target=lose_and_add, args=[started], daemon=True)
+        other = threading.Thread(target=lose_and_add, daemon=True)
         other.start()
         run_units(study(executor=started.address), units.pause, [Item("slow", 2.0)], "test")
         other.join(60)
     assert "a worker is there again" in caplog.text
     assert len(lines(tmp_path, Item("slow"))) == 3  # begun, and done
+    devices = {item.name: lines(tmp_path, item)[0].split(maxsplit=2)[2:] for item in items}
+    assert devices["pair"] == ["5,6"]
+    assert {*devices["one_1"], *devices["one_2"]} == {"5", "6"}
+    assert devices["none"] == []
 
 
 def test_what_a_unit_takes_of_dask_workers():
@@ -325,7 +318,7 @@ def test_dask_over_tls_turns_others_away(study, tmp_path, monkeypatch):
     monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "ours"))
     monkeypatch.setenv(forkserver.ADDRESS, "off")
     with config.set(ours):
-        started = DaskCluster(tmp_path, "tls")
+        started = DaskCluster(tmp_path, "tls", n_workers=1)
     with closing(started):
         with config.set(ours):
             run_units(study(executor=started.address), units.succeed, FIVE, "test")

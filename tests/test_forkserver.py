@@ -13,16 +13,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+from units import wait_until
 
 from datawall.engine import code, forkserver, kernels
 
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def server():
-    with forkserver.server():
-        yield
+# Of a server that imports what kernels need and no more, where what it imports is not what is tested.
+SMALL = "from datawall.engine import code, forkserver\ncode.MODULES, forkserver.WHEN_IDLE = (), ()\n"
+
+
+@pytest.fixture
+def server(fork_server, monkeypatch):
+    monkeypatch.setenv(forkserver.ADDRESS, fork_server)
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +35,22 @@ def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(TESTS))
 
 
+@pytest.fixture
+def small_server(tmp_path, monkeypatch):
+    """What starts a fork server starts one that has little to import."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text(SMALL)
+    monkeypatch.syspath_prepend(str(tmp_path / "first"))
+
+
 def fork(function, *arguments, descriptors=(), **environment):
     return forkserver.Forked("some name", function, arguments, {**os.environ, **environment}, (1, 2, *descriptors))
 
 
-def test_sockets_are_short_and_of_this_machine_alone_and_a_server_that_died_is_named(tmp_path, monkeypatch):
-    """Whatever the temporary folder; all by one server, which takes seconds to start."""
+def test_sockets_are_short_and_of_this_machine_alone_and_a_server_that_died_is_named(
+    tmp_path, monkeypatch, small_server
+):
+    """Whatever the temporary folder."""
     long = tmp_path / (90 * "a")
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
@@ -48,9 +62,10 @@ def test_sockets_are_short_and_of_this_machine_alone_and_a_server_that_died_is_n
             client.wait_for_ready(timeout=300)
             sockets = [each for each in process.net_connections(kind="inet") if each.status == psutil.CONN_LISTEN]
             client.stop_channels()
+            server = process.parents()[1]
         assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
         assert not list(long.iterdir())
-        server = next(child for child in psutil.Process().children() if "forkserver.serve" in " ".join(child.cmdline()))
+        assert "forkserver.serve" in " ".join(server.cmdline())
         server.kill()
         server.wait(60)
         with pytest.raises(ConnectionError, match="has died"):
@@ -132,7 +147,7 @@ def short_folder():
         yield Path(folder)
 
 
-def test_fork_and_its_children_end_when_who_asked_is_killed(short_folder):
+def test_fork_and_its_children_end_when_who_asked_is_killed(short_folder, small_server):
     asks = textwrap.dedent("""
         import os, time
         from datawall.engine import forkserver, kernels
@@ -141,13 +156,13 @@ def test_fork_and_its_children_end_when_who_asked_is_killed(short_folder):
                 process = forkserver.Forked("some name", "forked:hang_with_child", [], dict(os.environ), [1, 2, 1])
                 time.sleep(1000)
     """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TMPDIR": str(short_folder)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(short_folder)}
     with subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE, env=environment) as asked:
         pids = [int(pid) for pid in asked.stdout.readline().split()]
         processes = [psutil.Process(pid) for pid in pids]
         server = psutil.Process(asked.pid).children()
         assert [process.name() for process in processes[:1]] == ["some name"]
-        assert len(list(short_folder.glob("datawall-*/*/kernel*"))) == 5  # its sockets
+        assert wait_until(lambda: len(list(short_folder.glob("datawall-*/*/kernel*"))) == 5, 60)  # its sockets
         asked.kill()
     assert len(processes) == 2
     assert not psutil.wait_procs([*processes, *server], timeout=60)[1]

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import anndata as ad
@@ -22,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "params" / "tiny.yaml")
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("run") / "tiny"
     assert run_all.main([TINY, "--out", str(folder)]) == 0
     return folder
@@ -64,32 +63,27 @@ def test_from_scratch_gives_the_same_numbers(tiny_run, tmp_path):
 
 @pytest.fixture
 def copy(tiny_run, tmp_path):
-    """The run, for a test that writes other results into it."""
-    return shutil.copytree(tiny_run, tmp_path / "copy")
+    """The run, for a test that writes other results into it; with one notebook, so that its report is soon made."""
+    return shutil.copytree(tiny_run, tmp_path / "copy", ignore=shutil.ignore_patterns("0[2-7]*.ipynb"))
 
 
-def test_a_run_without_a_fork_server_gives_the_same_numbers(copy, monkeypatch, capsys):
-    before = dw.results.select(dw.read_results(copy), task="zeroshot_classification")
+def test_papermill_by_hand_gives_the_same_numbers(copy, tmp_path, monkeypatch):
+    """In a kernel that starts from scratch, of the part that it names."""
+    task = "zeroshot_classification"
+    before = dw.results.select(dw.read_results(copy), task=task)
     shutil.rmtree(copy / "store" / "evaluation")
-    monkeypatch.setenv(forkserver.ADDRESS, "off")
-    versions = {**dw.code.versions(), "numpy": "0.1"}
-    monkeypatch.setattr(dw.code, "versions", lambda: versions)
-    assert run_all.main([TINY, "--out", str(copy), "--stages", "3"]) == 0
-    said = capsys.readouterr().out
-    assert "numpy 0.1 in place of" in said  # models are used as they are
-    assert "a new folder with --out" in said
-    after = dw.results.select(dw.read_results(copy), task="zeroshot_classification")
-    pd.testing.assert_frame_equal(after.reset_index(drop=True), before.reset_index(drop=True), check_exact=True)
-
-
-def test_papermill_by_hand(copy, tmp_path):
-    source, out = ROOT / "notebooks" / "02_pretraining.ipynb", tmp_path / "out.ipynb"
-    overrides = {"models": ["Geneformer"], "percentages": [1], "seeds": [1], "steps": 5}
+    monkeypatch.delenv(forkserver.ADDRESS)
+    source, out = ROOT / "notebooks" / "03_zero_shot_classification.ipynb", tmp_path / "out.ipynb"
+    overrides = {"models": ["Geneformer"], "percentages": [1], "seeds": [0], "strategies": ["random"]}
     parameters = [word for key, value in overrides.items() for word in ("-p", key, str(value))]
     words = ["papermill", source, out, "-p", "study", str(copy), *parameters, "--no-progress-bar"]
     subprocess.run([sys.executable, "-m", *words], check=True, cwd=tmp_path, capture_output=True)
     counts = [cell.execution_count for cell in nbformat.read(out, as_version=4).cells if cell.cell_type == "code"]
     assert None not in counts
+    after = dw.results.select(dw.read_results(copy), task=task).reset_index(drop=True)
+    named = before["strategy"].eq("baseline") | before["strategy"].eq("random") & before["model"].eq("Geneformer")
+    expected = before[named & before["percentage"].lt(100)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(after, expected, check_exact=True)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +122,9 @@ def test_unknown_study_lists_those_that_exist(capsys):
     assert "quick" in capsys.readouterr().err
 
 
-def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys):
+def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys, monkeypatch):
+    """Without a fork server: in a kernel that starts from scratch."""
+    monkeypatch.setenv(forkserver.ADDRESS, "off")
     columns = {"cell_type": list("ab") * 20, "dataset_id": "one", "condition": "ctrl"}
     obs = pd.DataFrame(columns, index=map(str, range(40)))
     genes = pd.read_csv(ROOT / "lib" / "datawall" / "data" / "sctab_genes.csv").iloc[:200, 0]
@@ -143,16 +139,26 @@ def test_failing_stage_stops_the_run_and_says_where_to_look(tmp_path, capsys):
 
 
 @pytest.fixture
-def without_kernels(monkeypatch):
+def without_kernels(monkeypatch, forks):
     """The command with stages that do nothing, or fail; returns the numbers of those begun."""
     begun = []
-    monkeypatch.setattr(forkserver, "server", nullcontext)
 
     def of(ends):
         monkeypatch.setattr(run_all, "_run_stage", lambda number, *_: begun.append(number) or ends)
         return begun
 
     return of
+
+
+def test_artifacts_of_other_versions_are_named(copy, capsys, monkeypatch, without_kernels):
+    shutil.rmtree(copy / "store" / "evaluation")
+    versions = {**dw.code.versions(), "numpy": "0.1"}
+    monkeypatch.setattr(dw.code, "versions", lambda: versions)
+    without_kernels(True)
+    assert run_all.main([TINY, "--out", str(copy), "--stages", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "numpy 0.1 in place of" in said  # models are used as they are
+    assert "a new folder with --out" in said
 
 
 def test_results_of_other_parameters_or_a_failed_run_are_not_told_as_its_own(copy, capsys, without_kernels):
@@ -194,7 +200,11 @@ def test_second_run_executes_no_notebook_unless_something_has_changed(copy, caps
     assert executed == every  # what is recorded is of the folder that this is a copy of
     assert run() == ([], said)
     assert run("--from", "1") == (every, said)
-    for changed in (copy / run_all.FINISHED, copy / "figures" / "verdicts.png", *copy.glob("store/subset/*/rows.npy")):
+    for changed in (
+        copy / run_all.FINISHED,
+        copy / "figures" / "verdicts.png",
+        next(copy.glob("store/subset/*/rows.npy")),
+    ):
         changed.write_bytes(b"")
         assert run() == (every, said)
 

@@ -1,15 +1,15 @@
 import os
 import re
-import subprocess
-import sys
 import termios
-from contextlib import suppress
-from pathlib import Path
+from contextlib import redirect_stderr, suppress
+from functools import partial
 
 import numpy as np
 import pytest
+import shared_fit
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from datawall.models import training
 from datawall.models.training import NonFiniteLossError, Recipe, minibatches, seeded, train
@@ -144,19 +144,17 @@ def test_cells_are_counted_that_were_drawn():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_with_loss_and_rate_is_shown_in_a_terminal(tmp_path, terminal):
-    ours, theirs = os.openpty()
-    termios.tcsetwinsize(ours, (24, 120))
-    command = [sys.executable, str(Path(__file__).with_name("shared_fit.py")), str(tmp_path), "head"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"}  # after every step
-    shown = b""
-    with subprocess.Popen(command, env=environment, stderr=theirs if terminal else subprocess.PIPE) as process:
-        os.close(theirs)
-        with suppress(OSError):  # as the other end of a terminal is closed
-            while some := os.read(ours if terminal else process.stderr.fileno(), 4096):
-                shown += some
+def test_a_bar_with_loss_and_rate_is_shown_in_a_terminal(monkeypatch, terminal):
+    shown, (ours, theirs) = b"", os.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(ours, (24, 120))
+    monkeypatch.setattr(training, "tqdm", partial(tqdm, mininterval=0))  # after every step
+    with open(theirs, "w") as stderr, redirect_stderr(stderr):
+        shared_fit.head()
+    with suppress(OSError):  # as the other end of a terminal is closed
+        while some := os.read(ours, 4096):
+            shown += some
     os.close(ours)
-    assert process.returncode == 0, shown
     found = re.search(rb"training: .*30/30 .*(it/s|s/it), loss=\d", shown)
     assert bool(found) is terminal, shown
 

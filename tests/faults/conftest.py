@@ -2,7 +2,7 @@ import fcntl
 import os
 
 import pytest
-from harness import run
+from harness import make_undisturbed
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +13,6 @@ def undisturbed(tmp_path_factory):
     with (base / "undisturbed.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder := base / "undisturbed").exists():
-            status, _, errors = run(base / "half-made")
-            assert status == 0, errors
+            make_undisturbed(base / "half-made")
             (base / "half-made").rename(folder)
     return folder

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import psutil
@@ -15,42 +18,57 @@ import psutil
 import datawall as dw
 import run_all
 
-ROOT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parents[1]
 FULL = os.environ.get("DATAWALL_TESTS") == "more"
-PART = ["strategies=[random,celltype_reweighted]", "percentages=[50,100]", "steps=10"]
-PART += ["tasks=[zeroshot_classification]"]
+TINY = ROOT / "params" / "tiny.yaml"
+TASK = "zeroshot_classification"
+PART = {} if FULL else {"strategies": ["random"], "percentages": [50, 100], "steps": 10, "tasks": [TASK]}
+STAGES = [] if FULL else ["--stages", "3"]  # which makes all that it needs
 
 
-def settings(*given):
+def settings(**given):
     """The words of a command that set keys."""
-    return [word for setting in given for word in ("--set", setting)]
+    return [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
 
 
-STAGES = [] if FULL else ["--stages", "2,3"]
-STUDY = ["run_all.py", str(ROOT / "params" / "tiny.yaml"), *settings("workers=2", *(() if FULL else PART))]
+STUDY = ["run_all.py", str(TINY), *settings(workers=2, **PART)]
 SECONDS = 900  # for one command, on a busy machine
 
 
-def start(folder, *words, **options):
+def start(folder, *words, **variables):
     """Begin `run_all.py` on a folder, its output to be read when it has ended."""
     command = [sys.executable, *STUDY, *STAGES, "--out", str(folder), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes, **{"env": environment(), **options})
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes, env=environment() | variables)
 
 
 def environment():
     """Ours, but for pytest's mark, in whose presence a kernel leaves what its processes print to others."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return ours | {"PYTHONPATH": os.pathsep.join([str(TESTS / "processes"), os.environ.get("PYTHONPATH", "")])}
 
 
-def run(folder, *words, **options):
-    """Do `run_all.py` on a folder; returns exit status, what it printed, and its errors.
+def run(folder):
+    """Do `run_all.py` on a folder, in this process; returns exit status and errors.
 
     One worker, which takes half of the time: results are the same with two (as `start` has them).
     """
-    with start(folder, "--set", "workers=1", *words, **options) as process:
-        out, errors = process.communicate(timeout=SECONDS)
-    return process.returncode, out, errors
+    with redirect_stderr(StringIO()) as errors, mock.patch.dict(os.environ):
+        del os.environ["PYTEST_CURRENT_TEST"]
+        return run_all.main([*STUDY[1:], *STAGES, "--out", str(folder), *settings(workers=1)]), errors.getvalue()
+
+
+def make_undisturbed(folder):
+    """Make in a folder all that the command leaves in its store, and its results: in a part of a study without it."""
+    if FULL:
+        status, errors = run(folder)
+        assert status == 0, errors
+    else:
+        study = dw.Study(dw.params.read(TINY, PART), folder)
+        study.write_params()
+        dw.evaluation.evaluate(study, TASK)
+        study.embedding_seconds()
 
 
 def verify(folder, capsys):

@@ -29,7 +29,7 @@ DAMAGES = [  # of a file of the first or the last artifact of a kind
 
 
 @pytest.fixture
-def folder(undisturbed, tmp_path):
+def folder(undisturbed, tmp_path, forks):
     return shutil.copytree(undisturbed, tmp_path / "run", copy_function=shutil.copy2)
 
 
@@ -50,7 +50,7 @@ def test_damaged_artifacts_are_named_and_made_again(folder, undisturbed, capsys)
     assert sorted(line.partition(": ")[0] for line in printed) == sorted(named)
     assert f"store/evaluation/{lost.name}: is missing, and results.csv has numbers of it" in printed
 
-    status, _, errors = run(folder)
+    status, errors = run(folder)
     assert status == 0, errors
     again = redone(before, artifacts(folder))
     assert again == sorted([*damaged, f"evaluation {lost.name}"])

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from dask_cluster import DaskCluster
-from harness import FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, start
+from harness import FULL, SECONDS, artifacts, ended, made, processes, redone, same_results, settings, start
 
 EACH = 5 if FULL else 1  # times that each part is killed: 30 kills in the full form
 SOON = 2.0  # seconds at most, from when so many artifacts are there as chance wants to a kill
@@ -43,7 +43,7 @@ class OnDask:
         if self.cluster.scheduler.poll() is not None:
             self.cluster.close()
             self.cluster = DaskCluster(self.folder)
-        return start(folder, "--set", f"executor={self.cluster.address}")
+        return start(folder, *settings(executor=self.cluster.address))
 
     def living(self, part):
         return [self.cluster.scheduler] if part == "scheduler" else self.cluster.worker_processes()
@@ -59,7 +59,7 @@ def disturb(place, folder, to_kill, rng, n_artifacts):
         while process.poll() is None:
             family |= {each.pid: each for some in processes(process).values() for each in some}
             if due is None:
-                due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
+                due, delay = rng.integers(len(artifacts(folder)), n_artifacts), rng.uniform(0, SOON)
             if to_kill and len(artifacts(folder)) >= due:
                 time.sleep(delay)
                 delay = 0
@@ -67,7 +67,7 @@ def disturb(place, folder, to_kill, rng, n_artifacts):
                     os.kill(victims[rng.integers(len(victims))].pid, signal.SIGKILL)
                     killed.append(to_kill.pop())
                     due = None
-            time.sleep(0.05)
+            time.sleep(0.2)
         errors = process.communicate(timeout=SECONDS)[1]
     assert "Traceback" not in errors
     if process.returncode != 0:
