@@ -16,9 +16,9 @@ report: .venv/ready
 lab: .venv/ready
 	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks/01_curation.ipynb
 
-test: .venv/ready
+test: .venv/ready  # the notebooks find the study made, so that two can run at a time
 	$(BIN)/python -m datawall.cells.datasets
-	$(BIN)/python run_all.py params/quick.yaml  # which notebooks below find, several at a time
+	$(BIN)/python run_all.py params/quick.yaml
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder notebooks tests
 
 test-more: .venv/ready .venv/moto/bin/moto_server  # what takes longer, or more than a clone: all faults, and an object store's server

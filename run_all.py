@@ -61,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit status."""
-    # dask asks for it, and does without: it loads numba, for a quarter of a second, which this process never needs.
-    sys.modules.setdefault("sparse", None)
+    # dask and jsonschema ask for these, and do without; they load numba, or a grammar, for a second and more.
+    for unneeded in ("sparse", "rfc3987_syntax"):
+        sys.modules.setdefault(unneeded, None)
     from datawall.engine import disk, paths
     from datawall.planning import plan as planning
     from datawall.study import params
