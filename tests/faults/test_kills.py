@@ -17,7 +17,7 @@ SOON = 2.0  # seconds at most, from when so many artifacts are there as chance w
 class Here:
     """A study on this machine."""
 
-    parts = ("run_all.py", "kernel", "worker", "server") if FULL else ("run_all.py", "worker")
+    parts = "run_all.py", "kernel", "worker", "server"
 
     def start(self, folder):
         self.process = start(folder)
