@@ -67,7 +67,7 @@ def test_noise_leaves_it_undecided_at_the_end_of_the_budget():
 
 @pytest.mark.parametrize("grid", [GRID, (1, 2, 5, 10, 25, 50, 100)])
 def test_what_comes_late_is_not_called_a_plateau(grid):
-    """Two points in every doubling from there on, or none; 216 draws: 1.5 % of Monte-Carlo error at 5 %."""
+    """Two points in every doubling from there on, or none; 72 draws of each start: 2.6 % of Monte-Carlo error at 5 %."""
     rng, found = np.random.default_rng(0), []
     spreads = (0.002, 0.005, 0.01, 0.02)
     for begins, draw in product((10, 25, 50), range(72)):
@@ -76,8 +76,7 @@ def test_what_comes_late_is_not_called_a_plateau(grid):
         scores = dict(zip(grid, levels[:, None] + noise, strict=True))
         found.append(settle(lambda p, seed, of=scores: of[p][seed], Plan(margin=0.01, percentages=grid)))
     verdicts = np.array([of.verdict for of in found]).reshape(3, 72)
-    assert np.mean(verdicts == "plateau") <= 0.05
-    assert (np.mean(verdicts == "plateau", axis=1) <= 0.1).all()  # wherever it begins: 2.6 % of Monte-Carlo error
+    assert (np.mean(verdicts == "plateau", axis=1) <= 0.05).all()  # wherever it begins
     assert (np.mean(verdicts == "still improving", axis=1) > 0.6).all()
     assert all((of.runs["percentage"] == 100).sum() >= 2 for of in found)
 

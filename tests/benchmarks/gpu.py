@@ -176,9 +176,8 @@ class DenseVAE(nn.Module):
     def forward(self, x, kl_weight):
         encoded = self.encoder(x.log1p())
         mean, variance = self.mean(encoded), self.log_variance(encoded).exp() + 1e-4
-        mu = x.sum(1, keepdim=True) * self.share(self.decoder(mean + variance.sqrt() * torch.randn_like(mean))).softmax(
-            1
-        )
+        z = mean + variance.sqrt() * torch.randn_like(mean)
+        mu = x.sum(1, keepdim=True) * self.share(self.decoder(z)).softmax(1)
         theta, eps = self.log_theta.exp(), 1e-8
         log_sum = (theta + mu + eps).log()
         likelihood = theta * ((theta + eps).log() - log_sum) + x * ((mu + eps).log() - log_sum)
@@ -195,9 +194,8 @@ def contest_of_scvi(X):
     adam = {"optimiser": torch.optim.Adam, "lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6, "fused": True}
     losses = peer(x, 0.5).item(), module(X[rows], 0.5).item()
     assert abs(losses[0] / losses[1] - 1) < 0.01, losses  # dropout and noise are drawn anew
-    return training_step(peer, lambda: peer(x, 0.5), **adam), training_step(
-        module, lambda: module(X[rows], 0.5), **adam
-    )
+    steps = {peer: lambda: peer(x, 0.5), module: lambda: module(X[rows], 0.5)}
+    return [training_step(each, loss, **adam) for each, loss in steps.items()]
 
 
 def autoencoders(n_cells, n_genes):
@@ -211,12 +209,10 @@ def autoencoders(n_cells, n_genes):
     def mine(latent):
         return semihard_triplets(2 - 2 * latent @ latent.T, *relations, SCIMILARITY["margin"])
 
-    of_scimilarity = SimpleNamespace(**SCIMILARITY), X, types, studies, mine, where
-    counts = X.ceil()
     for name, steps in {
         "SSL": masked_autoencoder.contest(SimpleNamespace(**SSL), X, where),
-        "SCimilarity": scimilarity.contest(*of_scimilarity)[:2],
-        "scVI": contest_of_scvi(counts),
+        "SCimilarity": scimilarity.contest(SimpleNamespace(**SCIMILARITY), X, types, studies, mine, where)[:2],
+        "scVI": contest_of_scvi(X.ceil()),
     }.items():
         theirs, ours, ratio = in_turn(*steps)
         per = f"{n_cells / ours:,.0f} cells a second, dense {n_cells / theirs:,.0f}; ratio {ratio:.1f}"

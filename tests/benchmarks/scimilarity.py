@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from alternate import N_GENES, cells, copy_weights, report, training_step
 from torch import nn
 
+from datawall.models import training
 from datawall.models.scimilarity import TripletAutoencoder
 from datawall.models.sparse import on_device
 
@@ -92,9 +93,10 @@ def pairs_and_negatives(types, studies):
 if __name__ == "__main__":
     from datawall.models.hyperparameters import SCimilarity
 
+    assert training.device().type == "cpu", "a benchmark of processors"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rng, where = np.random.default_rng(0), torch.device("cpu")
+    rng, where = np.random.default_rng(0), training.device()
     types, studies = rng.integers(0, N_TYPES, N_CELLS), rng.integers(0, N_STUDIES, N_CELLS)
     popularity = rng.gamma(0.3, 1, (N_TYPES, N_GENES)) + 1e-3
     popularity /= popularity.sum(axis=1, keepdims=True)

@@ -59,7 +59,7 @@ def disturb(place, folder, to_kill, rng, n_artifacts):
         while process.poll() is None:
             family |= {each.pid: each for some in processes(process).values() for each in some}
             if due is None:
-                due, delay = rng.integers(len(artifacts(folder)), n_artifacts), rng.uniform(0, SOON)
+                due, delay = rng.integers(len(artifacts(folder)), n_artifacts + 1), rng.uniform(0, SOON)
             if to_kill and len(artifacts(folder)) >= due:
                 time.sleep(delay)
                 delay = 0
@@ -67,7 +67,7 @@ def disturb(place, folder, to_kill, rng, n_artifacts):
                     os.kill(victims[rng.integers(len(victims))].pid, signal.SIGKILL)
                     killed.append(to_kill.pop())
                     due = None
-            time.sleep(0.2)
+            time.sleep(0.05)
         errors = process.communicate(timeout=SECONDS)[1]
     assert "Traceback" not in errors
     if process.returncode != 0:
