@@ -67,7 +67,7 @@ def test_noise_leaves_it_undecided_at_the_end_of_the_budget():
 
 @pytest.mark.parametrize("grid", [GRID, (1, 2, 5, 10, 25, 50, 100)])
 def test_what_comes_late_is_not_called_a_plateau(grid):
-    """Two points in every doubling from there on, or none; 72 draws of each start: 2.6 % of Monte-Carlo error at 5 %."""
+    """Two points in every doubling from there on, or none; 72 draws of each start: an error of 2.6 % at 5 %."""
     rng, found = np.random.default_rng(0), []
     spreads = (0.002, 0.005, 0.01, 0.02)
     for begins, draw in product((10, 25, 50), range(72)):
