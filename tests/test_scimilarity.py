@@ -1,3 +1,4 @@
+import contextlib
 import warnings
 from itertools import combinations
 
@@ -57,11 +58,11 @@ def autoencoder(**settings):
 
 
 def batch(n_cells=40, form=Cells):
-    """Cells of a batch, dense and as the library has them, their types and studies, which are pairs and negatives."""
+    """Cells of a batch, dense and as the library has them, their types and studies, pairs and which are negatives."""
     counts, obs = simulated(n_cells)
     X = expression.lognormalise(counts)
     types, studies = (torch.from_numpy(pd.factorize(obs[name])[0]) for name in ("cell_type", "dataset_id"))
-    pairs = ((types[:, None] == types) & (studies[:, None] != studies)).triu(1)
+    pairs = ((types[:, None] == types) & (studies[:, None] != studies)).triu(1).nonzero(as_tuple=True)
     return torch.from_numpy(X.toarray()), form.of(X), types, studies, pairs, types[:, None] != types
 
 
@@ -98,11 +99,11 @@ def test_triplets_are_those_found_by_hand(n_cells, n_types, n_studies, margin, s
     distance = squared_distances((on_the_sphere(n_cells, seed=seed) * 4).round() / 4)
     suitable = semihard_by_hand(distance.tolist(), types.tolist(), studies.tolist(), margin)
     same, apart = (each[:, None] == each for each in map(torch.from_numpy, (types, studies)))
-    found = scimilarity.semihard_triplets(distance, (same & ~apart).triu(1), ~same, margin)
-    pairs = list(zip(*(each.tolist() for each in found[:2]), strict=True))
-    assert len(pairs) == len(set(pairs))
-    assert set(pairs) == set(suitable)
-    assert all(n in suitable[pair] for pair, n in zip(pairs, found[2].tolist(), strict=True))
+    pairs = (same & ~apart).triu(1).nonzero(as_tuple=True)
+    negative, found = scimilarity.semihard_negatives(distance, *pairs, ~same, margin)
+    pairs = list(zip(*(each.tolist() for each in pairs), strict=True))
+    assert {pair for pair, there in zip(pairs, found.tolist(), strict=True) if there} == set(suitable)
+    assert all(n in suitable.get(pair, range(n_cells)) for pair, n in zip(pairs, negative.tolist(), strict=True))
 
 
 def test_the_negative_is_chosen_evenly():
@@ -112,8 +113,8 @@ def test_the_negative_is_chosen_evenly():
     assert 3 < len(suitable) < 8
     types = torch.tensor(types)
     torch.manual_seed(0)
-    pairs, negatives = (types[:, None] == types).triu(1) & (types == 0), types[:, None] != types
-    draws = [scimilarity.semihard_triplets(distance, pairs, negatives, 2.0)[2] for _ in range(3000)]
+    pair, negatives = torch.tensor([[0], [1]]), types[:, None] != types
+    draws = [scimilarity.semihard_negatives(distance, *pair, negatives, 2.0)[0] for _ in range(3000)]
     counts = torch.bincount(torch.cat(draws), minlength=10)[suitable]
     assert counts.sum() == 3000
     expected = 3000 / len(suitable)
@@ -126,7 +127,7 @@ def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings, form):
     module = autoencoder(**{"triplet_weight": 0.3, "l1": 0.01, "margin": 0.5} | settings)
     h, (x, cells, types, _, pairs, negatives) = module.h, batch(form=form)
     torch.manual_seed(1)
-    loss = module(cells, pairs, negatives, 0.1)
+    loss = module(cells, *pairs, negatives, 0.1)
     loss.backward()
     ours = {name: weight.grad.clone() for name, weight in module.named_parameters() if weight.grad is not None}
     module.zero_grad()
@@ -134,8 +135,9 @@ def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings, form):
     latent = F.normalize(module.encoder[1:](x @ first.weight + first.bias))
     x_hat = F.linear(module.decoder(latent), last.weight, last.bias)
     torch.manual_seed(1)
-    anchor, positive, negative = scimilarity.semihard_triplets(2 - 2 * latent @ latent.T, pairs, negatives, 0.5)
-    assert len(anchor) > 20
+    negative, found = scimilarity.semihard_negatives(2 - 2 * latent @ latent.T, *pairs, negatives, 0.5)
+    anchor, positive, negative = (each[found] for each in (*pairs, negative))
+    assert 20 < len(anchor) < len(found)
     triplet = F.triplet_margin_loss(latent[anchor], latent[positive], latent[negative], margin=0.5, p=2)
     weight = first.weight if h.l1_layer == "first" else module.encoder[-1].weight
     reference = h.triplet_weight * triplet + (1 - h.triplet_weight) * F.mse_loss(x_hat, x)
@@ -153,7 +155,7 @@ def test_the_loss_and_its_gradients_are_those_of_dense_cells(settings, form):
 
 def test_without_triplets_the_rest_of_the_loss_is_left():
     module, (x, cells, _, _, pairs, negatives) = autoencoder(triplet_weight=0.25, l1=0.0), batch()
-    whole = module(cells, pairs, torch.zeros_like(negatives), 0.1)
+    whole = module(cells, *pairs, torch.zeros_like(negatives), 0.1)
     latent = module.encode(cells)
     x_hat = F.linear(module.decoder(latent), module.reconstruction.weight, module.reconstruction.bias)
     torch.testing.assert_close(whole, 0.75 * F.mse_loss(x_hat, x), rtol=1e-4, atol=0)
@@ -163,10 +165,10 @@ def test_the_input_is_dropped_in_training_alone():
     module, (_, cells, *_, pairs, negatives) = autoencoder(input_dropout=0.4), batch(400)
     seen = []
     module.encoder[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    module(cells, pairs, negatives, 0.1)
+    module(cells, *pairs, negatives, 0.1)
     assert len(seen[0].data) / len(cells.data) == pytest.approx(0.6, abs=0.03)
     assert set(seen[0].data.tolist()) <= set((cells.data * (1 / 0.6)).tolist())
-    module.eval()(cells, pairs, negatives, 0.1)
+    module.eval()(cells, *pairs, negatives, 0.1)
     assert seen[1] is cells
 
 
@@ -244,13 +246,13 @@ def test_rows_drawn_are_always_rows(weights, seed):
 @pytest.fixture
 def relations(monkeypatch):
     """Pairs and negatives of each step, in the order of the batch."""
-    seen, mine = [], scimilarity.semihard_triplets
+    seen, mine = [], scimilarity.semihard_negatives
 
-    def recorded(distance, pairs, negatives, margin):
-        seen.append((pairs, negatives))
-        return mine(distance, pairs, negatives, margin)
+    def recorded(distance, anchor, positive, negatives, margin):
+        seen.append((torch.zeros_like(negatives).index_put((anchor, positive), torch.tensor(True)), negatives))
+        return mine(distance, anchor, positive, negatives, margin)
 
-    monkeypatch.setattr(scimilarity, "semihard_triplets", recorded)
+    monkeypatch.setattr(scimilarity, "semihard_negatives", recorded)
     return seen
 
 
@@ -339,12 +341,21 @@ def test_the_loss_is_right_under_autocast():
     for enabled in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = module(cells, pairs, negatives, 0.1)
+            loss = module(cells, *pairs, negatives, 0.1)
         assert loss.dtype == torch.float32
         loss.backward()
         found.append(loss.item())
     assert found[1] == pytest.approx(found[0], rel=0.02)
     assert all(weight.grad.isfinite().all() for weight in module.parameters())
+
+
+def test_a_step_never_waits_for_the_device(monkeypatch):
+    """On the meta device there are no values, so what asks for one fails (see test_transformer)."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know that device
+    *pairs, negatives = (each.to("meta") for each in (*batch()[4], batch()[5]))
+    module = autoencoder(input_dropout=0.4).to("meta").train()
+    module(DenseCells(torch.empty(40, N_GENES, device="meta")), *pairs, negatives, 0.1).backward()
+    assert all(weight.grad is not None for weight in module.encoder.parameters())
 
 
 def test_cells_that_were_drawn_are_counted():

@@ -25,7 +25,7 @@ from torch import nn
 
 from datawall.engine import processes
 from datawall.models import scvi, sparse, transformer
-from datawall.models.scimilarity import semihard_triplets
+from datawall.models.scimilarity import semihard_negatives
 from datawall.models.training import send
 from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens
 
@@ -204,10 +204,11 @@ def autoencoders(n_cells, n_genes):
     detected = n_genes * 1660 // N_GENES
     X = cells(n_cells, rng, lambda n: rng.gamma(4, 0.3, n), n_genes=n_genes, detected=detected)
     types, studies = rng.integers(0, 10, n_cells), rng.integers(0, 5, n_cells)
-    relations = [torch.from_numpy(each).to(where) for each in scimilarity.pairs_and_negatives(types, studies)]
+    *pairs, negatives = (torch.from_numpy(each).to(where) for each in scimilarity.pairs_and_negatives(types, studies))
 
     def mine(latent):
-        return semihard_triplets(2 - 2 * latent @ latent.T, *relations, SCIMILARITY["margin"])
+        negative, found = semihard_negatives(2 - 2 * latent @ latent.T, *pairs, negatives, SCIMILARITY["margin"])
+        return [each[found] for each in (*pairs, negative)]
 
     for name, steps in {
         "SSL": masked_autoencoder.contest(SimpleNamespace(**SSL), X, where),

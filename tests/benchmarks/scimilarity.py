@@ -87,7 +87,8 @@ def contest(h, X, types, studies, mine, where):
 
 
 def pairs_and_negatives(types, studies):
-    return np.triu((types[:, None] == types) & (studies[:, None] != studies), 1), types[:, None] != types
+    pairs = np.triu((types[:, None] == types) & (studies[:, None] != studies), 1).nonzero()
+    return *pairs, types[:, None] != types
 
 
 if __name__ == "__main__":
@@ -96,7 +97,7 @@ if __name__ == "__main__":
     assert training.device().type == "cpu", "a benchmark of processors"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rng, where = np.random.default_rng(0), training.device()
+    rng, where = np.random.default_rng(0), torch.device("cpu")
     types, studies = rng.integers(0, N_TYPES, N_CELLS), rng.integers(0, N_STUDIES, N_CELLS)
     popularity = rng.gamma(0.3, 1, (N_TYPES, N_GENES)) + 1e-3
     popularity /= popularity.sum(axis=1, keepdims=True)

@@ -134,7 +134,9 @@ def runs_of(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
     """The curves of a metric, ordered by their keys; raises as `saturation_points` does."""
     runs = runs_of(results, metric).sort_values("value")
-    by_key = {key: dict(list(group.groupby("percentage"))) for key, group in runs.groupby(KEY)}
+    by_key: dict[tuple[str, ...], dict[float, tuple[float, np.ndarray]]] = {}
+    for (*key, percentage), group in runs.groupby([*KEY, "percentage"])[["n_cells", "value"]]:
+        by_key.setdefault(tuple(key), {})[percentage] = group["n_cells"].mean(), group["value"].to_numpy()
     curves = []
     for key, sizes in by_key.items():
         model, strategy, *where = key
@@ -142,9 +144,8 @@ def curves_of(results: pd.DataFrame, metric: str) -> list[Curve]:
         borrowed = 100.0 not in sizes and full is not None and not strategy.startswith("spikein")
         if borrowed:
             sizes = sizes | {100.0: full}
-        n_cells = [group["n_cells"].mean() for group in sizes.values()]
-        values = [group["value"].to_numpy() for group in sizes.values()]
-        curves.append(Curve(key, np.array(list(sizes), float), np.array(n_cells), values, borrowed))
+        n_cells, values = zip(*sizes.values(), strict=True)
+        curves.append(Curve(key, np.array(list(sizes), float), np.array(n_cells), list(values), borrowed))
     return curves
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special
+from scipy import optimize
 
 from datawall.analysis import scaling
 from datawall.analysis.results import CURVE, lower_is_better, select
@@ -53,7 +53,7 @@ class Surface:
 
     def predict(self, points: pd.DataFrame) -> np.ndarray:
         """Errors at levers, (n_points,)."""
-        return np.exp(special.logsumexp(_terms(points, self.names) @ self.best, axis=0))
+        return np.exp(_terms(points, self.names) @ self.best).sum(axis=0)
 
 
 def means(levers: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -101,12 +101,14 @@ def surface(points: pd.DataFrame, *, n_draws: int = 200) -> Surface:
     options = {"bounds": bounds, "loss": "huber", "f_scale": 1.345, "ftol": 1e-5, "max_nfev": 60}
 
     def fit(observed: np.ndarray, start: np.ndarray) -> optimize.OptimizeResult:
-        return optimize.least_squares(
-            lambda theta: (special.logsumexp(terms @ theta, axis=0) - observed) / error,
-            start,
-            lambda theta: np.einsum("tp,tpk->pk", special.softmax(terms @ theta, axis=0), terms) / error[:, None],
-            **options,
-        )
+        def residuals(theta: np.ndarray) -> np.ndarray:
+            return (np.log(np.exp(terms @ theta).sum(axis=0)) - observed) / error
+
+        def jacobian(theta: np.ndarray) -> np.ndarray:
+            parts = np.exp(terms @ theta)
+            return np.einsum("tp,tpk->pk", parts / (parts.sum(axis=0) * error), terms)
+
+        return optimize.least_squares(residuals, start, jacobian, **options)
 
     starts = rng.uniform(*np.clip(bounds, -6, 1.5), (STARTS, len(names)))
     best = min((fit(observed, start) for start in starts), key=lambda fitted: fitted.cost)

@@ -127,6 +127,5 @@ def _of_like_length(tokens: Tokens) -> list[np.ndarray]:
 
 def _packed(tokens: Tokens) -> tuple[Tensor, Layout]:
     """Token ids and their layout, on the device."""
-    return training.send(torch.from_numpy(tokens.ids).long()), Layout(
-        torch.from_numpy(tokens.offsets), training.device()
-    )
+    ids = training.send(torch.from_numpy(tokens.ids).long())
+    return ids, Layout(torch.from_numpy(tokens.offsets), ids.device)

@@ -43,7 +43,9 @@ class TripletAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*layers(*map(nn.Linear, [h.n_latent, *back], back)))
         self.reconstruction = Reconstruction(widths[0], n_genes)
 
-    def forward(self, cells: Cells | DenseCells, pairs: Tensor, negatives: Tensor, rate: float) -> Tensor:
+    def forward(
+        self, cells: Cells | DenseCells, anchor: Tensor, positive: Tensor, negatives: Tensor, rate: float
+    ) -> Tensor:
         h, seen = self.h, cells
         if self.training and h.input_dropout:  # it leaves zeros zero, so that only the other values need be drawn for
             kept = bernoulli(len(cells.data), 1 - h.input_dropout, cells.data.device)
@@ -54,34 +56,32 @@ class TripletAutoencoder(nn.Module):
         loss = loss + h.l1 * rate * torch.linalg.vector_norm(weight, 1, dim=1).sum()  # all at once loses digits
         with torch.autocast(latent.device.type, enabled=False):
             distance = 2 - 2 * latent.detach() @ latent.detach().T  # (B, B) d² on the unit sphere
-        anchor, positive, negative = semihard_triplets(distance, pairs, negatives, h.margin)
-        if len(anchor):
-            triplets = F.triplet_margin_loss(latent[anchor], latent[positive], latent[negative], margin=h.margin)
-            loss = loss + h.triplet_weight * triplets
-        return loss
+        negative, found = semihard_negatives(distance, anchor, positive, negatives, h.margin)
+        triplets = latent[anchor], latent[positive], latent[negative]
+        # Leaving pairs without a negative out, instead of counting them as zero, a GPU would have to be waited for.
+        losses = F.triplet_margin_loss(*triplets, margin=h.margin, reduction="none") * found
+        return loss + h.triplet_weight * losses.sum() / found.sum().clamp(min=1)
 
     def encode(self, cells: Cells | DenseCells) -> Tensor:
         """Points on the unit sphere, (n_cells, n_latent) float32."""
         return F.normalize(self.encoder(cells).float())
 
 
-def semihard_triplets(
-    distance: Tensor, pairs: Tensor, negatives: Tensor, margin: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def semihard_negatives(
+    distance: Tensor, anchor: Tensor, positive: Tensor, negatives: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
     """For each pair one random negative n with d²(anchor, positive) < d²(anchor, n) < d²(anchor, positive) + margin.
 
     Distances from a cell are sorted once, and the negatives that suit one of its pairs are then a range of them: so
-    memory grows with the square of the cells, not with pairs times negatives. `distance` has d²; `pairs` and
-    `negatives` are bool, whether the row is an anchor and the column its positive, or a negative of it; all are
-    (n_cells, n_cells). Gives anchors, positives and negatives, (n_triplets,) int64 each; a pair without such a negative
-    is left out.
+    memory grows with the square of the cells, not with pairs times negatives. `distance` has d²; `negatives` are bool,
+    whether the column is a negative of the row; both are (n_cells, n_cells). Anchors and positives are (n_pairs,)
+    int64. Gives negatives, (n_pairs,) int64, and whether there is such a one, (n_pairs,) bool.
     """
     ranked, order = distance.masked_fill(~negatives, torch.inf).sort(dim=1)
     first = torch.searchsorted(ranked, distance, right=True)
-    n_suitable = torch.searchsorted(ranked, distance + margin) - first
-    anchor, positive = (pairs & (n_suitable > 0)).nonzero(as_tuple=True)
-    chosen = (torch.rand(len(anchor), device=distance.device) * n_suitable[anchor, positive]).long()
-    return anchor, positive, order[anchor, first[anchor, positive] + chosen]
+    n_suitable = (torch.searchsorted(ranked, distance + margin) - first)[anchor, positive]
+    chosen = first[anchor, positive] + (torch.rand(len(anchor), device=distance.device) * n_suitable).long()
+    return order[anchor, chosen.clamp(max=len(order) - 1)], n_suitable > 0
 
 
 def kinship(labels: np.ndarray, ontology: str | Path) -> np.ndarray:
@@ -130,7 +130,7 @@ class SCimilarity(SparseNetwork):
 
     Every two cells of a batch that share their type and come from different studies are an anchor and a positive.
     Their negative is a cell whose type is another, and with `ontology` neither ancestor nor descendant of theirs; see
-    `semihard_triplets`. Studies are told apart by `obs["dataset_id"]`, or by `obs["batch"]` where all cells are of
+    `semihard_negatives`. Studies are told apart by `obs["dataset_id"]`, or by `obs["batch"]` where all cells are of
     one data set; where they are of one batch too, pairs lie within it. Types of one study alone are kept, as negatives.
     Cells are drawn by `sampling_weights`, with replacement; the learning rate falls as a cosine over the budget. Under
     `torchrun`, pairs and batch statistics are of a process's own share of the batch.
@@ -163,17 +163,17 @@ class SCimilarity(SparseNetwork):
         """That of the mean cell, for which no triplet counts."""
         return (1 - self.hyperparameters.triplet_weight) * base.variance(self.prepare(counts))
 
-    def _relations(self, obs: pd.DataFrame) -> Callable[[np.ndarray], tuple[Tensor, Tensor]]:
-        """By rows: which of them are pairs and which negatives, each (n_rows, n_rows) bool on the device."""
+    def _relations(self, obs: pd.DataFrame) -> Callable[[np.ndarray], tuple[Tensor, ...]]:
+        """By rows, on the device: anchors and positives, and which are negatives, as `semihard_negatives` has them."""
         labels, studies, types = _codes(obs)
         ontology = self.hyperparameters.ontology
         kin = np.eye(len(types), dtype=bool) if ontology is None else kinship(types, ontology)  # no negatives
 
-        def relations(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        def relations(rows: np.ndarray) -> tuple[Tensor, ...]:
             label, study = labels[rows], studies[rows]
             apart = study[:, None] != study if studies.any() else True  # of one study alone, pairs lie within it
-            pairs = np.triu((label[:, None] == label) & apart, 1)  # each once: the row is the anchor
-            return tuple(training.send(torch.from_numpy(table)) for table in (pairs, ~kin[label[:, None], label]))
+            pairs = np.triu((label[:, None] == label) & apart, 1).nonzero()  # each once: the row is the anchor
+            return tuple(training.send(torch.from_numpy(table)) for table in (*pairs, ~kin[label[:, None], label]))
 
         return relations
 

@@ -147,15 +147,14 @@ class _Rates(torch.autograd.Function):
         libraries = torch.from_numpy(np.asarray(counts.sum(axis=1)).ravel()).to(hidden).clamp(min=NO_LIBRARY)
         theta = log_theta.exp()
         bias = (bias - log_theta)[:, None]  # so that the exponential is a multiple of u, not of mu
-        block = BLOCK
-        buffers = hidden.new_empty(5, n_genes * min(block, n_cells))
+        buffers = hidden.new_empty(5, n_genes * min(BLOCK, n_cells))
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         d_bias, d_log_theta = torch.zeros_like(theta), torch.zeros_like(theta)
         loss = hidden.new_zeros(())
-        for first in range(0, n_cells, block):
-            cells = slice(first, first + block)
+        for first in range(0, n_cells, BLOCK):
+            cells = slice(first, first + BLOCK)
             h, library = hidden[cells], libraries[cells]
-            # Each (n_genes, block): the shape in which matrix products are fastest.
+            # Each (n_genes, BLOCK): the shape in which matrix products are fastest.
             x, u, one_and_u, log_one_and_u, lost = buffers[:, : n_genes * len(h)].view(5, n_genes, len(h))
             some = counts[cells]
             cell_of = np.repeat(np.arange(len(h)), np.diff(some.indptr))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, recall_score
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -63,15 +63,15 @@ def _predictions(
     check_embedding(test_embedding)
     if n_shared := len(shared_rows(train_embedding, test_embedding)):
         log.warning("%d of %d test cells have the embedding of a training cell.", n_shared, len(test_embedding))
-    neighbours = KNeighborsClassifier(max(ks)).fit(train_embedding, train_labels)
-    types, codes = np.unique(train_labels, return_inverse=True)
+    neighbours = NearestNeighbors(n_neighbors=max(ks)).fit(train_embedding)
+    types, codes = np.unique(train_labels, return_inverse=True)  # sklearn is slow at strings
     nearest = codes[neighbours.kneighbors(test_embedding, return_distance=False)]  # (n_test_cells, k)
     predicted = {}
     for k in ks:
         votes = (nearest[:, :k, None] == np.arange(len(types))).sum(axis=1)  # (n_test_cells, n_types)
         predicted["" if k == ks[0] else f"knn{k}_"] = types[votes.argmax(axis=1)]
     if probe:
-        predicted["probe_"] = linear_probe(train_embedding, train_labels, test_embedding)
+        predicted["probe_"] = types[linear_probe(train_embedding, codes, test_embedding)]
     return predicted
 
 
@@ -122,8 +122,8 @@ def classification_metrics(
     of the training cells are for the levels of chance (see `uncertainty.chance_levels`).
     """
     truth, predicted = np.asarray(truth), np.asarray(predicted)
-    types = np.unique(np.concatenate([truth, predicted]))
-    true, called = (np.searchsorted(types, labels) for labels in (truth, predicted))  # sklearn is slow at strings
+    types, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    true, called = np.split(codes, 2)
     values = {name: metric(true, called) for name, metric in METRICS.items()}
     intervals = uncertainty.classification_intervals(truth, predicted)
     chance = {} if train_labels is None else uncertainty.chance_levels(train_labels, truth)

@@ -163,8 +163,14 @@ def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> 
     n_folds, patience = len(X), np.inf if recipe.patience is None else recipe.patience
     heads = training.seeded(lambda: Heads(n_folds, X.shape[2], len(folds.types)), seed)
     train, validation = folds.alike(TRAIN), folds.alike(VALIDATION)
-    which = torch.arange(n_folds, device=X.device)[:, None]
-    held = X[which, torch.from_numpy(validation)]
+    first = X.shape[1] * np.arange(n_folds)[:, None]
+
+    def embedded(rows: np.ndarray) -> Tensor:
+        """The embedding of rows, (n_folds, n_rows), of the folds."""
+        one_below_another = torch.from_numpy((first + rows).ravel()).to(X.device)
+        return X.flatten(0, 1).index_select(0, one_below_another).unflatten(0, rows.shape)
+
+    held = embedded(validation)
     lowest, waited = X.new_full((n_folds,), torch.inf), X.new_zeros(n_folds)
     best = [weight.detach().clone() for weight in heads.parameters()]
 
@@ -184,7 +190,7 @@ def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> 
             losses, gradient = folds.loss(logits, rows)
             return losses.sum(), gradient
 
-        return heads.loss(X[which, torch.from_numpy(rows)], judge)
+        return heads.loss(embedded(rows), judge)
 
     training.train(heads, loss_of, train.shape[1], recipe, seed=seed, validation_loss=validation_loss)
     with torch.no_grad():
