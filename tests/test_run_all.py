@@ -200,7 +200,9 @@ def test_second_run_executes_no_notebook_unless_something_has_changed(copy, caps
     assert executed == every  # what is recorded is of the folder that this is a copy of
     assert run() == ([], said)
     assert run("--from", "1") == (every, said)
-    for changed in (copy / run_all.FINISHED, copy / "figures" / "verdicts.png", *copy.glob("store/subset/*/rows.npy")):
+    subsets = [*copy.glob("store/subset/*/rows.npy")]
+    assert subsets
+    for changed in (copy / run_all.FINISHED, copy / "figures" / "verdicts.png", *subsets):
         changed.write_bytes(b"")
         assert run() == (every, said)
 

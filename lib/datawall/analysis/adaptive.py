@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from datawall.analysis.results import sign_of
 from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of, mean_over_datasets, verdicts
@@ -144,8 +144,8 @@ def still_to_come(scores: Scores, plan: Plan) -> list[tuple[float, float, float]
         within = sum(((runs - runs.mean()) ** 2).sum() for runs in later)
         error = np.sqrt(within / freedom * (1 / len(below) + 1 / len(full)))
         slope_error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
-        upper = line.slope + stats.t.ppf(plan.test_confidence(), n_runs - 2) * slope_error
-        most = max(upper * doublings, gap + stats.t.ppf(plan.test_confidence(), freedom) * error, 0)
+        upper = line.slope + special.stdtrit(n_runs - 2, plan.test_confidence()) * slope_error
+        most = max(upper * doublings, gap + special.stdtrit(freedom, plan.test_confidence()) * error, 0)
         coming.append((start, float(max(line.slope * doublings, gap, 0)), float(most)))
     return coming
 
