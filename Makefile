@@ -19,7 +19,7 @@ lab: .venv/ready
 test: .venv/ready  # the notebooks find the study made, so that two can run at a time
 	$(BIN)/python -m datawall.cells.datasets
 	$(BIN)/python run_all.py params/quick.yaml
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder notebooks tests
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder notebooks tests
 
 test-more: .venv/ready .venv/moto/bin/moto_server  # what takes longer, or more than a clone: all faults, and an object store's server
 	DATAWALL_TESTS=more $(BIN)/python -m pytest tests/faults tests/test_shared.py

@@ -264,6 +264,14 @@ def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(cop
     assert len(report.Site(open_study(str(copy))).sentences) == 4
 
 
+def test_clusters_in_place_of_cell_types_are_told(copy):
+    for settings, told in (("", False), ("cell_type_key: leiden\n", True)):
+        (copy / "study.yaml").write_text(STUDY + settings)
+        name, page = next(report.Site(open_study(str(copy))).pages())
+        assert name == "index.html"
+        assert ("which favours PretrainedPCA" in page) == told
+
+
 @pytest.mark.parametrize(
     ("name", "harm", "said"),
     [

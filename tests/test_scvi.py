@@ -208,6 +208,15 @@ def test_blocks_leave_no_trace(monkeypatch):
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_never_waits_for_the_device(monkeypatch):
+    """On the meta device there are no values, so what asks for one fails (see test_transformer)."""
+    dense = sparse.DenseCells(torch.empty(70, N_GENES, device="meta"))
+    monkeypatch.setattr(sparse, "on_device", lambda counts: dense)
+    module = autoencoder().to("meta")
+    module(simulated(), 0.3).backward()
+    assert all(weight.grad.shape == weight.shape for weight in module.parameters())
+
+
 def test_cells_without_counts_train_on_the_kl_term_alone():
     counts = sp.vstack([sp.csr_matrix((2, N_GENES), dtype=np.float32), simulated(9)], format="csr")
     module = autoencoder()
