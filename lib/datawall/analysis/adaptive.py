@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+from scipy import special
 
 from datawall.analysis.results import sign_of
 from datawall.analysis.saturation import IMPROVING, PLATEAU, UNDECIDED, Curve, curves_of, mean_over_datasets, verdicts
@@ -139,14 +139,17 @@ def still_to_come(scores: Scores, plan: Plan) -> list[tuple[float, float, float]
         later = [np.array(scores[size]) for size in sizes if size >= start]
         below, full, n_runs = np.concatenate(later[:-1]), later[-1], sum(map(len, later))
         x = np.repeat(np.log2([size for size in sizes if size >= start]), [len(runs) for runs in later])
-        line, doublings = stats.linregress(x, np.concatenate(later)), x[-1] - x[0]
+        y, doublings = np.concatenate(later), x[-1] - x[0]
+        from_mean = x - x.mean()
+        slope = from_mean @ y / (from_mean @ from_mean)
+        missed = y - y.mean() - slope * from_mean
+        slope_error = np.sqrt(missed @ missed / (n_runs - 2) / (from_mean @ from_mean))
         freedom, gap = n_runs - len(later), full.mean() - below.mean()
         within = sum(((runs - runs.mean()) ** 2).sum() for runs in later)
         error = np.sqrt(within / freedom * (1 / len(below) + 1 / len(full)))
-        slope_error = np.nan_to_num(line.stderr)  # NaN where all scores are the same
-        upper = line.slope + special.stdtrit(n_runs - 2, plan.test_confidence()) * slope_error
+        upper = slope + special.stdtrit(n_runs - 2, plan.test_confidence()) * slope_error
         most = max(upper * doublings, gap + special.stdtrit(freedom, plan.test_confidence()) * error, 0)
-        coming.append((start, float(max(line.slope * doublings, gap, 0)), float(most)))
+        coming.append((start, float(max(slope * doublings, gap, 0)), float(most)))
     return coming
 
 
