@@ -203,6 +203,13 @@ def test_a_strategy_without_the_full_corpus_borrows_it_but_a_spike_in_does_not()
     assert [c.n_own for c in curves_of(table(*rows), "micro_f1")] == [2, 3, 2]
 
 
+def test_the_cells_of_a_size_are_the_mean_over_its_runs():
+    rows = [row | {"n_cells": 10 + 4 * row["seed"]} for row in curve({1: [0.6, 0.5], 100: [0.7, 0.9]})]
+    (found,) = curves_of(table(*rows), "micro_f1")
+    assert found.n_cells.tolist() == [12, 12]
+    assert [runs.tolist() for runs in found.runs] == [[0.5, 0.6], [0.7, 0.9]]
+
+
 @pytest.mark.parametrize(
     ("scores", "margin", "verdict"),
     [
