@@ -58,7 +58,7 @@ class TripletAutoencoder(nn.Module):
             distance = 2 - 2 * latent.detach() @ latent.detach().T  # (B, B) d² on the unit sphere
         negative, found = semihard_negatives(distance, anchor, positive, negatives, h.margin)
         triplets = latent[anchor], latent[positive], latent[negative]
-        # Leaving pairs without a negative out, instead of counting them as zero, a GPU would have to be waited for.
+        # Pairs without a negative have weight zero; to leave them out, one would have to wait for a GPU.
         losses = F.triplet_margin_loss(*triplets, margin=h.margin, reduction="none") * found
         return loss + h.triplet_weight * losses.sum() / found.sum().clamp(min=1)
 
