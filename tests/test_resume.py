@@ -75,8 +75,8 @@ def train_to(monkeypatch):
 
         module = training.seeded(lambda: nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 1)), 0).cpu()
         recipe = training.Recipe(steps=steps, batch_size=8, learning_rate=1e-2, validate_every=3, patience=100)
-        looks = iter(np.arange(100.0, 0, -1))
-        options = {"seed": seed, "validation_loss": lambda: next(looks), "checkpoint": checkpoint}
+        # The less is left to learn the worse, so that the weights to keep are those of the first look.
+        options = {"seed": seed, "validation_loss": lambda: -module(X).square().mean().item(), "checkpoint": checkpoint}
         return module, training.train(module, loss_of, 40, recipe, **options)
 
     return train
@@ -85,8 +85,10 @@ def train_to(monkeypatch):
 def test_resumed_history_is_whole(tmp_path, train_to):
     with pytest.raises(KeyboardInterrupt):
         train_to(tmp_path / "a.npz", stop_at=7)
-    _, resumed = train_to(tmp_path / "a.npz")
-    _, whole = train_to(tmp_path / "b.npz")
+    kept, resumed = train_to(tmp_path / "a.npz")
+    undisturbed, whole = train_to(tmp_path / "b.npz")
+    assert whole.validation_loss.argmin() == 0  # of three, two before the interruption
+    assert all(map(torch.equal, kept.parameters(), undisturbed.parameters()))
     np.testing.assert_array_equal(resumed.loss, whole.loss)
     np.testing.assert_array_equal(resumed.validation_step, whole.validation_step)
     assert resumed.samples_seen == whole.samples_seen == 80
