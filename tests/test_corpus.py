@@ -100,6 +100,14 @@ def test_feature_name_outranks_var_names():
     pd.testing.assert_frame_equal(a.to_df(), b.to_df())
 
 
+def test_every_gene_of_the_table_is_found_by_its_id_and_by_its_symbol():
+    symbols = TABLE["feature_name"]
+    for names in (TABLE.index, symbols, symbols.str.replace("-", ".")):  # as R spells symbols
+        position, match = corpus.find_genes(pd.DataFrame(index=pd.Index(names)), "mine", "X", np.ones(len(TABLE)))
+        assert np.array_equal(position, np.arange(len(TABLE)))
+        assert match.matched == len(TABLE)
+
+
 def test_columns_of_one_gene_are_summed():
     symbols, ids = toy().var_names, toy(ids=True).var_names
     # The first gene four times: by symbol, by id, and by two versions of the id. A name unknown twice is no gene.
