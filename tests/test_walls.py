@@ -48,6 +48,8 @@ def test_views_of_a_cell_share_no_gene_and_find_each_other_among_real_cells():
     found = ((mine @ others.T).argmax(1) == torch.arange(500)).float().mean().item()
     assert found > 10 / 500
     assert 0 < share_of_chance < 0.85
+    nats = ssl.info_nce(*(embedding for _, embedding in views)).item()
+    assert share_of_chance == pytest.approx(nats / np.log(500), rel=1e-4)  # of a guess among the cells
 
 
 # Depth and quality
