@@ -236,6 +236,7 @@ def test_verdicts_are_those_of_the_numbers(run):
     assert by_model["against"].to_dict() == {"PretrainedPCA": "above", "SSL": "below"}
     said = " ".join(verdicts.sentences(found))
     assert "By the published rule, 1 of 2 curves, one for each model and data set, are saturated at" in said
+    assert "2 of 2 curves" in " ".join(verdicts.sentences(found.assign(percentage=10)))
     assert said.startswith("verdicts: 0 plateau, 1 still improving, 0 budget-limited, 1 undecided, of 2")
     assert "1 of 2 are above the best baseline, 0 level with it and 1 below" in said
     text = "".join(Page(run / "report" / "index.html").text)

@@ -139,6 +139,10 @@ def test_counts_look_like_those_of_real_cells():
     blood = {"CD4-positive, alpha-beta T cell": 6, "classical monocyte": 3, "B cell": 2, "natural killer cell": 1}
     cells = simulate.load(Atlas(n_cells=2000, n_genes=kang.n_vars, composition=blood, treated=0.0, **spread))
     genes, cells = curation.realism({"real": kang.X, "simulated": cells.X})
+    dense = kang.X.toarray().astype(np.float64)
+    expected = np.column_stack([dense.mean(axis=0), dense.var(axis=0), (dense == 0).mean(axis=0)])
+    real_genes = genes.loc[genes["dataset"] == "real", ["mean", "variance", "zeros"]]
+    np.testing.assert_allclose(real_genes, expected[dense.any(axis=0)], atol=1e-9)
     genes["fano"] = genes["variance"] / genes["mean"]
     genes["bin"] = pd.cut(genes["mean"], [0.01, 0.1, 0.3, 1, 3, 10])
     table = genes.pivot_table(["fano", "zeros"], "bin", "dataset", aggfunc="median", observed=True)

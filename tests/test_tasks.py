@@ -243,6 +243,13 @@ def test_held_out_treated_cells_never_reach_the_prediction(predictions):
     assert np.abs(predictions[2] - predictions[0]).max() > 0.1
 
 
+def test_predictions_do_not_depend_on_the_scale_of_an_embedding(predictions):
+    embedding, *cells = contexts_on_a_line()
+    for scale in ([1, 1], [1e3, 1e-3]):
+        tasks.perturbation_response(embedding * scale, *cells, "context 1", seed=0)
+    np.testing.assert_allclose(*predictions, atol=1e-3)
+
+
 def test_response_metrics_by_hand():
     control, treated = np.array([1.0, 2, 3, 6]), np.array([2.0, 2, 5, 5])
     perfect = perturbation.Response(treated, control).metrics(treated)
@@ -265,7 +272,9 @@ def test_metrics_of_top_genes_see_those_alone():
     treated += change
     predicted = control + change
     predicted[:, 50:] += 5
-    metrics = perturbation.Response(treated, control).metrics(predicted)
+    response = perturbation.Response(treated, control)
+    assert dict(response.metrics(control)) == pytest.approx(response.chance)
+    metrics = response.metrics(predicted)
     assert metrics["mse_top50"] < 0.1 < metrics["mse"]
     assert metrics["pearson_delta_top50"] > 0.95 > metrics["pearson_delta"]
     assert metrics["direction_accuracy"] == 1

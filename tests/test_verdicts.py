@@ -46,16 +46,6 @@ def test_planted_plateaus_and_rises_are_found():
     assert rising["spread"] == pytest.approx(0.002, rel=0.5)
 
 
-def test_a_headline_of_which_lower_is_better_has_verdicts_too(monkeypatch):
-    monkeypatch.setattr(verdicts.tasks, "HEADLINE", {"perturbation_response": "mse"})
-    columns = {"task": "perturbation_response", "metric": "mse", "spread": 0}
-    flat = verdict(runs((0.30, 0.20, 0.20, 0.20), **columns))
-    assert (flat["verdict"], flat["plateau"], flat["percentage"]) == ("plateau", 10, 10)
-    falling = verdict(runs((0.90, 0.70, 0.50, 0.30), **columns))
-    assert (falling["verdict"], falling["percentage"], falling["size"]) == ("still improving", 100, 100)
-    assert falling["gain"] == pytest.approx(0.2)
-
-
 def test_what_would_decide_an_undecided_curve_is_a_number_of_seeds_that_does():
     few = runs((0.8, 0.9, 0.9, 0.9), spread=0.02)
     found = verdict(few)
