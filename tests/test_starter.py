@@ -271,11 +271,12 @@ def test_check_says_when_no_context_is_left(compendium):
 
 
 def test_check_of_simulated_and_census_studies_opens_nothing(compendium):
-    for name in ("tiny", "simulated"):
+    for name, n_pretraining in {"tiny": "560", "simulated": "4,200"}.items():
         shutil.copy(ROOT / "params" / f"{name}.yaml", compendium / "params")
         found = preflight.check(Path(f"params/{name}.yaml"))
         assert found.errors == []
         assert "simulated cells" in found.facts[0]
+        assert found.facts[1].startswith(f"subsets of {n_pretraining} cells: ")  # the rest is held out
     census = study(compendium, corpus="census", census={"ontology": "cl.obo"})
     assert "Census" in preflight.check(census).facts[0]
 
