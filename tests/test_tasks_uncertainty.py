@@ -112,6 +112,15 @@ def test_paired_differences_hold_the_truth_and_are_narrower(n_cells, right, agre
     assert agree < 0.8 or np.nanmean(narrower) < 0.85
 
 
+def test_paired_difference_of_two_runs_is_agrestis_and_mins():
+    ours, theirs = np.ones(20), np.ones(20)
+    theirs[:5], ours[5:7] = 0, 0  # five cells that ours alone has right, and two that theirs has
+    more, fewer = (5 + 1 / 2) / (20 + 2), (2 + 1 / 2) / (20 + 2)
+    width = uncertainty.Z * np.sqrt((more + fewer - (more - fewer) ** 2) / (20 + 2))
+    expected = 3 / 20, more - fewer - width, more - fewer + width
+    assert uncertainty.paired_interval(ours, theirs) == pytest.approx(expected)
+
+
 def test_paired_difference_of_many_cells_is_that_of_their_differences():
     rng = np.random.default_rng(0)
     one, other = rng.random((2, 20_000)) < [[0.8], [0.7]]
