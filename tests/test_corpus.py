@@ -138,6 +138,14 @@ def test_a_gene_is_what_its_id_says_not_its_symbol():
         corpus.align(adata, "mine")
 
 
+def test_a_column_that_names_few_genes_is_no_column_of_names():
+    adata, (whole, match) = toy(), corpus.align(toy(), "mine")
+    adata.var["marker_of"] = ["another"] * 18 + adata.var_names[1::-1].tolist()
+    aligned, same = corpus.align(adata, "mine")
+    assert same == match
+    assert np.array_equal(aligned.X.toarray(), whole.X.toarray())
+
+
 def test_cells_without_counts_in_matched_genes_are_dropped_with_a_warning(caplog):
     adata, whole = toy(), corpus.align(toy(), "mine")[0]
     dense = adata.X.toarray()
