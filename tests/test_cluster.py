@@ -205,6 +205,8 @@ run_units(study, units.misbehave, [units.Item("hangs_1"), units.Item("hangs_2")]
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_one_that_started_them(how, executor, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    if how == signal.SIGKILL:  # which `test_forkserver` tries with forks
+        environment[forkserver.ADDRESS] = "off"
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(tmp_path), executor],
         env=environment,
