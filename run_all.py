@@ -42,6 +42,10 @@ TASKS = {
     5: "finetuned_classification",
     6: "perturbation_response",
 }
+# What a stage makes, by its name in a plan, where no stage before it has.
+MAKES = {number: ["pretraining", task] for number, task in TASKS.items()}
+MAKES |= {2: ["pretraining", "reconstruction", "zeroshot_classification"]}
+MAKES |= {5: [*MAKES[3], *MAKES[5]], 7: ["pretraining", "reconstruction", *TASKS.values()]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -356,7 +360,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
     values = {**study.params.model_dump(), "study": _shown(study.folder)}
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
-    seconds = left.get("pretraining" if number == 2 else TASKS.get(number))
+    seconds = sum(left.pop(name, 0) for name in MAKES.get(number, ()))
     line = f"{_stage(number)} …" + (f" about {planning.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     with kernels.forked() as kernel:

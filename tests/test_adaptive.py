@@ -14,7 +14,7 @@ from datawall.analysis import adaptive
 from datawall.analysis.adaptive import Plan, settle
 from datawall.analysis.results import mean_over_splits, read_results, select
 from datawall.analysis.saturation import saturation_points
-from datawall.study import evaluation, questions
+from datawall.study import evaluation, model, questions
 
 GRID = (1, 10, 25, 50, 75, 100)
 
@@ -179,6 +179,14 @@ GROWN = {
 def full(tmp_path_factory):
     study = small_study(tmp_path_factory.mktemp("full"), **GROWN)
     return evaluation.evaluate(study, "zeroshot_classification")
+
+
+def test_an_adaptive_study_keeps_all_runs_besides_those_of_its_grid(tmp_path):
+    besides = {"name": "wide", "models": ["PretrainedPCA", "SSL@wide"], "strategies": ["random"], "percentages": [5]}
+    study = small_study(tmp_path, **GROWN, adaptive=True, also=[besides])
+    (tmp_path / model.CHOSEN).write_text('{"PretrainedPCA": [[25, 1]]}')
+    made = [run.model for run in study.pretraining_runs() if not run.subset.untrained]
+    assert made == ["PretrainedPCA"] * (3 + 2) + ["SSL@wide"] * 3
 
 
 @pytest.mark.parametrize("margin", [0.001, 0.3])

@@ -18,7 +18,7 @@ from datawall.analysis import results
 from datawall.cells import datasets, simulate
 from datawall.engine import disk
 from datawall.models import external
-from datawall.study import dataset, evaluation, params
+from datawall.study import dataset, evaluation, params, questions
 from datawall.study.records import Embedding, Evaluation, EvaluationSet
 
 README = (Path(__file__).resolve().parents[1] / "params" / "README.md").read_text()
@@ -87,6 +87,12 @@ def test_the_readmes_model_is_judged_like_any_other(here):
     run = next(run for run in study.pretraining_runs() if run.model == "mymodel:SVD")
     assert study.embedding(run, "corpus_held_out").shape[1] == 30
     assert study.pretrain()["model"].value_counts()["mymodel:SVD"] == 3
+
+
+def test_a_users_model_is_asked_for_no_panel(here):
+    Path("mymodel.py").write_text(BLOCKS["python"][0].replace("n_components", "n_genes"))
+    given = {"models": ["mymodel:SVD"], "hyperparameters": {"mymodel:SVD": {"n_genes": 20}}}
+    assert questions.panels(study_of(here, **given)).empty
 
 
 def test_an_edited_model_file_redoes_its_own_work_only_and_is_read_again(here):

@@ -1,4 +1,5 @@
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -253,8 +254,9 @@ def test_cells_are_those_of_plain_pandas(uri, obo, edit):
     assert tuple(report.loc["kept"]) == (len(kept), kept["cell_type"].nunique())
 
 
-@pytest.mark.parametrize("block_size", [1, 7, 4096])
-def test_blocks_hold_the_planted_counts(uri, obo, block_size):
+@pytest.mark.parametrize(("block_size", "silent"), [(1, False), (7, True), (4096, False)])
+def test_blocks_hold_the_planted_counts(uri, obo, block_size, silent, monkeypatch):
+    monkeypatch.setattr(census, "tqdm", partial(census.tqdm, disable=silent))  # as TQDM_DISABLE=1 does
     recipe = Recipe(uri=uri, ontology=obo, **LOW)
     selection = census.select(recipe)
     blocks = list(census.blocks(recipe, selection, block_size=block_size))

@@ -164,10 +164,16 @@ def test_gpus_are_dealt_out(study, monkeypatch):
 
 @pytest.mark.parametrize(
     ("given", "gpus"),
-    [("", []), ("-1", []), ("NoDevFiles", []), ("0,-1,1", ["0"]), ("2, GPU-5a,MIG-1", ["2", "GPU-5a", "MIG-1"])],
+    [("", []), ("-1", []), ("No such GPU-5a", []), ("0,-1,1", ["0"]), ("2, GPU-5a,MIG-1", ["2", "GPU-5a", "MIG-1"])],
 )
-def test_gpus_are_those_that_cuda_sees(given, gpus, monkeypatch):
+def test_gpus_are_those_that_cuda_sees_or_that_the_driver_lists(given, gpus, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert processes.visible_gpus() == gpus
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    listed = given.replace(",", "\n")  # an error of a broken driver is printed there, too
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert processes.visible_gpus() == gpus
 
 

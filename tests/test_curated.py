@@ -219,7 +219,7 @@ def test_cells_that_a_named_data_set_loses_are_reported(own_cells, tmp_path, mon
     assert table.to_dict("list") == {"dataset": ["kang2018"], "read": [100], "empty": [3], "kept": [97]}
 
 
-def test_cell_ids_of_subsets_are_written(own_cells, tmp_path):
+def test_cell_ids_of_subsets_are_written(own_cells, tmp_path, monkeypatch):
     study = study_of(own_cells, tmp_path, percentages=[10, 100], held_out=0.2)
     table = curation.write_cell_ids(study, tmp_path / "ids")
     assert pd.read_csv(tmp_path / "ids" / "subsets.csv").equals(table)
@@ -230,6 +230,10 @@ def test_cell_ids_of_subsets_are_written(own_cells, tmp_path):
         for rows in (study.rows(subset), study.split_rows("pretraining"), study.split_rows("spike_in")):
             assert isinstance(rows, np.memmap)  # they stay in their files
             assert not rows.flags.writeable
+    monkeypatch.setattr(cellstore.Cells, "names", None)
+    with pytest.raises(TypeError):
+        curation.write_cell_ids(study, tmp_path / "ids")
+    assert len((tmp_path / "ids" / table["file"][0]).read_text().splitlines()) == 8  # as before
 
 
 # Subsets

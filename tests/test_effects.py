@@ -88,6 +88,8 @@ def test_what_cannot_be_compared_is_refused():
         effects.diversity_effects(alone, diverse().assign(seed=99), "micro_f1")
     with pytest.raises(ValueError, match="no baseline has the metric 'micro_f1'"):
         effects.overtaking(alone, "micro_f1")
+    alike = diverse().assign(**dict.fromkeys(effects.MEASURES, 5.0))
+    assert effects.diversity_effects(two_strategies(0.05), alike, "micro_f1").empty
 
 
 def test_what_does_not_vary_has_no_test():
@@ -143,7 +145,7 @@ def test_a_planted_slope_on_diversity_is_found():
 
 BASELINES = [
     {"strategy": "baseline", "model": name, "percentage": 0.0, "seed": -1, "value": value, "metric": metric}
-    for metric, scores in (("micro_f1", {"HVG": 0.6, "PCA": 0.7}), ("mse", {"HVG": 0.3, "PCA": 0.4}))
+    for metric, scores in (("micro_f1", {"HVG": 0.6, "PCA": 0.7, "Oracle": 0.99}), ("mse", {"HVG": 0.3, "PCA": 0.4}))
     for name, value in scores.items()
 ]
 

@@ -157,6 +157,8 @@ def test_chance_and_ceiling_are_rows_and_columns(tables):
     beside = results.select(scores, metric="micro_f1", split="cells 0", task=TASKS[0], strategy="random")
     assert set(beside["chance"]) == set(chance["value"])
     assert 0.25 < chance["value"].iloc[0] < 0.5
+    by_split = results.select(scores, metric="micro_f1", task=TASKS[2]).groupby("split")["chance"]
+    assert by_split.nunique().to_dict() == {"cells 0": 1, "donors 0": 1}  # a baseline's is that of heads
     response = results.select(scores, task="perturbation_response", metric="pearson_delta")
     oracle = response[response["model"] == results.ORACLE]["value"]
     assert set(response["ceiling"]) == set(oracle)
@@ -229,6 +231,15 @@ def test_whole_networks_are_trained_where_they_can_be(study, few_steps):
     }
 
 
+def test_equal_units_are_handed_out_once(folder, tmp_path, monkeypatch):
+    handed, twice = [], {"models": ["SSL", "SSL@same"], "percentages": [100], "seeds": [0, 1], "init_seed": 0}
+    run_units = lambda study, make, items, *_: handed.append([make(study, item).key for item in items])  # noqa: E731
+    monkeypatch.setattr(evaluation.cluster, "run_units", run_units)
+    study = small_study(tmp_path, **VALUES | {"corpus": str(folder / "cells.h5ad"), **twice})
+    evaluation.evaluate(study, TASKS[0])
+    assert [(len(keys), len(set(keys))) for keys in handed] == [(3, 3), (7, 7)]  # models, evaluations
+
+
 def test_extremes_are_the_best_the_worst_and_the_bests_control(study, tables):
     chosen = questions.extremes(study, results.select(tables["results"], task=TASKS[0]), "micro_f1")
     means = results.mean_over_splits(results.select(tables["results"], task=TASKS[0], metric="micro_f1"))
@@ -298,6 +309,7 @@ def unfit(task, obs, **values):
         ("zeroshot_classification", {"cell_type": [("B", 5), ("T", 5)]}, "it has 10 cells, and needs 20"),
         ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 30)]}, "all of one batch"),
         ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 9), ("y", 21)]}, "told apart"),
+        ("zeroshot_integration", {"cell_type": [("B", 800), ("T", 800)], "batch": [("x", 2), ("y", 1598)]}, "batch"),
         ("perturbation_response", {"cell_type": [("B", 9), ("T", 21)], "perturbation": [("a", 30)]}, "the control"),
         ("reconstruction", {"cell_type": [("B", 3)]}, None),
         ("zeroshot_integration", {"cell_type": [("B", 9), ("T", 21)], "batch": [("x", 8), ("y", 22)]}, None),
@@ -305,7 +317,7 @@ def unfit(task, obs, **values):
     ],
 )
 def test_what_a_data_set_cannot_be_judged_on_is_known_from_its_labels(task, columns, why):
-    found = unfit(task, labels(**columns))
+    found = unfit(task, labels(**columns), integration_cells=500)  # a sample, of the largest
     assert found is None if why is None else why in found
 
 

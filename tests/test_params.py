@@ -64,6 +64,10 @@ def simulated(**values):
             ["mine.yaml: corpus: 5 is not allowed: input should be a valid string, or: input should be a valid list;"],
         ),
         ({"cell_type_key": 1}, ["mine.yaml: cell_type_key: 1 is not allowed: input should be a valid string, or: inp"]),
+        (
+            {"budget_check": {"percentages": [1], "seeds": [0], "budgets": [0.5]}},
+            ["mine.yaml: budget_check.budgets: [0.5] is not allowed: 2.0 is not among them"],
+        ),
         ({"corpus": ["a.h5ad", 5]}, ["mine.yaml: corpus.1: 5 is not allowed: input should be a valid string;"]),
         ({"batch_key": {"a": 1}}, ["mine.yaml: batch_key.a: 1 is not allowed: input should be a valid string;"]),
         ({"sedes": [1]}, ["sedes", "no such key", "did you mean 'seeds'?"]),
@@ -203,7 +207,8 @@ def test_unknown_study_lists_the_known_ones(compendium):
 
 def test_run_folder_is_where_the_study_was_written(compendium):
     assert paths.run_folder(compendium / "runs/done/study.yaml", "mine") == compendium / "runs/done"
-    assert paths.run_folder(compendium / "params/alpha.yaml", "mine") == compendium / "runs/mine"
+    for name in ("alpha", "study"):
+        assert paths.run_folder(compendium / f"params/{name}.yaml", "mine") == compendium / "runs/mine"
 
 
 def test_a_models_values_are_the_studys_for_its_family_then_its_variants_then_the_studys_for_itself():
@@ -211,6 +216,13 @@ def test_a_models_values_are_the_studys_for_its_family_then_its_variants_then_th
     study = params.check(MINIMAL | {"models": ["scVI", "scvi_2x"], "hyperparameters": given}, "mine.yaml")
     values = [study.specs[model].hyperparameters for model in study.models]
     assert [(h.n_hidden, h.n_latent, h.dropout) for h in values] == [(128, 3, 0.3), (256, 20, 0.4)]
+
+
+def test_steps_are_a_models_own_or_those_without_its_label_or_of_its_family_or_of_all():
+    given = {"models": ["SSL", "scVI", "scvi_4x", "scvi_2x@b", "scvi_2x@a"]}
+    steps = {"scVI": 9, "scvi_2x": 8, "scvi_2x@a": 7}
+    study = params.check(MINIMAL | given | {"steps_by_model": steps}, "mine.yaml")
+    assert [study.steps_of(model) for model in study.models] == [5, 9, 9, 8, 7]
 
 
 def test_budget_says_how_schedules_are_counted_unless_a_model_says_otherwise():

@@ -17,7 +17,7 @@ from small import small_study
 
 from datawall import models
 from datawall.cells import simulate
-from datawall.engine import code, processes
+from datawall.engine import cluster, code, processes
 from datawall.engine.processes import Need
 from datawall.models import training
 from datawall.planning import calibration
@@ -76,7 +76,6 @@ def test_the_published_study_is_80_subsets_400_models_and_6400_experiments():
     subsets = (6 + 5 + 5) * 5  # sizes of the three strategies, seeds
     experiments = 80 * 5 * 4 * 4  # subsets, families, tasks, data sets
     assert grid == ("paper", {"subsets": subsets, "models": 400, "experiments": experiments, "baselines": 52})
-    assert (subsets, experiments) == (80, 6400)
     counted = {name: (of["subsets"], of["models"]) for name, of in besides}
     assert counted == {
         "untrained controls": (0, 5 * 5),
@@ -149,12 +148,6 @@ def test_steps_cost_in_proportion_to_a_models_work():
     work = costs.work(study.params.specs["SSL"], *costs.size_of(study.params))
     seconds = costs_of(study, work=work / 3).run(run).seconds
     assert seconds == pytest.approx(1.0 + 0.01 * 80 + 3 * 40 * (0.5 + 0.002 * 32))
-
-
-def test_steps_are_a_models_own_its_familys_or_the_studys():
-    steps = {"steps_by_model": {"scVI": 7, "scvi_2x": 9}, "hyperparameters": {}}
-    p = study_of(models=["scVI", "scvi_2x", "scvi_4x", "SSL"], **steps).params
-    assert [p.steps_of(name) for name in p.models] == [7, 9, 7, 40]
 
 
 def test_an_evaluation_costs_a_power_of_its_cells_each_split_and_its_embedding():
@@ -323,8 +316,9 @@ def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
         monkeypatch.setattr(calibration, name, sizes)
     begun = []  # what a process of its own would import is imported here
     monkeypatch.setattr(subprocess, "run", lambda command, check: begun.append(exec(command[-1])))
+    own = {"treatments": ["stim"], "labels": {"naive B cell": "other"}, "storage": "s3://none/such"}
     study = study_of(tasks=["zeroshot_classification", "perturbation_response", "reconstruction"])
-    known = json.loads(calibration.calibrate(study.params).read_text())
+    known = json.loads(calibration.calibrate(study.params.model_copy(update=own)).read_text())
     assert len(begun) == 1
     assert costs.calibration_of("mine") == known
     assert [each["family"] for each in known["models"]] == study.params.models
@@ -344,6 +338,15 @@ def test_a_miniature_is_calibrated(tmp_path, monkeypatch):
 def test_a_line_through_two_measurements_never_falls():
     assert calibration._line((100, 300), [1.0, 2.0]) == pytest.approx([0.5, 0.005])
     assert calibration._line((100, 300), [2.0, 1.0]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("executor", "expected"), [("slurm", cluster.SLURM_JOBS), ("local", 5), ("tcp://there:1", 5)])
+def test_plan_counts_the_workers_of_where_units_run(executor, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(planning, "CPU_COUNT", 5)
+    shown = planning.table(study_of(executor=executor, workers=None))
+    assert f"time: {expected} side by side" in shown
+    assert ("tcp://there:1 has is not known" in shown) == (executor == "tcp://there:1")
 
 
 # The command

@@ -4,6 +4,7 @@ import pytest
 from benchmarks import power as simulation
 from result_tables import curve, table
 from scipy import stats
+from test_saturation import point
 
 from datawall.analysis import power, saturation, scaling
 from datawall.analysis.saturation import Curve
@@ -26,11 +27,6 @@ def test_simulated_curves_have_their_truth_and_the_published_spread():
     assert fixed.std(axis=2, ddof=1).mean() == pytest.approx(0.01, rel=0.1)
 
 
-def point(results, rule, margin):
-    points = saturation.saturation_points(results, "micro_f1", rule=rule, margin=margin, n_resamples=0)
-    return points["percentage"].item()
-
-
 def test_what_rules_say_is_what_they_say_of_one_curve():
     for truth in ("plateau at 10 %", "late, from 50 %", "improves, .25 to .125"):
         scores = simulation.simulated(truth, 5, 4, noise=0.006)
@@ -38,7 +34,7 @@ def test_what_rules_say_is_what_they_say_of_one_curve():
         curves = [curve(dict(zip(simulation.SIZES, of, strict=True)), dataset=str(n)) for n, of in enumerate(scores)]
         shown = table(*(row | {"n_cells": row["percentage"] * 100} for rows in curves for row in rows))
         for rule, margin in (("published", None), ("mean", None), ("error", None), ("equivalence", 0.01)):
-            points = np.array([point(of, rule, margin) for _, of in shown.groupby("dataset")])
+            points = np.array([point(of, rule=rule, margin=margin) for _, of in shown.groupby("dataset")])
             row = found.loc[rule if margin is None else "equivalence, margin 0.01"]
             assert row["plateau"] == np.mean(points <= 50), (truth, rule)
             assert row["in place"] == np.mean(points == 10), (truth, rule)

@@ -13,6 +13,7 @@ import small
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+SECTION = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
 PLACE = r"(?P<path>lib/\S+?)(?:, (?P<where>at the end|after|before|in place of)(?: `(?P<text>[^`]+)`)?)?"
 STEP = rf"^```\w+\n# {PLACE}\n(?P<code>.*?)^```$"
 STUDY = small.STUDY | {
@@ -37,8 +38,7 @@ report.write(study.folder)
 
 def recipes():
     """Steps by recipe: path, where, text and code of each block."""
-    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
-    parts = re.split(r"^### (.*)$", text, flags=re.M)
+    parts = re.split(r"^### (.*)$", SECTION, flags=re.M)
     return {
         name: [m.groupdict() for m in re.finditer(STEP, part, re.M | re.S)]
         for name, part in zip(parts[1::2], parts[2::2], strict=True)
@@ -88,8 +88,7 @@ def run(tmp_path_factory):
 def test_recipes_are_read_whole():
     found = recipes()
     assert list(found) == ["A model family", "A strategy", "A metric", "A task", "A data set", "A figure"]
-    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
-    assert sum(map(len, found.values())) == section.count("```") // 2
+    assert sum(map(len, found.values())) == SECTION.count("```") // 2
 
 
 def test_family_and_strategy_are_pretrained_and_scored(run):

@@ -214,7 +214,7 @@ def test_costs_add_up_to_the_manifests_and_the_disk(run):
     assert table.loc["model: SSL", "artifacts"] == 6
     (speed,) = report.speeds(artifacts).itertuples(index=False, name=None)
     assert speed == ("SSL", "NVIDIA H100", 2, "cells", 500, pytest.approx(989e3 / 6), pytest.approx(494_500), "25%")
-    assert table["peak memory (MiB)"].max() == max(each["made"]["peak_memory_mib"] for each in manifests)
+    assert table["process's peak memory (MiB)"].max() == max(each["made"]["peak_memory_mib"] for each in manifests)
 
 
 def test_damaged_manifest_is_left_out(run, tmp_path):

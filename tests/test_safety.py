@@ -219,9 +219,6 @@ def test_file_of_another_kind_is_no_data_set(name, trap, tmp_path):
     (tmp_path / name).write_bytes(pickle.dumps(trap))
     with pytest.raises(dw.datasets.DatasetError, match="not a named data set"):
         dw.datasets.load(str(tmp_path / name))
-    named = {"model": "A", "dataset": "pbmc68k_held_out", "file": str(tmp_path / name)}
-    with pytest.raises(params.ParamsError, match="h5ad"):
-        params.check({**STUDY, "embeddings": [named]}, "test")
 
 
 def test_embeddings_with_a_pickle_beside_them(trap, tmp_path):

@@ -45,15 +45,6 @@ def test_rows_are_sorted_unique_in_range_and_as_many_as_asked(strategy, n, perce
 
 
 @every_strategy
-@given(seed=seeds, other=seeds, percentage=st.floats(1, 99))
-@settings(steady, max_examples=20)
-def test_seeds_choose_different_rows(strategy, seed, other, percentage):
-    assume(seed != other)
-    rows, others = (sample(strategy, 2_000, percentage, s) for s in (seed, other))
-    assert not np.array_equal(rows, others)
-
-
-@every_strategy
 @given(n=n_cells, percentage=percentages, larger=percentages, seed=seeds)
 @steady
 def test_subsets_of_one_seed_are_nested(strategy, n, percentage, larger, seed):
@@ -270,13 +261,11 @@ def test_spike_in_keeps_the_size_or_names_the_largest_that_is_possible(n_train, 
     np.testing.assert_array_equal(perturbed, again[1])
 
 
-def test_spike_ins_of_one_seed_are_nested_and_of_two_are_different():
+def test_spike_ins_of_one_seed_are_nested():
     kept, perturbed = sampling.spike_in(500, 400, 10, seed=0)
     fewer_kept, more_perturbed = sampling.spike_in(500, 400, 50, seed=0)
     assert np.isin(fewer_kept, kept).all()
     assert np.isin(perturbed, more_perturbed).all()
-    other = sampling.spike_in(500, 400, 10, seed=1)
-    assert not any(np.array_equal(*pair) for pair in zip((kept, perturbed), other, strict=True))
 
 
 def test_spike_in_names_what_cannot_be_done():

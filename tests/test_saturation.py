@@ -348,6 +348,7 @@ def test_a_model_without_an_untrained_control_is_not_told_to_be_level_with_it():
     words = dw.results.beside_controls(results, "micro_f1", margin=0.02).droplevel("dataset")
     assert words["untrained"].to_dict() == {"scVI": "within", "scvi_2x": "unknown"}
     assert words["PCA"].tolist() == ["above", "above"]
+    assert dw.results.beside_controls(results.assign(metric="mse"), "mse", margin=0.02)["PCA"].eq("below").all()
 
 
 def test_headline_sets_each_size_beside_untrained_and_baselines():

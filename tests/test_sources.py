@@ -213,6 +213,17 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
         open_source([], LABELS)
 
 
+def test_files_of_which_two_cells_would_share_a_name_are_refused(tmp_path):
+    first, second = toy(2), toy(2, seed=1)
+    first.obs_names = ["b_1", "b_2"]
+    paths = [write(first, tmp_path / "a.h5ad"), write(second, tmp_path / "a_b.h5ad")]
+    assert open_source(paths, LABELS).n_cells == 4
+    second.obs_names = ["2", "3"]
+    write(second, paths[1])
+    with pytest.raises(CorpusError, match=r"a\.h5ad, .*a_b\.h5ad: each has a cell .* called 'a_b_2'; rename one"):
+        open_source(paths, LABELS)
+
+
 # Cells dropped
 
 

@@ -238,6 +238,8 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert found.errors == ["percentages: 0.1 % is one cell, of which no model learns; give more."]
     found = preflight.check(study(compendium, labels={"rare": "T cell", "Rare": "T cell"}))
     assert "labels: no cell is of the types ['Rare']; correct them, or leave them out." in found.warnings
+    found = preflight.check(study(compendium, models=["SSL"], budget_check={"percentages": [5], "seeds": [0]}))
+    assert [line for line in found.warnings if line.startswith("no run of the study is one of budget_check: ")]
 
 
 def test_check_takes_the_columns_that_a_run_takes(compendium):

@@ -53,13 +53,6 @@ def test_classifiers_are_scikit_learns():
     assert metrics == tasks.zeroshot_classification(X[::2], y[::2], X[1::2], y[1::2], more_k=(1, 15))
 
 
-def test_probe_does_not_depend_on_the_scale_of_columns():
-    X, y = blobs(noise=6)
-    scaled = X * np.array([1e3, 1e-3, 1, 1, 1, 1, 1, 1]) + 50
-    one, other = (classification.linear_probe(each[::2], y[::2], each[1::2]) for each in (X.astype(float), scaled))
-    assert (one == other).mean() > 0.99
-
-
 def test_fewer_cells_than_neighbours_is_refused():
     X, y = blobs()
     with pytest.raises(ValueError, match="4 training cells are fewer than k=5 neighbours; lower k"):
@@ -100,7 +93,6 @@ def test_balanced_weights_are_scikit_learns():
 def test_a_head_has_the_published_shape():
     head = Heads(1, 10, 4)
     assert [tuple(weight.shape) for weight in head.parameters()] == [(1, 10, 128), (1, 1, 128), (1, 4, 128), (1, 4, 1)]
-    assert head.dropout == 0.2
 
 
 @pytest.mark.parametrize("class_weight", [None, "balanced"])

@@ -38,10 +38,6 @@ def finetuned(X, labels, part):
     return tasks.finetuned_classification(X, labels, part, seed=0, recipe=SHORT)
 
 
-def integrated(X, labels, batches, **options):
-    return tasks.zeroshot_integration(X, labels, batches, **options)
-
-
 # Classification
 
 
@@ -80,7 +76,7 @@ def test_labels_as_embedding_are_classified_without_a_mistake(typed):
 
 @pytest.fixture(scope="module")
 def of_pca(cells):
-    return integrated(*cells[1:4], unintegrated=cells[1])
+    return tasks.zeroshot_integration(*cells[1:4], unintegrated=cells[1])
 
 
 def test_pca_integrates_types_far_above_chance(of_pca):
@@ -91,7 +87,7 @@ def test_pca_integrates_types_far_above_chance(of_pca):
 
 def test_labels_as_embedding_have_the_best_bio_metrics(cells):
     _, X, labels, batches, _ = cells
-    metrics = integrated(one_hot(labels), labels, batches, unintegrated=X)
+    metrics = tasks.zeroshot_integration(one_hot(labels), labels, batches, unintegrated=X)
     for name in ("nmi", "ari", "asw_label", "isolated_labels", "clisi", "graph_connectivity"):
         assert metrics[name] > 0.98, name
     assert metrics["ilisi"] > metrics.ceiling["ilisi"] - 0.03
@@ -104,7 +100,7 @@ def test_batch_offset_lowers_the_batch_metrics_and_spares_the_others(cells):
     good = np.column_stack([one_hot(labels), np.zeros(len(labels))]) + noise
     offset = good.copy()
     offset[:, -1] += 0.3 * (batches == np.unique(batches)[0])  # types are 1.4 apart
-    before, after = (integrated(each, labels, batches, unintegrated=X) for each in (good, offset))
+    before, after = (tasks.zeroshot_integration(each, labels, batches, unintegrated=X) for each in (good, offset))
     for name in ("asw_batch", "ilisi", "kbet", "pcr_comparison"):
         assert after[name] < before[name] - 0.03, name
         assert after.intervals[name][1] < before.intervals[name][0], name
@@ -117,7 +113,7 @@ def test_removing_the_batch_means_raises_the_batch_metrics(cells, of_pca):
     corrected = X.copy()
     for batch in np.unique(batches):
         corrected[batches == batch] -= X[batches == batch].mean(axis=0)
-    after = integrated(corrected, labels, batches, unintegrated=X)
+    after = tasks.zeroshot_integration(corrected, labels, batches, unintegrated=X)
     for name in ("ilisi", "kbet", "pcr_comparison", "total"):
         assert after[name] > of_pca[name], name
     assert after["pcr_comparison"] == pytest.approx(1, abs=1e-6)
@@ -204,7 +200,7 @@ def test_no_signal_scores_at_chance(cells, control):
         assert metrics["balanced_accuracy"] == pytest.approx(metrics.chance["balanced_accuracy"], abs=0.05), task
         assert metrics["macro_f1"] < metrics.chance["macro_f1"] + 0.05, task
         assert metrics["micro_f1"] < majority + 0.05, task
-    metrics = integrated(X, labels, batches)
+    metrics = tasks.zeroshot_integration(X, labels, batches)
     assert set(metrics.chance) == {*integration.BIO, "nmi_fixed", "ari_fixed", "graph_connectivity", "avg_bio"}
     for name in set(metrics.chance) - {"graph_connectivity"}:
         assert metrics[name] == pytest.approx(metrics.chance[name], abs=0.05), name
@@ -258,7 +254,7 @@ def test_constant_embedding_predicts_one_type(cells):
         shares = [np.mean(labels[part == 2] == label) for label in np.unique(labels)]
         assert any(metrics[prefix + "micro_f1"] == pytest.approx(share) for share in shares)
     with pytest.raises(ValueError, match="all cells have the same embedding; there are no neighbours to judge"):
-        integrated(constant, labels, batches)
+        tasks.zeroshot_integration(constant, labels, batches)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -271,7 +267,7 @@ def test_values_that_are_no_numbers_are_refused_and_the_cell_is_named(cells, val
         lambda: classified(broken, labels, part),
         lambda: classified(broken[::-1], labels[::-1], part[::-1]),
         lambda: finetuned(broken, labels, part),
-        lambda: integrated(broken, labels, batches),
+        lambda: tasks.zeroshot_integration(broken, labels, batches),
         lambda: tasks.zeroshot_integration(X, labels, batches, unintegrated=broken),
         lambda: tasks.perturbation_response(broken, X, np.arange(len(X)) != 17, labels, "B cells", seed=0),
         lambda: tasks.perturbation_response(broken, X, treated, labels, "CD8 T cells", seed=0, matching="ot"),
@@ -304,7 +300,7 @@ def test_what_cannot_be_integrated_is_refused(label, batch, message, cells):
     _, X, labels, *_ = cells
     given = [np.repeat(name, len(X)) if name else labels for name in (label, batch)]
     with pytest.raises(ValueError, match=message):
-        integrated(X, *given)
+        tasks.zeroshot_integration(X, *given)
 
 
 def test_a_class_with_one_cell_is_scored(cells):
@@ -318,7 +314,7 @@ def test_a_class_with_one_cell_is_scored(cells):
             assert ("f1[lone]" in metrics) == (side == 2)
             assert metrics.get("f1[lone]", 0) == 0  # no training cell, or no neighbour of its kind
             assert metrics.get("support[lone]", 1) == 1
-        metrics = integrated(X, lone, batches)
+        metrics = tasks.zeroshot_integration(X, lone, batches)
         assert all(np.isfinite(value) for value in metrics.values())
         assert metrics["isolated_labels"] == pytest.approx(0.5)  # the silhouette of a lone cell is 0 by definition
 

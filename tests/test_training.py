@@ -53,21 +53,16 @@ def test_every_step_has_random_numbers_of_its_own():
 
 @pytest.mark.parametrize(
     ("warmup", "decay", "rates"),
-    [(0.2, "linear", [8, 16, 24, 21, 18, 15, 12, 9, 6, 3]), (0.4, "none", [4.8, 9.6, 14.4, 19.2] + 6 * [24])],
+    [
+        (0.2, "linear", [8, 16, 24, 21, 18, 15, 12, 9, 6, 3]),
+        (0.25, "linear", [24 / 3.5, 48 / 3.5, 72 / 3.5, 22.4, 19.2, 16, 12.8, 9.6, 6.4, 3.2]),
+        (1.0, "linear", 24 / 11 * np.arange(1, 11)),
+        (0.4, "none", [4.8, 9.6, 14.4, 19.2] + 6 * [24]),
+    ],
 )
 def test_rate_rises_then_falls_linearly_or_stays(warmup, decay, rates):
     recipe = Recipe(steps=10, batch_size=1, learning_rate=24.0, warmup=warmup, decay=decay)
     np.testing.assert_allclose([recipe.rate(step) for step in range(10)], rates)
-
-
-@pytest.mark.parametrize("warmup", [0.0, 0.027, 0.5, 1.0])
-def test_rate_is_above_zero_and_at_most_its_peak(warmup):
-    recipe = Recipe(steps=301, batch_size=1, learning_rate=0.1, warmup=warmup)
-    rates = np.array([recipe.rate(step) for step in range(301)])
-    assert 0 < rates.min() < rates.max() <= 0.1 + 1e-12
-    peak = rates.argmax()
-    assert (np.diff(rates[: peak + 1]) > 0).all()
-    assert (np.diff(rates[peak:]) < 0).all()
 
 
 def noisy_problem(seed=0):
@@ -94,15 +89,6 @@ def test_training_repeats_bit_for_bit_whatever_the_global_random_state_and_leave
     assert torch.equal(weights, again)
     np.testing.assert_array_equal(history.loss, history_again.loss)
     assert not torch.equal(weights, trained(seed=6)[0])
-
-
-def test_seeded_weights_repeat_and_leave_the_global_random_state():
-    torch.manual_seed(3)
-    before = torch.random.get_rng_state()
-    first, again, other = (seeded(lambda: nn.Linear(4, 4), seed).weight for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_history_counts_what_was_seen():
@@ -140,7 +126,6 @@ def test_cells_are_counted_that_were_drawn():
     batches = [np.array([3, 3, 39]), np.array([3, 1, 0])]
     history = train(module, loss_of, 40, Recipe(2, 3, 1e-3), seed=0, batches=batches)
     assert (history.samples_seen, history.unique_cells) == (6, 4)
-    assert train(module, loss_of, 40, Recipe(4, 8, 1e-3), seed=0).unique_cells == 32
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from datawall.analysis import power, results, saturation, verdicts
-from datawall.analysis.results import COLUMNS, KNOWN
+from datawall.analysis.results import COLUMNS, KNOWN, select
 
 SIZES = (1.0, 10.0, 30.0, 100.0)
 
@@ -97,6 +97,14 @@ def test_the_table_of_budgets_has_the_score_of_each_and_their_difference():
     assert [row[name] for name in ("half", "once", "twice", "change")] == pytest.approx([0.8, 0.9, 0.93, 0.03])
 
 
+def test_a_budget_is_judged_by_the_splits_that_verdicts_look_at_and_without_half_of_the_steps():
+    twice = select(budgets({10.0: 0.03}), budget=2.0)
+    by_donor = twice.assign(split="donors 0", value=0.2)
+    (row,) = verdicts.budgets(runs((0.9,) * 4, spread=0), pd.concat([twice, by_donor])).to_dict("records")
+    assert row["change"] == pytest.approx(0.03)
+    assert np.isnan(row["half"])
+
+
 def test_results_of_other_budgets_are_in_a_table_of_their_own():
     rows = pd.concat([runs((0.9,) * 4).assign(budget=1.0), budgets({10.0: 0.03})])
     made = results.tables(rows)
@@ -110,3 +118,4 @@ def test_no_random_subsets_have_no_verdicts():
     assert none.empty
     assert verdicts.tally(none).endswith(", of 0")
     assert verdicts.design_power(none, [1, 100], 5, 0.02).empty
+    assert verdicts.design_power(verdicts.table(runs((0.9,) * 4), None, 0.02), [1, 50], 5, 0.02).empty

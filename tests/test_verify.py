@@ -69,11 +69,9 @@ def test_what_a_split_drops_is_looked_for_and_told(run):
     assert f"  drop: embedding {keys['embedding']}" in verify.why(folder, made.key).splitlines()
 
 
-def test_removed_checksums_are_named_and_results_refused(run):
+def test_removed_checksums_are_named(run):
     (run[0] / results.CHECKSUMS).unlink()
     assert verify.problems(run[0]) == ["results.sha256 is missing"]
-    with pytest.raises(ValueError, match=r"results\.sha256 is missing; run the study again"):
-        results.read_results(run[0])
 
 
 def test_why_tells_origin_and_fate(run, monkeypatch):

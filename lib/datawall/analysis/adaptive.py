@@ -153,15 +153,15 @@ def still_to_come(scores: Scores, plan: Plan) -> list[tuple[float, float, float]
     return coming
 
 
-def replay(results: pd.DataFrame, metric: str, plan: Plan, *, seed: int = 0) -> pd.DataFrame:
+def replay(results: pd.DataFrame, metric: str, plan: Plan) -> pd.DataFrame:
     """Verdicts that `settle` would have reached on a study that has been run, beside those of all its runs.
 
-    A run's score is its mean over a task's data sets. Percentages and seeds are the study's; `seed` gives their order.
+    A run's score is its mean over a task's data sets. Percentages and seeds are the study's, in a drawn order.
     Columns model, strategy, task, full, full_percentage (`decide` on all runs), adaptive, adaptive_percentage, share.
     """
     rows = []
     for curve in curves_of(mean_over_datasets(results, metric), metric):
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         n_seeds = min(map(len, curve.runs))
         drawn = [(sign_of(metric) * rng.permutation(runs)[:n_seeds]).tolist() for runs in curve.runs]
         scores = dict(zip(curve.percentages.tolist(), drawn, strict=True))

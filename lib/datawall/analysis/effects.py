@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.results import BASELINE, ORACLE, lower_is_better, select, sign_of
+from datawall.analysis.results import BASELINE, CHANCE, ORACLE, lower_is_better, select, sign_of
 from datawall.analysis.saturation import KEY, adjust, curves_of, one_sided_p, runs_of
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
@@ -51,9 +51,9 @@ def diversity_effects(
             # A size with one strategy says nothing of diversity.
             by_size = group.dropna(subset=measure).groupby("percentage")
             data = by_size.filter(lambda runs: len(runs["strategy"].unique()) > 1)
-            if len(data):
-                z = data.drop_duplicates(RUN).set_index(RUN)[measure]
-                within = z - z.groupby("percentage").transform("mean")
+            z = data.drop_duplicates(RUN).set_index(RUN)[measure]
+            within = z - z.groupby("percentage").transform("mean")
+            if within.abs().max() > 1e-9:  # nor do strategies that are equally diverse
                 table = _by_dataset(data)
                 slope = _slope(table, (z / within.std()).reindex(table.index).to_numpy())
                 rows.append((model, task, measure, table.shape[1], *slope))
@@ -103,6 +103,7 @@ def overtaking(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     sign = sign_of(metric)
     baselines = select(results, metric=metric, strategy=BASELINE)
+    baselines = baselines[~baselines["model"].isin([CHANCE, ORACLE])]
     if baselines.empty:
         raise ValueError(f"no baseline has the metric {metric!r}.")
     means = sign * baselines.groupby(["task", "dataset", "model"])["value"].mean()

@@ -132,13 +132,14 @@ def _by_cell(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_over_splits(table: pd.DataFrame) -> pd.DataFrame:
-    """One value per run and metric: the mean over its splits, of low and high too where the table has them.
+    """One value per run (and budget, of `budgets`) and metric: the mean over its splits, of low and high too if there.
 
     Splits by donor count only where there are no others. Means of intervals are as wide as each: splits share cells.
     """
     table = _by_cell(table)
     columns = [name for name in ("value", "low", "high") if name in table]
-    return table.groupby(RUN, as_index=False, sort=True)[columns].mean()
+    keys = [*RUN, "budget"] if "budget" in table else RUN
+    return table.groupby(keys, as_index=False, sort=True)[columns].mean()
 
 
 def select(results: pd.DataFrame, **values: str | float) -> pd.DataFrame:
@@ -173,9 +174,10 @@ def _mean_over_seeds(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def beside_controls(results: pd.DataFrame, metric: str, *, margin: float) -> pd.DataFrame:
     """In words, how each model at the best of its sizes compares with its untrained control and the baselines.
 
-    `above` or `below` by more than `margin`, else `within`; `unknown` without random subsets or a control to compare.
+    `above` (better) or `below` by more than `margin`, else `within`; `unknown` without random subsets, or a control to
+    compare.
     """
-    table = headline(results, metric)
+    table = sign_of(metric) * headline(results, metric)
     best = table.filter(like="%").max(axis=1)
     names = dict.fromkeys(["untrained", *(name for name in table if not name.endswith("%"))])
     gap = -table.reindex(columns=list(names)).sub(best, axis=0)

@@ -248,11 +248,14 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
 
     Pairs are of what `by` says, `model` or `strategy`, with all else equal. The columns are percentage, pairs and same
     (share that is ordered alike, by means over seeds). The last row is of the largest size, by halves of its seeds.
+    Empty without a pair.
     """
     runs = runs_of(results, metric)
     where = [name for name in ("task", "dataset", "model", "strategy") if name != by]
     means = runs.pivot_table(index=[*where, "percentage"], columns=by, values="value")
     means = means[means.notna().sum(axis=1) > 1]
+    if means.empty:
+        return pd.DataFrame(columns=["percentage", "pairs", "same"])
     largest = means.index.get_level_values("percentage").max()
     at = {size: rows.droplevel("percentage") for size, rows in means.groupby("percentage")}
     rows = [(size, *_alike(table, at[largest])) for size, table in at.items() if size != largest]

@@ -23,14 +23,18 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     """What half and twice the steps change in the headline metrics: means over the seeds that were checked.
 
     From the tables `intervals` and `budgets` of a study. Columns task, dataset, model, percentage, half, once, twice
-    (the score after so many of the model's steps), seeds (that were checked) and change (twice less once, as a score).
+    (the score after so many of the model's steps; half is NaN where it was not made), seeds (that were checked) and
+    change (twice less once, as a score).
     """
     heads = pd.Series(tasks.HEADLINE, name="metric").rename_axis("task").reset_index()
     own = results.mean_over_splits(select(intervals, strategy="random")).assign(budget=1.0)
-    other = checked.groupby([*results.RUN, "budget"], as_index=False)["value"].mean()
-    rows = pd.concat([own[[*results.RUN, "budget", "value"]], other]).merge(heads)
+    rows = pd.concat([own, results.mean_over_splits(checked)]).merge(heads)
     wide = rows.pivot_table(index=[*CURVE, "metric", "percentage", "seed"], columns="budget", values="value")
-    wide = wide.reindex(columns=[0.5, 1.0, 2.0]).set_axis(["half", "once", "twice"], axis=1).dropna()
+    wide = (
+        wide.reindex(columns=[0.5, 1.0, 2.0])
+        .set_axis(["half", "once", "twice"], axis=1)
+        .dropna(subset=["once", "twice"])
+    )
     by_size = wide.groupby(level=[*CURVE, "metric", "percentage"])
     table = by_size.mean().assign(seeds=by_size.size()).reset_index()
     sign = table["metric"].map(results.sign_of).astype(float)
@@ -114,7 +118,10 @@ def design_power(found: pd.DataFrame, percentages: list[float], n_seeds: int, ma
     """How often the design would find the truth at the spread that was measured (`power.of_design`, 400 draws).
 
     A row per task and data set: the median spread of its curves, one family, and right verdicts by truth (`RISES`).
+    None where a verdict cannot be reached: without the full corpus, or with one size.
     """
+    if len(percentages) < 2 or max(percentages) < 100:
+        found = found[:0]
     tables = {}
     for key, curves in found.groupby(["task", "dataset"]):
         spread = curves["spread"].median()

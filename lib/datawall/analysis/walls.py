@@ -193,11 +193,11 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
     return pd.concat([pd.DataFrame(columns=columns).astype(columns), *tables], ignore_index=True)[[*columns]]
 
 
-def worth(gains: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
-    """What each doubling or swap gains, in errors per 1,000 cells: task, dataset, model, suspect, gain, low, high."""
-    drawn, ends = gains[gains["draw"] > 0].groupby([*CURVE, "suspect"], sort=False)["gain"], (1 - confidence) / 2
+def worth(gains: pd.DataFrame) -> pd.DataFrame:
+    """What each doubling or swap gains, in errors in 1,000 cells: task, dataset, model, suspect, gain, low, high."""
+    drawn = gains[gains["draw"] > 0].groupby([*CURVE, "suspect"], sort=False)["gain"]
     point = select(gains, draw=0).set_index([*CURVE, "suspect"])["gain"]
-    table = pd.DataFrame({"gain": point, "low": drawn.quantile(ends), "high": drawn.quantile(1 - ends)})
+    table = pd.DataFrame({"gain": point, "low": drawn.quantile(0.025), "high": drawn.quantile(0.975)})
     return (1000 * table).reindex(point.index).reset_index()
 
 
@@ -239,7 +239,7 @@ def sentences(levers: pd.DataFrame, metric: str = "micro_f1") -> list[str]:
 def packaged() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs of the studies which_wall, which_wall_simulated and spike_in (`questions.levers`), and what bounds scores.
 
-    The second has task, dataset, metric, what (`reliability`, or `labels agree`: share of cells) and value.
+    The second has task, dataset, metric, what (`reliability`, or `labels agree`: share of held-out cells) and value.
     """
     return pd.read_csv(TABLES / "runs.csv.gz", keep_default_na=False), pd.read_csv(TABLES / "ceiling.csv")
 

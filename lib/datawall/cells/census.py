@@ -125,12 +125,13 @@ def blocks(recipe: Recipe, selection: Selection, *, block_size: int = CELLS_AT_O
     obs, var = selection.obs, selection.var
     coordinates = obs[CELL].to_numpy(), var[CELL].to_numpy()
     with _experiment(recipe) as experiment, tqdm(total=len(obs), desc="census", unit="cells", leave=False) as bar:
-        reads = experiment.ms["RNA"].X["raw"].read(coordinates).blockwise(axis=0, size=block_size)
+        reads, start = experiment.ms["RNA"].X["raw"].read(coordinates).blockwise(axis=0, size=block_size), 0
         for counts, _ in reads.scipy():
-            rows = obs.iloc[bar.n : bar.n + counts.shape[0]]
+            rows = obs.iloc[start : start + counts.shape[0]]
             names = rows[CELL].astype(str).to_numpy()
             labels = rows.drop(columns=CELL).set_axis(names)
             yield ad.AnnData(counts.astype(np.float32, copy=False), obs=labels, var=var[["feature_name"]])
+            start += len(rows)
             bar.update(len(rows))
 
 

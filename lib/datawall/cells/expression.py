@@ -136,7 +136,7 @@ def streamed_pca(blocks: Blocks, path: Path, *, then: Blocks = lambda: ()) -> np
 
 
 def streamed_axes(blocks: Blocks, genes: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """`principal_axes` of the chosen genes, their mean, and the number of cells."""
+    """`principal_axes` of chosen genes, (n_components, n_genes), their mean, (n_genes,), and the number of cells."""
     from scipy.linalg import eigh
     from sklearn.utils.extmath import svd_flip
 

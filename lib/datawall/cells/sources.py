@@ -1,5 +1,6 @@
 """A corpus of `.h5ad` and `.zarr` files of any size: checked, joined by gene, and read in blocks at constant memory."""
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,6 +173,8 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
             for role, key in keys.items():
                 found[role].update(_all_labels(cells, key, role, {"cell_type": options.labels}.get(role)))
             files.append(_File(path, match, cells.n_cells, position, keys))
+    for one, other in itertools.permutations(files, 2):
+        _check_names_differ(one, other)
     if "dataset_id" not in columns:
         found["dataset_id"] = Counter(names)
     var, columns_of = corpus.compacted([file.position for file in files])
@@ -276,6 +279,24 @@ def _check_cell_names(cells: CellFile) -> None:
         one, other = (cells.cell_names(row, row + 1)[0] for row in np.flatnonzero(hashes == value)[:2])
         if one == other:
             raise CorpusError(f"{cells.name}: cell name {one[:100]!r} occurs more than once; make obs_names unique.")
+
+
+def _check_names_differ(one: _File, other: _File) -> None:
+    """Refuse files of which two cells get one name, as `b_1` of a file `a` and `1` of `a_b` would both be `a_b_1`."""
+    longer = f"{other.match.dataset}_"
+    if (rest := longer.removeprefix(f"{one.match.dataset}_")) == longer:
+        return
+    with CellFile(one.path) as cells, CellFile(other.path) as others:
+        alike = {name.removeprefix(rest) for name in _cell_names(cells) if name.startswith(rest)}
+        twice = alike.intersection(_cell_names(others) if alike else ())
+    if twice:
+        told = f"each has a cell that would be called {(longer + min(twice))[:100]!r}; rename one of the files"
+        raise CorpusError(f"{one.path}, {other.path}: {told}.")
+
+
+def _cell_names(cells: CellFile) -> Iterator[str]:
+    for start in range(0, cells.n_cells, SCAN):
+        yield from cells.cell_names(start, start + SCAN)
 
 
 def _all_labels(cells: CellFile, key: str, role: str, renamed: Mapping[str, str] | None) -> Counter[str]:

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # of each artifact, in `store/<kind>/<key>/`
 LOCK = ".lock"
-# Names of what `temporary_folder`, and `models.training` for a checkpoint, have not finished, and where these may be.
-HALF_MADE = re.compile(r"\.making-[0-9a-f]{32}(-damaged)?|\..+\.[0-9a-f]{32}")
+# Names of what `temporary_folder` has not finished, and where these may be.
+HALF_MADE = re.compile(r"\.making-[0-9a-f]{32}(-damaged)?")
 PLACES = (".", "notebooks", "figures", "checkpoints", "store/*")
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -150,12 +150,12 @@ def reserve(folder: Path) -> Iterator[None]:
 
 
 def _remove_half_made(folder: Path) -> None:
-    """Remove files and folders that killed processes left half-made in a run folder, and none that are in use."""
+    """Remove folders that killed processes left half-made in a run folder, and none that are in use."""
     for path in (path for place in PLACES for path in folder.glob(f"{place}/.*") if HALF_MADE.fullmatch(path.name)):
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path)
             finally:
                 os.close(descriptor)

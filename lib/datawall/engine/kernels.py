@@ -21,6 +21,8 @@ class Provisioner(LocalProvisioner):
         if "ipykernel_launcher" not in cmd:  # a kernel that somebody has put in place of Jupyter's own `python3`
             return await super().launch_kernel(cmd, **options)
         arguments = [*cmd[cmd.index("ipykernel_launcher") + 1 :], f"--IPKernelApp.parent_handle={os.getpid()}"]
+        # pandas, imported before there was a kernel, takes itself to be in a terminal and cuts tables to its width.
+        arguments.append('--IPKernelApp.exec_lines=__import__("pandas").set_option("display.max_columns", 20)')
         function = "ipykernel.kernelapp:launch_new_instance"
         output = [options["stdout"].fileno()] * 2
         self.process = forkserver.Forked("datawall kernel", function, [arguments], dict(options["env"]), output)

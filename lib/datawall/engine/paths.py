@@ -50,8 +50,9 @@ def study_file(study: str) -> Path:
 
 
 def run_folder(study_file: Path, study: str) -> Path:
-    """Folder of all that a study makes: where its `study.yaml` lies, or else `runs/<study>`."""
-    return study_file.parent if study_file.name == "study.yaml" else repository() / "runs" / study
+    """Folder of all that a study makes: where its `study.yaml` lies, or else, as for one in params, `runs/<study>`."""
+    written = study_file.name == "study.yaml" and study_file.parent != (repository() / "params").resolve()
+    return study_file.parent if written else repository() / "runs" / study
 
 
 def cache_folder() -> Path:

@@ -238,7 +238,8 @@ def visible_gpus() -> list[str]:
     if not (program := shutil.which("nvidia-smi")):
         return []
     asked = [program, "--query-gpu=uuid", "--format=csv,noheader"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    return list(takewhile(GPU.fullmatch, told))  # a broken driver has its errors printed there
 
 
 def peak(machine: str) -> float | None:

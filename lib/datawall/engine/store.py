@@ -61,7 +61,7 @@ class Artifact:
     record: Record  # of its unit
     code: dict[str, str]  # versions of the code that made it
     files: dict[str, str]  # sha256 by name
-    made: Record  # and how: versions, seconds, peak memory, device
+    made: Record  # and how: versions, seconds, device, and the most memory that its process had taken until then
 
     @cached_property
     def n_bytes(self) -> int:
@@ -103,6 +103,7 @@ class Store:
         with disk.temporary_folder(folder.parent) as scratch, disk.name_disk_errors(folder):
             begin = time.perf_counter()
             more = make(scratch)
+            # A process makes one artifact after another: its peak of memory may be that of an earlier one.
             made = {
                 "seconds": round(time.perf_counter() - begin, 3),
                 "device": "cpu",

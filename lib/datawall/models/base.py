@@ -57,7 +57,7 @@ class Model(Protocol):
         """Pretraining loss of cells in evaluation mode; random by torch's global generator."""
 
     def chance_loss(self, counts: sp.csr_matrix) -> float:
-        """The loss of a model that knows of each cell what the cells have in common, and no more."""
+        """The loss of a guess that is the same for every cell: the mean cell, or how frequent genes or types are."""
 
     def save(self, folder: Path) -> None:
         """Write the model into a folder."""

@@ -39,7 +39,7 @@ def source_file(model: str) -> Path:
 
 
 def _spec(module: str) -> ModuleSpec | None:
-    """Where a module is, as `importlib.util.find_spec` says it, which runs the packages that the module is in."""
+    """Where a module is. `importlib.util.find_spec` would run the packages that it is in; this runs nothing."""
     top, *inner = module.split(".")
     try:
         spec = importlib.util.find_spec(top)

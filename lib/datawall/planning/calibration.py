@@ -44,6 +44,7 @@ EMBEDDED = EVALUATED, (16, 48)  # cells
 LEFT_OUT = {  # keys of the study that are as by default in its miniature
     *("census", "spike_in", "min_genes", "min_counts", "max_mito", "cell_type_key", "donor_key", "split_by"),
     *("held_out", "held_out_tasks", "embeddings", "drop_contaminated", "also", "steps_by_model", "adaptive", "gpus"),
+    *("labels", "treatments", "executor", "storage"),
 }
 
 

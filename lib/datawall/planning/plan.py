@@ -12,7 +12,7 @@ import pandas as pd
 from dask.system import CPU_COUNT
 
 from datawall.analysis import power
-from datawall.engine import code, processes, store
+from datawall.engine import cluster, code, processes, store
 from datawall.engine.processes import Need
 from datawall.study import evaluation
 from datawall.study.costs import BASE_GIB, BYTES_PER_STEP, FLOPS, Costs, calibration_file
@@ -58,8 +58,9 @@ def makespan(seconds: Iterable[float], n_workers: int) -> float:
 
 
 def workers(study: Study) -> int:
-    """How many units run side by side."""
-    return study.params.workers or len(processes.visible_gpus()) or CPU_COUNT
+    """How many units run side by side; on a Dask cluster, whose workers are not known, as many as here."""
+    here = cluster.SLURM_JOBS if study.params.executor == "slurm" else len(processes.visible_gpus()) or CPU_COUNT
+    return study.params.workers or here
 
 
 def counts(study: Study) -> list[tuple[str, dict[str, int]]]:
@@ -180,6 +181,8 @@ def table(study: Study) -> str:
     n_workers, known, made = workers(study), study.costs.known, stages(study)
     tables = [by_stage(made, n_workers), by_family(made)]
     notes = [f"time: {n_workers} side by side; costs as calibrated for {known['study']} on {known['machine']}"]
+    if not study.params.workers and (executor := study.params.executor) not in ("local", "slurm"):
+        notes.append(f"how many workers {executor} has is not known: here so many; --set workers= gives theirs")
     if not calibration_file(study.params.study).exists():
         notes.append("a calibration that came along; --calibrate in place of --plan measures on this machine")
     if not study.params.gpus and not study.costs.on_gpu:

@@ -75,8 +75,9 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         if few := ", ".join(f"{name} {n:.2g}" for name, n in passes.items() if n < 1):
             what = f"a cell of the full corpus is drawn less than once on average ({few} times)"
             findings.warnings.append(f"{what}: raise steps, or verdicts will be the budget's.")
-        if passes and p.budget_check is None:
-            findings.warnings.append("budget_check is not set: whether twice the steps would help stays unknown.")
+        if passes and not study.budget_runs():
+            what = "budget_check is not set" if p.budget_check is None else "no run of the study is one of budget_check"
+            findings.warnings.append(f"{what}: whether twice the steps would help stays unknown.")
     return findings
 
 

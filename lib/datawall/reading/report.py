@@ -45,7 +45,8 @@ RUN = {"model": "model", "strategy": "strategy", "percentage": "% of corpus", "s
 RUN |= {"dataset": "data set"}
 WRITTEN = dict.fromkeys(("time", "time, all", "time, longest"), planning.duration)
 WRITTEN |= dict.fromkeys(("% of corpus", "seed"), "{:g}".format) | {"disk (MB)": "{:,.2f}".format}
-WRITTEN |= dict.fromkeys(("artifacts", "cells", "peak memory (MiB)", "processes", "a second"), "{:,.0f}".format)
+WHOLE = "artifacts", "cells", "process's peak memory (MiB)", "processes", "a second"
+WRITTEN |= dict.fromkeys(WHOLE, "{:,.0f}".format)
 
 
 def write(run_dir: str | Path) -> Path:
@@ -160,7 +161,7 @@ class Site:
 
     def _provenance(self) -> dict[str, pd.DataFrame]:
         """A table for each kind of artifact, a row for each by its key."""
-        columns = ["kind", "key", "made from", "time", "peak memory (MiB)", "disk (MB)"]
+        columns = ["kind", "key", "made from", "time", "process's peak memory (MiB)", "disk (MB)"]
         rows = [
             (made.kind, made.key, about(made), made.made["seconds"], made.made["peak_memory_mib"], made.n_bytes / 1e6)
             for made in self.made
@@ -204,14 +205,17 @@ def what(artifact: Artifact) -> str:
 
 
 def costs(artifacts: Iterable[Artifact]) -> pd.DataFrame:
-    """What artifacts took, a row per kind, model family and task, in the order given; each in a process of its own."""
+    """What artifacts took, a row per kind, model family and task, in the order given.
+
+    A process makes many of them; its peak memory is its highest until the artifact was made.
+    """
     rows = [{"made": what(artifact), "mb": artifact.n_bytes / 1e6, **artifact.made} for artifact in artifacts]
     table = pd.DataFrame(rows, columns=["made", "seconds", "peak_memory_mib", "mb", "device"])
     columns = {
         "artifacts": ("seconds", "size"),
         "time, all": ("seconds", "sum"),
         "time, longest": ("seconds", "max"),
-        "peak memory (MiB)": ("peak_memory_mib", "max"),
+        "process's peak memory (MiB)": ("peak_memory_mib", "max"),
         "disk (MB)": ("mb", "sum"),
         "on": ("device", lambda devices: ", ".join(sorted(set(devices)))),
     }

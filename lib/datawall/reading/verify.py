@@ -57,7 +57,7 @@ def why(folder: Path, key: str) -> str:
         return f"{key} is damaged ({'; '.join(wrong)}), and will be made again."
     there = store.read_all(folder / "store")
     artifact, how = there[key], there[key].made
-    cost = f"{how['seconds']:g} s, {how['peak_memory_mib']} MiB"
+    cost = f"{how['seconds']:g} s, process's peak memory {how['peak_memory_mib']} MiB"
     lines = [
         f"{artifact.kind} {key}",
         f"made    {how['ended']} on {how['host']} ({how['device']}), {cost}",

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from datawall.cells import annotation, cellstore, corpus, diversity, expression, simulate, sources
-from datawall.engine import paths
+from datawall.engine import disk, paths
 from datawall.study.study import Study
 
 # The authors' labels of 973 cells of Kang et al., those that muscat's data set has labels of.
@@ -62,7 +63,10 @@ def quality(study: Study) -> pd.DataFrame:
 
 
 def contamination(study: Study) -> pd.DataFrame:
-    """What each evaluation data set shares with the pretraining cells, before any is dropped; see `Contamination`."""
+    """What each evaluation data set shares with the corpus, and held-out cells with those pretrained on.
+
+    A row each; columns are those of `duplicates.Contamination`.
+    """
     rows = {name: study.contamination(name).row() for name in study.params.evaluation_sets()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
 
@@ -111,18 +115,21 @@ def write_cell_ids(study: Study, folder: Path) -> pd.DataFrame:
     Names are those of the sources, after the file's name where there are several; of the Census, `soma_joinid`. The
     table (file, strategy, percentage, seed, n_cells) is written too, as `subsets.csv`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     table = []
     for subset in study.subsets():
         rows = study.rows(subset)
         name = f"{subset.strategy}_{subset.percentage:g}_{subset.seed}.txt"
-        with (folder / name).open("w", encoding="utf-8") as file:
-            for first in range(0, len(rows), cellstore.NAMES):
-                file.writelines(f"{cell}\n" for cell in study.corpus.names(rows[first : first + cellstore.NAMES]))
+        disk.write_atomically(folder / name, partial(_write_names, study, rows))
         table.append({"file": name, **asdict(subset), "n_cells": len(rows)})
     table = pd.DataFrame(table)
-    table.to_csv(folder / "subsets.csv", index=False)
+    disk.write_atomically(folder / "subsets.csv", partial(table.to_csv, index=False))
     return table
+
+
+def _write_names(study: Study, rows: np.ndarray, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for first in range(0, len(rows), cellstore.NAMES):
+            file.writelines(f"{cell}\n" for cell in study.corpus.names(rows[first : first + cellstore.NAMES]))
 
 
 def subset_diversity(study: Study) -> pd.DataFrame:

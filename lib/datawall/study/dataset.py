@@ -165,7 +165,10 @@ class WithDatasets(WithCorpus):
         duplicates.contamination(ours, hashes(cells.count_blocks()), *donors).write(folder)
 
     def contamination(self, name: str) -> duplicates.Contamination:
-        """What an evaluation data set shares with the corpus, whose rows count: equal cells, and donors of one name."""
+        """What an evaluation data set shares with the corpus: equal cells, and donors of one name.
+
+        Rows are the corpus's; of held-out cells, they are positions among `pretraining_cells`.
+        """
         made = self.store.find_or_make(self.contamination_unit(name), partial(self.make_contamination, name))
         return duplicates.Contamination.read(made.folder)
 

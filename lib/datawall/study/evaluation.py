@@ -92,7 +92,7 @@ def zeroshot_classification(study: Study, evaluation: Evaluation) -> Iterator[tu
 def zeroshot_integration(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """All cells at once, or the same sample for every model: nothing is fitted to labels, so nothing is split."""
     embedding, obs = study.embedding(evaluation.source, evaluation.dataset), study.labels(evaluation.dataset)
-    rows = np.sort(np.random.default_rng(0).permutation(len(obs))[: study.params.integration_cells])
+    rows = joining.integration_rows(study.params, len(obs))
     labels, batches = (obs[key].to_numpy().astype(str)[rows] for key in ("cell_type", "batch"))
     unintegrated = study.embedding("PCA", evaluation.dataset)[rows]
     yield "all cells", tasks.zeroshot_integration(embedding[rows], labels, batches, unintegrated=unintegrated)
@@ -112,7 +112,8 @@ def finetuned_classification(study: Study, evaluation: Evaluation) -> Iterator[t
                 train, test = fold == tasks.finetuning.TRAIN, fold == tasks.finetuning.TEST
                 predicted[test] = baselines.logistic_regression(data.X[train], labels[train], data.X[test])
             tested = np.atleast_2d(part == tasks.finetuning.TEST).any(axis=0)
-            yield split, tasks.classification.classification_metrics(labels[tested], predicted[tested], labels)
+            learnt = tasks.finetuning.training_labels(labels, part)
+            yield split, tasks.classification.classification_metrics(labels[tested], predicted[tested], learnt)
             continue
         embedding = study.embedding(source, evaluation.dataset)
         metrics = tasks.finetuned_classification(embedding, labels, part, **options)
@@ -207,7 +208,8 @@ def evaluation_artifact(study: Study, evaluation: Evaluation) -> Artifact:
 
 def evaluate(study: Study, task: str) -> pd.DataFrame:
     """Make, or find, every evaluation of a task, and write the study's tables; returns the task's tidy results."""
-    missing = [item for item in evaluations(study, task) if not study.store.find(evaluation_unit(study, item))]
+    units = ((evaluation_unit(study, item), item) for item in evaluations(study, task))
+    missing = list({unit.key: item for unit, item in units if not study.store.find(unit)}.values())
     if missing:
         for name in study.params.evaluation_sets():
             study.dataset_artifact(name)

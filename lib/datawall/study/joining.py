@@ -30,13 +30,15 @@ def n_splits(p: Params, task: str, n_cells: int) -> int:
 def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> str | None:
     """Why a task cannot be judged on a data set that has its columns, by the labels of its cells; None if it can.
 
-    Raises CorpusError as `check_control` does.
+    Integration is judged by the labels of its sample. Raises CorpusError as `check_control` does.
     """
     if obs.empty or task not in JUDGED:
         return "it has no cells" if obs.empty else None
     fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
     if len(obs) < fewest:
         return f"it has {len(obs):,} cells, and needs {fewest}"
+    if task == "zeroshot_integration":
+        obs = obs.iloc[integration_rows(p, len(obs))]
     n_cells = obs["cell_type"].value_counts()
     if (n_cells >= FEWEST_OF_TYPE).sum() < 2:
         listed = ", ".join(f"{name!r} ({n})" for name, n in n_cells[n_cells > 0].head(5).items())
@@ -54,6 +56,11 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
         except CorpusError as error:
             return str(error).removesuffix(".")
     return None
+
+
+def integration_rows(p: Params, n_cells: int) -> np.ndarray:
+    """Sorted rows of the cells that integration is judged on: all, or a sample that is the same for every model."""
+    return np.sort(np.random.default_rng(0).permutation(n_cells)[: p.integration_cells])
 
 
 def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]]:

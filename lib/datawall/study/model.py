@@ -36,13 +36,15 @@ class WithModels(WithSubsets):
     """A study with its pretrained models."""
 
     def pretraining_runs(self) -> list[Run]:
-        """Every model on every subset, and the runs of `also`; of an adaptive study that has begun, those chosen."""
+        """Every model on every subset, of an adaptive study that has begun on those chosen; and the runs of `also`."""
         runs, path = self.params.runs(), self.folder / CHOSEN
         if not self.params.adaptive or not path.exists():
             return runs
         chosen = json.loads(path.read_text(encoding="utf-8"))
+        kept = {run for grid in self.params.also for run in self.params.runs_of(grid)}
         sizes = [(run, [run.subset.percentage, run.subset.seed]) for run in runs]
-        return [run for run, size in sizes if run.subset.untrained or size in chosen.get(run.model, ())]
+        kept |= {run for run, size in sizes if run.subset.untrained or size in chosen.get(run.model, ())}
+        return [run for run in runs if run in kept]
 
     def budget_runs(self) -> list[Run]:
         """The runs of `budget_check`: some of `pretraining_runs`, by models that take steps, with other budgets."""
@@ -146,7 +148,9 @@ class WithModels(WithSubsets):
         Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, unique_cells (different ones among
         them), passes (samples seen, for each of the n_cells), seconds, device; NaN for a model that takes no steps.
         """
-        missing = [run for run in self.all_runs() if not self.store.find(self.model_unit(run))]
+        units = ((self.model_unit(run), run) for run in self.all_runs())
+        # By key: of runs that are the same unit, say of two names for the same settings, one.
+        missing = list({unit.key: run for unit, run in units if not self.store.find(unit)}.values())
         for run in missing:
             self.rows(run.subset)  # once, here, rather than by every process that needs it
         make = WithModels.model_artifact

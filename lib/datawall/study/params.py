@@ -247,8 +247,9 @@ class Params(BaseModel):
         return {name: hyperparameters.resolve(name, self.hyperparameters, schedule=self.budget) for name in names}
 
     def steps_of(self, model: str, budget: float = 1.0) -> int:
-        """Optimiser steps of a model's runs: a share of its own, its family's or the study's."""
-        steps = self.steps_by_model.get(model, self.steps_by_model.get(self.specs[model].family, self.steps))
+        """Optimiser steps of a model's runs: a share of its own, or those without its label, of its family, of all."""
+        names = model, hyperparameters.without_label(model), self.specs[model].family
+        steps = next((self.steps_by_model[name] for name in names if name in self.steps_by_model), self.steps)
         return max(1, round(steps * budget))
 
     def runs(self) -> list[records.Run]:

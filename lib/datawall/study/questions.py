@@ -36,8 +36,9 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
 
     Each model and task asks for runs on random subsets (`adaptive.ask`), scored by the task's headline metric, the mean
     over its data sets. What any task of a model asks for is pretrained, with the other strategies' subsets of that size
-    and seed, and judged by all tasks. A second call finds all of it, and chooses the same. Columns: model, task,
-    verdict, percentage (where the plateau begins, or NaN), reason, runs (that it took) and share (of the full grid's).
+    and seed, and judged by all tasks; so are all runs of `also`. A second call finds all of it, and chooses the same.
+    Columns: model, task, verdict, percentage (where the plateau begins, or NaN), reason, runs (that it took) and share
+    (of the full grid's).
     """
     p = study.params
     plan = adaptive.Plan(p.margin, tuple(sorted(p.percentages)), tuple(p.seeds), first_seeds=2, budget=1.0)
@@ -75,9 +76,11 @@ def panels(study: Study) -> pd.DataFrame:
     evaluation data set how many it measures; empty if no network of the study has a panel.
     """
     specs = (study.params.specs[name] for name in study.params.models)
-    if (model := next((spec.name for spec in specs if getattr(spec.hyperparameters, "n_genes", None)), None)) is None:
+    # To a model of the user's own, `n_genes` may mean anything.
+    networks = (spec for spec in specs if not spec.is_external and getattr(spec.hyperparameters, "n_genes", None))
+    if (network := next(networks, None)) is None:
         return pd.DataFrame()
-    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (model, "random")]
+    runs = [run for run in study.pretraining_runs() if (run.model, run.subset.strategy) == (network.name, "random")]
     largest, rows, measured = {}, [], {name: study.measured(name) for name in study.params.evaluation_sets()}
     for run in sorted(runs, key=lambda run: -run.subset.percentage):
         panel = study.model(run).genes
@@ -189,8 +192,8 @@ def levers(study: Study) -> pd.DataFrame:
         if (study.folder / f"{name}.parquet").is_file():  # where no run has another budget, there may be but one
             rows = results.read_results(study.folder, name)
             rows = rows[(rows["percentage"] > 0) & rows["model"].isin(p.specs)]  # no baseline, nor a given embedding
-            rows = rows.assign(steps=rows.get("budget", 1.0))
-            tables += [results.mean_over_splits(some).assign(steps=steps) for steps, some in rows.groupby("steps")]
+            means = results.mean_over_splits(rows)
+            tables += [means.assign(steps=means.get("budget", 1.0))] if len(means) else []
     if not tables:
         return pd.DataFrame(columns=LEVERS)
     table = pd.concat(tables, ignore_index=True).rename(columns={"model": "label"})

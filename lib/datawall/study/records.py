@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from datawall import tasks
 from datawall.cells.sampling import STRATEGIES
@@ -51,6 +51,13 @@ class BudgetCheck(Part):
     percentages: Some[Percentage]  # of random subsets
     seeds: Some[Seed]
     budgets: Some[Annotated[float, Field(gt=0)]] = [0.5, 2.0]  # shares of a model's steps
+
+    @field_validator("budgets")
+    @classmethod
+    def _twice_is_asked(cls, budgets: list[float]) -> list[float]:
+        if 2.0 not in budgets:
+            raise ValueError("2.0 is not among them, and what twice the steps gain says whether steps limit a curve")
+        return budgets
 
 
 class EvaluationSet(Part):

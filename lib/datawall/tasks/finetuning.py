@@ -151,8 +151,14 @@ class _Folds:
         test = np.concatenate(self.rows[TEST])
         predicted = self.types[torch.cat(logits, dim=1).argmax(dim=0).cpu().numpy()]
         order = np.argsort(test)  # predictions in the order of the cells
-        train = self.labels if len(self.part) > 1 else self.labels[self.rows[TRAIN][0]]
+        train = training_labels(self.labels, self.part)
         return classification_metrics(self.labels[test[order]], predicted[order], train, by_type=by_type)
+
+
+def training_labels(labels: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Labels of the training cells, by which chance guesses; of several folds those of all cells, which take turns."""
+    folds = np.atleast_2d(part)
+    return labels if len(folds) > 1 else labels[folds[0] == TRAIN]
 
 
 def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> Heads:

@@ -19,7 +19,7 @@ def resamples(n_cells: int, n_resamples: int = N_RESAMPLES, *, seed: int = 0) ->
 
 
 def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
-    """Percentiles of a metric over bootstrap resamples, less what the resampling itself adds on average.
+    """Percentiles of a metric over bootstrap resamples, (n_resamples,), less what resampling itself adds on average.
 
     A resample holds cells twice, which makes an error larger or a clustering look better than it is: without the
     correction the interval of a biased metric would not hold its own value (Efron and Tibshirani 1993, chapter 10). It

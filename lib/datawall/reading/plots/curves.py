@@ -16,6 +16,7 @@ from datawall.reading import titles
 from datawall.reading.plots import style
 from datawall.reading.plots.style import SPIKED, STRATEGIES, WIDTH, by_size, finish, panels, size_axis
 from datawall.reading.titles import drawn, label, plain
+from datawall.tasks import HEADLINE
 
 LAST_STEPS = 50  # optimiser steps over which the loss at the end of training is the mean
 SMOOTH = 25  # steps that a line of the training loss averages
@@ -159,8 +160,12 @@ def per_class_curves(per_class: pd.DataFrame, *, n_types: int = 3) -> Figure:
 
 
 def variants(results: pd.DataFrame, metric: str) -> Figure:
-    """A metric against the size of random subsets, a line per model: families by colour, variants by its shade."""
+    """A metric against the size of random subsets, a line per model: families by colour, variants by its shade.
+
+    Embeddings that were given, not made, are left out.
+    """
     runs = mean_over_splits(select(results, metric=metric, strategy="random"))
+    runs = runs[runs["model"].map(lambda name: ":" in name or without_label(name) in {*FAMILIES, *VARIANTS})]
     datasets, order = runs["dataset"].unique(), [*FAMILIES, *VARIANTS, *runs["model"].unique()]
     models = sorted(runs["model"].unique(), key=order.index)
     families, colours = {name: resolve(name).family for name in models}, {}
@@ -196,7 +201,8 @@ def budgets(table: pd.DataFrame) -> Figure:
         axis.minorticks_off()
         axis.set_xlabel("steps")
         axis.yaxis.label.set_size(7)
-    style.name_panels(axes, map(drawn, models), [f"{drawn(task)}\n{drawn(dataset)}" for task, dataset in rows])
+    names = ["\n".join(map(drawn, (HEADLINE[task], task, dataset))) for task, dataset in rows]
+    style.name_panels(axes, map(drawn, models), names)
     changes = titles.listed(table.groupby("model", sort=False)["change"].max(), "{:+.3f}")
     return finish(figure, f"What twice the steps gain at most, over tasks and sizes: {changes}", axes[0, 0])
 
@@ -207,10 +213,11 @@ def loss_and_score(table: pd.DataFrame, metric: str) -> Figure:
     models, colours = list(table["model"].unique()), by_size(table["percentage"])
     if not models:
         return style.nothing("the study has no runs with both a pretraining loss and this score")
-    figure, axes = panels(1, len(models), 2.6, sharey=True)
+    figure, axes = panels(1, len(models), 2.9, sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
         for size, runs in select(table, model=model).groupby("percentage"):
-            axis.plot(runs["explained"], runs["score"], "o", color=colours[size], markersize=4, label=f"{size:g} %")
+            marks = {"color": colours[size], "markersize": 4, "label": f"{size:g} % of the corpus"}
+            axis.plot(runs["explained"], runs["score"], "o", **marks)
         axis.set(title=drawn(model), xlabel=drawn("explained").replace(" loss", "\nloss"))
     axes[0, 0].set_ylabel(drawn(metric))
     correlations = titles.listed(rank_correlations(table), "{:+.2f}")
@@ -305,9 +312,9 @@ def over_lever(means: pd.DataFrame, lever: str, by: str) -> Figure:
         axis.set(title=drawn(name), xscale="log", yscale="log", xlabel=LEVERS[lever])
         axis.set_xticks(ticks, [_multiple(lever, tick) for tick in ticks], fontsize=7)
         axis.minorticks_off()
-    shown = np.unique(np.geomspace(*(1000 * means["error"].agg(["min", "max"])), 5).round())
-    axes[0, 0].set_yticks(shown, [f"{tick:g}" for tick in shown])
-    axes[0, 0].set_ylabel("errors in 1,000 cells")
+    axes[0, 0].yaxis.set_major_locator(mpl.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("errors in 1,000 cells\n(log scale)")
     says = f"Errors in 1,000 cells from {_multiple(lever, ticks[0])} to {_multiple(lever, ticks[-1])} {OF[lever]}"
     return finish(figure, f"{says}: {titles.listed(ends)}", axes[0, 0])
 
