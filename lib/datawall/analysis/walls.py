@@ -239,7 +239,8 @@ def sentences(levers: pd.DataFrame, metric: str = "micro_f1") -> list[str]:
 def packaged() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Runs of the studies which_wall, which_wall_simulated and spike_in (`questions.levers`), and what bounds scores.
 
-    The second has task, dataset, metric, what (`reliability`, or `labels agree`: share of held-out cells) and value.
+    The second has task, dataset, metric, what and value: the `reliability` of a metric, and the share of the held-out
+    `cells with both labels` (our own and the authors') where these two `labels agree`.
     """
     return pd.read_csv(TABLES / "runs.csv.gz", keep_default_na=False), pd.read_csv(TABLES / "ceiling.csv")
 
