@@ -164,6 +164,8 @@ def test_variable_gene_embedding_is_scanpys(some, scaled):
     embedding = baselines.variable_gene_embedding(some.X)
     assert embedding.dtype == np.float32
     np.testing.assert_allclose(embedding, scaled.X, atol=1e-3)
+    np.testing.assert_allclose(embedding.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(embedding.std(axis=0), 1, atol=1e-4)
 
 
 def test_pca_embedding_is_scanpys_up_to_sign(some, scaled):

@@ -329,7 +329,9 @@ def test_the_embedding_is_the_encoders_output_on_the_unit_sphere():
     model, (x, *_) = fitted()[0], batch()
     first = model.module.encoder[0]
     expected = F.normalize(model.module.encoder[1:](x @ first.weight + first.bias)).detach().numpy()
-    np.testing.assert_allclose(model.embed(simulated()[0]), expected, rtol=1e-4, atol=1e-5)
+    embedding = model.embed(simulated()[0])
+    np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
 
 
 def test_the_loss_is_right_under_autocast():

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from datawall.analysis.results import BASELINE, CHANCE, ORACLE, lower_is_better, select, sign_of
+from datawall.analysis.results import BASELINE, ORACLE, contenders, lower_is_better, select, sign_of
 from datawall.analysis.saturation import KEY, adjust, curves_of, one_sided_p, runs_of
 
 MEASURES = ["shannon", "inverse_simpson", "vendi"]
@@ -102,8 +102,7 @@ def overtaking(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     is better for certain. Data sets without a baseline are left out. Raises ValueError if there is none at all.
     """
     sign = sign_of(metric)
-    baselines = select(results, metric=metric, strategy=BASELINE)
-    baselines = baselines[~baselines["model"].isin([CHANCE, ORACLE])]
+    baselines = contenders(select(results, metric=metric))
     if baselines.empty:
         raise ValueError(f"no baseline has the metric {metric!r}.")
     means = sign * baselines.groupby(["task", "dataset", "model"])["value"].mean()

@@ -149,6 +149,11 @@ def select(results: pd.DataFrame, **values: str | float) -> pd.DataFrame:
     return results
 
 
+def contenders(results: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the baselines that a model can be better than: all but `Chance` and `Oracle`, the floor and ceiling."""
+    return results[(results["strategy"] == BASELINE) & ~results["model"].isin([CHANCE, ORACLE])]
+
+
 def headline(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Each model untrained and at every size of the random strategy, beside the baselines: means over splits and seeds.
 
@@ -234,7 +239,7 @@ def against_baselines(
     rows, sign = _by_cell(select(intervals, metric=metric)), sign_of(metric)
     table = []
     for (task, dataset), of_data in rows.groupby(["task", "dataset"]):
-        baselines = of_data[(of_data["strategy"] == BASELINE) & ~of_data["model"].isin([CHANCE, ORACLE])]
+        baselines = contenders(of_data)
         if baselines.empty:
             continue
         best = (sign * baselines.groupby("model")["value"].mean()).idxmax()

@@ -30,11 +30,7 @@ def budgets(intervals: pd.DataFrame, checked: pd.DataFrame) -> pd.DataFrame:
     own = results.mean_over_splits(select(intervals, strategy="random")).assign(budget=1.0)
     rows = pd.concat([own, results.mean_over_splits(checked)]).merge(heads)
     wide = rows.pivot_table(index=[*CURVE, "metric", "percentage", "seed"], columns="budget", values="value")
-    wide = (
-        wide.reindex(columns=[0.5, 1.0, 2.0])
-        .set_axis(["half", "once", "twice"], axis=1)
-        .dropna(subset=["once", "twice"])
-    )
+    wide = wide.reindex(columns=[0.5, 1.0, 2.0]).dropna(subset=[1.0, 2.0]).set_axis(["half", "once", "twice"], axis=1)
     by_size = wide.groupby(level=[*CURVE, "metric", "percentage"])
     table = by_size.mean().assign(seeds=by_size.size()).reset_index()
     sign = table["metric"].map(results.sign_of).astype(float)

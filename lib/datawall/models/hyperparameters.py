@@ -186,6 +186,11 @@ def without_label(name: str) -> str:
     return name if ":" in name else name.partition("@")[0]
 
 
+def is_model(name: str) -> bool:
+    """Whether there is such a model: a family or a variant, with or without a label, or one of the user's own."""
+    return ":" in name or without_label(name) in {*FAMILIES, *VARIANTS}
+
+
 def resolve(
     name: str, given: Mapping[str, Mapping[str, Any]] | None = None, *, schedule: Schedule | None = None
 ) -> ModelSpec:
@@ -197,7 +202,7 @@ def resolve(
     given none.
     """
     base = without_label(name)
-    if base not in FAMILIES and base not in VARIANTS and ":" not in name:
+    if not is_model(name):
         raise ValueError(
             f"{name!r} is no model; there are {', '.join([*FAMILIES, *VARIANTS])}, and your own as module:Class"
         )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from datawall.analysis.results import CHANCE, ORACLE, REFERENCES, mean_over_splits, rank_correlations, select, sign_of
 from datawall.analysis.saturation import errors_of
-from datawall.models.hyperparameters import FAMILIES, VARIANTS, resolve, without_label
+from datawall.models.hyperparameters import FAMILIES, VARIANTS, is_model, resolve, without_label
 from datawall.reading import titles
 from datawall.reading.plots import style
 from datawall.reading.plots.style import SPIKED, STRATEGIES, WIDTH, by_size, finish, panels, size_axis
@@ -165,7 +165,7 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
     Embeddings that were given, not made, are left out.
     """
     runs = mean_over_splits(select(results, metric=metric, strategy="random"))
-    runs = runs[runs["model"].map(lambda name: ":" in name or without_label(name) in {*FAMILIES, *VARIANTS})]
+    runs = runs[runs["model"].map(is_model)]
     datasets, order = runs["dataset"].unique(), [*FAMILIES, *VARIANTS, *runs["model"].unique()]
     models = sorted(runs["model"].unique(), key=order.index)
     families, colours = {name: resolve(name).family for name in models}, {}
