@@ -55,8 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from datawall.engine import forkserver
 
-        # Before all else, as it has much to import, which takes as long as what comes before the first stage.
-        with nullcontext() if only_looks else forkserver.server():
+        # Before all else, as it has much to import, which takes as long as what comes before the first stage. Layouts,
+        # in stage 4 alone, take umap, which compiles for seconds.
+        also = ["umap"] if "4" in (options.stages or "4") else []
+        with nullcontext() if only_looks else forkserver.server(also):
             return _follow(options)
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS = "DATAWALL_FORKS"  # environment variable of all that a run starts: where its server listens, or "off"
-# Of use to some stages only, none of them the first.
-WHEN_IDLE = ("torch._dynamo", "annbatch", "scanpy", "umap")
+WHEN_IDLE = ("torch._dynamo", "scanpy")  # of no use to the first stage
 GRACE = 5.0  # seconds in which a process that is told to end may end by itself
 LONGEST = 60  # letters of a folder for sockets, whose own paths may have 107 on Linux
 
@@ -35,8 +34,11 @@ def at_hand() -> bool:
 
 
 @contextmanager
-def server() -> Iterator[None]:
-    """A fork server for this process and all that it starts, until the block, or this process, ends; none if `off`."""
+def server(also: Sequence[str] = ()) -> Iterator[None]:
+    """A fork server for this process and all that it starts, until the block, or this process, ends; none if `off`.
+
+    It imports the library, and later, while nobody asks for a fork, the modules of `WHEN_IDLE` and those of `also`.
+    """
     if sys.platform != "linux" or os.environ.get(ADDRESS) == "off":
         yield
         return
@@ -49,8 +51,9 @@ def server() -> Iterator[None]:
             number = listener.fileno()
             # The backend is chosen when matplotlib is imported, by which time a kernel would have set this.
             inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+            serving = f"from datawall.engine import forkserver; forkserver.serve({number}, {also!r})"
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from datawall.engine import forkserver; forkserver.serve({number})"],
+                [sys.executable, "-P", "-c", serving],
                 stdin=subprocess.PIPE,
                 pass_fds=[number],
                 env={**inline, **os.environ, "PYTHONPATH": search_path()},
@@ -64,7 +67,7 @@ def server() -> Iterator[None]:
             process.communicate()
 
 
-def serve(number: int) -> None:
+def serve(number: int, also: Sequence[str] = ()) -> None:
     """Be the fork server: import, then fork for whoever connects to a listening socket, until stdin is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
@@ -77,7 +80,7 @@ def serve(number: int) -> None:
         import_module(name)
     gc.set_threshold(10_000)  # at Python's 700, collections of the young cost a notebook time
     code.code_key()  # hashes that every fork would take a second for
-    later = list(WHEN_IDLE)
+    later = [*WHEN_IDLE, *also]
     with _socket(number) as listener:
         while True:
             ready, _, _ = select.select([listener, sys.stdin], [], [], 0 if later else None)
