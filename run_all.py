@@ -10,7 +10,6 @@ python run_all.py --check params/mine.yaml         what it would do with the dat
 from __future__ import annotations
 
 import argparse
-import json
 import locale
 import logging
 import math
@@ -19,7 +18,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ STAGES = {
     7: "07_figures",
 }
 BETWEEN_WRITES = 5.0  # seconds, of a notebook that is executed
-FINISHED = "finished.json"  # of a run folder: what the last run of all stages was made with, left, and said
 TASKS = {
     3: "zeroshot_classification",
     4: "zeroshot_integration",
@@ -72,6 +70,7 @@ def _follow(options: argparse.Namespace) -> int:
         sys.modules.setdefault(unneeded, None)
     from datawall.engine import disk, paths
     from datawall.planning import plan as planning
+    from datawall.reading import last_run, verify
     from datawall.study import params
     from datawall.study.study import Study
 
@@ -111,10 +110,13 @@ def _follow(options: argparse.Namespace) -> int:
         with disk.reserve(study.folder):
             # Only a network could tell what the Census has.
             by_itself = not (left or options.stages or options.first or parameters.census)
-            if by_itself and (said := _as_finished(study)):
-                print("nothing to do: all is as it was written; --from 1 executes the notebooks again.")
-                print(*said, sep="\n")
-                return 0
+            if by_itself and (said := last_run.said(study, map(_notebook, STAGES))):
+                same = "study, notebooks, code and packages are those of the last run"
+                print(f"{same}; what it left is checked …", flush=True)
+                if not verify.problems(study.folder):
+                    print("nothing to do: all is as it was written; --from 1 executes the notebooks again.")
+                    print(*said, sep="\n")
+                    return 0
             return _run(study, stages, left)
     except BlockingIOError as error:
         print(error, file=sys.stderr)
@@ -146,9 +148,10 @@ def _look_into(folder: Path, key: str | None) -> int:
 
 def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
     """Execute the notebooks of stages in turn, then write the report; returns the command's exit status."""
-    from datawall.engine import disk
+    from datawall.reading import last_run
 
-    begun_with = _surroundings(study) if stages == list(STAGES) else None  # of some stages nothing is recorded
+    of_all = stages == list(STAGES)  # of some stages nothing is recorded
+    begun_with = last_run.surroundings(study, map(_notebook, STAGES)) if of_all else None
     study.write_params()
     _write_notebooks_whole()
     threading.Thread(target=import_module, args=("datawall.reading.report",), daemon=True).start()  # ready at the end
@@ -172,7 +175,7 @@ def _run(study: Any, stages: list[int], left: dict[str, float]) -> int:
         return 1
     print(*said, sep="\n")
     if begun_with and not failed:
-        disk.write_json(study.folder / FINISHED, {"with": begun_with, "left": _left(study), "said": said})
+        last_run.write(study, begun_with, said)
     return 1 if failed else 0
 
 
@@ -186,46 +189,6 @@ def _conclusions(study: Any, failed: str | None) -> list[str]:
         return [where, f"failed: {failed}"]
     found = [f"numbers: {_shown(study.folder / 'results.csv')}", *site.sentences] if len(site.intervals) else []
     return [where, *found, "nothing failed"]
-
-
-def _as_finished(study: Any) -> list[str]:
-    """What the last run of all stages said, if one would end as it did and what it left is whole; else nothing."""
-    from datawall.reading import verify
-
-    try:
-        last = json.loads((study.folder / FINISHED).read_text(encoding="utf-8"))
-        if (last["with"], last["left"]) != (_surroundings(study), _left(study)):
-            return []
-        print("study, notebooks, code and packages are those of the last run; what it left is checked …", flush=True)
-        return [] if verify.problems(study.folder) else last["said"]
-    except (OSError, LookupError, TypeError, ValueError):
-        return []
-
-
-def _surroundings(study: Any) -> dict[str, Any]:
-    """What decides, beside the cells, what a run leaves: its study, the notebooks, the library, the packages."""
-    from datawall.engine import disk, paths
-
-    notebooks = (paths.repository() / "notebooks" / f"{name}.ipynb" for name in STAGES.values())
-    library = (path for path in paths.LIBRARY.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    return {
-        "study": study.params.model_dump(mode="json"),
-        "folder": str(study.folder),
-        "files": {str(path): disk.file_sha256(path) for path in sorted([*notebooks, *library])},
-        "packages": sorted(f"{package.name} {package.version}" for package in metadata.distributions()),
-        "python": sys.version,
-    }
-
-
-def _left(study: Any) -> dict[str, Any]:
-    """What is in a run folder: hashes of its files and, in the store, the keys of artifacts, which have their own."""
-    from datawall.engine import disk
-    from datawall.reading import verify
-
-    files = [path for name in ("figures", "notebooks", "report") for path in (study.folder / name).rglob("*.*")]
-    files += [path for path in study.folder.glob("*.*") if path.name not in (FINISHED, disk.LOCK)]
-    hashes = {str(path.relative_to(study.folder)): disk.file_sha256(path) for path in sorted(files) if path.is_file()}
-    return {"files": hashes, "store": sorted(verify.artifacts(study.folder))}
 
 
 def _new(options: argparse.Namespace) -> int:
@@ -305,6 +268,13 @@ def _stages(options: argparse.Namespace) -> list[int]:
     return [n for n in STAGES if n >= numbers[0]] if options.first else sorted(set(numbers))
 
 
+def _notebook(number: int) -> Path:
+    """The notebook of a stage."""
+    from datawall.engine import paths
+
+    return paths.repository() / "notebooks" / f"{STAGES[number]}.ipynb"
+
+
 def _overrides(given: list[str]) -> dict[str, Any]:
     """Values of `--set key=value`, read as YAML."""
     from datawall.study import params
@@ -353,12 +323,11 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
     """Execute one notebook into the run folder, in a kernel of its own; says whether it succeeded."""
     import papermill
 
-    from datawall.engine import kernels, paths
+    from datawall.engine import kernels
     from datawall.planning import plan as planning
 
-    name = STAGES[number]
-    source = paths.repository() / "notebooks" / f"{name}.ipynb"
-    executed = study.folder / "notebooks" / f"{name}.ipynb"
+    source = _notebook(number)
+    executed = study.folder / "notebooks" / source.name
     values = {**study.params.model_dump(), "study": _shown(study.folder)}
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
@@ -381,7 +350,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
                 coalesce_streams=True,  # of a progress bar, keep what is left of it in the end
             )
         except papermill.PapermillExecutionError as error:
-            print(f"\n{name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
+            print(f"\n{source.stem} failed: {error.ename}: {error.evalue}", file=sys.stderr)
             print(f"The notebook as far as it ran: {_shown(executed)}", file=sys.stderr)
             return False
         except KeyboardInterrupt:
@@ -389,7 +358,7 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
             raise
         except RuntimeError as error:  # nbclient's, of a kernel that was killed or never started
             print(kernel.printed.read_text(encoding="utf-8") if kernel else "", end="", file=sys.stderr)
-            print(f"\n{name} failed: {error}; perhaps memory ran out.", file=sys.stderr)
+            print(f"\n{source.stem} failed: {error}; perhaps memory ran out.", file=sys.stderr)
             print("What is finished is kept; the same command goes on.", file=sys.stderr)
             return False
     done = f"{_stage(number)} done in {time.perf_counter() - begin:.0f} s"

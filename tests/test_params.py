@@ -218,11 +218,12 @@ def test_a_models_values_are_the_studys_for_its_family_then_its_variants_then_th
     assert [(h.n_hidden, h.n_latent, h.dropout) for h in values] == [(128, 3, 0.3), (256, 20, 0.4)]
 
 
-def test_steps_are_a_models_own_or_those_without_its_label_or_of_its_family_or_of_all():
+def test_steps_and_gpus_are_a_models_own_or_those_without_its_label_or_of_its_family_or_of_all():
     given = {"models": ["SSL", "scVI", "scvi_4x", "scvi_2x@b", "scvi_2x@a"]}
     steps = {"scVI": 9, "scvi_2x": 8, "scvi_2x@a": 7}
-    study = params.check(MINIMAL | given | {"steps_by_model": steps}, "mine.yaml")
+    study = params.check(MINIMAL | given | {"steps_by_model": steps, "gpus": {"scVI": 3, "scvi_2x": 2}}, "mine.yaml")
     assert [study.steps_of(model) for model in study.models] == [5, 9, 9, 8, 7]
+    assert [study.gpus_of(model) for model in study.models] == [1, 3, 3, 2, 2]
 
 
 def test_budget_says_how_schedules_are_counted_unless_a_model_says_otherwise():

@@ -16,6 +16,7 @@ import datawall as dw
 import run_all
 from datawall.engine import forkserver
 from datawall.planning import plan as planning
+from datawall.reading import last_run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "params" / "tiny.yaml")
@@ -208,7 +209,7 @@ def test_second_run_executes_no_notebook_unless_something_has_changed(copy, caps
     assert run("--from", "1") == (every, said)
     subsets = [*copy.glob("store/subset/*/rows.npy")]
     assert subsets
-    for changed in (copy / run_all.FINISHED, copy / "figures" / "verdicts.png", *subsets):
+    for changed in (copy / last_run.FILE, copy / "figures" / "verdicts.png", *subsets):
         changed.write_bytes(b"")
         assert run() == (every, said)
 

@@ -91,6 +91,10 @@ class Store:
         self._checked[unit.key] = artifact
         return artifact
 
+    def missing[Item](self, items: Iterable[tuple[Unit, Item]]) -> list[Item]:
+        """Those whose unit has no artifact; of several with one unit, say two names for the same settings, one."""
+        return list({unit.key: item for unit, item in items if not self.find(unit)}.values())
+
     def find_or_make(self, unit: Unit, make: Callable[[Path], Record | None]) -> Artifact:
         """Find a unit's artifact, or make it: `make` writes files into an empty folder that is then moved into place.
 

@@ -123,7 +123,7 @@ class Costs:
         seconds = cost["once"] + cost["cell"] * self.density * n_cells + steps * (self.step_seconds(run.model) + read)
         in_memory = min(bytes_of_counts / 2**30, self.p.memory_gib)
         memory = BASE_GIB + in_memory + 4 * self.model_bytes(run.model) / 2**30  # and an optimiser's
-        return Need(self.p.gpus.get(run.model, 1) if steps else 0, memory, seconds)
+        return Need(self.p.gpus_of(run.model) if steps else 0, memory, seconds)
 
     def evaluation(self, evaluation: Evaluation, *, embedded: bool = False) -> Need:
         """A task, and the embedding that it is of, unless that is there already."""

@@ -108,7 +108,7 @@ class WithEmbeddings(WithModels):
     def layouts(self, sources: dict[str, Source], dataset: str) -> dict[str, pd.DataFrame]:
         """UMAPs of at most `LAID_OUT` cells of embeddings, by title: x, y, and the labels of the cells."""
         titled = {title: (source, dataset) for title, source in sources.items()}
-        missing = [embedded for embedded in titled.values() if not self.store.find(self.layout_unit(embedded))]
+        missing = self.store.missing((self.layout_unit(embedded), embedded) for embedded in titled.values())
         cluster.run_units(self, WithEmbeddings.layout_artifact, missing, "layouts")
         tables, obs = {}, self.dataset(dataset).obs
         for title, embedded in titled.items():

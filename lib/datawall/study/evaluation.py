@@ -208,8 +208,7 @@ def evaluation_artifact(study: Study, evaluation: Evaluation) -> Artifact:
 
 def evaluate(study: Study, task: str) -> pd.DataFrame:
     """Make, or find, every evaluation of a task, and write the study's tables; returns the task's tidy results."""
-    units = ((evaluation_unit(study, item), item) for item in evaluations(study, task))
-    missing = list({unit.key: item for unit, item in units if not study.store.find(unit)}.values())
+    missing = study.store.missing((evaluation_unit(study, item), item) for item in evaluations(study, task))
     if missing:
         for name in study.params.evaluation_sets():
             study.dataset_artifact(name)

@@ -114,9 +114,8 @@ class WithModels(WithSubsets):
         While it trains, its checkpoint lies beside the artifacts; a killed run takes it up.
         """
         unit = self.model_unit(run)
-        n_gpus = min(
-            self.params.gpus.get(run.model, 1), len(processes.visible_gpus())
-        )  # none: one process, on the processor
+        # Of none: one process, on the processor.
+        n_gpus = min(self.params.gpus_of(run.model), len(processes.visible_gpus()))
         if together and n_gpus > 1 and not run.subset.untrained and not self.store.find(unit):
             self._launch(run, n_gpus)
         artifact = self.store.find_or_make(unit, partial(self.make_model, run))
@@ -148,9 +147,7 @@ class WithModels(WithSubsets):
         Columns: model, strategy, percentage, seed, n_cells, steps, samples_seen, unique_cells (different ones among
         them), passes (samples seen, for each of the n_cells), seconds, device; NaN for a model that takes no steps.
         """
-        units = ((self.model_unit(run), run) for run in self.all_runs())
-        # By key: of runs that are the same unit, say of two names for the same settings, one.
-        missing = list({unit.key: run for unit, run in units if not self.store.find(unit)}.values())
+        missing = self.store.missing((self.model_unit(run), run) for run in self.all_runs())
         for run in missing:
             self.rows(run.subset)  # once, here, rather than by every process that needs it
         make = WithModels.model_artifact

@@ -248,9 +248,15 @@ class Params(BaseModel):
 
     def steps_of(self, model: str, budget: float = 1.0) -> int:
         """Optimiser steps of a model's runs: a share of its own, or those without its label, of its family, of all."""
+        return max(1, round(self._for_model(model, self.steps_by_model, self.steps) * budget))
+
+    def gpus_of(self, model: str) -> int:
+        """How many GPUs pretrain a run of a model together: as said of it, or without its label, or of its family."""
+        return self._for_model(model, self.gpus, 1)
+
+    def _for_model(self, model: str, by_model: dict[str, int], default: int) -> int:
         names = model, hyperparameters.without_label(model), self.specs[model].family
-        steps = next((self.steps_by_model[name] for name in names if name in self.steps_by_model), self.steps)
-        return max(1, round(steps * budget))
+        return next((by_model[name] for name in names if name in by_model), default)
 
     def runs(self) -> list[records.Run]:
         """Every pretraining run, once each: those of the study's grid, then those of `also`."""
