@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         # Before all else, as it has much to import, which takes as long as what comes before the first stage. Layouts,
         # in stage 4 alone, take umap, which compiles for seconds.
-        also = ["umap"] if "4" in (options.stages or "4") else []
+        layouts = "4" in options.stages if options.stages else (options.first or "1") <= "4"
+        also = ["umap"] if layouts else []
         with nullcontext() if only_looks else forkserver.server(also):
             return _follow(options)
     except KeyboardInterrupt:
@@ -331,7 +332,8 @@ def _run_stage(number: int, study: Any, left: dict[str, float]) -> bool:
     values = {**study.params.model_dump(), "study": _shown(study.folder)}
     declared = papermill.inspect_notebook(str(source))
     begin = time.perf_counter()
-    seconds = sum(left.pop(name, 0) for name in MAKES.get(number, ()))
+    made = [*left] if number == 2 and study.params.adaptive else MAKES.get(number, ())  # what it chooses, it judges
+    seconds = sum(left.pop(name, 0) for name in made)
     line = f"{_stage(number)} …" + (f" about {planning.duration(seconds)}" if seconds else "")
     print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
     with kernels.forked() as kernel:

@@ -93,6 +93,17 @@ def test_a_users_model_is_asked_for_no_panel(here):
     Path("mymodel.py").write_text(BLOCKS["python"][0].replace("n_components", "n_genes"))
     given = {"models": ["mymodel:SVD"], "hyperparameters": {"mymodel:SVD": {"n_genes": 20}}}
     assert questions.panels(study_of(here, **given)).empty
+    given = {"models": ["SSL"], "strategies": ["celltype_reweighted"], "percentages": [50]}  # no random subset
+    assert questions.panels(study_of(here, **given, hyperparameters={"SSL": {"n_genes": 20}})).empty
+
+
+def test_an_adaptive_study_takes_a_model_that_tells_no_loss_and_whose_batches_are_its_own(here):
+    Path("mymodel.py").write_text(BLOCKS["python"][0].replace("n_components", "batch_size"))
+    given = {"models": ["mymodel:SVD"], "tasks": [TASK, "reconstruction"], "seeds": [0, 1], "adaptive": True}
+    study = study_of(here, **given, gpus={"mymodel:SVD": 2})
+    assert questions.pretrain_adaptively(study)["task"].tolist() == [TASK]
+    assert set(questions.levers(study)["samples"]) == {0}
+    assert {study.costs.run(run).gpus for run in study.all_runs()} == {0, 2}  # none where there is nothing to learn
 
 
 def test_an_edited_model_file_redoes_its_own_work_only_and_is_read_again(here):
@@ -345,6 +356,7 @@ WITHOUT_BATCHES = {"file": "x.h5ad", "tasks": ["zeroshot_integration"]}
         ({"embeddings": [GIVEN | NO_SUBSET]}, ["random at 3 %, seed 0", "no subset of this study"]),
         ({"embeddings": [GIVEN | {"model": "PretrainedPCA"}]}, ["has a model of that name"]),
         ({"embeddings": [GIVEN] * 2}, ["listed twice"]),
+        ({"embeddings": [GIVEN | {"model": "SSL"}], "also": [{"name": "b", "models": ["SSL"]}]}, ["of that name"]),
     ],
 )
 def test_a_wrong_declaration_is_one_line(here, changes, parts):

@@ -104,6 +104,9 @@ def test_files_become_one_corpus_that_reports_what_became_of_their_cells(own_cel
     assert reports["cells"]["kept"].tolist() == [60, 40]
     assert curation.gene_matches(study).index.tolist() == ["first", "second"]
     assert list(study.params.evaluation_sets()) == ["first_held_out"]
+    key = study_of(own_cells, tmp_path, corpus=str(paths[0])).corpus_unit.key
+    renamed = str(paths[0].rename(tmp_path / "renamed.h5ad"))  # whose cells have the new name
+    assert study_of(own_cells, tmp_path, corpus=renamed).corpus_unit.key != key
 
 
 # Splits

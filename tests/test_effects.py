@@ -88,6 +88,8 @@ def test_what_cannot_be_compared_is_refused():
         effects.diversity_effects(alone, diverse().assign(seed=99), "micro_f1")
     with pytest.raises(ValueError, match="no baseline has the metric 'micro_f1'"):
         effects.overtaking(alone, "micro_f1")
+    elsewhere = table(*curve({100: [0.5, 0.6]}, dataset="other"), *BASELINES)
+    assert effects.overtaking(elsewhere, "micro_f1").empty
     alike = diverse().assign(**dict.fromkeys(effects.MEASURES, 5.0))
     assert effects.diversity_effects(two_strategies(0.05), alike, "micro_f1").empty
 

@@ -68,6 +68,8 @@ def simulated(**values):
             {"budget_check": {"percentages": [1], "seeds": [0], "budgets": [0.5]}},
             ["mine.yaml: budget_check.budgets: [0.5] is not allowed: 2.0 is not among them"],
         ),
+        ({"budget_check": {"percentages": [1], "seeds": [0], "budgets": [1, 2]}}, ["1.0 is the budget of the study's"]),
+        ({"budget_check": {"percentages": [1, 1], "seeds": [0]}}, ["budget_check.percentages: [1, 1] ", "twice"]),
         ({"corpus": ["a.h5ad", 5]}, ["mine.yaml: corpus.1: 5 is not allowed: input should be a valid string;"]),
         ({"batch_key": {"a": 1}}, ["mine.yaml: batch_key.a: 1 is not allowed: input should be a valid string;"]),
         ({"sedes": [1]}, ["sedes", "no such key", "did you mean 'seeds'?"]),

@@ -265,6 +265,13 @@ def test_results_of_other_parameters_are_not_told_as_those_of_the_study_file(cop
     assert len(report.Site(open_study(str(copy))).sentences) == 4
 
 
+def test_a_metric_that_is_a_number_nowhere_has_a_column(copy):
+    tables = {path.stem: results.read_results(copy, path.stem) for path in copy.glob("*.parquet")}
+    tables["results"]["value"] = tables["results"]["value"].where(tables["results"]["metric"] != "micro_f1")
+    results.write_tables(tables, copy, results.parameters(copy))
+    assert dict(report.Site(open_study(str(copy))).pages())
+
+
 def test_clusters_in_place_of_cell_types_are_told(copy):
     for settings, told in (("", False), ("cell_type_key: leiden\n", True)):
         (copy / "study.yaml").write_text(STUDY + settings)

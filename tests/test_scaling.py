@@ -229,6 +229,8 @@ def test_decisions_are_the_share_of_pairs_that_are_ordered_alike():
     assert found.loc[10, "same"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert found.loc[100, "same"] == pytest.approx(2 / 3)  # one seed has b before a, the other a before b
     assert scaling.decisions(results[results["model"] == "a"], "micro_f1", "model").empty
+    one = scaling.decisions(results[results["seed"] == 0], "micro_f1", "model")
+    assert one["percentage"].tolist() == [1, 10]  # of one seed there are no halves
 
 
 def test_signal_of_nothing_is_that_of_noise():

@@ -51,6 +51,9 @@ def test_what_would_decide_an_undecided_curve_is_a_number_of_seeds_that_does():
     found = verdict(few)
     assert found["verdict"] == "undecided"
     n_seeds = int(found["decides"].removeprefix("about ").removesuffix(" seeds"))
+    assert n_seeds > 5  # as many as there are
+    assert verdict(runs((0.8, 0.9, 0.9, 0.9), n_seeds=1))["decides"] == "two seeds or more"
+    assert verdict(few[few["percentage"] < 100])["decides"] == "the full corpus (100 %)"
     (curve,) = (saturation.as_error(each, "micro_f1") for each in saturation.curves_of(few, "micro_f1"))
     spread = float(np.sqrt(np.mean([of.var(ddof=1) for of in curve.runs])))
     decided = power.of_design(spread, [5, n_seeds], 0.02, percentages=SIZES, n_draws=400).set_index(["truth", "seeds"])

@@ -14,7 +14,7 @@ from datawall import models
 from datawall.analysis import results, walls
 from datawall.cells import sampling
 from datawall.models import ssl
-from datawall.reading.plots import maps
+from datawall.reading.plots import curves, maps
 from datawall.study import evaluation, params, questions
 
 # The contrastive twin
@@ -86,6 +86,9 @@ def test_richest_and_poorest_cells_are_drawn_from_their_halves():
 # Runs of a study
 
 
+LABELS = "2x", "decay", "other", "deep", "long"
+
+
 def test_levers_say_what_was_varied_in_each_run(tmp_path):
     study = small_study(
         tmp_path,
@@ -97,9 +100,11 @@ def test_levers_say_what_was_varied_in_each_run(tmp_path):
             "SSL@2x": {"n_hidden": [32], "n_latent": 16, "learning_rate": 0.01},
             "SSL@decay": {"weight_decay": 0.5},
             "SSL@other": {"dropout": 0.5, "n_hidden": [32]},
+            "SSL@deep": {"n_hidden": [16, 16]},
         },
+        steps_by_model={"SSL@long": 8},
         also=[
-            {"name": "models", "models": ["SSL@2x", "SSL@decay", "SSL@other"], "percentages": [100]},
+            {"name": "models", "models": [f"SSL@{label}" for label in LABELS], "percentages": [100]},
             {"name": "strategies", "strategies": ["depth_10", "richest", "untrained"], "percentages": [50]},
         ],
         budget_check={"percentages": [100], "seeds": [0], "budgets": [0.5, 2]},
@@ -119,6 +124,8 @@ def test_levers_say_what_was_varied_in_each_run(tmp_path):
         ("SSL@2x", "random", 1.0, 1.0): ("width", 1.0, 2.0, 128),
         ("SSL@decay", "random", 1.0, 1.0): ("weight_decay", 1.0, 1.0, 128),
         ("SSL@other", "random", 1.0, 1.0): ("several", 1.0, 2.0, 128),
+        ("SSL@deep", "random", 1.0, 1.0): ("several", 1.0, 1.0, 128),
+        ("SSL@long", "random", 1.0, 2.0): ("", 1.0, 1.0, 256),
     }
     assert set(table["model"]) == set(table["family"]) == {"SSL"}
     rows = results.read_results(study.folder)
@@ -191,6 +198,8 @@ def test_swaps_are_differences_at_the_largest_size_that_both_have():
     table = design()
     table["value"] = 0.9 + 0.02 * (table["strategy"] == "richest") * (table["cells"] == 0.1)
     table["value"] += 0.01 * (table["model"] == "ssl_contrastive") * (table["cells"] == 1)
+    twice = table[table["model"] == "SSL"]  # again under another label, and as a variant of another width
+    table = pd.concat([table, twice.assign(label="SSL@again"), twice.assign(model="scvi_2x", value=1, family="SSL")])
     found = walls.worth(walls.gains(table, "micro_f1", n_draws=2)).set_index(["model", "suspect"])["gain"]
     assert 0 < found["SSL", "quality"] <= 20  # which fades from a tenth of the cells to all
     assert found["SSL", "diversity"] == pytest.approx(0)
@@ -210,4 +219,5 @@ def test_a_study_that_varies_too_little_has_no_wall():
     too_few = design().assign(value=0.9)[:9]
     assert walls.sentences(too_few, "micro_f1") == []
     worth = walls.worth(walls.gains(too_few, "micro_f1"))
-    assert maps.suspects(worth, 0.005).get_suptitle().startswith("Nothing to show")
+    unvaried = curves.variants(pd.DataFrame(columns=results.COLUMNS), "micro_f1")
+    assert {figure.get_suptitle()[:15] for figure in (maps.suspects(worth, 0.005), unvaried)} == {"Nothing to show"}

@@ -116,7 +116,8 @@ def overtaking(results: pd.DataFrame, metric: str) -> pd.DataFrame:
             error = runs.std(ddof=1) / np.sqrt(len(runs)) if len(runs) > 1 else np.nan
             p_values.append(float(one_sided_p(lead, np.float64(error), np.float64(len(runs) - 1))))
         rows.append((*curve.key, baseline[2], sign * means[baseline], max(leads)))
-    better = np.split(adjust(np.array(p_values)) <= 0.05, np.cumsum([curve.n_own for curve in curves])[:-1])
+    ends = np.cumsum([curve.n_own for curve in curves], dtype=int)
+    better = np.split(adjust(np.array(p_values)) <= 0.05, ends)[: len(curves)]
     table = pd.DataFrame(rows, columns=[*KEY, "baseline", "score", "lead"])
     first = zip(curves, better, strict=True)
     return table.assign(percentage=[curve.percentages[b.argmax()] if b.any() else np.nan for curve, b in first])

@@ -58,13 +58,18 @@ def seeds_needed(spread: float | Sequence[float], margin: float, **design: Any) 
 
 
 def seeds_to_decide(curve: Curve, margin: float) -> int | None:
-    """Seeds that would decide a curve of errors, alone, with `POWER`, were means and spreads true; None if too many."""
+    """How many seeds, more than it has, would decide a curve of errors, alone, with `POWER`.
+
+    Its means and spreads are taken for true. None if more than `MOST_SEEDS`, without the full corpus, or if no size has
+    two seeds.
+    """
     means = np.array([runs.mean() for runs in curve.runs])
     spreads = np.array([runs.std(ddof=1) if len(runs) > 1 else np.nan for runs in curve.runs])
     if curve.percentages[-1] != 100 or np.isnan(spreads).all():
         return None
     spreads, rng = np.nan_to_num(spreads, nan=np.nanmean(spreads)), np.random.default_rng(0)
-    for number in (*range(2, 11), 12, 15, 20, 30, MOST_SEEDS):
+    n_seeds = min(map(len, curve.runs))
+    for number in (number for number in (*range(2, 11), 12, 15, 20, 30, MOST_SEEDS) if number > n_seeds):
         runs = means[:, None, None] + spreads[:, None, None] * rng.standard_normal((len(means), 500, number))
         if (saturation.verdicts([replace(curve, runs=list(runs))], margin, 0.95)[1] != UNDECIDED).mean() >= POWER:
             return number

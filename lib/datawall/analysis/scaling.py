@@ -247,8 +247,8 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
     """How often two models, or two strategies, are ordered at a small size as at the largest that has pairs.
 
     Pairs are of what `by` says, `model` or `strategy`, with all else equal. The columns are percentage, pairs and same
-    (share that is ordered alike, by means over seeds). The last row is of the largest size, by halves of its seeds.
-    Empty without a pair.
+    (share that is ordered alike, by means over seeds). The last row is of the largest size, by halves of its seeds, if
+    it has two. Empty without a pair.
     """
     runs = runs_of(results, metric)
     where = [name for name in ("task", "dataset", "model", "strategy") if name != by]
@@ -261,11 +261,13 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
     rows = [(size, *_alike(table, at[largest])) for size, table in at.items() if size != largest]
     again = runs[runs["percentage"] == largest].assign(half=lambda table: table.groupby([*where, by]).cumcount())
     halves = []
-    for some in combinations(range(n := int(again["half"].max()) + 1), n // 2):
+    n = int(again["half"].max()) + 1
+    for some in combinations(range(n), n // 2) if n > 1 else ():
         half = again["half"].isin(some)
         tables = (part.pivot_table(index=where, columns=by, values="value") for part in (again[half], again[~half]))
         halves.append(_alike(*tables))
-    rows.append((largest, halves[0][0], float(np.mean([same for _, same in halves]))))
+    if halves:
+        rows.append((largest, halves[0][0], float(np.mean([same for _, same in halves]))))
     return pd.DataFrame(rows, columns=["percentage", "pairs", "same"])
 
 

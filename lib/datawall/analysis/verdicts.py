@@ -97,9 +97,18 @@ def _verdict(
         return {"plateau": np.nan, "verdict": LIMITED, "decides": decides}
     decides = ""
     if plateau["verdict"] == UNDECIDED:
-        needed = power.seeds_to_decide(curve, plateau["margin"] if margin is None else margin)
-        decides = f"about {needed} seeds" if needed else f"more test cells; {power.MOST_SEEDS} seeds would not do"
+        decides = _what_decides(curve, plateau["margin"] if margin is None else margin)
     return {"plateau": plateau["percentage"], "verdict": plateau["verdict"], "decides": decides}
+
+
+def _what_decides(curve: Curve, margin: float) -> str:
+    """What an undecided curve lacks, in words."""
+    if curve.percentages[-1] != 100:
+        return "the full corpus (100 %)"
+    if max(map(len, curve.runs)) < 2:
+        return "two seeds or more"
+    needed = power.seeds_to_decide(curve, margin)
+    return f"about {needed} seeds" if needed else f"more test cells; {power.MOST_SEEDS} seeds would not do"
 
 
 def _gain(curve: Curve) -> dict[str, float]:

@@ -10,6 +10,7 @@ from datawall.analysis import scaling
 from datawall.analysis.results import CURVE, lower_is_better, select
 from datawall.analysis.saturation import EXACT
 from datawall.engine import paths
+from datawall.models import hyperparameters
 
 TABLES = paths.PACKAGE_DATA / "which_wall"  # of the studies that notebook 9 reads; by tests/benchmarks/which_wall.py
 LEVERS = ("cells", "depth", "steps", "width")  # multiples of the reference: all cells, at a model's own settings
@@ -175,8 +176,8 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
         others["width"] = select(own, varied="width", width=2.0)
         if metric != "explained":
             twins = select(all_means, task=task, dataset=dataset, family=own["family"].iloc[0], varied="", steps=1.0)
-            others["objective"] = twins[twins["model"] != model]
-        random = select(own, varied="", steps=1.0).set_index("cells")
+            others["objective"] = twins.loc[[_differing(model, twin) == {"loss"} for twin in twins["model"]]]
+        random = select(own, varied="", steps=1.0).drop_duplicates("cells").set_index("cells")
         for suspect, table in others.items():
             table = table[table["cells"].isin(random.index)]
             if len(table):
@@ -191,6 +192,12 @@ def gains(levers: pd.DataFrame, metric: str, *, n_draws: int = 200) -> pd.DataFr
         tables.append(table.reset_index().assign(**of_all))
     columns = dict.fromkeys([*CURVE, "suspect"], str) | {"draw": int, "gain": float, "error": float}
     return pd.concat([pd.DataFrame(columns=columns).astype(columns), *tables], ignore_index=True)[[*columns]]
+
+
+def _differing(one: str, other: str) -> set[str]:
+    """In which settings two models differ, by what their names mean."""
+    values = [hyperparameters.resolve(name).hyperparameters.model_dump() for name in (one, other)]
+    return {name for name in values[0] if values[0][name] != values[1].get(name)}
 
 
 def worth(gains: pd.DataFrame) -> pd.DataFrame:

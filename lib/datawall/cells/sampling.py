@@ -28,6 +28,11 @@ def subset_size(n_cells: int, percentage: float) -> int:
     return max(1, round(n_cells * percentage / 100))
 
 
+def fixed(n_cells: int, n: int | None) -> np.ndarray:
+    """Sorted rows of `n` cells, or of all if they are fewer or it is None: always the same, whoever asks."""
+    return np.sort(np.random.default_rng(0).permutation(n_cells)[:n])
+
+
 def random(n_cells: int, percentage: float, *, seed: Seed) -> np.ndarray:
     """Uniform sample without replacement."""
     size = subset_size(n_cells, percentage)

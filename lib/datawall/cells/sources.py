@@ -159,7 +159,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     """
     options = options or Options()
     paths = [Path(path) for path in paths]
-    names = _file_names(paths)
+    names = file_names(paths)
     table = corpus.gene_table()
     mitochondrial = table["feature_name"].str.startswith("MT-").to_numpy()
     files, found = [], {role: Counter() for role in (*columns, "dataset_id")}
@@ -188,7 +188,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     return Source(files, matches, labels, notes, var, options)
 
 
-def _file_names(paths: list[Path]) -> list[str]:
+def file_names(paths: list[Path]) -> list[str]:
     """A name of its own for each file: the stem, with the folder's name before it where stems are the same."""
     if not paths:
         raise CorpusError("no files: a corpus needs at least one .h5ad or .zarr file.")

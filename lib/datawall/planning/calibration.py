@@ -151,7 +151,7 @@ def _model(study: Study, name: str, millions: float) -> Record:
 
 def _batch_size(study: Study, name: str, *, large: bool = False) -> int:
     """Cells of a model's step here; 0 if it takes none."""
-    size = getattr(study.params.specs[name].hyperparameters, "batch_size", 0)
+    size = study.costs.batch_size(name)
     return min(size, BATCH[large]) if training.device().type == "cpu" else size
 
 

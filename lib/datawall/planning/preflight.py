@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from datawall.cells import corpus, duplicates, sampling
+from datawall.engine import paths
 from datawall.models import external
 from datawall.planning import plan as planning
 from datawall.planning.starter import FEW, MANY, look
@@ -65,7 +66,7 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
     for task in (task for name, task in TASKS.items() if name not in p.tasks):
         lacking = [key for key in task.needs if getattr(p, key) is None]
         findings.facts.append(f"left out: {task.name}" + (f", which needs {' and '.join(lacking)}" if lacking else ""))
-    study = Study(p, Path())
+    study = Study(p, paths.run_folder(path, p.study))
     findings.facts += (f"work: {line}" for line in planning.counts_in_words(study))
     if not findings.errors:
         said, enough = planning.verdicts_to_expect(p)

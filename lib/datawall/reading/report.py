@@ -66,7 +66,8 @@ class Site:
         self.results, self.intervals, self.budgets = map(self._table, ("results", "intervals", "budgets"))
         own = self.results[self.results["model"] != results.CHANCE]  # rows of chance carry another's `run_id`
         self.runs = own.drop_duplicates("run_id").set_index("run_id")
-        self._values = own.pivot_table("value", ["run_id", "metric"], "split")
+        # Not `pivot_table`, here and below: it drops a metric that is NaN throughout.
+        self._values = own.pivot(index=["run_id", "metric"], columns="split", values="value")  # noqa: PD010
         self.tasks = [task for task in study.params.tasks if task in set(self.results["task"])]
         self.artifacts = store.read_all(study.folder / "store")
         scored = [self.artifacts[key] for key in self.results["run_id"].unique() if key in self.artifacts]
@@ -154,7 +155,8 @@ class Site:
         ids = shown.drop_duplicates(list(RUN)).set_index(list(RUN))["run_id"]
         means = results.mean_over_splits(shown)
         metrics = sorted(means["metric"].unique(), key=lambda metric: (metric != tasks.HEADLINE.get(task), metric))
-        table = means.pivot_table("value", list(RUN), "metric")[metrics].join(ids).reset_index().set_index("run_id")
+        by_metric = means.pivot(index=list(RUN), columns="metric", values="value")[metrics]  # noqa: PD010
+        table = by_metric.join(ids).reset_index().set_index("run_id")
         table["seed"] = table["seed"].where(table["seed"] >= 0)
         table[["strategy", "dataset"]] = table[["strategy", "dataset"]].map(label)
         return table.rename(columns=RUN | {metric: label(metric).replace("_", " ") for metric in metrics})

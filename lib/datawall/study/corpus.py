@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from datawall.cells import backed, cellstore, census, corpus, datasets, expression, simulate, sources
+from datawall.cells import backed, cellstore, census, corpus, datasets, expression, sampling, simulate, sources
 from datawall.engine import disk
 from datawall.engine.store import Artifact, Store, Unit
 from datawall.study import joining
@@ -43,8 +43,11 @@ class WithCorpus:
             source = simulate.identity(p.simulation)
         elif p.census is not None:
             source = census.identity(p.census)
-        else:
-            source = [datasets.identity(name) for name in p.sources()]
+        elif p.sources()[0] in datasets.DATASETS:
+            source = datasets.identity(p.sources()[0])
+        else:  # by name, which its cells have as their `dataset_id`
+            names = sources.file_names([datasets.file(name) for name in p.sources()])
+            source = dict(zip(names, map(datasets.identity, p.sources()), strict=True))
         record = p.model_dump(include={"min_matched_genes", "min_genes", "min_counts", "max_mito", "labels"})
         record |= {"corpus": source, "spike_in": None if p.spike_in is None else datasets.identity(p.spike_in)}
         record |= {"columns": p.columns(), "clusters": p.cell_type_key == CLUSTERS}
@@ -193,7 +196,7 @@ def clusters(cells: cellstore.Cells) -> pd.Categorical:
 
     with tempfile.TemporaryDirectory() as scratch:
         X = expression.streamed_pca(cells.count_blocks, Path(scratch) / "X_pca.npy")
-        rows = np.sort(np.random.default_rng(0).permutation(len(X))[:CLUSTERED])
+        rows = sampling.fixed(len(X), CLUSTERED)
         some = ad.AnnData(np.asarray(X[rows]))
         sc.pp.neighbors(some, use_rep="X", random_state=0)
         sc.tl.leiden(some, random_state=0, flavor="igraph", n_iterations=2, directed=False)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from datawall.cells import annotation, cellstore, corpus, diversity, expression, simulate, sources
+from datawall.cells import annotation, cellstore, corpus, diversity, expression, sampling, simulate, sources
 from datawall.engine import disk, paths
 from datawall.study.study import Study
 
@@ -76,7 +76,7 @@ def beside_simulated(study: Study) -> dict[str, sp.csr_matrix]:
     held_out = study.held_out_cells
     if study.params.simulation is not None or held_out.n_vars < simulate.MIN_GENES:
         return {}
-    rows = np.sort(np.random.default_rng(0).permutation(held_out.n_obs)[:COMPARED])
+    rows = sampling.fixed(held_out.n_obs, COMPARED)
     atlas = simulate.Atlas(n_cells=len(rows), n_genes=held_out.n_vars)
     return {study.params.held_out_name: held_out.counts(rows), "simulated": simulate.load(atlas).X}
 

@@ -85,6 +85,7 @@ class WithDatasets(WithCorpus):
         p, dataset = self.params, self.params.evaluation_sets()[name]
         record = p.model_dump(include={"min_matched_genes", "labels"}) | {"corpus": self.corpus_unit.key}
         record |= {"dataset": datasets.identity(dataset.file, dataset.source), "columns": dataset_columns(p, name)}
+        record["name"] = name  # which what is told of it begins with
         return Unit("dataset", record, ("study/dataset",))
 
     def make_dataset(self, name: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from datawall.cells import datasets
+from datawall.cells import datasets, sampling
 from datawall.engine import cluster
 from datawall.engine.store import Artifact, Unit
 from datawall.models import external
@@ -95,7 +95,7 @@ class WithEmbeddings(WithModels):
         import scanpy as sc
 
         embedding = self.embedding(*embedded)
-        rows = np.sort(np.random.default_rng(0).permutation(len(embedding))[:LAID_OUT])
+        rows = sampling.fixed(len(embedding), LAID_OUT)
         cells = ad.AnnData(embedding[rows])
         sc.pp.neighbors(cells, use_rep="X", random_state=0)
         sc.tl.umap(cells, random_state=0)

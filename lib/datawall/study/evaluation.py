@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from datawall import tasks
 from datawall.analysis import results
-from datawall.cells import expression
+from datawall.cells import expression, sampling
 from datawall.cells.corpus import CorpusError
 from datawall.engine import cluster, disk
 from datawall.engine.store import Artifact, Unit
@@ -35,11 +35,16 @@ def evaluations(study: Study, task: str) -> list[Evaluation]:
     given = [embedding for embedding in p.embeddings if embedding.dataset in names]
     if tasks.TASKS[task].judges == "models":
         names, given = [name for name in names if name == study.params.held_out_name], []
-        families = {name for name, spec in p.specs.items() if not spec.is_external}
-        runs = [run for run in runs if run.model in families or hasattr(p.specs[run.model].model_class, "heldout_loss")]
+        runs = [run for run in runs if can_judge(study, task, run.model)]
     sources = [*tasks.TASKS[task].baselines, *runs]
     by_dataset = [Evaluation(task, name, source) for source in sources for name in names]
     return by_dataset + [Evaluation(task, embedding.dataset, embedding) for embedding in given]
+
+
+def can_judge(study: Study, task: str, model: str) -> bool:
+    """Whether a task judges a model: reconstruction takes one of the user's own only if it can tell its loss."""
+    spec = study.params.specs[model]
+    return tasks.TASKS[task].judges != "models" or not spec.is_external or hasattr(spec.model_class, "heldout_loss")
 
 
 def evaluation_unit(study: Study, evaluation: Evaluation) -> Unit:
@@ -188,7 +193,7 @@ def _baseline_response(
 def reconstruction(study: Study, evaluation: Evaluation) -> Iterator[tuple[str, Metrics]]:
     """The pretraining loss of held-out cells, in the family's own units; of a sample where they are many."""
     data = study.dataset(evaluation.dataset)
-    rows = np.sort(np.random.default_rng(0).permutation(data.n_obs)[: joining.RECONSTRUCTED])
+    rows = sampling.fixed(data.n_obs, joining.RECONSTRUCTED)
     yield "all cells", tasks.reconstruction(study.model(evaluation.source), data.X[rows], data.obs.iloc[rows], seed=0)
 
 

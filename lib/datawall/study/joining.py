@@ -39,9 +39,9 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
         return f"it has {len(obs):,} cells, and needs {fewest}"
     if task == "zeroshot_integration":
         obs = obs.iloc[integration_rows(p, len(obs))]
-    n_cells = obs["cell_type"].value_counts()
+    n_cells = obs["cell_type"].value_counts().loc[lambda counts: counts > 0]
     if (n_cells >= FEWEST_OF_TYPE).sum() < 2:
-        listed = ", ".join(f"{name!r} ({n})" for name, n in n_cells[n_cells > 0].head(5).items())
+        listed = ", ".join(f"{name!r} ({n})" for name, n in n_cells.head(5).items())
         return f"it has no two types with {FEWEST_OF_TYPE} cells or more: {listed}{', …' if len(n_cells) > 5 else ''}"
     if task == "zeroshot_integration":
         batches = pd.crosstab(obs["cell_type"], obs["batch"]) > 0
@@ -60,7 +60,7 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
 
 def integration_rows(p: Params, n_cells: int) -> np.ndarray:
     """Sorted rows of the cells that integration is judged on: all, or a sample that is the same for every model."""
-    return np.sort(np.random.default_rng(0).permutation(n_cells)[: p.integration_cells])
+    return sampling.fixed(n_cells, p.integration_cells)
 
 
 def treatments(obs: pd.DataFrame, dataset: EvaluationSet) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from datawall import tasks
 from datawall.cells import simulate
@@ -110,13 +110,6 @@ class Params(BaseModel):
     retries: Annotated[int, Field(ge=0)] = 1  # how often a unit that fails is begun again
     time_limit: Annotated[float, Field(gt=0)] | None = 86_400.0  # seconds after which a unit is taken to hang
 
-    @field_validator("strategies", "percentages", "seeds", "models", "tasks")
-    @classmethod
-    def _no_repeats(cls, values: list[Any]) -> list[Any]:
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"{twice[0]!r} is listed twice; list it once")
-        return values
-
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +178,7 @@ class Params(BaseModel):
         for model, dataset, subset in entries:
             if dataset not in sets:
                 yield f"embeddings: {model}: {dataset!r} is no evaluation data set; there are {', '.join(sets)}"
-            if model in self.models:
+            if any(run.model == model for run in self.runs()):
                 yield f"embeddings: {model}: the study has a model of that name; call it otherwise"
             if subset and subset not in self.subsets():
                 told = f"{subset.strategy} at {subset.percentage:g} %, seed {subset.seed}, is no subset of this study"
@@ -250,9 +243,9 @@ class Params(BaseModel):
         """Optimiser steps of a model's runs: a share of its own, or those without its label, of its family, of all."""
         return max(1, round(self._for_model(model, self.steps_by_model, self.steps) * budget))
 
-    def gpus_of(self, model: str) -> int:
+    def gpus_of(self, model: str, *, otherwise: int = 1) -> int:
         """How many GPUs pretrain a run of a model together: as said of it, or without its label, or of its family."""
-        return self._for_model(model, self.gpus, 1)
+        return self._for_model(model, self.gpus, otherwise)
 
     def _for_model(self, model: str, by_model: dict[str, int], default: int) -> int:
         names = model, hyperparameters.without_label(model), self.specs[model].family

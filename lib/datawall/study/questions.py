@@ -15,9 +15,8 @@ from datawall.cells.sampling import STRATEGIES
 from datawall.engine import disk
 from datawall.models import hyperparameters
 from datawall.study import curation, joining
-from datawall.study.evaluation import evaluate, evaluation_unit, evaluations
+from datawall.study.evaluation import can_judge, evaluate, evaluation_unit, evaluations
 from datawall.study.model import CHOSEN
-from datawall.study.params import Params
 from datawall.study.records import Run
 from datawall.study.study import Study
 
@@ -46,7 +45,8 @@ def pretrain_adaptively(study: Study) -> pd.DataFrame:
         study.dataset_artifact(name)  # which tells what it can be judged by
     headlines = {task: tasks.TASKS[task].headline for task in p.tasks if study.joined(task)}
     headlines = {task: metric for task, metric in headlines.items() if metric and not results.lower_is_better(metric)}
-    scores = {(model, task): defaultdict(list) for model in p.models for task in headlines}
+    judged = [(model, task) for model in p.models for task in headlines if can_judge(study, task, model)]
+    scores = {pair: defaultdict(list) for pair in judged}
     chosen: dict[str, list[adaptive.Asked]] = {model: [] for model in p.models}
     while True:
         steps = {key: adaptive.ask(known, plan) for key, known in scores.items()}
@@ -73,7 +73,7 @@ def panels(study: Study) -> pd.DataFrame:
     """How many genes the panels of random subsets have, by percentage: means over seeds; the first network is asked.
 
     Columns: genes, in_largest (how many the panel of the largest subset of the same seed has too), and for each
-    evaluation data set how many it measures; empty if no network of the study has a panel.
+    evaluation data set how many it measures; empty if no network of the study has a panel, or no subset is random.
     """
     specs = (study.params.specs[name] for name in study.params.models)
     # To a model of the user's own, `n_genes` may mean anything.
@@ -87,7 +87,7 @@ def panels(study: Study) -> pd.DataFrame:
         shared = np.intersect1d(panel, largest.setdefault(run.subset.seed, panel))
         n_measured = {dataset: int(genes[panel].sum()) for dataset, genes in measured.items()}
         rows.append({"percentage": run.subset.percentage, "genes": len(panel), "in_largest": len(shared), **n_measured})
-    return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int)
+    return pd.DataFrame(rows).groupby("percentage").mean().round().astype(int) if rows else pd.DataFrame()
 
 
 def _predictions(study: Study, task: str, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
@@ -111,7 +111,8 @@ def second_opinion(study: Study) -> pd.DataFrame:
     rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
     table = []
     for columns, predicted in _predictions(study, "zeroshot_classification", held_out) if judged else ():
-        shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
+        calls = [predicted[split] for split in results.splits_by_cell(predicted)]
+        shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in calls]
         by_ours, by_theirs = np.mean(shares, axis=0)
         table.append(columns | {"ours": by_ours, "authors": by_theirs, "judged": judged})
     return pd.DataFrame(table)
@@ -184,22 +185,24 @@ def levers(study: Study) -> pd.DataFrame:
 
     Columns: model (without its label: of `SSL@2x`, SSL), family, label, strategy, seed, n_cells, samples (cells seen in
     training, with repeats), varied, cells, depth, steps and width (multiples of the reference, which is the whole
-    corpus with the model's own settings), task, dataset, metric, value. `varied` is empty for random subsets with no
-    other setting, whatever their steps; else `width`, `weight_decay`, `depth` or `strategy`, or `several`.
+    corpus with the settings and steps of the model without its label), task, dataset, metric, value. `varied` is empty
+    for random subsets with no other setting, whatever their steps; else `width`, `weight_decay`, `depth` or `strategy`,
+    or `several`. To layers that are not all wider alike no one width can be told: they are `several`.
     """
-    p, tables = study.params, []
+    specs, tables = study.params.specs, []
     for name in ("results", "budgets"):
         if (study.folder / f"{name}.parquet").is_file():  # where no run has another budget, there may be but one
             rows = results.read_results(study.folder, name)
-            rows = rows[(rows["percentage"] > 0) & rows["model"].isin(p.specs)]  # no baseline, nor a given embedding
+            rows = rows[(rows["percentage"] > 0) & rows["model"].isin(specs)]  # no baseline, nor a given embedding
             means = results.mean_over_splits(rows)
             tables += [means.assign(steps=means.get("budget", 1.0))] if len(means) else []
     if not tables:
         return pd.DataFrame(columns=LEVERS)
     table = pd.concat(tables, ignore_index=True).rename(columns={"model": "label"})
-    settings = pd.DataFrame([_setting(p, label) for label in table["label"].unique()]).set_index("label")
+    settings = pd.DataFrame([_setting(study, label) for label in table["label"].unique()]).set_index("label")
     table = table.join(settings, on="label")
     table["samples"] = table["samples"] * table["steps"]
+    table["steps"] *= table["longer"]
     table["cells"] = table["percentage"] / 100
     table["depth"] = table["strategy"].map(lambda name: STRATEGIES[name].depth)
     by_strategy = np.where(table["depth"] < 1, "depth", np.where(table["strategy"] == "random", "", "strategy"))
@@ -208,16 +211,18 @@ def levers(study: Study) -> pd.DataFrame:
     return table[LEVERS]
 
 
-def _setting(p: Params, label: str) -> dict[str, Any]:
+def _setting(study: Study, label: str) -> dict[str, Any]:
     """What sets a labelled model apart from the one without its label."""
-    base = hyperparameters.without_label(label)
+    p, base = study.params, hyperparameters.without_label(label)
     spec, own = p.specs[label], hyperparameters.resolve(base, p.hyperparameters, schedule=p.budget)
     values, own_values = (each.hyperparameters.model_dump() for each in (spec, own))
     differ = {name for name in values if values[name] != own_values[name]}
-    wide = bool(differ & {"n_hidden", "n_embd"})
-    widths = [np.ravel(each.get("n_hidden") or each["n_embd"])[0] for each in (values, own_values) if wide] or [1, 1]
-    only_width = wide and differ <= {"n_hidden", "n_latent", "n_embd", "learning_rate"}
-    varied = "width" if only_width else "".join(differ) if differ <= {"weight_decay"} else "several"
-    samples = p.steps_of(label) * values.get("batch_size", 0)
+    varied, width = "".join(differ) if differ <= {"weight_decay"} else "several", 1.0
+    if differ & {"n_hidden", "n_embd"}:
+        layers, own_layers = (np.ravel(each.get("n_hidden") or each["n_embd"]) for each in (values, own_values))
+        if len(layers) == len(own_layers) and np.ptp(wider := layers / own_layers) == 0:
+            width = float(wider[0])
+            varied = "width" if differ <= {"n_hidden", "n_latent", "n_embd", "learning_rate"} else varied
+    samples, longer = p.steps_of(label) * study.costs.batch_size(label), p.steps_of(label) / p.steps_of(base)
     told = {"label": label, "model": base, "family": spec.family, "varied": varied, "samples": samples}
-    return told | {"width": float(widths[0] / widths[1])}
+    return told | {"width": width, "longer": longer}

@@ -13,6 +13,12 @@ from datawall.models import external, hyperparameters
 UNTRAINED = "untrained"  # the strategy that draws no cell
 
 
+def _once_each[Value](values: list[Value]) -> list[Value]:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{twice[0]!r} is listed twice; list it once")
+    return values
+
+
 def _known_model(name: str) -> str:
     if hyperparameters.resolve(name).is_external:
         external.source_file(name)
@@ -22,7 +28,7 @@ def _known_model(name: str) -> str:
 StrategyName = Literal[*STRATEGIES, UNTRAINED]
 TaskName = Literal[*tasks.TASKS]
 Name = Annotated[str, Field(min_length=1)]
-type Some[T] = Annotated[list[T], Field(min_length=1)]
+type Some[T] = Annotated[list[T], Field(min_length=1), AfterValidator(_once_each)]
 ModelName = Annotated[str, AfterValidator(_known_model)]
 Percentage = Annotated[float, Field(gt=0, le=100)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -55,6 +61,8 @@ class BudgetCheck(Part):
     @field_validator("budgets")
     @classmethod
     def _twice_is_asked(cls, budgets: list[float]) -> list[float]:
+        if 1.0 in budgets:
+            raise ValueError("1.0 is the budget of the study's own runs; leave it out")
         if 2.0 not in budgets:
             raise ValueError("2.0 is not among them, and what twice the steps gain says whether steps limit a curve")
         return budgets

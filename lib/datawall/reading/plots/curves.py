@@ -165,7 +165,9 @@ def variants(results: pd.DataFrame, metric: str) -> Figure:
     Embeddings that were given, not made, are left out.
     """
     runs = mean_over_splits(select(results, metric=metric, strategy="random"))
-    runs = runs[runs["model"].map(is_model)]
+    runs = runs[[is_model(name) for name in runs["model"]]]
+    if runs.empty:
+        return style.nothing("the study has no random subsets")
     datasets, order = runs["dataset"].unique(), [*FAMILIES, *VARIANTS, *runs["model"].unique()]
     models = sorted(runs["model"].unique(), key=order.index)
     families, colours = {name: resolve(name).family for name in models}, {}
