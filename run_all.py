@@ -262,6 +262,8 @@ def _stages(options: argparse.Namespace) -> list[int]:
     if given is None:
         return list(STAGES)
     numbers = [int(part) if part.strip().isdigit() else part for part in given.split(",")]
+    if options.first and len(numbers) > 1:
+        raise ValueError(f"--from {given}: give one stage, from which all are run; --stages {given} runs these alone.")
     if wrong := [number for number in numbers if number not in STAGES]:
         raise ValueError(
             f"stage {wrong[0]!r}: no such stage; they are 1 to {len(STAGES)}, as in --stages 3,5 or --from 4."

@@ -321,6 +321,12 @@ def test_what_a_data_set_cannot_be_judged_on_is_known_from_its_labels(task, colu
     assert found is None if why is None else why in found
 
 
+def test_neighbours_that_vote_take_twice_as_many_cells():
+    obs = labels(cell_type=[("B", 10), ("T", 10)])
+    assert unfit("finetuned_classification", obs, k=30) is None
+    assert "needs 60, twice the neighbours that vote" in unfit("zeroshot_classification", obs, k=30)
+
+
 def test_treatments_are_judged_one_by_one_by_name_or_those_with_the_most_cells():
     cells = [("B", t, n) for t, n in {"ctrl": 40, "a": 30, "b": 12, "c": 20}.items()]
     cells += [("T", t, n) for t, n in {"ctrl": 40, "a": 11, "b": 12, "c": 1}.items()]

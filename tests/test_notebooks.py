@@ -152,6 +152,7 @@ def test_a_model_without_random_subsets_stands_beside_the_baselines():
     assert beside.to_dict("records") == [{"untrained": "unknown", "PCA": "unknown"}]
     assert results.gains(found, "micro_f1").index.tolist() == [("kang2018", "scVI")]
     assert results.gains(found, "micro_f1").isna().all(axis=None)
+    assert results.gains(found.replace("celltype_reweighted", "random"), "micro_f1").isna().all(axis=None)  # one size
 
 
 def test_no_results_have_no_saturation_points():

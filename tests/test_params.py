@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from datawall.engine import paths
 from datawall.study import params
 from datawall.study.records import Subset
+from datawall.study.study import open_study
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MINIMAL = {
@@ -70,6 +71,10 @@ def simulated(**values):
         ),
         ({"budget_check": {"percentages": [1], "seeds": [0], "budgets": [1, 2]}}, ["1.0 is the budget of the study's"]),
         ({"budget_check": {"percentages": [1, 1], "seeds": [0]}}, ["budget_check.percentages: [1, 1] ", "twice"]),
+        (
+            {"batch_key": "b", "tasks": ["zeroshot_integration"], "held_out_tasks": ["zeroshot_classification"]},
+            ["zeroshot_integration has no data set: let one take it"],
+        ),
         ({"corpus": ["a.h5ad", 5]}, ["mine.yaml: corpus.1: 5 is not allowed: input should be a valid string;"]),
         ({"batch_key": {"a": 1}}, ["mine.yaml: batch_key.a: 1 is not allowed: input should be a valid string;"]),
         ({"sedes": [1]}, ["sedes", "no such key", "did you mean 'seeds'?"]),
@@ -158,12 +163,14 @@ def test_what_is_written_is_read_as_it_was(value):
     assert params.from_yaml(params.to_yaml({"control": value})) == {"control": value}
 
 
-def test_overrides_replace_and_are_checked(tmp_path):
+def test_overrides_replace_and_are_checked(tmp_path, caplog):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     study = params.read(path, {"seeds": [7], "k": 3})
     assert (study.seeds, study.k, study.steps) == ([7], 3, 5)
     assert params.read(path).seeds == [0]
+    assert open_study(str(path), seeds=[7], steps=5).params.seeds == [7]
+    assert f"{path}: the values of seeds are not those of the study file" in caplog.text
     with pytest.raises(params.ParamsError, match="did you mean 'seeds'"):
         params.read(path, {"sedes": [7]})
 

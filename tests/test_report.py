@@ -238,7 +238,9 @@ def test_verdicts_are_those_of_the_numbers(run):
     assert "By the published rule, 1 of 2 curves, one for each model and data set, are saturated at" in said
     assert "2 of 2 curves" in " ".join(verdicts.sentences(found.assign(percentage=10)))
     assert said.startswith("verdicts: 0 plateau, 1 still improving, 0 budget-limited, 1 undecided, of 2")
-    assert "1 of 2 are above the best baseline, 0 level with it and 1 below" in said
+    assert "1 of 2 are above the best baseline, 0 level with it and 1 below." in said
+    unsure = " ".join(verdicts.sentences(found.assign(against="not told from")))
+    assert "0 of 2 are above the best baseline, 0 level with it and 0 below; 2 cannot be told from it." in unsure
     text = "".join(Page(run / "report" / "index.html").text)
     assert all(number in text for number in ("0.905", "0.705", "0.800", "above PCA", "below PCA"))
 

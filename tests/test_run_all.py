@@ -100,6 +100,7 @@ def test_papermill_by_hand_gives_the_same_numbers(copy, tmp_path, monkeypatch):
         (["--set", "steps"], ["key=value"]),
         (["--stages", "3,9"], ["9", "1 to 7"]),
         (["--from", "four"], ["four", "1 to 7"]),
+        (["--from", "3,5"], ["give one stage", "--stages 3,5"]),
         (["--verify"], ["run: no folder of a run"]),
         (["--why", "abc"], ["run: no folder of a run"]),
         (["--set", "corpus=broken.h5ad", "--set", "simulation=null"], ["broken.h5ad: not readable"]),

@@ -156,6 +156,12 @@ def test_new_takes_more_settings(compendium, capsys):
     assert run_all.main(["--new", "mine", "--corpus", "cells.h5ad", *words]) == 0
     p = params.read(Path("params/mine.yaml"))
     assert (p.steps, p.min_matched_genes, p.hyperparameters) == (7, 0.1, {})
+    assert p.steps_by_model["Geneformer"] == 240  # no fewer than in the default study
+    words = ["--set", "percentages=[20, 100]", "--set", "labels={B cell: b, T cell: t, NK cell: nk}"]
+    assert run_all.main(["--new", "sized", "--corpus", "cells.h5ad", *words]) == 0
+    p = params.read(Path("params/sized.yaml"))
+    assert (p.budget_check.percentages, p.also[0].percentages) == ([100], [20])
+    assert set(p.held_out_contexts) < {"b", "t", "nk"}
     assert run_all.main(["--new", "other", "--corpus", "cells.h5ad", "--set", "batch_key=x"]) == 2
     assert "--set batch_key: with --new, name it as --batch." in capsys.readouterr().err
 

@@ -194,7 +194,8 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """What more cells and what more diverse cells are worth, in the metric's units, means over splits and seeds.
 
     A row per data set and model. `more cells` is the largest size over the smallest, of random subsets; a strategy's
-    column is its gain over random subsets of equal size, at the largest size that both have. NaN without such subsets.
+    column is its gain over random subsets of equal size, at the largest size that both have. NaN without such
+    subsets, or with one size.
     """
     means = _mean_over_seeds(results, metric)
     means = means[~means["strategy"].isin(REFERENCES)]
@@ -202,7 +203,7 @@ def gains(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     wide = wide.reindex(columns=["random", *wide.columns.difference(["random", "untrained"])])
     # Of a group, the first and the last that is not NaN.
     table, random = (part.groupby(["dataset", "model"]) for part in (wide.sub(wide["random"], axis=0), wide["random"]))
-    table = table.last().assign(random=random.last() - random.first())
+    table = table.last().assign(random=(random.last() - random.first()).where(random.count() > 1))
     return table.rename(columns={"random": "more cells"}).rename_axis(columns=None)
 
 

@@ -146,7 +146,7 @@ def tally(found: pd.DataFrame) -> str:
 def sentences(found: pd.DataFrame) -> list[str]:
     """The verdicts (`table`) in some sentences."""
     if found.empty:
-        return ["No task has been evaluated on random subsets yet."]
+        return ["No task has been evaluated on random subsets."]
     n, early = len(found), int((found["percentage"] <= 10).sum())
     compared = found["against"].dropna()
     above, level, below = (int((compared == AGAINST[word]).sum()) for word in ("win", "tie", "loss"))
@@ -159,9 +159,13 @@ def sentences(found: pd.DataFrame) -> list[str]:
     said += [
         f"By the published rule, {early} of {n} curves, one for each model and data set, are saturated at 10\u00a0% of "
         "the corpus or less.",
-        f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with it "
-        f"and {below} below.",
     ]
+    if len(compared):
+        untold = len(compared) - above - level - below
+        said.append(
+            f"At the best of their sizes, {above} of {len(compared)} are above the best baseline, {level} level with "
+            f"it and {below} below" + (f"; {untold} cannot be told from it." if untold else ".")
+        )
     improving = found[found["verdict"] == IMPROVING]
     if len(improving):
         most = improving.loc[improving["gain"].idxmax()]

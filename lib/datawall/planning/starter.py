@@ -140,6 +140,9 @@ def new(name: str, corpora: Sequence[str], given: Roles, settings: dict[str, Any
     named = [key for role, key in given.items() if role != "control" and key]
     looked = look(corpora, named, min_matched=default.min_matched_genes)
     say(str(looked))
+    for key, n_missing in looked.obs.isna().sum().items():
+        if n_missing and key not in named:
+            say(f"column {key!r} is not proposed: {n_missing:,} cells have no value in it")
     roles = _choose(looked, given, ask, say)
     notes = list(looked.notes)
     for role, key in roles.items():
@@ -150,7 +153,7 @@ def new(name: str, corpora: Sequence[str], given: Roles, settings: dict[str, Any
     # Files that are not found from the repository have their whole path.
     known = [file in datasets.DATASETS or (paths.repository() / file).exists() for file in corpora]
     portable = [file if here else str(Path(file).resolve()) for file, here in zip(corpora, known, strict=True)]
-    text = _with(study_file(name, portable, looked, roles, default), settings)
+    text = _with(study_file(name, portable, looked, roles, default, settings), settings)
     params.check(params.from_yaml(text), path.name)
     disk.write_text(path, text)
     return path
@@ -180,14 +183,20 @@ def control_of(labels: pd.Series) -> str | None:
     return controls[0] if len(values) > 1 and len(controls) == 1 else None
 
 
-def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, default: params.Params) -> str:
-    """The text of a study file, with comments that say what was found; the rest is as in the default study."""
+def study_file(
+    name: str, corpora: list[str], looked: Looked, roles: Roles, default: params.Params, settings: dict[str, Any]
+) -> str:
+    """The text of a study file, with comments that say what was found; the rest is as in the default study.
+
+    Of the `settings` that will be in it, what is written heeds `labels` and `percentages`.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     named = {KEYS[role] for role, value in roles.items() if value}
     labels, contexts = looked.obs.get(roles["cell_type"]), None
     if labels is not None and roles["perturbation"]:  # the types with the most cells both with and without treatment
         untreated = looked.obs[roles["perturbation"]] == roles["control"]
+        labels = labels.astype(str).replace(settings.get("labels") or {})
         contexts = pd.crosstab(labels, untreated).min(axis=1).nlargest(2).index.tolist()
     n_pretraining = round(looked.n_cells * (1 - default.held_out))
     environment = Environment(  # noqa: S701 - YAML, not HTML: values and comments pass through filters of their own
@@ -195,7 +204,8 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
     )
     # As many passes over the corpus as in the default study, and no fewer steps, but ten times as many at most.
     longer = min(10.0, max(1.0, n_pretraining / DEFAULT_CELLS))
-    steps = {name: round(longer * n, -2) for name, n in {"": default.steps, **default.steps_by_model}.items()}
+    steps = {name: max(n, round(longer * n, -2)) for name, n in {"": default.steps, **default.steps_by_model}.items()}
+    drawn = {p: sampling.subset_size(n_pretraining, p) for p in default.percentages}
     environment.filters |= {"yaml": _yaml, "comment": lambda text: " ".join(str(text).split())}
     return environment.get_template("study.yaml.j2").render(
         name=name,
@@ -204,7 +214,7 @@ def study_file(name: str, corpora: list[str], looked: Looked, roles: Roles, defa
         roles=roles | {"cell_type": roles["cell_type"] or params.CLUSTERS},
         about={role: describe(looked, key) if key else "" for role, key in roles.items()},
         n_pretraining=n_pretraining,
-        sizes=sizes(n_pretraining, default.percentages),
+        sizes=drawn if "percentages" in settings else sizes(n_pretraining, default.percentages),
         steps=int(steps.pop("")),
         steps_by_model={name: int(n) for name, n in steps.items()},
         tasks=[task for task in default.tasks if named.issuperset(TASKS[task].needs)],

@@ -34,9 +34,10 @@ def unfit(task: str, obs: pd.DataFrame, dataset: EvaluationSet, p: Params) -> st
     """
     if obs.empty or task not in JUDGED:
         return "it has no cells" if obs.empty else None
-    fewest = max(FEWEST, 2 * p.k, *(2 * k for k in p.more_k))
-    if len(obs) < fewest:
-        return f"it has {len(obs):,} cells, and needs {fewest}"
+    of_votes = 2 * max([p.k, *p.more_k]) if task == "zeroshot_classification" else 0  # half of the cells vote
+    if len(obs) < max(FEWEST, of_votes):
+        why = ", twice the neighbours that vote" if of_votes > FEWEST else ""
+        return f"it has {len(obs):,} cells, and needs {max(FEWEST, of_votes)}{why}"
     if task == "zeroshot_integration":
         obs = obs.iloc[integration_rows(p, len(obs))]
     n_cells = obs["cell_type"].value_counts().loc[lambda counts: counts > 0]

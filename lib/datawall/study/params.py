@@ -168,8 +168,9 @@ class Params(BaseModel):
                     yield f"evaluation: {name}: {task} needs {' and '.join(lacking)}; name the column"
         for task in self.tasks:
             if not any(dataset.joins(task) for dataset in sets.values()):
-                needed = " and ".join(tasks.TASKS[task].needs)
-                yield f"{task} needs {needed}: name the column, or leave the task out of tasks"
+                lacking = " and ".join(key for key in tasks.TASKS[task].needs if getattr(self, key) is None)
+                remedy = f"needs {lacking}: name the column" if lacking else "has no data set: let one take it (tasks)"
+                yield f"{task} {remedy}, or leave the task out of tasks"
 
     def _mistakes_of_embeddings(self) -> Iterator[str]:
         """Embeddings of data sets, or from subsets, that the study does not have."""

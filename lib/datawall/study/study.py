@@ -1,5 +1,6 @@
 """A study, as people hold it: opened by the name of its file, with all that is made of it (see `Study`)."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,8 @@ import pandas as pd
 from datawall.engine import disk, paths
 from datawall.study import joining, params
 from datawall.study.embedding import WithEmbeddings
+
+log = logging.getLogger(__name__)
 
 
 class Study(WithEmbeddings):
@@ -52,10 +55,14 @@ def open_study(study: str, **overrides: Any) -> Study:
     """Open a study by name (`quick`), by the path of its file, or by the folder of an earlier run.
 
     Overrides, such as a notebook's own parameters, replace values of the study file. Raises FileNotFoundError if there
-    is no such study, ParamsError if the study file or an override is wrong.
+    is no such study, ParamsError if the study file or an override is wrong. Where they differ from the file, a warning
+    says so, as the tables of its run folder will be of other runs.
     """
     path = paths.study_file(study)
-    checked = params.read(path, overrides)
+    checked, own = params.read(path, overrides), params.read(path)
+    if differ := [name for name in overrides if getattr(checked, name) != getattr(own, name)]:
+        what = "not those of the study file; the tables in its run folder are written anew with these"
+        log.warning("%s: the values of %s are %s.", study, ", ".join(differ), what)
     return Study(checked, paths.run_folder(path, checked.study))
 
 
