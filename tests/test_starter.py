@@ -246,6 +246,8 @@ def test_check_warns_of_what_is_too_small(compendium):
     assert "labels: no cell is of the types ['Rare']; correct them, or leave them out." in found.warnings
     found = preflight.check(study(compendium, models=["SSL"], budget_check={"percentages": [5], "seeds": [0]}))
     assert [line for line in found.warnings if line.startswith("no run of the study is one of budget_check: ")]
+    found = preflight.check(study(compendium, models=["SSL"], budget_check={"percentages": [10], "seeds": [0, 7]}))
+    assert "budget_check: the study has no random subset of 10 % of seed 7: left out." in found.warnings
     Path("chosen.json").write_text("{}")  # no run folder's
     found = preflight.check(study(compendium, adaptive=True, seeds=[0, 1]))
     assert "work: 4 subsets, 4 models, 4 experiments, 4 baselines" in found.facts

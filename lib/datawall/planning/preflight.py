@@ -1,5 +1,6 @@
 """What a study will do and what would stop it, found out before hours are spent: `run_all.py --check`."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,7 +77,13 @@ def check(path: Path, overrides: dict[str, Any] | None = None) -> Findings:
         if few := ", ".join(f"{name} {n:.2g}" for name, n in passes.items() if n < 1):
             what = f"a cell of the full corpus is drawn less than once on average ({few} times)"
             findings.warnings.append(f"{what}: raise steps, or verdicts will be the budget's.")
-        if passes and not study.budget_runs():
+        checked = {(run.subset.percentage, run.subset.seed) for run in study.budget_runs()}
+        asked = itertools.product(p.budget_check.percentages, p.budget_check.seeds) if p.budget_check else ()
+        if checked and (
+            ignored := [f"{size:g} % of seed {seed}" for size, seed in asked if (size, seed) not in checked]
+        ):
+            findings.warnings.append(f"budget_check: the study has no random subset of {', '.join(ignored)}: left out.")
+        if passes and not checked:
             what = "budget_check is not set" if p.budget_check is None else "no run of the study is one of budget_check"
             findings.warnings.append(f"{what}: whether twice the steps would help stays unknown.")
     return findings
