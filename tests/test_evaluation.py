@@ -531,6 +531,15 @@ def test_cells_named_right_make_up_micro_f1(study, tables):
     assert set(found["verdict"]) == {results.ONE_SEED}
 
 
+def test_a_second_opinion_is_of_the_splits_that_scores_are_of(monkeypatch):
+    cells = pd.DataFrame({"cell_type": ["B", "T"]}, index=["a", "b"])
+    study = SimpleNamespace(params=SimpleNamespace(held_out_name="x"), dataset=lambda name: SimpleNamespace(obs=cells))
+    called = {"cells 0": np.array(["B", "T"]), "donors 0": np.array(["T", "B"])}
+    monkeypatch.setattr(questions, "_predictions", lambda *_: [({}, called)])
+    monkeypatch.setattr(questions.curation, "authors_labels", lambda *_: pd.Series(["B", "B"], cells.index))
+    assert questions.second_opinion(study).to_dict("records") == [{"ours": 1.0, "authors": 0.5, "judged": 2}]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.floats(-10, 10), st.integers(0, 2**32 - 1))
 def test_what_is_added_to_all_values_changes_no_verdict(shift, seed):
