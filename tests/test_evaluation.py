@@ -531,11 +531,13 @@ def test_cells_named_right_make_up_micro_f1(study, tables):
     assert set(found["verdict"]) == {results.ONE_SEED}
 
 
-def test_a_second_opinion_is_of_the_splits_that_scores_are_of(monkeypatch):
+def test_a_second_opinion_is_of_the_splits_that_scores_are_of(monkeypatch, tmp_path):
     cells = pd.DataFrame({"cell_type": ["B", "T"]}, index=["a", "b"])
-    study = SimpleNamespace(params=SimpleNamespace(held_out_name="x"), dataset=lambda name: SimpleNamespace(obs=cells))
-    called = {"cells 0": np.array(["B", "T"]), "donors 0": np.array(["T", "B"])}
-    monkeypatch.setattr(questions, "_predictions", lambda *_: [({}, called)])
+    study = Mock(**{"params.held_out_name": "x", "columns_of.return_value": {}, "dataset.return_value.obs": cells})
+    study.store.find.return_value.folder = tmp_path
+    np.savez(tmp_path / "predicted.npz", **{"cells 0": ["B", "T"], "donors 0": ["T", "B"]})
+    monkeypatch.setattr(questions, "evaluations", lambda *_: [Evaluation("zeroshot_classification", "x", "PCA")])
+    monkeypatch.setattr(questions, "evaluation_unit", Mock())
     monkeypatch.setattr(questions.curation, "authors_labels", lambda *_: pd.Series(["B", "B"], cells.index))
     assert questions.second_opinion(study).to_dict("records") == [{"ours": 1.0, "authors": 0.5, "judged": 2}]
 

@@ -260,13 +260,12 @@ def decisions(results: pd.DataFrame, metric: str, by: str) -> pd.DataFrame:
     at = {size: rows.droplevel("percentage") for size, rows in means.groupby("percentage")}
     rows = [(size, *_alike(table, at[largest])) for size, table in at.items() if size != largest]
     again = runs[runs["percentage"] == largest].assign(half=lambda table: table.groupby([*where, by]).cumcount())
-    halves = []
-    n = int(again["half"].max()) + 1
-    for some in combinations(range(n), n // 2) if n > 1 else ():
-        half = again["half"].isin(some)
-        tables = (part.pivot_table(index=where, columns=by, values="value") for part in (again[half], again[~half]))
-        halves.append(_alike(*tables))
-    if halves:
+    if (n := int(again["half"].max()) + 1) > 1:
+        halves = []
+        for some in combinations(range(n), n // 2):
+            half = again["half"].isin(some)
+            tables = (part.pivot_table(index=where, columns=by, values="value") for part in (again[half], again[~half]))
+            halves.append(_alike(*tables))
         rows.append((largest, halves[0][0], float(np.mean([same for _, same in halves]))))
     return pd.DataFrame(rows, columns=["percentage", "pairs", "same"])
 

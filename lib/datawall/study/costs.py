@@ -123,8 +123,7 @@ class Costs:
         seconds = cost["once"] + cost["cell"] * self.density * n_cells + steps * (self.step_seconds(run.model) + read)
         in_memory = min(bytes_of_counts / 2**30, self.p.memory_gib)
         memory = BASE_GIB + in_memory + 4 * self.model_bytes(run.model) / 2**30  # and an optimiser's
-        gpus = 0 if run.subset.untrained else self.p.gpus_of(run.model, otherwise=int(steps > 0))
-        return Need(gpus, memory, seconds)
+        return Need(0 if run.subset.untrained else self._gpus(run.model), memory, seconds)
 
     def evaluation(self, evaluation: Evaluation, *, embedded: bool = False) -> Need:
         """A task, and the embedding that it is of, unless that is there already."""
@@ -136,9 +135,12 @@ class Costs:
             seconds += 0 if embedded else self._embedding_seconds(source, n_cells)
         per_cell = 2 * self.size[1] * BYTES_PER_COUNT + 8 * VARIABLE_GENES
         per_cell += 4 * self.p.perturbation_genes * (evaluation.task == "perturbation_response")
-        trained = isinstance(source, Run)
-        gpus = min(1, self.p.gpus_of(source.model, otherwise=self.batch_size(source.model))) if trained else 0
-        return Need(gpus, BASE_GIB + n_cells * per_cell / 2**30, seconds)
+        gpus = self._gpus(source.model) if isinstance(source, Run) else 0
+        return Need(min(1, gpus), BASE_GIB + n_cells * per_cell / 2**30, seconds)
+
+    def _gpus(self, model: str) -> int:
+        """GPUs that a model asks for: as named; else one if it takes steps, none if not."""
+        return self.p.gpus_of(model, otherwise=int(self.batch_size(model) > 0))
 
     def _embedding_seconds(self, source: Source, n_cells: int) -> float:
         if not isinstance(source, Run):

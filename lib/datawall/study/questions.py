@@ -91,12 +91,16 @@ def panels(study: Study) -> pd.DataFrame:
 
 
 def _predictions(study: Study, task: str, dataset: str) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Columns of each model and baseline that is evaluated, and the labels it predicts of tested cells, by split."""
+    """Columns of each model and baseline that is evaluated, and the labels it predicts of tested cells, by split.
+
+    Splits are those by which scores are told: by cell, not by donor, where there are both.
+    """
     for evaluation in evaluations(study, task):
         wanted = evaluation.dataset == dataset and getattr(evaluation.source, "budget", 1) == 1
         if wanted and (artifact := study.store.find(evaluation_unit(study, evaluation))):
             with np.load(artifact.folder / "predicted.npz", allow_pickle=False) as predicted:
-                yield study.columns_of(evaluation.source), dict(predicted)
+                told = {split: predicted[split] for split in results.splits_by_cell(predicted)}
+            yield study.columns_of(evaluation.source), told
 
 
 def second_opinion(study: Study) -> pd.DataFrame:
@@ -111,8 +115,7 @@ def second_opinion(study: Study) -> pd.DataFrame:
     rows, ours, judged = cells.index.get_indexer(theirs.index), cells.reindex(theirs.index), len(theirs)
     table = []
     for columns, predicted in _predictions(study, "zeroshot_classification", held_out) if judged else ():
-        calls = [predicted[split] for split in results.splits_by_cell(predicted)]
-        shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in calls]
+        shares = [[(called[rows] == labels).mean() for labels in (ours, theirs)] for called in predicted.values()]
         by_ours, by_theirs = np.mean(shares, axis=0)
         table.append(columns | {"ours": by_ours, "authors": by_theirs, "judged": judged})
     return pd.DataFrame(table)
@@ -137,8 +140,7 @@ def right_cells(study: Study) -> pd.Series:
 
 def _share_right(study: Study, dataset: str, labels: np.ndarray, predicted: dict[str, np.ndarray]) -> np.ndarray:
     n_right, n_tests = np.zeros((2, len(labels)))
-    for split in results.splits_by_cell(predicted):
-        called = predicted[split]
+    for split, called in predicted.items():
         cells = slice(None) if len(called) == len(labels) else _tested_cells(study, dataset)[split]
         n_right[cells] += called == labels[cells]
         n_tests[cells] += 1

@@ -59,7 +59,8 @@ def open_study(study: str, **overrides: Any) -> Study:
     says so, as the tables of its run folder will be of other runs.
     """
     path = paths.study_file(study)
-    checked, own = params.read(path, overrides), params.read(path)
+    own = params.read(path)
+    checked = params.read(path, overrides) if overrides else own
     if differ := [name for name in overrides if getattr(checked, name) != getattr(own, name)]:
         what = "not those of the study file; the tables in its run folder are written anew with these"
         log.warning("%s: the values of %s are %s.", study, ", ".join(differ), what)
