@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import numpy as np
@@ -15,7 +16,8 @@ from datawall.models.transformer import N_SPECIAL
 
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
-CELLS_PER_BLOCK = 64  # encoded at once, 256 at most: what is made of them stays in a core's cache
+CELLS_PER_BLOCK = 64  # encoded at once
+GENE, GENES, TEN = np.uint64(32), np.uint64(2**32 - 1), np.uint64(2**10 - 1)  # of a key: where it ends, masks
 
 
 @dataclass(frozen=True)
@@ -138,22 +140,62 @@ class RankTokenizer:
         offsets = np.concatenate([[0], np.cumsum(np.minimum(np.diff(counts.indptr), self.max_length))])
         ids = np.empty(offsets[-1], dtype=np.int32)
 
-        def encode_block(first: int) -> None:
-            bounds = counts.indptr[first : first + CELLS_PER_BLOCK + 1]
-            entries, lengths = slice(bounds[0], bounds[-1]), np.diff(bounds)
-            genes = counts.indices[entries].astype(np.int32, copy=False)
-            values = counts.data[entries].astype(np.float32, copy=False) / self.medians.take(genes)
-            # The bits of a positive float32, read as an integer, rise with its value, so their complement sorts it
-            # descending: 2.0 is 0x40000000 and 1.5 0x3FC00000, which become 0xBFFFFFFF and 0xC03FFFFF. numpy sorts
-            # integers of 16 bits by counting, and stably, which keeps ties in gene order; so entries are sorted by
-            # cell, then by the upper halves of keys, 0xBFFF < 0xC03F, and where these are equal by the lower halves.
-            keys, cells = ~values.view(np.uint32), np.repeat(np.arange(len(lengths), dtype=np.uint8), lengths)
-            ranked = np.lexsort((keys.astype(np.uint16), (keys >> 16).astype(np.uint16), cells))
-            if len(lengths) and lengths.max() > self.max_length:
-                ranked = ranked[np.arange(len(ranked)) - (bounds - bounds[0])[cells] < self.max_length]
-            np.add(genes.take(ranked), N_SPECIAL, out=ids[offsets[first] : offsets[first + len(lengths)]])
+        rank = _compiled_rank()
 
-        # numpy sorts without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
+        def encode_block(first: int) -> None:
+            bounds = counts.indptr[first : first + CELLS_PER_BLOCK + 1].astype(np.int64)
+            entries = slice(bounds[0], bounds[-1])
+            genes = counts.indices[entries].astype(np.int32, copy=False)
+            values = counts.data[entries].astype(np.float32, copy=False)
+            rank(values, genes, bounds - bounds[0], self.medians, offsets[first : first + len(bounds)], ids)
+
+        # `rank` runs without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(encode_block, range(0, counts.shape[0], CELLS_PER_BLOCK)))
         return Tokens(ids, offsets)
+
+
+def _rank(
+    counts: np.ndarray,
+    genes: np.ndarray,
+    bounds: np.ndarray,
+    medians: np.ndarray,
+    offsets: np.ndarray,
+    ids: np.ndarray,
+) -> None:
+    """Write the tokens of cells to `ids`, those of cell i, whose entries begin at `bounds[i]`, from `offsets[i]` on.
+
+    The bits of a positive float32, read as an integer, rise with its value: 1.5 is 0x3FC00000, and 2.0 0x40000000. So
+    what they lack of the highest sorts a cell's genes; it is the upper half of a key, the gene the lower. Keys are
+    sorted by ten bits at a time, the last first, by counting, which leaves ties in the order of genes.
+    """
+    for cell in range(len(bounds) - 1):
+        of_cell = genes[bounds[cell] : bounds[cell + 1]]
+        if len(of_cell) == 0:
+            continue
+        bits = (counts[bounds[cell] : bounds[cell + 1]] / medians[of_cell]).view(np.uint32)
+        highest, ranked = bits.max(), np.empty(len(bits), np.uint64)
+        for i in range(len(bits)):
+            ranked[i] = np.uint64(highest - bits[i]) << GENE | np.uint64(of_cell[i])
+        moved, most, shift = np.empty_like(ranked), highest - bits.min(), GENE
+        while most > 0:
+            place = np.zeros(1025, np.uint32)  # of the next key with these ten bits
+            for key in ranked:
+                place[(key >> shift & TEN) + np.uint64(1)] += 1
+            for digit in range(1024):
+                place[digit + 1] += place[digit]
+            for key in ranked:
+                digit = key >> shift & TEN
+                moved[place[digit]] = key
+                place[digit] += 1
+            ranked, moved, most, shift = moved, ranked, most >> 10, shift + np.uint64(10)
+        for rank in range(offsets[cell + 1] - offsets[cell]):
+            ids[offsets[cell] + rank] = np.int64(ranked[rank] & GENES) + N_SPECIAL
+
+
+@cache
+def _compiled_rank() -> Callable[..., None]:
+    """`_rank`, compiled when it is first used on a machine (a second or two), and kept beside this file."""
+    from numba import njit
+
+    return njit(nogil=True, cache=True)(_rank)

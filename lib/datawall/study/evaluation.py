@@ -145,6 +145,7 @@ def perturbation_response(study: Study, evaluation: Evaluation) -> Iterator[tupl
             yield f"{of_treatment}{held_out} held out", metrics
 
 
+@lru_cache(maxsize=1)  # for one model after the other, as below
 def _screen(study: Study, name: str, treatment: str) -> tuple[np.ndarray, ...]:
     """Rows of treated and control cells of a data set, their expression, whether each is treated, and its context."""
     X, treatments, contexts = _expression(study, name)
@@ -152,7 +153,7 @@ def _screen(study: Study, name: str, treatment: str) -> tuple[np.ndarray, ...]:
     return rows, X[rows].toarray(), treatments[rows] == treatment, contexts[rows]
 
 
-@lru_cache(maxsize=1)  # for one model after the other, as below
+@lru_cache(maxsize=1)
 def _expression(study: Study, name: str) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
     """Log-normalised expression of the genes that are predicted, and the treatment and the context of each cell.
 

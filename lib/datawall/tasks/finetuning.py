@@ -15,7 +15,7 @@ from datawall.tasks.metrics import Metrics
 
 # Budget, warm-up and patience are in steps, so that a small data set trains as long as a large one: the original's, in
 # passes over the data, left small ones under-trained.
-RECIPE = training.Recipe(steps=1500, batch_size=256, learning_rate=6e-3, decay="none", validate_every=25, patience=3)
+RECIPE = training.Recipe(steps=1500, batch_size=256, learning_rate=6e-3, decay="none", validate_every=15, patience=3)
 FULL_RECIPE = training.Recipe(
     steps=1000, batch_size=64, learning_rate=3e-4, warmup=0.1, clip_norm=1.0, validate_every=50, patience=5
 )
