@@ -16,7 +16,7 @@ from datawall.models.transformer import N_SPECIAL
 
 N_BINS = 20 * 2**7  # of values, from the sum that cells are scaled to down to a millionth of it and what is below
 N_GATHERED = 1 << 22  # at least, before equal values are put together
-CELLS_PER_BLOCK = 64  # encoded at once
+CELLS_PER_BLOCK = 256  # encoded at once
 GENE, GENES, TEN = np.uint64(32), np.uint64(2**32 - 1), np.uint64(2**10 - 1)  # of a key: where it ends, masks
 
 
@@ -139,7 +139,6 @@ class RankTokenizer:
             counts.eliminate_zeros()
         offsets = np.concatenate([[0], np.cumsum(np.minimum(np.diff(counts.indptr), self.max_length))])
         ids = np.empty(offsets[-1], dtype=np.int32)
-
         rank = _compiled_rank()
 
         def encode_block(first: int) -> None:
@@ -147,7 +146,9 @@ class RankTokenizer:
             entries = slice(bounds[0], bounds[-1])
             genes = counts.indices[entries].astype(np.int32, copy=False)
             values = counts.data[entries].astype(np.float32, copy=False)
-            rank(values, genes, bounds - bounds[0], self.medians, offsets[first : first + len(bounds)], ids)
+            places = offsets[first : first + len(bounds)]
+            rank(values, genes, bounds - bounds[0], self.medians, places, ids)
+            ids[places[0] : places[-1]] += N_SPECIAL
 
         # `rank` runs without Python's lock. Where a study runs a process per core, torch and this pool have one thread.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -163,7 +164,7 @@ def _rank(
     offsets: np.ndarray,
     ids: np.ndarray,
 ) -> None:
-    """Write the tokens of cells to `ids`, those of cell i, whose entries begin at `bounds[i]`, from `offsets[i]` on.
+    """Write the genes of cells to `ids`, those of cell i, whose entries begin at `bounds[i]`, from `offsets[i]` on.
 
     The bits of a positive float32, read as an integer, rise with its value: 1.5 is 0x3FC00000, and 2.0 0x40000000. So
     what they lack of the highest sorts a cell's genes; it is the upper half of a key, the gene the lower. Keys are
@@ -190,12 +191,12 @@ def _rank(
                 place[digit] += 1
             ranked, moved, most, shift = moved, ranked, most >> 10, shift + np.uint64(10)
         for rank in range(offsets[cell + 1] - offsets[cell]):
-            ids[offsets[cell] + rank] = np.int64(ranked[rank] & GENES) + N_SPECIAL
+            ids[offsets[cell] + rank] = ranked[rank] & GENES
 
 
 @cache
 def _compiled_rank() -> Callable[..., None]:
-    """`_rank`, compiled when it is first used on a machine (a second or two), and kept beside this file."""
+    """`_rank`, compiled when it is first used on a machine, in a second or two, and kept beside this file."""
     from numba import njit
 
     return njit(nogil=True, cache=True)(_rank)
