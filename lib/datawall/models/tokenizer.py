@@ -133,7 +133,7 @@ class RankTokenizer:
         """
         if counts.shape[1] != len(self.medians):
             raise ValueError(f"counts have {counts.shape[1]} genes, the tokenizer {len(self.medians)}; align them.")
-        counts = sp.csr_matrix(counts)
+        counts = counts.tocsr()
         if not (counts.has_sorted_indices and counts.data.all()):
             counts = counts.sorted_indices()  # a copy
             counts.eliminate_zeros()
