@@ -51,20 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     only_looks = options.new or options.check or options.plan or options.calibrate or options.verify or options.why
     try:
+        stages = _stages(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
         from datawall.engine import forkserver
 
         # Before all else, as it has much to import, which takes as long as what comes before the first stage. Layouts,
         # in stage 4 alone, take umap, which compiles for seconds.
-        layouts = "4" in options.stages if options.stages else (options.first or "1") <= "4"
-        also = ["umap"] if layouts else []
-        with nullcontext() if only_looks else forkserver.server(also):
-            return _follow(options)
+        with nullcontext() if only_looks else forkserver.server(["umap"] if 4 in stages else []):
+            return _follow(options, stages)
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130
 
 
-def _follow(options: argparse.Namespace) -> int:
+def _follow(options: argparse.Namespace, stages: list[int]) -> int:
     """Do what the options say; returns the exit status."""
     # dask and jsonschema ask for these, and do without; they load numba, or a grammar, for a second and more.
     for unneeded in ("sparse", "rfc3987_syntax"):
@@ -78,7 +81,6 @@ def _follow(options: argparse.Namespace) -> int:
     try:
         if options.new:
             return _new(options)
-        stages = _stages(options)
         path = paths.study_file(options.study)
         if options.check:
             return _check(path, _overrides(options.set))

@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -244,6 +245,23 @@ def test_a_network_on_several_gpus_is_trained_by_torchrun_where_there_are_some(n
     assert given.embedding(given.pretraining_runs()[0], given.params.held_out_name).shape[1] == 16
     alone = Study(given.params.model_copy(update={"gpus": {}}), given.folder)
     assert alone.pretrain()["seconds"].tolist() == table["seconds"].tolist()  # is the same unit, and found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with the one that started it")
+def test_a_process_of_torchrun_that_was_killed_ends_too(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    first = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in first.items():
+        monkeypatch.setenv(name, str(value))
+    words = [sys.executable, "-m", "datawall.study.together", "tiny", "PretrainedPCA", "random", "100", "0"]
+    start = f"import subprocess, time; subprocess.Popen({words}, start_new_session=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", start]) as torchrun:
+        assert wait_until(lambda: psutil.Process(torchrun.pid).children())
+        (rank,) = psutil.Process(torchrun.pid).children()
+        assert wait_until(rank.net_connections)  # it waits for the second
+        torchrun.kill()
+    assert gone(rank.pid)
 
 
 # On a Dask cluster

@@ -23,9 +23,11 @@ def cells(n_cells, rng, draw, chances=None, n_genes=N_GENES, detected=DETECTED):
 def training_step(module, loss_of, optimiser=torch.optim.AdamW, clip_norm=None, **settings):
     """A function that takes one optimiser step and returns its loss."""
     stepper = optimiser(module.parameters(), **settings)
+    where = next(module.parameters()).device.type
 
     def step():
-        loss = loss_of()
+        with torch.autocast(where, torch.bfloat16, enabled=where == "cuda"):  # as `training.train` does
+            loss = loss_of()
         stepper.zero_grad()
         loss.backward()
         if clip_norm is not None:

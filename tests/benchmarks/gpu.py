@@ -13,6 +13,7 @@ of the peak counts a multiplication and an addition as two operations, and no wo
 """
 
 import argparse
+import itertools
 from types import SimpleNamespace
 
 import masked_autoencoder
@@ -29,6 +30,7 @@ from datawall.models.scimilarity import semihard_negatives
 from datawall.models.training import send
 from datawall.models.transformer import N_SPECIAL, Encoder, EncoderConfig, Layout, mask_tokens
 
+N_BATCHES = 8  # of different numbers of tokens
 ORIGINAL_SECONDS = 116  # to embed 10,000 tokenised cells
 # Of the original, as `datawall.models.hyperparameters` has them, which needs pydantic.
 SSL = {"n_hidden": [512, 512, 256, 256], "n_latent": 64, "dropout": 0.1, "mask": 0.5, "loss": "masked"}
@@ -113,32 +115,37 @@ def parity():
 
 
 def pretraining(name, config, n_cells):
+    """Steps on batches of different lengths in turn, as some kernels are slow at each new one."""
     torch.manual_seed(0)
     encoder = Encoder(config).to(where)
-    ids, offsets = batch(n_cells, config)
-    masked, chosen, originals = mask_tokens(ids, config.vocab_size)
+    batches = [batch(n_cells, config, seed) for seed in range(N_BATCHES)]
+    masked = [mask_tokens(ids, config.vocab_size) for ids, _ in batches]
+    ours_next, peers_next, embedded_next = (itertools.cycle(range(N_BATCHES)) for _ in range(3))
 
     def ours():
-        hidden = send(chosen, where), send(originals, where)
-        with half():
-            return encoder(send(masked, where), Layout(offsets, where), *hidden)
+        i = next(ours_next)
+        ids, *hidden = (send(part, where) for part in masked[i])
+        return encoder(ids, Layout(batches[i][1], where), *hidden)
 
     def peer():
-        with half():
-            return padded_loss(encoder, masked, offsets, chosen, originals)
+        i = next(peers_next)
+        ids, *hidden = masked[i]
+        return padded_loss(encoder, ids, batches[i][1], *hidden)
 
-    with torch.no_grad():
+    with torch.no_grad(), half():
         encoder.eval()
         both = ours().item(), peer().item()
         attends = transformer.attention(where, config.n_embd // config.n_heads).__name__
     assert abs(both[0] - both[1]) < 0.02, both
     peer_step, our_step = (training_step(encoder.train(), each, lr=1e-4, fused=True) for each in (peer, ours))
     theirs, own, ratio = in_turn(peer_step, our_step)
-    n_operations = operations(encoder, offsets, len(chosen))
+    n_tokens = np.mean([len(ids) for ids, _ in batches])
+    of_each = zip(batches, masked, strict=True)
+    n_operations = np.mean([operations(encoder, offsets, len(chosen)) for (_, offsets), (_, chosen, _) in of_each])
     share = f"{n_operations / own / peak:.0%} of the peak" if peak else "peak not known"
     print(
-        f"{name}, {n_cells} cells, {len(ids):,} tokens, {attends}: {len(ids) / own:,.0f} tokens a second, {share}, "
-        f"{n_operations / len(ids) / 2e6:.1f} million multiplications a token; padded {len(ids) / theirs:,.0f}; "
+        f"{name}, {n_cells} cells, {n_tokens:,.0f} tokens, {attends}: {n_tokens / own:,.0f} tokens a second, {share}, "
+        f"{n_operations / n_tokens / 2e6:.1f} million multiplications a token; padded {n_tokens / theirs:,.0f}; "
         f"ratio {ratio:.1f}; {peak_memory(our_step)}, padded {peak_memory(peer_step)}",
         flush=True,
     )
@@ -151,6 +158,7 @@ def pretraining(name, config, n_cells):
 
     def embed():
         for _ in range(0, n_embedded, n_cells):
+            ids, offsets = batches[next(embedded_next)]
             encoder.embed(send(ids, where), Layout(offsets, where)).cpu()
 
     embed()
@@ -173,6 +181,7 @@ class DenseVAE(nn.Module):
         self.decoder, self.share = hidden(h.n_latent, 0), nn.Linear(h.n_hidden, n_genes)
         self.log_theta = nn.Parameter(torch.randn(n_genes))
 
+    @torch.autocast("cuda", enabled=False)  # as ours
     def forward(self, x, kl_weight):
         encoded = self.encoder(x.log1p())
         mean, variance = self.mean(encoded), self.log_variance(encoded).exp() + 1e-4

@@ -64,7 +64,7 @@ class Model(Protocol):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read a model that `save` wrote; it gives the same embeddings bit for bit."""
+        """Read a model that `save` wrote; on a CPU it gives the same embeddings bit for bit."""
 
 
 class Network:

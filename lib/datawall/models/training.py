@@ -2,7 +2,8 @@
 
 Counting in steps, never in passes over the data, is what makes a subset of 1 % and the full corpus differ in data
 alone. All randomness of a step (dropout, masks, latent noise) follows from the seed and the step's number, and so
-do its cells: a run that is killed and resumed ends with the same bits as one that never was.
+do its cells: a run that is killed and resumed ends, on a CPU, with the same bits as one that never was. (A GPU adds up
+in another order each time.)
 Needs torch, numpy and tqdm only, so that it runs on a machine that has little else.
 """
 
@@ -227,7 +228,7 @@ def train(
             loss, n_averaged = loss if isinstance(loss, tuple) else (loss, len(rows[rank::n_processes]))
             n_averaged_in_all += n_averaged * n_processes
             if n_processes > 1:  # a process weighs as much as what its loss is a mean of; 1 on average
-                total = torch.tensor(float(n_averaged), device=where)
+                total = torch.full((), float(n_averaged), device=where)
                 dist.all_reduce(total)
                 loss = loss * (n_averaged * n_processes / total)
             pending.append((step, rows, loss.detach()))

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3 * self.n_heads, -1).chunk(3, dim=1)  # (T, 3 C) to thrice (T, H, D)
         if self.training and self.dropout:
-            v = v * F.dropout(v.new_ones(len(x), self.n_heads, 1), self.dropout)
+            kept = F.dropout(x.new_ones(len(x), self.n_heads, 1), self.dropout)  # bfloat16 would round it
+            v = (v * kept).to(v.dtype)
         y = attend(q, k, v, layout.offsets, layout.offsets, layout.longest, layout.longest)
         return y.reshape(x.shape)  # (T, H, D) to (T, C)
 
@@ -114,6 +116,7 @@ class Layer(nn.Module):
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = 64  # every width takes three graphs; beyond 8, layers would run uncompiled
     return torch.compile(function, dynamic=True)
 
 
@@ -123,10 +126,17 @@ def attention(where: torch.device, n_channels: int) -> Attend:
         return attend_in_turn
     half = where.type == "cuda" and torch.is_autocast_enabled("cuda") and n_channels % 8 == 0 and n_channels <= 256
     if half and torch.cuda.get_device_capability(where) >= (8, 0):
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn
+        return attend_packed
     return attend_padded
+
+
+def attend_packed(*packed: Any) -> Tensor:
+    """Attention by FlashAttention: `varlen_attn` would take cuDNN, which builds a graph for each number of tokens."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.varlen import varlen_attn
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return varlen_attn(*packed)
 
 
 def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, _: Tensor, longest: int, __: int) -> Tensor:

@@ -1,7 +1,10 @@
 """One model of a study in several processes, one per GPU: what `torchrun` starts in each of them."""
 
 import argparse
+import ctypes
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import torch.distributed as dist
 
 from datawall.study.records import Run, Subset
 from datawall.study.study import Study, open_study
+
+END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
@@ -22,6 +27,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="run folder; the study's own by default")
     options = parser.parse_args()
     if together := "RANK" in os.environ:
+        if sys.platform == "linux":  # torchrun starts sessions of their own, which would outlive it and hold their GPUs
+            ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

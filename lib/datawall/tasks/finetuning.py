@@ -139,7 +139,7 @@ class _Folds:
 
         These are (n_folds, n_types, n_rows), and rows (n_folds, n_rows).
         """
-        target = self.target[torch.from_numpy(rows)][:, None]  # (n_folds, 1, n_rows)
+        target = self.target[training.send(torch.from_numpy(rows))][:, None]  # (n_folds, 1, n_rows)
         weight = self.weight.gather(1, target[:, 0])[:, None]
         weight = weight / weight.sum(2, keepdim=True)
         log_p = logits.log_softmax(1)
@@ -173,7 +173,7 @@ def _fit_heads(X: Tensor, folds: _Folds, seed: int, recipe: training.Recipe) -> 
 
     def embedded(rows: np.ndarray) -> Tensor:
         """The embedding of rows, (n_folds, n_rows), of the folds."""
-        one_below_another = torch.from_numpy((first + rows).ravel()).to(X.device)
+        one_below_another = training.send(torch.from_numpy((first + rows).ravel()))
         return X.flatten(0, 1).index_select(0, one_below_another).unflatten(0, rows.shape)
 
     held = embedded(validation)

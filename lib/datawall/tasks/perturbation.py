@@ -83,7 +83,9 @@ def perturbation_response(
     with torch.no_grad():
         head.last_bias[0] = Y[:, y].mean(dim=1, keepdim=True)
 
-    def loss_of(_: training.Forward, rows: np.ndarray, step: int) -> torch.Tensor:
+    def loss_of(_: training.Forward, cells: np.ndarray, step: int) -> torch.Tensor:
+        rows = training.send(torch.from_numpy(cells))
+
         def judge(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             error = outputs.float().sub_(Y.index_select(1, y[rows]))  # of bfloat16 on a GPU
             return error.square().mean(), error.mul_(2 / error.numel())
