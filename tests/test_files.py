@@ -443,9 +443,9 @@ def test_spellings_are_told_and_joined(tmp_path):
         assert f"{label} (5)" in told
     assert "labels: {old: new}" in told
     assert "'nan' (5)" in missing
-    joined = {"bcell ": "B cell", "B\u00a0\u200bcell": "B cell", "nai\u0308ve": "naïve", "1.0": "1", "nan": "unknown"}
+    joined = {"bcell ": "B cell", "B\u00a0\u200bcell": "B cell", "nai\u0308ve": "naïve", "1.0": "1", "nan": "other"}
     assert read_labels(path, joined) == []
-    assert set(read(path, labels=joined)[0].obs["cell_type"]) == {"B cell", "naïve", "1", "unknown"}
+    assert set(read(path, labels=joined)[0].obs["cell_type"]) == {"B cell", "naïve", "1", "other"}
 
 
 def read_labels(path, labels):

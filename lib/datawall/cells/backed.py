@@ -4,6 +4,7 @@ Only the counts, the names of genes and cells, and the columns asked for are rea
 cannot, and zarr refuses to). Both look alike from here: groups with attributes, and arrays that slice.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -108,23 +109,20 @@ class CellFile(AbstractContextManager):
             return {place: key for place, key in places.items() if key in self._root and _kind(self._at(key)) != "null"}
 
     def _at(self, key: str) -> Any:
-        """An element, which must be in this file itself, as its hash is that of this file."""
-        node = self._root
-        for part in key.split("/"):
-            link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
-            elsewhere = getattr(node[part], "is_virtual", False) or getattr(node[part], "external", None)
-            if elsewhere or isinstance(link, h5py.ExternalLink):
-                raise CorpusError(f"{self.name}: {key} lies in another file; write both as one with anndata.")
-            node = node[part]
-        return node
+        """An element, by its path."""
+        return functools.reduce(_in, key.split("/"), self._root)
+
+    def says_logged(self) -> bool:
+        """Whether scanpy has noted that `X` was logged."""
+        with reading(self.name):
+            return "uns" in self._root and "log1p" in self._root["uns"]
 
     def genes(self, place: str) -> pd.DataFrame:
         """Names and texts that describe the genes of a place, a row each."""
         with reading(self.name):
             var, index = self._var(place)
-            named = {_text(key) for key in var.attrs.get("column-order", ())} & set(var)
-            texts = {key: self._values(var[key]) for key in sorted(named - {index}) if _is_text(var[key])}
-            return pd.DataFrame(texts, index=pd.Index(self._values(var[index]).astype(str), dtype=object))
+            texts = {key: self._values(_in(var, key)) for key in sorted(_columns(var)) if self._is_text(var[key])}
+            return pd.DataFrame(texts, index=pd.Index(_strings(self._values(_in(var, index)))))
 
     def counts(self, place: str) -> Callable[[int, int], sp.csr_matrix]:
         """What reads rows of a place, from one to before another: CSR of the values as stored, in any order."""
@@ -138,11 +136,7 @@ class CellFile(AbstractContextManager):
     def columns(self) -> list[str]:
         """Names of the columns of obs, those that a writer has not listed last."""
         with reading(self.name):
-            listed = [_text(name) for name in self._obs.attrs.get("column-order", ())]
-            obs, parts = self._obs, {"codes", "values"}
-            arrays = (name for name in obs if hasattr(obs[name], "dtype") or parts & set(obs[name]))
-            none = {_index(self._obs), "__categories"}
-            return [name for name in dict.fromkeys([*listed, *arrays]) if name in obs and name not in none]
+            return _columns(self._obs)
 
     def embedding(self, key: str) -> np.ndarray:
         """An element of obsm as an array, (n_cells, n_latent): dense, sparse or a table in the file."""
@@ -155,7 +149,7 @@ class CellFile(AbstractContextManager):
             if hasattr(node, "dtype"):
                 values = _array(node)[:]
             elif _kind(node) == "dataframe":
-                values = np.stack([self._values(node[_text(name)]) for name in node.attrs["column-order"]], axis=1)
+                values = np.stack([self._values(_in(node, name)) for name in _columns(node)], axis=1)
             else:
                 shape = _shape(node)
                 values = _matrix(node, shape, f"{self.name}: obsm[{key!r}]").rows(0, shape[0]).toarray()
@@ -165,7 +159,7 @@ class CellFile(AbstractContextManager):
 
     def cell_names(self, start: int, stop: int) -> np.ndarray:
         with reading(self.name):
-            return self._values(self._obs_names, slice(start, stop)).astype(str).astype(object)
+            return _strings(self._values(self._obs_names, slice(start, stop)))
 
     def column(self, key: str, role: str, start: int, stop: int) -> np.ndarray:
         """Values of a column of obs for some rows; None or NaN where missing."""
@@ -187,18 +181,16 @@ class CellFile(AbstractContextManager):
         """Values of an element that has a row for each cell or gene, whichever of anndata's encodings it has."""
         kind = _kind(node)
         if kind == "categorical" or (not hasattr(node, "dtype") and {"codes", "categories"} <= set(node)):
-            return _decoded(_array(node["codes"])[rows], self._values(node["categories"]))
+            return self._decoded(node, _array(_in(node, "codes"))[rows], self._values(_in(node, "categories")))
         if kind.startswith("nullable"):
-            values = self._values(node["values"], rows).astype(object)
-            values[_array(node["mask"])[rows].astype(bool)] = None
+            values = self._values(_in(node, "values"), rows).astype(object)
+            values[_array(_in(node, "mask"))[rows].astype(bool)] = None
             return values
-        array, (table, _, column) = _array(node), node.name.rpartition("/")
-        # anndata 0.7 refers to the categories' place in the file, or does not even that.
-        place = node.attrs.get("categories", f"{table}/__categories/{column}")
-        if "categories" in node.attrs or (place in self._root and array.dtype.kind in "iu"):
-            return _decoded(array[rows], self._values(self._root[place]))
+        array, categories = _array(node), self._categories(node)
+        if categories is not None:
+            return self._decoded(node, array[rows], self._values(categories))
         try:
-            if hasattr(array, "asstr") and _is_text(array):
+            if hasattr(array, "asstr") and array.dtype.kind in "OTSU":
                 return array.asstr("utf-8")[rows]  # whatever its tag says
             values = np.asarray(array[rows])
             if values.ndim != 1:
@@ -207,6 +199,33 @@ class CellFile(AbstractContextManager):
         except UnicodeDecodeError as error:
             where = node.name.lstrip("/")
             raise CorpusError(f"{self.name}: {where} holds text that is not UTF-8; write it again.") from error
+
+    def _categories(self, node: Any) -> Any:
+        """The categories of an array of codes as anndata 0.7 wrote it, beside its table's columns; None if it is none.
+
+        The array refers to them, by their place in the file or in the table, or does not even that.
+        """
+        given, parts = node.attrs.get("categories"), node.name.strip("/").split("/")
+        if given is not None and (isinstance(given, h5py.Reference) or given in self._root):
+            return self._root[given]
+        if node.dtype.kind not in "iu":
+            return None
+        places = ("/".join([*parts[:i], "__categories", *parts[i:]]) for i in range(1, len(parts)))
+        return next((self._at(place) for place in places if place in self._root), None)
+
+    def _is_text(self, node: Any) -> bool:
+        """Whether an element of a table holds text."""
+        if hasattr(node, "dtype"):
+            return node.dtype.kind in "OTSU" or self._categories(node) is not None
+        return self._is_text(node["categories"]) if "categories" in node else _kind(node) == "nullable-string-array"
+
+    def _decoded(self, node: Any, codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
+        """Values of codes among categories, None for -1."""
+        wrong = codes if codes.dtype.kind not in "iu" else codes[(codes < -1) | (codes >= len(categories))]
+        if len(wrong):
+            what = f"{node.name.lstrip('/')} has the code {wrong[0]}, and {len(categories)} categories, numbered from 0"
+            raise CorpusError(f"{self.name}: {what} (-1 where missing); write the column again as text.")
+        return np.array([*categories, None], dtype=object)[codes]
 
 
 class Dense:
@@ -230,11 +249,11 @@ class Rows:
 
     def __init__(self, group: Any, shape: tuple[int, int], name: str) -> None:
         self._name, self._shape = name, shape
-        _check_fit(group["data"], _shape(group), shape, name)
+        _check_fit(_in(group, "data"), _shape(group), shape, name)
         # Where a chunk is missing, zarr reads zeros unless told not to; values and indices have none, but of one gene.
         with zarr.config.set({"array.read_missing_chunks": shape[1 - self.major] <= 1}):
-            self._data, self._indices = _array(group["data"]), _array(group["indices"])
-        self._indptr = _array(group["indptr"])
+            self._data, self._indices = _array(_in(group, "data")), _array(_in(group, "indices"))
+        self._indptr = _array(_in(group, "indptr"))
         n_values = int(self._indptr[-1]) if self._indptr.shape == (shape[self.major] + 1,) else -1
         self._demand(self._data.shape == self._indices.shape == (n_values,) and self._indptr[0] == 0)
         self._demand(self._indices.dtype.kind in "iu" and self._indptr.dtype.kind in "iu")
@@ -279,6 +298,29 @@ class Columns(Rows):
             edges = np.unique([0, *edges, self._shape[1]])
             self._panel = sp.vstack([Rows.rows(self, *some)[:, rows] for some in pairwise(edges)]).T.tocsr()
         return self._panel[start - self._begin : stop - self._begin]
+
+
+def _in(group: Any, key: str) -> Any:
+    """An element of a group, which must be in the group's own file, as its hash is that of this file."""
+    node = group[key]
+    elsewhere = getattr(node, "is_virtual", False) or getattr(node, "external", None)
+    if elsewhere or (isinstance(group, h5py.Group) and node.file.filename != group.file.filename):
+        what = f"{group.name}/{key}".lstrip("/")
+        raise CorpusError(f"{group.file.filename}: {what} lies in another file; write both as one with anndata.")
+    return node
+
+
+def _columns(table: Any) -> list[str]:
+    """Names of the columns of a table, those that a writer has not listed last."""
+    listed = [_text(name) for name in np.atleast_1d(table.attrs.get("column-order", ()))]
+    arrays = (name for name in table if hasattr(table[name], "dtype") or {"codes", "values"} & set(table[name]))
+    none = {_index(table), "__categories"}
+    return [name for name in dict.fromkeys([*listed, *arrays]) if name in table and name not in none]
+
+
+def _strings(values: np.ndarray) -> np.ndarray:
+    """Values as Python's strings, of any of numpy's kinds of text."""
+    return values.astype(object).astype(str).astype(object)
 
 
 def _array(node: Any) -> Any:
@@ -329,20 +371,6 @@ def _matrix(node: Any, shape: tuple[int, int], name: str) -> Dense | Rows | Colu
 def _length(node: Any) -> int:
     """Rows of an element of obs or var."""
     return int((node if hasattr(node, "dtype") else node["codes"] if "codes" in node else node["values"]).shape[0])
-
-
-def _is_text(node: Any) -> bool:
-    if not hasattr(node, "dtype"):
-        kind = _kind(node)
-        return _is_text(node["categories"]) if kind == "categorical" else kind == "nullable-string-array"
-    return "categories" in node.attrs or node.dtype.kind in "OTSU"
-
-
-def _decoded(codes: np.ndarray, categories: np.ndarray) -> np.ndarray:
-    """Values of codes among categories, None for -1."""
-    if len(codes) and not (codes.dtype.kind in "iu" and codes.min() >= -1 and codes.max() < len(categories)):
-        raise ValueError("codes of a categorical column are out of range")
-    return np.append(categories.astype(object), None)[codes]
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:

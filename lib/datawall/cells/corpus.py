@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -21,10 +22,12 @@ ENSEMBL_ID = r"ENSG\d{11}(?:\.\d+)?"
 NAME_COLUMNS = ("gene_ids", "ensembl_id", "feature_id", None, "feature_name")  # of var, as asked; None: the index
 SILENT, NO_GENE = -1, -2  # of a name: it says nothing that is known, or it is an id that the table lacks
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nat", "missing"}  # texts that spell it
+NAMELESS = MISSING | {"unknown", "unassigned", "undefined"}  # labels that do
+NO_INTEGER = -(2**31)  # what R writes where one is missing
 # Columns of var with the type of a feature, types that are no genes', and names of regions and of control probes.
-TYPE_COLUMN = r"(?:feature|gene)?_?(?:types?|biotypes?|modality|class)"
+TYPE_COLUMN = r"(?:feature|gene|library)?[_. ]?(?:types?|biotypes?|modality|class)|assay"
 OTHER_TYPE = (
-    r"antibod|protein(?!.?coding)|\badt\b|peak|atac|chromatin|guide|crispr|sgrna|multiplex|hashtag|\bhto\b|spike|"
+    r"antibod|abseq|\bcite|protein(?!.?coding)|\bprot\b|\badt\b|peak|atac|chromatin|guide|crispr|sgrna|multiplex|hashtag|\bhto\b|spike|"
     r"custom|control|probe|codeword"
 )
 OTHER_NAME = (
@@ -90,9 +93,9 @@ def count_fault(matrix: sp.spmatrix | np.ndarray) -> str | None:
     if (values < 0).any():
         return f"holds negative values (as low as {values.min():g})"
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
-        return f"holds fractions (such as {values[values != np.rint(values)].flat[0]:g})"
+        return f"holds fractions (such as {values[values != np.rint(values)].flat[0]:.12g})"
     if values.size and values.max() > MAX_COUNT:
-        return f"holds counts above {MAX_COUNT:,} (up to {values.max():g}), which float32 cannot hold exactly"
+        return f"holds counts above {MAX_COUNT:,} (up to {values.max():.12g}), which float32 cannot hold exactly"
     return None
 
 
@@ -119,7 +122,7 @@ def likeness(values: sp.csr_matrix) -> str:
         return ", which looks like log-normalised values"
     if values.shape[0] > 1 and _alike(np.asarray(values.sum(axis=1))):
         return ", which looks like counts scaled to equal sums"
-    if (values.data == np.rint(values.data)).mean() > 0.3:
+    if 0.3 < (values.data == np.rint(values.data)).mean() < 1:
         return ", which looks like counts corrected for ambient RNA, or estimated"
     return ""
 
@@ -165,7 +168,8 @@ def find_genes(var: pd.DataFrame, dataset: str, counts_from: str, weights: np.nd
     Columns of `var` are asked in one order, whatever their order in the file: `NAME_COLUMNS`, then others of which more
     than half of the values name genes. A gene has the first name that is given to it, an id or a symbol: an id, without
     its version, is trusted, and a gene whose id is not in the table is missing, whatever its symbol. In a column of
-    ids, what is no id is no gene. `weights` are counts in some cells. CorpusError if `NAME_COLUMNS` mostly differ.
+    ids, what is no id is no gene. Once a quarter of the rows is named, other columns add ids alone, as one of nearest
+    genes would name the rest wrongly. `weights` are counts in some cells. CorpusError if `NAME_COLUMNS` mostly differ.
     """
     table, notes, apart = gene_table(), [], other_features(var)
     names = pd.Series(var.index.astype(str), dtype=object)
@@ -192,6 +196,10 @@ def find_genes(var: pd.DataFrame, dataset: str, counts_from: str, weights: np.nd
             if most:
                 continue
         new = (position == SILENT) & (own != SILENT)
+        if key not in known and (position >= 0).mean() > 0.25:
+            new &= is_id
+        if text.str.match(r"ENS(?!G\d)[A-Z]+G\d").mean() > 0.5:
+            notes.append(f"{name} of var has ids of another species ({text.iloc[0][:50]}, …): are these human genes?")
         position[new], by_id[new] = own[new], is_id[new]
         first = first or (name if (own >= 0).any() else "")
     found = position >= 0
@@ -290,21 +298,30 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
 
 def label_codes(values: np.ndarray, renamed: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Codes of labels, -1 where missing or blank, and the labels as text: each once, 3.0 as 3, `renamed` as asked."""
-    codes, labels = pd.factorize(pd.Series(values, dtype=object))
-    texts = [str(int(x)) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else str(x) for x in labels]
+    # A float32 remains one, as its text is 0.1 and not 0.10000000149011612.
+    codes, labels = pd.factorize(np.array([*values, None], dtype=object)[:-1])
+    texts = [str(int(x)) if _is_whole(x) else "" if x == NO_INTEGER else str(x) for x in labels]
     texts = [(renamed or {}).get(text, text) for text in texts]
     places, texts = pd.factorize(np.array(texts, dtype=object))
-    blank = np.array([not text.strip() for text in texts], bool)
+    blank = np.array([not _visible(text) for text in texts], bool)
     of_label = np.append(np.where(blank[places], -1, places), -1).astype(np.intp)
     return of_label[codes], texts
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float | np.floating) and float(value).is_integer() and abs(value) < 2**53
+
+
+def _visible(text: str) -> str:
+    """A text without what no reader sees: spaces and Unicode's format characters."""
+    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
 def label_notes(n_cells: Mapping[str, int], where: str, role: str) -> list[str]:
     """What is odd about labels: several spellings of one, and labels that spell "missing"."""
     alike: dict[str, list[str]] = {}
     for label in sorted(n_cells):
-        letters = unicodedata.normalize("NFKC", label).casefold()
-        folded = "".join(c for c in letters if not c.isspace() and unicodedata.category(c) != "Cf")
+        folded = _visible(unicodedata.normalize("NFKC", label).casefold())
         alike.setdefault(re.sub(r"^(\d+)\.0+$", r"\1", folded), []).append(label)
     # A label is spelled letter by letter where it looks like another.
     told = {
@@ -312,7 +329,7 @@ def label_notes(n_cells: Mapping[str, int], where: str, role: str) -> list[str]:
         for label, n in n_cells.items()
     }
     groups = [", ".join(map(told.get, spellings)) for spellings in alike.values() if len(spellings) > 1]
-    missing = [told[label] for label in n_cells if label.strip().casefold() in MISSING]
+    missing = [told[label] for label in n_cells if label.strip().casefold() in NAMELESS]
     remedy = "`labels: {old: new}` in the study file joins them" if role == "cell_type" else "make them alike"
     notes = []
     if groups:

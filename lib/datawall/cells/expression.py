@@ -35,7 +35,8 @@ def variable_genes(lognormalised: sp.csr_matrix, n_genes: int | None = None) -> 
     """Highly variable genes, (n_genes,) bool: `scanpy.pp.highly_variable_genes`, flavour `seurat` (Satija et al. 2015).
 
     The `n_genes` with the highest normalised dispersion; by default scanpy's cut-offs decide (mean 0.0125 to 3,
-    dispersion at least 0.5), as in the original study. Raises ValueError if no gene qualifies.
+    dispersion at least 0.5), as in the original study, or all detected genes where none passes: cells of a small panel,
+    scaled to 10,000, have means above 3. Raises ValueError if no gene is detected.
     """
     return _choose_genes(_moments(lognormalised), lognormalised.shape[0], n_genes)
 
@@ -68,10 +69,10 @@ def _choose_genes(moments: np.ndarray, n_cells: int, n_genes: int | None) -> np.
         chosen = (mean > 0.0125) & (mean < 3) & (dispersion > 0.5)
     else:
         chosen = dispersion >= np.sort(dispersion[np.isfinite(dispersion)])[-n_genes:][0]
-    chosen &= detected
-    if not chosen.any():
+    if not detected.any():
         raise ValueError(f"no gene is variable among {n_cells} cells; use more cells.")
-    return chosen
+    chosen &= detected
+    return chosen if chosen.any() else detected
 
 
 def _standardised_dispersion(moments: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:

@@ -163,6 +163,7 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     table = corpus.gene_table()
     mitochondrial = table["feature_name"].str.startswith("MT-").to_numpy()
     files, found = [], {role: Counter() for role in (*columns, "dataset_id")}
+    in_several = {role: set() for role in columns}
     for path, name in tqdm([*zip(paths, names, strict=True)], desc="opening files", unit="file", leave=False, delay=5):
         with CellFile(path) as cells:
             position, match = _counts_and_genes(cells, name, options)
@@ -171,7 +172,9 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
                 log.warning("%s: has no mitochondrial gene, so that max_mito keeps all its cells.", path)
             keys = {role: _key(columns, role, name, path) for role in columns}
             for role, key in keys.items():
-                found[role].update(_all_labels(cells, key, role, {"cell_type": options.labels}.get(role)))
+                own = _all_labels(cells, key, role, {"cell_type": options.labels}.get(role))
+                in_several[role] |= found[role].keys() & own.keys()
+                found[role].update(own)
             files.append(_File(path, match, cells.n_cells, position, keys))
     for one, other in itertools.permutations(files, 2):
         _check_names_differ(one, other)
@@ -185,7 +188,16 @@ def open_source(paths: Sequence[str | Path], columns: Columns, options: Options 
     for role, key in columns.items():
         where = f"{', '.join(names)}: {key if isinstance(key, str) else role!r}"
         notes += corpus.label_notes(found[role], where, role)
-    return Source(files, matches, labels, notes, var, options)
+        if in_several[role] and role in ("donor_id", "batch"):
+            some = ", ".join(sorted(in_several[role])[:5])
+            notes.append(
+                f"{where}: {len(in_several[role])} values are in more than one file, and count as one ({some})"
+            )
+    source = Source(files, matches, labels, notes, var, options)
+    if len(files) > 1 and len(source.shared_genes) < len(var) / 2:
+        what = f"the files share {len(source.shared_genes):,} of their {len(var):,} genes"
+        notes.append(f"{', '.join(names)}: {what}; what a file has not measured is zero in its cells")
+    return source
 
 
 def file_names(paths: list[Path]) -> list[str]:
@@ -247,6 +259,8 @@ def _counts_and_genes(cells: CellFile, name: str, options: Options) -> tuple[np.
     chosen = best.match.counts_from
     corpus.check_match(best.match, best.var, options.min_matched)
     notes = [f"{chosen} {best.doubt}: are these raw counts?"] if best.doubt else []
+    if chosen == "X" and cells.says_logged():
+        notes.append("uns['log1p'] says that X was logged, and it holds whole numbers: are these raw counts?")
     if "spliced" in parts and np.array_equal(parts["spliced"], best.weights):
         notes.append(f"{chosen} has the spliced molecules alone, as layers['spliced']; the others are left out")
     places.remove(best)

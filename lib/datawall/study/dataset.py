@@ -212,14 +212,19 @@ def read_dataset(p: Params, name: str, var: pd.DataFrame) -> tuple[ad.AnnData, n
     blocks = list(source.blocks())
     aligned = ad.concat(blocks, merge="same") if len(blocks) > 1 else blocks[0]
     aligned.obs = aligned.obs.drop(columns=list(sources.QUALITY), errors="ignore")
+    X, n_all, measured = to_genes(aligned, var.index), aligned.n_obs, var.index.isin(aligned.var_names)
+    seen, share = np.flatnonzero(X.getnnz(axis=1)), X.sum() / aligned.X.sum()
+    if not len(seen):
+        raise CorpusError(f"{dataset.file}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
+    X, aligned = X[seen], aligned[seen].copy()
     for role in aligned.obs:
         aligned.obs[role] = aligned.obs[role].cat.remove_unused_categories()
     joining.check_control(p, dataset, aligned.obs)
     notes = list(source.notes)
     if n_empty := int(source.reports["cells"]["empty"].sum()):
         notes.append(f"{name}: {n_empty:,} cells have no count in any known gene and are left out")
-    measured = var.index.isin(aligned.var_names)
-    if not measured.any():
-        raise CorpusError(f"{dataset.file}: shares no gene with the corpus {p.corpus}; evaluate on other cells.")
+    if share < 0.5 or len(seen) < n_all:
+        what = f"{measured.sum():,} of its genes, with {share:.0%} of its counts, are in the corpus"
+        notes.append(f"{name}: {what}; {n_all - len(seen):,} cells have none of these counts and are left out")
     genes = {**source.matches[0].row(), "dataset": name, "in_corpus": int(measured.sum())}
-    return ad.AnnData(to_genes(aligned, var.index), obs=aligned.obs, var=var), measured, genes, notes
+    return ad.AnnData(X, obs=aligned.obs, var=var), measured, genes, notes

@@ -216,7 +216,9 @@ class Params(BaseModel):
     def key(self, role: str, dataset: str) -> str | None:
         """Column of a data set for a role of `columns`; None where the study names none, but for the cell type."""
         key = self.columns().get(role, "cell_type" if role == "cell_type" else None)
-        return key.get(Path(dataset).stem, role) if isinstance(key, dict) else key
+        path = Path(dataset).absolute()
+        names = path.stem, f"{path.parent.name}_{path.stem}"  # see `sources.file_names`
+        return next((key[name] for name in names if name in key), role) if isinstance(key, dict) else key
 
     def columns(self) -> dict[str, Key]:
         """Columns of the corpus by role."""
