@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import yaml
 from small import STUDY, atlas, small_study
 
@@ -18,7 +19,7 @@ from datawall.analysis import results
 from datawall.cells import datasets, simulate
 from datawall.engine import disk
 from datawall.models import external
-from datawall.study import dataset, evaluation, params, questions
+from datawall.study import curation, dataset, evaluation, params, questions
 from datawall.study.records import Embedding, Evaluation, EvaluationSet
 
 README = (Path(__file__).resolve().parents[1] / "params" / "README.md").read_text()
@@ -295,6 +296,17 @@ def test_a_data_set_joins_the_tasks_that_its_columns_allow(here):
     assert set(results.select(tables[0], dataset="corpus_held_out")["split"]) == {"cells 0", "cells 1"}
     response = results.select(tables[2], metric="pearson_delta", split="classical monocyte held out")
     assert set(response["dataset"]) == {"lung", "response"}
+
+
+def test_cells_of_which_the_corpus_has_no_count_are_left_out_and_told(here, cells):
+    corpus, other = cells[0][:, :100].copy(), cells[1].copy()
+    corpus.write_h5ad("corpus.h5ad")
+    other.X = sp.csr_matrix(other.X.toarray() * ((np.arange(80)[:, None] >= 5) | (np.arange(300) >= 100)))
+    other.write_h5ad("other.h5ad")
+    study = study_of(here, evaluation=[{"file": "other.h5ad", "name": "lung"}])
+    assert study.dataset("lung").n_obs == 75
+    told = r"lung: 100 of its genes, with \d+% of its counts, are in the corpus; 5 cells have none .* are left out"
+    assert re.search(told, "\n".join(curation.remarks(study)))
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])

@@ -59,6 +59,8 @@ def test_variable_genes_are_scanpys(counts, n_genes):
 def test_no_variable_gene_and_no_cells_are_refused():
     with pytest.raises(ValueError, match="no gene is variable among 3 cells"):
         expression.variable_genes(sp.csr_matrix((3, 4), dtype=np.float32))
+    panel = np.random.default_rng(0).poisson(20, (50, 5)).astype(np.float32)  # each a fifth of a cell's 10,000
+    assert expression.variable_genes(expression.lognormalise(sp.csr_matrix(panel))).all()
     with pytest.raises(ValueError, match="there are no cells"):
         expression.streamed_variable_genes(lambda: iter([]))
 

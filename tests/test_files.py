@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +79,17 @@ def spoiled(spoil):
         return path
 
     return make
+
+
+def numpys_text(path):
+    """Names as zarr reads those that older versions of anndata wrote."""
+    path = written(clean(), path, ".zarr")
+    root = zarr.open_group(path, mode="r+", use_consolidated=False)
+    for table, text in (("obs", clean().obs_names), ("var", clean().var_names)):
+        del root[f"{table}/_index"]
+        root[table].create_array("_index", data=np.array(list(text), np.dtypes.StringDType()))
+    zarr.consolidate_metadata(path)
+    return path
 
 
 def put(root, key, values, **attributes):
@@ -199,6 +211,37 @@ def tagged_ascii(root):
     plain_labels(root, [text.encode() for text in LABELS], h5py.string_dtype("ascii"))
 
 
+def features_by_place(root):
+    node = root["var/feature_types"]
+    root["var/__categories/feature_types"] = node["categories"].asstr()[:].astype(object)
+    put(root, "var/feature_types", node["codes"][:])
+
+
+def features_unlisted(root):
+    root["var"].attrs["column-order"] = np.array([], "S1")
+
+
+def features_listed_alone(root):
+    root["var"].attrs["column-order"] = "feature_types"
+
+
+def features_without_attributes(root):
+    for key in list(root["var/feature_types"].attrs):
+        del root["var/feature_types"].attrs[key]
+
+
+def antibodies(spoil):
+    """Antibodies with genes' names, told from genes by a column of types alone; `spoil` changes how it is stored."""
+
+    def make(path):
+        path = beside(9, symbol, 50, types("Antibody Capture"))(path)
+        with h5py.File(path, "r+") as root:
+            spoil(root)
+        return path
+
+    return make
+
+
 def latin(root):
     plain_labels(root, [text.encode("latin1") for text in LABELS], h5py.string_dtype())
 
@@ -242,11 +285,17 @@ def foreign_parts(root):
     root.create_group("__DATA_TYPES__")["text"] = h5py.string_dtype()
 
 
-def external_link(root):
+def external_link(root, key="X"):
     with h5py.File(f"{root.filename}.other", "w") as other:
-        root.copy("X", other)
-    del root["X"]
-    root["X"] = h5py.ExternalLink(f"{root.filename}.other", "/X")
+        root.copy(key, other, "moved")
+    del root[key]
+    root[key] = h5py.ExternalLink(f"{root.filename}.other", "/moved")
+
+
+def link_to_a_link(root):
+    external_link(root)
+    root.move("X", "elsewhere")
+    root["X"] = h5py.SoftLink("/elsewhere")
 
 
 def virtual(root):
@@ -298,6 +347,7 @@ KINDS = {
     "by column": (changed(lambda adata: setattr(adata, "X", adata.X.tocsc())), None),
     "dense": (changed(lambda adata: setattr(adata, "X", adata.X.toarray())), None),
     "zarr": (lambda path: written(clean(), path, ".zarr"), None),
+    "zarr with numpy's text": (numpys_text, None),
     "zarr and a slash": (lambda path: f"{written(clean(), path, '.zarr')}/", None),
     "ending in capitals": (lambda path: written(clean(), path).rename(path.with_name("X.H5AD")), None),
     "categories by reference": (spoiled(lambda root: old_categories(root, reference=True)), None),
@@ -311,7 +361,16 @@ KINDS = {
     "foreign parts": (spoiled(foreign_parts), (None, r"besides, layers\['future'\] has the shape \(3,\)")),
     "text for uns": (spoiled(lambda root: put(root, "uns", [b"<object>"])), None),
     "external link": (spoiled(external_link), "X lies in another file"),
+    "external values": (spoiled(lambda root: external_link(root, "X/data")), "X/data lies in another file"),
+    "external codes": (
+        spoiled(lambda root: external_link(root, "obs/cell_type/codes")), "cell_type/codes lies in another file"
+    ),
+    "link to a link": (spoiled(link_to_a_link), "X lies in another file"),
     "virtual data set": (spoiled(virtual), "obs/cell_type lies in another file"),
+    "codes out of range": (
+        spoiled(lambda root: put(root, "obs/cell_type/codes", np.full(N_CELLS, 9, "i1"))),
+        "obs/cell_type has the code 9, and 3 categories",
+    ),
     "unknown compression": (spoiled(unknown_compression), r"X/data is compressed by .*32099.*pip install hdf5plugin"),
     "anndata 0.6": (of_another_format("var", obs=OF_0_6), "obs is no table of anndata 0.7"),
     "10x": (of_another_format("matrix/barcodes"), "a 10x file.*read_10x_h5.*write_h5ad"),
@@ -343,6 +402,14 @@ KINDS = {
     ),
     "ids with gaps": (with_var(gene_ids=lambda ids: ids.where(np.arange(60) % 3 > 0, "NA")), None),
     "antibodies": (beside(9, symbol, 50, ANTIBODIES | types("Antibody Capture")), None),
+    "antibodies by place": (antibodies(features_by_place), None),
+    "antibodies not listed": (antibodies(features_unlisted), None),
+    "antibodies listed alone": (antibodies(features_listed_alone), None),
+    "antibodies without attributes": (antibodies(features_without_attributes), None),
+    "nearest genes of the rest": (
+        beside(30, lambda i: f"LINC{i:05d}", 1, {"nearest_gene": (lambda i: TABLE.loc[i, "feature_name"], symbol)}),
+        None,
+    ),
     "antibodies without a type": (
         beside(9, symbol, 50, ANTIBODIES), (None, "9 rows with no id in a column of ids .* are left out as no")
     ),
@@ -364,6 +431,9 @@ KINDS = {
     "presence in X": (layer("umi", presence), (None, "besides, X holds only 0 and 1")),
     "rounded alone": (counts(rounded), ("warned", "X has nearly the same sum in every cell .*are these raw counts")),
     "presence alone": (counts(presence), ("warned", "X holds only 0 and 1.*are these raw counts")),
+    "logged and rounded": (
+        changed(lambda adata: adata.uns.update(log1p={"base": 2})), (None, "says that X was logged.*are these raw")
+    ),
     "log values": (counts(logged), "X holds fractions .*looks like log-normalised"),
     "scaled to equal sums": (counts(lambda adata: scaled(adata) * 1.5), "X holds fractions .*scaled to equal sums"),
     "z-scores": (counts(lambda adata: adata.X.toarray() - 1), "X holds negative values .*looks like scaled"),
@@ -373,7 +443,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning", "ignore:Consolidated metadata is")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_made_of_a_file(tmp_path, kind):
     make, expected = KINDS[kind]
@@ -431,6 +501,25 @@ def test_numbers_are_the_same_labels_whichever_way_they_are_stored(tmp_path):
     source = sources.open_source(paths, {"cell_type": "cluster"})
     assert source.labels["cell_type"] == list("01234")
     assert source.notes == []
+
+
+def test_labels_that_no_reader_sees_and_missing_integers_are_missing():
+    values = [np.float32(0.1), 0.1, 3.0, np.float32(3), 3, -(2**31), "\u200b", None]
+    codes, texts = corpus.label_codes(np.array(values, dtype=object))
+    assert [texts[code] if code >= 0 else None for code in codes] == ["0.1", "0.1", "3", "3", "3", None, None, None]
+
+
+def test_what_several_files_share_is_told(tmp_path):
+    paths = []
+    for name, genes in (("one", slice(0, 35)), ("other", slice(25, 60))):
+        adata = clean()[:, genes].copy()
+        adata.obs["donor"] = ["1", "2"] * 20
+        paths.append(written(adata, tmp_path / name))
+    notes = sources.open_source(paths, {"cell_type": "cell_type", "donor_id": "donor"}).notes
+    assert [note.partition(": ")[2] for note in notes] == [
+        "'donor': 2 values are in more than one file, and count as one (1, 2)",
+        "the files share 10 of their 60 genes; what a file has not measured is zero in its cells",
+    ]
 
 
 def test_spellings_are_told_and_joined(tmp_path):

@@ -209,6 +209,12 @@ def test_study_file_is_found_by_name_path_and_run_folder(compendium, study, foun
     assert paths.study_file(str(compendium / found)) == compendium / found
 
 
+def test_a_column_is_named_for_files_as_the_reader_names_them():
+    files, key = ["p/cells.h5ad", "q/cells.h5ad"], {"p_cells": "one", "q_cells": "two"}
+    study = params.check(MINIMAL | {"corpus": files, "cell_type_key": key}, "mine.yaml")
+    assert [study.key("cell_type", file) for file in files] == ["one", "two"]
+
+
 def test_unknown_study_lists_the_known_ones(compendium):
     with pytest.raises(FileNotFoundError, match=r"^gamma: no such study file; .*: alpha, beta\.$"):
         paths.study_file("gamma")
