@@ -299,17 +299,20 @@ def align(adata: ad.AnnData, dataset: str, *, min_matched: float = 0.5) -> tuple
 def label_codes(values: np.ndarray, renamed: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Codes of labels, -1 where missing or blank, and the labels as text: each once, 3.0 as 3, `renamed` as asked."""
     # A float32 remains one, as its text is 0.1 and not 0.10000000149011612.
-    codes, labels = pd.factorize(np.array([*values, None], dtype=object)[:-1])
-    texts = [str(int(x)) if _is_whole(x) else "" if x == NO_INTEGER else str(x) for x in labels]
-    texts = [(renamed or {}).get(text, text) for text in texts]
+    codes, labels = pd.factorize(values if values.dtype.kind == "f" else pd.Series(values, dtype=object))
+    texts = [(renamed or {}).get(text, text) for text in map(_label, labels)]
     places, texts = pd.factorize(np.array(texts, dtype=object))
     blank = np.array([not _visible(text) for text in texts], bool)
     of_label = np.append(np.where(blank[places], -1, places), -1).astype(np.intp)
     return of_label[codes], texts
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, float | np.floating) and float(value).is_integer() and abs(value) < 2**53
+def _label(value: Any) -> str:
+    """A value as text: 3.0 as 3, and nothing where R has no integer."""
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        return str(int(number)) if number.is_integer() and abs(number) < 2**53 else str(value)
+    return "" if isinstance(value, int | np.integer) and value == NO_INTEGER else str(value)
 
 
 def _visible(text: str) -> str:
