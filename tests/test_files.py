@@ -190,16 +190,15 @@ def velocity(adata, *, spliced_alone):
         adata.X = logged(adata)
 
 
-def old_categories(root, *, reference, fixed=False):
-    node = root["obs/cell_type"]
+def old_categories(root, *, reference, fixed=False, table="obs", column="cell_type"):
+    node = root[table][column]
     categories = node["categories"]
     categories = categories["values"] if isinstance(categories, h5py.Group) else categories
     codes, texts = node["codes"][:], categories.asstr()[:]
     kept = np.array([text.encode() for text in texts]) if fixed else texts.astype(object)
-    del root["obs/cell_type"]
-    root.create_dataset("obs/__categories/cell_type", data=kept, dtype=None if fixed else h5py.string_dtype())
-    attributes = {"categories": root["obs/__categories/cell_type"].ref} if reference else {}
-    put(root, "obs/cell_type", codes, **attributes)
+    place = f"{table}/__categories/{column}"
+    root.create_dataset(place, data=kept, dtype=None if fixed else h5py.string_dtype())
+    put(root, f"{table}/{column}", codes, **({"categories": root[place].ref} if reference else {}))
 
 
 def plain_labels(root, values, dtype=None):
@@ -212,9 +211,7 @@ def tagged_ascii(root):
 
 
 def features_by_place(root):
-    node = root["var/feature_types"]
-    root["var/__categories/feature_types"] = node["categories"].asstr()[:].astype(object)
-    put(root, "var/feature_types", node["codes"][:])
+    old_categories(root, reference=False, table="var", column="feature_types")
 
 
 def features_unlisted(root):
